@@ -1,0 +1,326 @@
+import json
+import multiprocessing
+
+import numpy as np
+import pytest
+import video_files
+
+from vjepa_jax.data import decode, pipeline, sources
+from vjepa_jax.default_config import UserError
+
+NUM_VIDEOS = 11
+BATCH_SIZE = 4
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Videos of two classes whose frames tell which video and which frame they are."""
+    folder = tmp_path_factory.mktemp("videos")
+    for i in range(NUM_VIDEOS):
+        (folder / "ab"[i % 2]).mkdir(exist_ok=True)
+        video_files.write_video(
+            folder / "ab"[i % 2] / f"{i:02}.mp4",
+            video_files.moving_frames(12, height=32, width=32, seed=i),
+        )
+    return folder
+
+
+@pytest.fixture
+def source(folder):
+    return sources.open_source(str(folder))
+
+
+def make_list(path, folder, *, bad=()):
+    """Lists all videos by name, some of them replaced by broken files."""
+    lines = []
+    for i in range(NUM_VIDEOS):
+        entry = folder / "ab"[i % 2] / f"{i:02}.mp4"
+        if i in bad:
+            entry = path / f"bad{i}.mp4"
+            entry.write_text("not a video")
+        lines.append(f"{entry} {i}\n")
+    (path / "list.csv").write_text("".join(lines))
+    return sources.open_source(str(path / "list.csv"))
+
+
+def make_iterator(source, **overrides):
+    kwargs = {
+        "batch_size": BATCH_SIZE,
+        "seed": 0,
+        "num_frames": 4,
+        "frame_step": 2,
+        "fps": 0.0,
+        "resolution": 16,
+        "crop_scale": (0.3, 1.0),
+        "crop_aspect_ratio": (0.75, 1.35),
+        "flip_probability": 0.5,
+        "num_workers": 0,
+        "prefetch_batches": 2,
+        "max_bad_fraction": 0.5,
+    }
+    return pipeline.make_train_iterator(source, **{**kwargs, **overrides})
+
+
+def take(num_batches, source, **overrides):
+    """Returns uint8 `[num_batches, B, T, H, W, 3]`."""
+    with make_iterator(source, **overrides) as batches:
+        # Copied, so that no shared memory outlives the iterator.
+        return np.stack(
+            [np.array(next(batches)["video"]["video"]) for _ in range(num_batches)]
+        )
+
+
+def test_batches_have_shape_type_and_variety(source):
+    batches = take(6, source)
+    assert batches.shape == (6, BATCH_SIZE, 4, 16, 16, 3)
+    assert batches.dtype == np.uint8
+    assert len({clip.tobytes() for clip in batches.reshape(24, -1)}) == 24
+
+
+def test_batch_holds_one_stream_of_one_array(source):
+    with make_iterator(source) as batches:
+        batch = next(batches)
+        assert list(batch) == ["video"] and list(batch["video"]) == ["video"]
+        assert batches.step == 1
+
+
+def test_seed_decides_the_stream(source):
+    first, again, other = (take(2, source, seed=seed) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any(axis=(2, 3, 4, 5)).all()
+
+
+def whole_frame_clips(num_batches, source, **overrides):
+    return take(
+        num_batches,
+        source,
+        num_frames=12,
+        frame_step=1,
+        resolution=32,
+        crop_scale=(1.0, 1.0),
+        crop_aspect_ratio=(1.0, 1.0),
+        flip_probability=0.0,
+        **overrides,
+    )
+
+
+def test_every_video_comes_once_per_epoch_in_new_order(source):
+    of_bytes = {
+        video_files.decode_plainly(record.path).tobytes(): i
+        for i, record in enumerate(source)
+    }
+    clips = whole_frame_clips(NUM_VIDEOS, source).reshape(4 * NUM_VIDEOS, -1)
+    order = [of_bytes[clip.tobytes()] for clip in clips]
+    epochs = [tuple(order[i : i + NUM_VIDEOS]) for i in range(0, 44, NUM_VIDEOS)]
+    assert all(sorted(epoch) == list(range(NUM_VIDEOS)) for epoch in epochs)
+    assert len(set(epochs)) == 4
+
+
+def test_fewer_videos_than_a_batch_are_enough(source):
+    batches = take(3, source, batch_size=2 * NUM_VIDEOS)
+    assert batches.shape[:2] == (3, 2 * NUM_VIDEOS)
+    assert len({clip.tobytes() for clip in batches.reshape(6 * NUM_VIDEOS, -1)}) > 60
+
+
+@pytest.mark.parametrize("num_workers", [0, 2, 3])
+def test_restarted_stream_continues_the_unbroken_one(tmp_path, folder, num_workers):
+    source = make_list(tmp_path, folder, bad=(2, 5))
+    unbroken = take(9, source)
+    restarted = take(4, source, start_step=5, num_workers=num_workers)
+    np.testing.assert_array_equal(restarted, unbroken[5:])
+    assert (restarted != unbroken[4:8]).any()
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_hosts_share_the_global_batches(tmp_path, folder, num_workers):
+    source = make_list(tmp_path, folder, bad=(2,))
+    alone = take(4, source)
+    shares = [
+        take(
+            3,
+            source,
+            start_step=1,
+            process_index=host,
+            process_count=2,
+            num_workers=num_workers,
+        )
+        for host in range(2)
+    ]
+    assert shares[0].shape[1] == BATCH_SIZE // 2
+    np.testing.assert_array_equal(np.concatenate(shares, axis=1), alone[1:])
+
+
+def test_batch_must_divide_among_the_processes(source):
+    with pytest.raises(UserError, match="batch_size 4 does not divide among 3"):
+        make_iterator(source, process_count=3)
+
+
+@pytest.mark.parametrize(
+    "overrides, name",
+    [
+        ({"fps": 4.0}, r"data\.frame_step and data\.fps"),
+        ({"num_frames": 0}, r"data\.num_frames"),
+        ({"crop_scale": (0.9, 0.3)}, r"data\.crop_scale"),
+    ],
+)
+def test_settings_out_of_range_are_found_before_the_first_clip(source, overrides, name):
+    with pytest.raises(UserError, match=name):
+        make_iterator(source, **overrides)
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_bad_videos_are_replaced_and_listed_once(tmp_path, folder, num_workers):
+    source = make_list(tmp_path, folder, bad=(2, 5))
+    (tmp_path / "bad5.mp4").unlink()
+    (tmp_path / "bad5.mp4").touch()
+    listing = tmp_path / "workdir" / "bad_videos.jsonl"
+    with make_iterator(
+        source, bad_videos_path=str(listing), num_workers=num_workers
+    ) as batches:
+        for _ in range(9):
+            video = next(batches)["video"]["video"]
+            assert video.shape[0] == BATCH_SIZE
+            assert video.reshape(BATCH_SIZE, -1).any(axis=1).all()
+        assert batches.bad_count == 2
+        del video
+    entries = read_lines(listing)
+    assert {(entry["path"], entry["reason"]) for entry in entries} == {
+        (str(tmp_path / "bad2.mp4"), "not_a_video"),
+        (str(tmp_path / "bad5.mp4"), "empty"),
+    }
+    assert len(entries) == 2
+    # An epoch is 11 samples, so that both came within the first three batches.
+    assert all(entry["step"] in (0, 1, 2) for entry in entries)
+
+
+def test_restart_does_not_list_bad_videos_again(tmp_path, folder):
+    source = make_list(tmp_path, folder, bad=(2, 5))
+    listing = tmp_path / "bad_videos.jsonl"
+    take(9, source, bad_videos_path=str(listing))
+    # A killed run may leave half a line.
+    whole = listing.read_text().splitlines(keepends=True)
+    listing.write_text(whole[0] + whole[1][:20])
+    with make_iterator(source, bad_videos_path=str(listing), start_step=9) as batches:
+        assert batches.bad_count == 1
+        for _ in range(9):
+            next(batches)
+        assert batches.bad_count == 2
+    lines = listing.read_text().splitlines(keepends=True)
+    assert lines[:2] == [whole[0], whole[1][:20] + "\n"]
+    assert json.loads(lines[2])["path"] == json.loads(whole[1])["path"]
+    assert len(lines) == 3
+
+
+def test_streams_without_bad_videos_list_nothing(tmp_path, source):
+    take(3, source, bad_videos_path=str(tmp_path / "bad_videos.jsonl"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_too_many_bad_videos_end_the_run(tmp_path, folder):
+    source = make_list(tmp_path, folder, bad=(2, 5))
+    listing = tmp_path / "bad_videos.jsonl"
+    with make_iterator(
+        source, bad_videos_path=str(listing), max_bad_fraction=0.1
+    ) as batches:
+        # 100 samples are needed for a judgement.
+        for _ in range(24):
+            next(batches)
+        with pytest.raises(UserError) as caught:
+            for _ in range(12):
+                next(batches)
+    message = str(caught.value)
+    assert message.startswith("2 of the 11 videos of ")
+    assert str(tmp_path / "list.csv") in message
+    assert str(listing) in message
+    assert "data.max_bad_fraction=0.1" in message
+
+
+def test_allowed_share_of_bad_videos_does_not_end_the_run(tmp_path, folder):
+    source = make_list(tmp_path, folder, bad=(2, 5))
+    take(36, source, max_bad_fraction=0.2)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_nothing_readable_ends_the_run_at_once(tmp_path, folder, num_workers):
+    source = make_list(tmp_path, folder, bad=range(NUM_VIDEOS))
+    with (
+        make_iterator(source, num_workers=num_workers) as batches,
+        pytest.raises(UserError, match=r"16 videos of .*list\.csv.* cannot be read"),
+    ):
+        next(batches)
+
+
+def test_dead_worker_raises(source):
+    with make_iterator(source, num_workers=1, prefetch_batches=1) as batches:
+        next(batches)
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        with pytest.raises(RuntimeError):
+            for _ in range(20):
+                next(batches)
+
+
+def test_close_ends_the_workers(source):
+    batches = make_iterator(source, num_workers=2)
+    next(batches)
+    assert len(multiprocessing.active_children()) == 2
+    batches.close()
+    batches.close()
+    assert not multiprocessing.active_children()
+
+
+def read_all(source, **overrides):
+    kwargs = {
+        "batch_size": BATCH_SIZE,
+        "num_frames": 4,
+        "frame_step": 2,
+        "fps": 0.0,
+        "resolution": 32,
+        "num_workers": 0,
+    }
+    return list(pipeline.read_all(source, **{**kwargs, **overrides}))
+
+
+def concatenate(batches, key):
+    return np.concatenate([batch[key] for batch in batches])
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_read_all_gives_each_video_once_in_order(tmp_path, folder, num_workers):
+    source = make_list(tmp_path, folder)
+    batches = read_all(source, num_workers=num_workers)
+    assert [len(batch["index"]) for batch in batches] == [4, 4, 3]
+    np.testing.assert_array_equal(concatenate(batches, "index"), np.arange(NUM_VIDEOS))
+    np.testing.assert_array_equal(concatenate(batches, "label"), np.arange(NUM_VIDEOS))
+    assert concatenate(batches, "valid").all()
+    clips = np.concatenate([batch["video"]["video"] for batch in batches])
+    for clip, record in zip(clips, source, strict=True):
+        # Twelve frames, of which the centred window of seven starts at the third.
+        plain = video_files.decode_plainly(record.path)
+        np.testing.assert_array_equal(clip, plain[2:9:2])
+
+
+def test_read_all_marks_bad_videos(tmp_path, folder):
+    source = make_list(tmp_path, folder, bad=(2, 5))
+    batches = read_all(source)
+    valid = concatenate(batches, "valid")
+    assert np.flatnonzero(~valid).tolist() == [2, 5]
+    clips = np.concatenate([batch["video"]["video"] for batch in batches])
+    assert not clips[~valid].any() and clips[valid].reshape(9, -1).any(axis=1).all()
+
+
+def test_read_all_pads_the_last_batch_if_asked(tmp_path, folder):
+    source = make_list(tmp_path, folder)
+    last = read_all(source, padded=True)[-1]
+    assert last["video"]["video"].shape == (4, 4, 32, 32, 3)
+    assert last["valid"].tolist() == [True, True, True, False]
+    assert last["index"].tolist() == [8, 9, 10, -1]
+    assert last["label"].tolist() == [8, 9, 10, 0]
+
+
+def test_reasons_fit_the_report():
+    assert len(decode.REASONS) < np.iinfo(np.int8).max

@@ -1,0 +1,220 @@
+import os
+import pickle
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vjepa_jax.data import sources
+from vjepa_jax.default_config import UserError
+
+
+def make_files(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+
+def write_list(folder, text, name="train.csv", **kwargs):
+    path = folder / name
+    path.write_text(text, **kwargs)
+    return str(path)
+
+
+def records(source):
+    return [(record.path, record.label) for record in source]
+
+
+def relative_records(source, folder):
+    return [(os.path.relpath(path, folder), label) for path, label in records(source)]
+
+
+def test_list_paths_are_resolved_against_the_list(tmp_path):
+    path = write_list(tmp_path, "a.mp4 3\nsub/b.mp4 -1\n/elsewhere/c.mp4 0\n")
+    assert records(sources.VideoList.from_list_file(path)) == [
+        (str(tmp_path / "a.mp4"), 3),
+        (str(tmp_path / "sub/b.mp4"), -1),
+        ("/elsewhere/c.mp4", 0),
+    ]
+
+
+@pytest.mark.parametrize(
+    "line, entry",
+    [
+        ("a.mp4 7", "a.mp4"),
+        ("my video (1).mp4 7", "my video (1).mp4"),
+        ("two  spaces.mp4   7  ", "two  spaces.mp4"),
+        ("a.mp4\t7", "a.mp4"),
+        ("a.mp4::7", "a.mp4"),
+        ("my video.mp4::7", "my video.mp4"),
+        ("my video.mp4 :: 7", "my video.mp4"),
+        ("a::b.mp4 7", "a::b.mp4"),
+        ('"my video.mp4" 7', "my video.mp4"),
+        ('"a ""b"".mp4" 7', 'a "b".mp4'),
+        ("vidéo 日本.mp4 7", "vidéo 日本.mp4"),
+    ],
+)
+def test_lines_of_a_list(tmp_path, line, entry):
+    path = write_list(tmp_path, f"first.mp4 0\n\n{line}\n \n", encoding="utf-8")
+    source = sources.VideoList.from_list_file(path)
+    assert records(source)[1:] == [(str(tmp_path / entry), 7)]
+
+
+def test_lists_with_byte_order_mark_and_carriage_returns(tmp_path):
+    path = tmp_path / "train.csv"
+    path.write_bytes(b"\xef\xbb\xbfa.mp4 1\r\nb.mp4 2\r\n")
+    assert relative_records(sources.VideoList.from_list_file(str(path)), tmp_path) == [
+        ("a.mp4", 1),
+        ("b.mp4", 2),
+    ]
+
+
+def test_file_names_in_other_encodings_are_found(tmp_path):
+    name = b"caf\xe9.mp4"
+    with open(os.path.join(os.fsencode(tmp_path), name), "wb"):
+        pass
+    (tmp_path / "train.csv").write_bytes(name + b" 1\n")
+    for path in (tmp_path, tmp_path / "train.csv"):
+        assert os.path.exists(sources.open_source(str(path))[0].path)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["path label", "a.mp4", "a.mp4 1.5", "a.mp4,3", " 3", "::3", "a\0b.mp4 3"],
+)
+def test_bad_lines_are_named(tmp_path, line):
+    path = write_list(tmp_path, f"a.mp4 0\n\n{line}\n")
+    with pytest.raises(UserError, match=r"train\.csv:3: expected 'path label'"):
+        sources.VideoList.from_list_file(path)
+
+
+def test_messages_stay_on_one_short_line(tmp_path):
+    path = write_list(tmp_path, "x" * 10000 + "\n")
+    with pytest.raises(UserError) as caught:
+        sources.VideoList.from_list_file(path)
+    assert len(str(caught.value)) < 400 + len(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_folders_are_searched_in_sorted_order(tmp_path):
+    make_files(
+        tmp_path, "b/2.mp4", "b/deep/1.webm", "a/x.MOV", "a b/y.avi", "a/notes.txt"
+    )
+    (tmp_path / "empty").mkdir()
+    assert relative_records(sources.VideoList.from_folder(str(tmp_path)), tmp_path) == [
+        ("a/x.MOV", 0),
+        ("a b/y.avi", 1),
+        ("b/2.mp4", 2),
+        ("b/deep/1.webm", 2),
+    ]
+
+
+def test_videos_outside_class_folders_mean_there_are_no_classes(tmp_path):
+    make_files(tmp_path, "b/1.mp4", "c/1.mp4", "z.mp4")
+    source = sources.VideoList.from_folder(str(tmp_path))
+    assert [label for _, label in records(source)] == [0, 0, 0]
+
+
+def test_hidden_files_are_skipped(tmp_path):
+    make_files(tmp_path, "a.mp4", "._a.mp4", ".trash/b.mp4")
+    source = sources.VideoList.from_folder(str(tmp_path))
+    assert relative_records(source, tmp_path) == [("a.mp4", 0)]
+
+
+def test_linked_folders_are_followed_once(tmp_path):
+    make_files(tmp_path / "disk", "1.mp4")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/class").symlink_to(tmp_path / "disk")
+    (tmp_path / "disk/loop").symlink_to(tmp_path / "data")
+    source = sources.VideoList.from_folder(str(tmp_path / "data"))
+    assert relative_records(source, tmp_path / "data") == [("class/1.mp4", 0)]
+
+
+entries = st.text(
+    st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1
+).filter(lambda entry: not entry.startswith("/"))
+
+
+@given(st.lists(st.tuples(entries, st.integers(-(2**63), 2**63 - 1))))
+def test_video_list_behaves_as_a_list(rows):
+    source = sources.VideoList(
+        "x", "/root", [entry for entry, _ in rows], [label for _, label in rows]
+    )
+    expected = [(f"/root/{entry}", label) for entry, label in rows]
+    assert len(source) == len(rows)
+    assert records(source) == expected
+    assert records(pickle.loads(pickle.dumps(source))) == expected
+    if rows:
+        assert source[-1] == source[len(rows) - 1]
+    with pytest.raises(IndexError):
+        source[len(rows)]
+    np.testing.assert_array_equal(source.labels, [label for _, label in rows])
+
+
+def test_video_list_is_compact():
+    names = [f"some_class_name/video_{i:09}.mp4" for i in range(10000)]
+    source = sources.VideoList("x", "/root", names, range(10000))
+    assert len(pickle.dumps(source)) < 10000 * (len(names[0]) + 16) + 2000
+
+
+def test_open_source_takes_folders_and_lists(tmp_path):
+    make_files(tmp_path, "a.mp4")
+    path = write_list(tmp_path, "a.mp4 5\nmissing.mp4 6\n")
+    assert len(sources.open_source(str(tmp_path))) == 1
+    assert len(sources.open_source(path)) == 2
+
+
+def test_open_source_says_what_is_wrong(tmp_path):
+    make_files(tmp_path, "lone/a.mp4", "empty/notes.txt")
+    for path, message in [
+        ("", r"data\.path is not set"),
+        (tmp_path / "nowhere", "nowhere' does not exist"),
+        (tmp_path / "empty", "no videos in folder"),
+        (tmp_path / "lone/a.mp4", "is a video"),
+        (write_list(tmp_path, "\n\n", "blank.csv"), r"blank\.csv' has no entries"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            sources.open_source(str(path))
+
+
+def test_lists_of_missing_files_are_refused(tmp_path):
+    text = "".join(f"{i}.mp4 0\n" for i in range(2500))
+    path = write_list(tmp_path, text)
+    with pytest.raises(UserError, match="none of the 1000 files looked at") as caught:
+        sources.open_source(path)
+    assert str(tmp_path / "0.mp4") in str(caught.value)
+    assert "relative paths are resolved against the list's folder" in str(caught.value)
+    make_files(tmp_path, "2490.mp4")
+    assert len(sources.open_source(path)) == 2500
+
+
+def test_fingerprint_tells_streams_apart(tmp_path):
+    def fingerprint(text, folder="one", **sampling):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        source = sources.VideoList.from_list_file(write_list(tmp_path / folder, text))
+        return sources.fingerprint(source, **sampling)
+
+    base = fingerprint("a 1\nb 2\n", num_frames=16, crop_scale=(0.3, 1.0))
+    assert len(base) == 64 and int(base, 16) >= 0
+    others = [
+        fingerprint("b 2\na 1\n", num_frames=16, crop_scale=(0.3, 1.0)),
+        fingerprint("a 1\nb 3\n", num_frames=16, crop_scale=(0.3, 1.0)),
+        fingerprint("ab 1\n 2\n".replace(" 2", "c 2"), num_frames=16),
+        fingerprint("a 1\nb 2\n", num_frames=8, crop_scale=(0.3, 1.0)),
+        fingerprint("a 1\nb 2\n", num_frames=16),
+    ]
+    assert len({base, *others}) == 6
+
+
+def test_fingerprint_survives_moving_the_dataset(tmp_path):
+    fingerprints = set()
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        path = write_list(tmp_path / name, "a 1\nb 2\n")
+        source = sources.VideoList.from_list_file(path)
+        # The order of the settings is no difference either.
+        sampling = [("num_frames", 16), ("seed", 1)]
+        sampling = sampling if name == "one" else sampling[::-1]
+        fingerprints.add(sources.fingerprint(source, **dict(sampling)))
+    assert len(fingerprints) == 1

@@ -1,0 +1,351 @@
+"""Checkpoints: the only file that knows Orbax.
+
+A step is a folder `<workdir>/checkpoints/<step>` with four items, so that each reader
+takes only what it needs:
+
+    state    step, params, opt_state   what only training needs
+    target   the target encoder        what probes and downstream users need
+    data     JSON                      position and fingerprint of the data stream
+    meta     JSON                      config, model description, versions
+
+Orbax writes a step under a temporary name and renames it when all items are complete:
+what a killed process leaves behind never counts as a checkpoint.
+"""
+
+import contextlib
+import json
+import logging
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+from orbax.checkpoint import checkpoint_managers as policies
+
+import vjepa_jax
+from vjepa_jax.default_config import UserError
+
+FOLDER = "checkpoints"
+# Raised when a reader of the old layout would misread the new one.
+FORMAT_VERSION = 1
+
+_STATE_FIELDS = ("step", "params", "opt_state")
+_MAX_LISTED = 10
+
+
+class Checkpointer:
+    """Saves and restores the state of one run; a context manager.
+
+    Saving is asynchronous: `save` returns when the arrays are copied to the host, so
+    the next step may donate them. Files are written in the background; leaving the
+    context waits for them. On several hosts every process calls every method, with the
+    same step.
+    """
+
+    def __init__(self, workdir: str, *, every_steps: int, keep: int):
+        """Opens `<workdir>/checkpoints`, making it where it is missing.
+
+        Leftovers of interrupted saves are removed, hence one run per workdir.
+
+        Args:
+          workdir: folder of the run, local or remote (`gs://`).
+          every_steps: steps between two checkpoints, at least 1. Step 0 is a multiple,
+            so a full disk or a missing permission shows at the start of a run.
+          keep: number of checkpoints that are kept, the latest ones, at least 1.
+        """
+        self._folder = _absolute(workdir) / FOLDER
+        save_policies = [policies.FixedIntervalPolicy(every_steps)]
+        if jax.distributed.is_initialized():
+            # Asking for preemption notices needs the distributed client's service.
+            save_policies.append(policies.PreemptionCheckpointingPolicy())
+        options = ocp.CheckpointManagerOptions(
+            save_decision_policy=policies.AnySavePolicy(save_policies),
+            preservation_policy=policies.LatestN(keep),
+            cleanup_tmp_directories=True,
+            enable_async_checkpointing=True,
+        )
+        self._manager = ocp.CheckpointManager(
+            self._folder, options=options, handler_registry=_handler_registry()
+        )
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        self.close()
+
+    def latest_step(self) -> int | None:
+        """The newest complete checkpoint's step; None in a new workdir."""
+        return self._manager.latest_step()
+
+    def should_save(self, step: int) -> bool:
+        """Whether a checkpoint is due: by interval, or before a preemption."""
+        return self._manager.should_save(step)
+
+    def save(
+        self,
+        step: int,
+        state: Any,
+        data: dict[str, Any],
+        meta: dict[str, Any],
+        force: bool = False,
+    ) -> bool:
+        """Saves if a checkpoint is due; waits for the previous save first.
+
+        Args:
+          step: number of finished updates.
+          state: TrainState with the fields step, params, target and opt_state. Its
+            arrays may be donated as soon as this returns.
+          data: JSON-like position of the data stream, `{"step", "fingerprint"}`.
+          meta: JSON-like description of the run (config, model). The keys
+            `format_version` and `versions` are added here.
+          force: save though none is due, as at the end of a run.
+
+        Returns:
+          Whether a save was started; False where `step` is already saved.
+
+        Raises:
+          TypeError: `data` or `meta` holds something that JSON cannot.
+          Exception: an earlier save failed in the background.
+        """
+        if step in self._manager.all_steps():
+            return False
+        if not force and not self.should_save(step):
+            return False
+        # Orbax serialises JSON in the background: a copy made here cannot change
+        # meanwhile, and what is not JSON fails in the caller's stack.
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave({f: getattr(state, f) for f in _STATE_FIELDS}),
+            target=ocp.args.StandardSave(state.target),
+            data=ocp.args.JsonSave(json.loads(json.dumps(data))),
+            meta=ocp.args.JsonSave(json.loads(json.dumps(meta | _provenance()))),
+        )
+        with self._naming_the_folder():
+            return self._manager.save(step, args=args, force=True)
+
+    def restore(
+        self, step: int, abstract_state: Any
+    ) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+        """Restores every item of one step, bit for bit.
+
+        Args:
+          step: a saved step, as from `latest_step`.
+          abstract_state: TrainState of `jax.ShapeDtypeStruct` with shardings; they may
+            differ from those of the run that saved (other mesh, other device count).
+
+        Returns:
+          (state, data, meta): the TrainState with the shardings asked for, and the two
+          dictionaries given to `save`.
+
+        Raises:
+          UserError: no such step; written by a newer release; or names, shapes or
+            dtypes differ from the model's (up to 10 of them are listed).
+        """
+        _require_step(self._manager, step)
+        json_items = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                data=ocp.args.JsonRestore(), meta=ocp.args.JsonRestore()
+            ),
+        )
+        _require_format(self._folder / str(step), json_items["meta"])
+
+        wanted = {f: getattr(abstract_state, f) for f in _STATE_FIELDS}
+        stored = self._manager.item_metadata(step)
+        _require_fit(
+            self._folder / str(step),
+            stored={**stored["state"].tree, "target": stored["target"].tree},
+            wanted={**wanted, "target": abstract_state.target},
+        )
+        arrays = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(wanted),
+                target=ocp.args.StandardRestore(abstract_state.target),
+            ),
+        )
+        state = abstract_state.replace(target=arrays["target"], **arrays["state"])
+        return state, json_items["data"], json_items["meta"]
+
+    def check_errors(self) -> None:
+        """Raises the error of a background save, if one failed; never waits."""
+        # Orbax's `check_for_errors` finds nothing once the save has ended, since the
+        # manager's own thread has taken the error by then (0.12.8).
+        if not self._manager.is_saving_in_progress():
+            self.wait()
+
+    def wait(self) -> None:
+        """Waits until the running save is on disk; raises its error."""
+        with self._naming_the_folder():
+            self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits for the running save, then frees threads and files."""
+        with self._naming_the_folder():
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _naming_the_folder(self):
+        try:
+            yield
+        except Exception as error:
+            error.add_note(
+                f"while saving a checkpoint to {self._folder}: "
+                "check the free space and the permissions there"
+            )
+            raise
+
+
+def restore_target(path: str, step: int | None = None) -> tuple[Any, dict[str, Any]]:
+    """Restores the target encoder alone, without knowing the model beforehand.
+
+    Args:
+      path: a workdir or its `checkpoints` folder, local or remote.
+      step: a saved step; None takes the latest.
+
+    Returns:
+      (target_params, meta): nested dictionaries of arrays, each whole on the first
+      device of this process, in the dtypes saved; and the run's description.
+
+    Raises:
+      UserError: no such folder, no checkpoint in it, no such step, no target encoder in
+        it, or written by a newer release.
+    """
+    folder = _absolute(path)
+    if not folder.is_dir():
+        raise UserError(f"no such folder: {folder}; give the workdir of a training run")
+    if (folder / FOLDER).is_dir():
+        folder = folder / FOLDER
+    # Not `read_only`, which warns three times; a manager that never saves only reads.
+    options = ocp.CheckpointManagerOptions(create=False)
+    with ocp.CheckpointManager(
+        folder, options=options, handler_registry=_handler_registry()
+    ) as manager:
+        if step is None:
+            step = manager.latest_step()
+        if step is None:
+            raise UserError(
+                f"no checkpoint in {folder}; give the workdir of a training run that "
+                "has saved one"
+            )
+        _require_step(manager, step)
+        stored = manager.item_metadata(step)
+        if "meta" not in stored or stored.get("target") is None:
+            raise UserError(
+                f"no target encoder in {folder / str(step)}; give a checkpoint that "
+                "vjepa_jax wrote"
+            )
+        meta = manager.restore(
+            step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
+        )["meta"]
+        _require_format(folder / str(step), meta)
+        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        abstract = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(
+                leaf.shape, leaf.dtype, sharding=sharding
+            ),
+            stored["target"].tree,
+        )
+        target = manager.restore(
+            step, args=ocp.args.Composite(target=ocp.args.StandardRestore(abstract))
+        )["target"]
+    return target, meta
+
+
+def quiet_orbax() -> None:
+    """Drops Orbax's progress messages (tens of lines a save); warnings stay.
+
+    For entry points: it filters the process's absl logger.
+    """
+    logger = logging.getLogger("absl")
+    if _is_wanted not in logger.filters:
+        logger.addFilter(_is_wanted)
+
+
+def _is_wanted(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.WARNING or "/orbax/" not in record.pathname
+
+
+def _absolute(path: str) -> epath.Path:
+    # Orbax refuses relative paths, and only local ones can be relative.
+    if "://" in str(path):
+        return epath.Path(path)
+    return epath.Path(path).expanduser().resolve()
+
+
+def _handler_registry() -> ocp.handlers.DefaultCheckpointHandlerRegistry:
+    """Names the items' types, so that metadata can be read before any restore."""
+    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+    for item in ("state", "target"):
+        handler = ocp.StandardCheckpointHandler()
+        registry.add(item, ocp.args.StandardSave, handler)
+        registry.add(item, ocp.args.StandardRestore, handler)
+    for item in ("data", "meta"):
+        handler = ocp.JsonCheckpointHandler()
+        registry.add(item, ocp.args.JsonSave, handler)
+        registry.add(item, ocp.args.JsonRestore, handler)
+    return registry
+
+
+def _provenance() -> dict[str, Any]:
+    return {
+        "format_version": FORMAT_VERSION,
+        "versions": {
+            "vjepa_jax": vjepa_jax.__version__,
+            "jax": jax.__version__,
+            "orbax": ocp.__version__,
+        },
+    }
+
+
+def _require_step(manager: ocp.CheckpointManager, step: int) -> None:
+    steps = sorted(manager.all_steps())
+    if step not in steps:
+        there = ", ".join(map(str, steps)) or "none"
+        raise UserError(
+            f"no checkpoint of step {step} in {manager.directory}; saved steps: {there}"
+        )
+
+
+def _require_format(folder: epath.Path, meta: dict[str, Any]) -> None:
+    version = meta.get("format_version")
+    if version is None or version > FORMAT_VERSION:
+        raise UserError(
+            f"{folder} has checkpoint format {version}, this release reads up to "
+            f"{FORMAT_VERSION}; install the release that wrote it "
+            f"({meta.get('versions')})"
+        )
+
+
+def _require_fit(folder: epath.Path, *, stored: Any, wanted: Any) -> None:
+    stored, wanted = _describe(stored), _describe(wanted)
+    differing = [
+        f"{name}: in checkpoint {stored.get(name, 'missing')}, "
+        f"in model {wanted.get(name, 'missing')}"
+        for name in sorted(stored.keys() | wanted.keys())
+        if stored.get(name) != wanted.get(name)
+    ]
+    if not differing:
+        return
+    listed = differing[:_MAX_LISTED]
+    if len(differing) > len(listed):
+        listed.append(f"and {len(differing) - len(listed)} more")
+    raise UserError(
+        f"{folder} does not fit this model ({len(differing)} arrays differ); train "
+        "with the config it was written with, or choose a new workdir:\n  "
+        + "\n  ".join(listed)
+    )
+
+
+def _describe(tree: Any) -> dict[str, str]:
+    """Maps each leaf's path to its type, e.g. `params/encoder/bias: float32[64]`.
+
+    Attribute and dictionary keys look alike, since Orbax stores named tuples as
+    dictionaries.
+    """
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): (
+            f"{jax.numpy.dtype(leaf.dtype).name}[{','.join(map(str, leaf.shape))}]"
+        )
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }

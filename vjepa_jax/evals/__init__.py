@@ -1,0 +1,1 @@
+"""Evaluations of frozen features; each is a function of features and a dataset."""

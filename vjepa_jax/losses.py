@@ -1,0 +1,78 @@
+"""The V-JEPA objective, regularisers against collapse, and statistics that show it."""
+
+import jax
+import jax.numpy as jnp
+
+
+def normalise_target(h: jax.Array, eps: float = 1e-5) -> jax.Array:
+    """Layer-normalise without parameters over channels, in fp32: [..., D] -> [..., D].
+
+    The official code does so with the target encoder's output (`app/vjepa/train.py`).
+    """
+    h = h.astype(jnp.float32)
+    mean = h.mean(-1, keepdims=True)
+    variance = jnp.square(h - mean).mean(-1, keepdims=True)
+    return (h - mean) * jax.lax.rsqrt(variance + eps)
+
+
+def regression(prediction: jax.Array, target: jax.Array, exponent: float = 1.0):
+    """Return the mean of |prediction - target|^p / p in fp32 (V-JEPA eq. 2; p = 1).
+
+    Args:
+      prediction: [B, M, D].
+      target: [B, M, D], normalised.
+      exponent: p.
+    """
+    error = jnp.abs(prediction.astype(jnp.float32) - target.astype(jnp.float32))
+    if exponent == 1.0:
+        return error.mean()
+    return (error**exponent).mean() / exponent
+
+
+def variance_covariance(
+    z: jax.Array, std: float = 1.0, eps: float = 1e-4
+) -> tuple[jax.Array, jax.Array]:
+    """Return VICReg's variance and covariance terms of tokens (arXiv 2105.04906, §4.1).
+
+    Args:
+      z: [..., D]; all leading axes are samples.
+      std: the standard deviation below which a channel is punished.
+      eps: added to the variance for a finite gradient.
+
+    Returns:
+      Mean over channels of relu(std - sqrt(Var + eps)); sum of squared off-diagonal
+      covariances divided by D. Both fp32 scalars.
+    """
+    z = z.astype(jnp.float32).reshape(-1, z.shape[-1])
+    z = z - z.mean(0)
+    covariance = z.T @ z / (z.shape[0] - 1)
+    variance = jnp.diagonal(covariance)
+    hinge = jax.nn.relu(std - jnp.sqrt(variance + eps)).mean()
+    off_diagonal = jnp.square(covariance).sum() - jnp.square(variance).sum()
+    return hinge, off_diagonal / z.shape[-1]
+
+
+def collapse_statistics(h: jax.Array, max_tokens: int = 4096) -> dict[str, jax.Array]:
+    """Describe the spread of features: a collapsed encoder shows in all three numbers.
+
+    Args:
+      h: [B, N, D] features.
+      max_tokens: at most about so many tokens, evenly spaced, enter the statistics.
+
+    Returns:
+      `std`: mean over channels of the standard deviation over tokens;
+      `effective_rank`: participation ratio (tr C)^2 / tr(C^2) of the covariance, 1..D;
+      `cosine`: mean cosine similarity of a token to the mean token.
+    """
+    h = h.astype(jnp.float32).reshape(-1, h.shape[-1])
+    h = h[:: max(1, h.shape[0] // max_tokens)]
+    mean = h.mean(0)
+    centred = h - mean
+    covariance = centred.T @ centred / h.shape[0]
+    norms = jnp.linalg.norm(h, axis=-1) * jnp.linalg.norm(mean)
+    return {
+        "std": jnp.sqrt(jnp.diagonal(covariance)).mean(),
+        "effective_rank": jnp.square(jnp.trace(covariance))
+        / jnp.maximum(jnp.square(covariance).sum(), 1e-12),
+        "cosine": ((h @ mean) / jnp.maximum(norms, 1e-12)).mean(),
+    }

@@ -1,0 +1,319 @@
+"""Numbers of a run: metric files, the console line, and where the time goes.
+
+The only file that knows TensorBoard. A metric's *step* is the number of updates
+finished when it was measured, so that a run resumed from the checkpoint of step k
+repeats the metrics of steps above k and no others.
+"""
+
+import contextlib
+import json
+import math
+import os
+import pathlib
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any, TextIO
+
+import jax
+import tensorboardX
+
+from vjepa_jax import distributed
+
+FILE = "metrics.jsonl"
+TENSORBOARD_FOLDER = "tensorboard"
+
+
+class MetricWriter:
+    """Writes scalars to JSON lines, TensorBoard and the console; a context manager.
+
+    Only the main process writes; on the others nothing happens.
+    """
+
+    def __init__(
+        self,
+        workdir: str,
+        *,
+        total_steps: int,
+        start_step: int = 0,
+        stream: TextIO | None = None,
+    ):
+        """Opens the files in `workdir` and drops what an interrupted run left above.
+
+        Args:
+          workdir: local folder of the run; made where it is missing.
+          total_steps: updates of the whole run, for the console line.
+          start_step: updates already finished, the step of the restored checkpoint.
+            Metrics of later steps are dropped, since they are measured again.
+          stream: where the console line goes; None is the standard error output.
+        """
+        self._is_main = distributed.is_main()
+        if not self._is_main:
+            return
+        folder = pathlib.Path(workdir)
+        folder.mkdir(parents=True, exist_ok=True)
+        _drop_after(folder / FILE, start_step)
+        self._file = open(folder / FILE, "a", encoding="utf-8")  # noqa: SIM115
+        self._tensorboard = tensorboardX.SummaryWriter(
+            str(folder / TENSORBOARD_FOLDER),
+            # From this step on, TensorBoard hides what earlier processes wrote.
+            purge_step=start_step + 1,
+            flush_secs=10,
+        )
+        self._progress = ProgressLine(total_steps, stream or sys.stderr)
+
+    def __enter__(self) -> "MetricWriter":
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        self.close()
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Writes the scalars measured at `step`.
+
+        Args:
+          step: number of finished updates.
+          scalars: name to number (or array of one element). JSON has no NaN and no
+            infinity: both are written as null, under their names.
+        """
+        if not self._is_main:
+            return
+        values = {name: float(value) for name, value in scalars.items()}
+        finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
+        self._file.write(json.dumps({"step": int(step)} | finite) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._tensorboard.add_scalar(name, value, step)
+        self._progress.show(step, values)
+
+    def close(self) -> None:
+        """Flushes and closes the files, and ends the console line."""
+        if not self._is_main:
+            return
+        self._progress.close()
+        self._tensorboard.close()
+        self._file.close()
+
+
+def read_metrics(path: str) -> list[dict[str, float]]:
+    """Reads the metrics of a run, for plots.
+
+    Args:
+      path: a workdir, or its `metrics.jsonl`.
+
+    Returns:
+      One dictionary a line, in the order written: `step` (int) and the scalars that
+      were measured then; null is read as NaN. A line cut off by a kill is left out.
+
+    Raises:
+      FileNotFoundError: no such file.
+    """
+    file = pathlib.Path(path)
+    if file.is_dir():
+        file = file / FILE
+    rows = [row for _, row in _rows(file)]
+    return [{k: math.nan if v is None else v for k, v in row.items()} for row in rows]
+
+
+# What the console line shows, in this order; the time left follows.
+_SHOWN = {
+    "train/loss": "loss {:.4f}",
+    "train/learning_rate": "learning rate {:.2e}",
+    "perf/clips_per_second": "{:.1f} clips/s",
+    "data/wait_fraction": "data wait {:.0%}",
+}
+
+
+class ProgressLine:
+    """One line that tells how a run goes.
+
+    On a terminal it is rewritten in place; elsewhere each update is a line of its own.
+    """
+
+    def __init__(self, total_steps: int, stream: TextIO):
+        """Sets the number of updates of the whole run, and where the line goes."""
+        self._total_steps = total_steps
+        self._stream = stream
+        self._in_place = stream.isatty()
+        self._width = 0
+
+    def show(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Shows the step and those of the scalars that it knows; others are ignored."""
+        line = self.format(step, scalars)
+        if self._in_place:
+            # Blanks cover the rest of a longer line shown before.
+            self._stream.write("\r" + line.ljust(self._width))
+            self._width = len(line)
+        else:
+            self._stream.write(line + "\n")
+        self._stream.flush()
+
+    def close(self) -> None:
+        """Leaves the last line standing and moves below it."""
+        if self._in_place and self._width:
+            self._stream.write("\n")
+            self._stream.flush()
+        self._width = 0
+
+    def format(self, step: int, scalars: Mapping[str, float]) -> str:
+        """The line's text, e.g. `step 20/100  loss 0.4321  left 1 m 20 s`."""
+        parts = [f"step {step}/{self._total_steps}"]
+        for name, template in _SHOWN.items():
+            if name in scalars:
+                parts.append(template.format(scalars[name]))
+        if "perf/seconds_left" in scalars:
+            parts.append("left " + _duration(scalars["perf/seconds_left"]))
+        return "  ".join(parts)
+
+
+class StepClock:
+    """Accounts for the wall time between two log steps.
+
+    The loop wraps its parts in `measure`; what it does not wrap counts as `other`.
+    Steps run asynchronously: their time shows where the host waits for their results,
+    so measure that wait as `step` too.
+    """
+
+    PARTS = ("data", "step", "checkpoint")
+
+    def __init__(
+        self,
+        *,
+        total_steps: int,
+        batch_size: int,
+        start_step: int = 0,
+        flops_per_clip: float | None = None,
+        peak_flops: float | None = None,
+    ):
+        """Starts the first window.
+
+        Args:
+          total_steps: updates of the whole run.
+          batch_size: clips per update, over all processes.
+          start_step: updates already finished.
+          flops_per_clip: FLOPs of one update per clip, as from
+            `flops.train_step_flops`; None leaves out what depends on it.
+          peak_flops: FLOP/s of all devices of the run together; None, on devices whose
+            peak is not known, leaves out `perf/mfu`.
+        """
+        self._total_steps = total_steps
+        self._batch_size = batch_size
+        self._flops_per_clip = flops_per_clip
+        self._peak_flops = peak_flops
+        self._last_step = start_step
+        self._num_windows = 0
+        self._seconds_per_step = math.nan
+        self._start_window()
+
+    def _start_window(self) -> None:
+        self._window_start = time.perf_counter()
+        self._seconds = dict.fromkeys(self.PARTS, 0.0)
+
+    @contextlib.contextmanager
+    def measure(self, part: str) -> Iterator[None]:
+        """Adds the time spent inside to `part`, one of `PARTS`; do not nest."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[part] += time.perf_counter() - start
+
+    def window(self, step: int) -> dict[str, float]:
+        """Ends the window at `step` finished updates and starts the next.
+
+        Returns:
+          `perf/steps_per_second`, `perf/clips_per_second`, `perf/seconds_left` (an
+          estimate for the rest of the run); of the window's wall time,
+          `data/wait_fraction`, `perf/step_fraction`, `perf/checkpoint_fraction` and
+          `perf/other_fraction`; with FLOPs known `perf/tflops_per_second` (1e12, of all
+          devices together) and, with the peak known, `perf/mfu` (0 to 1).
+
+        Raises:
+          ValueError: no update was finished in this window.
+        """
+        num_steps = step - self._last_step
+        if num_steps <= 0:
+            raise ValueError(f"window ends at {step}, but began at {self._last_step}")
+        elapsed = time.perf_counter() - self._window_start
+        steps_per_second = num_steps / elapsed
+        scalars = {
+            "perf/steps_per_second": steps_per_second,
+            "perf/clips_per_second": steps_per_second * self._batch_size,
+            "perf/seconds_left": self._estimate_left(step, elapsed / num_steps),
+            "data/wait_fraction": self._seconds["data"] / elapsed,
+            "perf/step_fraction": self._seconds["step"] / elapsed,
+            "perf/checkpoint_fraction": self._seconds["checkpoint"] / elapsed,
+            "perf/other_fraction": max(
+                0.0, 1.0 - sum(self._seconds.values()) / elapsed
+            ),
+        }
+        if self._flops_per_clip is not None:
+            flops = self._flops_per_clip * scalars["perf/clips_per_second"]
+            scalars["perf/tflops_per_second"] = flops / 1e12
+            if self._peak_flops is not None:
+                scalars["perf/mfu"] = flops / self._peak_flops
+        self._last_step = step
+        self._start_window()
+        return scalars
+
+    def _estimate_left(self, step: int, seconds_per_step: float) -> float:
+        # The first window holds the compilation, so the second replaces it; from then
+        # on the speed is smoothed, since one slow window says little about the rest.
+        self._num_windows += 1
+        weight = 1.0 if self._num_windows <= 2 else 0.3
+        previous = 0.0 if weight == 1.0 else self._seconds_per_step
+        self._seconds_per_step = weight * seconds_per_step + (1 - weight) * previous
+        return self._seconds_per_step * (self._total_steps - step)
+
+
+def memory_scalars() -> dict[str, float]:
+    """Peak memory since the start of this process, in GiB.
+
+    Returns:
+      `perf/host_peak_gib` (resident memory of this process without its workers) and,
+      where the back end reports it, `perf/device_peak_gib` (the fullest local device).
+    """
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    unit = 1 if sys.platform == "darwin" else 1024
+    scalars = {"perf/host_peak_gib": peak * unit / 2**30}
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    peaks = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
+    if peaks:
+        scalars["perf/device_peak_gib"] = max(peaks) / 2**30
+    return scalars
+
+
+def _duration(seconds: float) -> str:
+    """Two leading units, e.g. `3 d 4 h`, `1 m 20 s`."""
+    if not math.isfinite(seconds):
+        return "?"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    units = [(days, "d"), (hours, "h"), (minutes, "m"), (seconds, "s")]
+    while len(units) > 1 and units[0][0] == 0:
+        units.pop(0)
+    return " ".join(f"{count} {unit}" for count, unit in units[:2])
+
+
+def _rows(file: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields the complete lines of a metrics file, as text and as dictionaries."""
+    with open(file, encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if line.endswith("\n") and isinstance(row, dict) and "step" in row:
+                yield line, row
+
+
+def _drop_after(file: pathlib.Path, step: int) -> None:
+    """Removes lines of later steps, and incomplete ones, in one atomic replacement."""
+    if not file.exists():
+        return
+    kept = "".join(line for line, row in _rows(file) if row["step"] <= step)
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(kept, encoding="utf-8")
+    os.replace(temporary, file)

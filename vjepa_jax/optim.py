@@ -1,0 +1,104 @@
+"""Schedules as functions of the step, and AdamW as the official code configures it."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+Schedule = Callable[[jax.Array | int], jax.Array]
+
+
+def warmup_cosine(
+    start: float, peak: float, end: float, warmup_steps: int, decay_steps: int
+) -> Schedule:
+    """Rise linearly from `start` to `peak`, then fall along a cosine to `end`.
+
+    The official schedules count before they are read: the first update uses step 1
+    (`src/utils/schedulers.py`), hence `schedule(0)` is one step into the warm-up.
+
+    Args:
+      start, peak, end: values; `start` is only met when there is a warm-up.
+      warmup_steps: steps of the rise.
+      decay_steps: step at which `end` is reached; later steps stay there.
+    """
+
+    def schedule(step):
+        s = jnp.asarray(step, jnp.float32) + 1
+        rise = start + (s / max(warmup_steps, 1)) * (peak - start)
+        progress = (s - warmup_steps) / max(decay_steps - warmup_steps, 1)
+        cosine = 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(progress, 0, 1)))
+        return jnp.where(s < warmup_steps, rise, end + (peak - end) * cosine)
+
+    return schedule
+
+
+def cosine(start: float, end: float, decay_steps: int) -> Schedule:
+    """Move from `start` to `end` along a half cosine (the weight decay's schedule)."""
+    return warmup_cosine(start, start, end, 0, decay_steps)
+
+
+def linear(start: float, end: float, decay_steps: int) -> Schedule:
+    """Move linearly from `start` at step 0 to `end` (the EMA momentum's schedule)."""
+
+    def schedule(step):
+        progress = jnp.asarray(step, jnp.float32) / max(decay_steps, 1)
+        return start + jnp.minimum(progress, 1) * (end - start)
+
+    return schedule
+
+
+def decay_mask(params):
+    """Mark what weight decay applies to: a tree of bools shaped like `params`.
+
+    As in the official code, everything decays but biases and norm scales (one
+    dimension per layer). Mask tokens do decay there.
+    """
+
+    def decays(path, leaf):
+        name = path[-1].key if hasattr(path[-1], "key") else path[-1].name
+        return name not in ("bias", "scale")
+
+    return jax.tree_util.tree_map_with_path(decays, params)
+
+
+def make_optimizer(
+    learning_rate: Schedule,
+    weight_decay: Schedule,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    clip_norm: float = 0.0,
+) -> optax.GradientTransformation:
+    """Make AdamW with decay decoupled but multiplied by the rate, as PyTorch's is.
+
+    Args:
+      learning_rate, weight_decay: schedules of the step.
+      b1, b2, eps: Adam's constants.
+      clip_norm: largest global norm of each module's gradient (encoder, predictor
+        apart, as V-JEPA does); 0 does not clip.
+    """
+    parts = [
+        optax.scale_by_adam(b1, b2, eps),
+        optax.add_decayed_weights(weight_decay, mask=decay_mask),
+        optax.scale_by_learning_rate(learning_rate),
+    ]
+    if clip_norm:
+        parts.insert(0, clip_by_module_norm(clip_norm))
+    return optax.chain(*parts)
+
+
+def clip_by_module_norm(max_norm: float) -> optax.GradientTransformation:
+    """Clip each top-level entry of the gradient to its own global norm."""
+
+    def update(updates, state, params=None):
+        del params
+        clipped = {
+            name: optax.clip_by_global_norm(max_norm).update(tree, optax.EmptyState())[
+                0
+            ]
+            for name, tree in updates.items()
+        }
+        return clipped, state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
