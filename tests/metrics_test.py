@@ -152,7 +152,7 @@ def test_only_the_main_process_writes(tmp_path, monkeypatch):
 
 SCALARS = {
     "train/loss": 0.51234,
-    "train/learning_rate": 1.5e-4,
+    "optim/learning_rate": 1.5e-4,
     "perf/clips_per_second": 240.04,
     "data/wait_fraction": 0.031,
     "perf/seconds_left": 80.0,

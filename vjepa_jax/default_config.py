@@ -5,9 +5,234 @@ changes the rest (`--config.optim.learning_rate=1e-3`). The config is locked, so
 misspelt key fails with a suggestion.
 """
 
+from typing import Any
+
+from ml_collections import ConfigDict
+
 
 class UserError(ValueError):
-    """Something that the user can mend: the message is one line naming it and the mend.
+    """Something that the user can mend: the message names the thing and the mend.
 
     Entry points print it without a traceback and exit with code 2.
     """
+
+
+def mask(**fields: Any) -> ConfigDict:
+    """Return the config of one mask type: V-JEPA's short-range mask, changed."""
+    config = ConfigDict()
+    config.kind = "multiblock"  # or `tube`
+    config.num_blocks = 8  # boxes hidden per clip
+    config.spatial_scale = (0.15, 0.15)  # (low, high) share of a frame per box
+    config.temporal_scale = (1.0, 1.0)  # (low, high) share of the clip's length
+    config.aspect_ratio = (0.75, 1.5)  # (low, high) height over width
+    config.max_temporal_keep = 1.0  # tokens after this share of the clip are hidden
+    config.mode = "official"  # or `unbiased`, see masking.py
+    config.group_size = 24  # batch whose trimming the default budgets imitate
+    config.num_context = 0  # visible tokens kept per clip; 0: from group_size
+    config.num_target = 0  # hidden tokens predicted per clip; 0: from group_size
+    config.update(fields)
+    return config
+
+
+def get_config() -> ConfigDict:
+    """Return the defaults: V-JEPA's recipe with a ViT-L/16 at 16x224."""
+    config = ConfigDict()
+    config.seed = 0  # of initialisation, data order, augmentation and masks
+    config.total_steps = 90_000  # updates of the whole run
+    config.batch_size = 3072  # clips per update over all devices
+    config.accumulate_steps = 1  # microbatches per update; divides batch_size
+
+    config.mesh = ConfigDict()
+    config.mesh.data = -1  # devices that split the batch only; -1 fills
+    config.mesh.fsdp = 1  # devices that split the parameters too; -1 fills
+
+    config.data = ConfigDict()
+    config.data.path = ""  # folder of videos, or list of `path label` lines
+    config.data.num_workers = 8  # decoding processes per host; 0: in this process
+    config.data.prefetch_batches = 2  # batches decoded ahead by each worker
+    config.data.num_frames = 16  # frames per clip
+    config.data.frame_step = 4  # video frames between clip frames; 0: use fps
+    config.data.fps = 0.0  # clip frames per second of video; 0: use frame_step
+    config.data.resolution = 224  # side of the clip in pixels
+    config.data.crop_scale = (0.3, 1.0)  # (low, high) share of the frame's area
+    config.data.crop_aspect_ratio = (0.75, 1.35)  # (low, high) width over height
+    config.data.flip_probability = 0.5  # of mirroring a clip, 0..1
+    config.data.max_bad_fraction = 0.05  # unreadable share that ends the run
+
+    config.world = ConfigDict()  # the synthetic world, rendered where path is set
+    config.world.path = ""  # its folder; "": the data is not the world
+    config.world.seed = 0  # of the clips
+    config.world.pretrain_videos = 4096  # videos to pretrain on
+    config.world.probe_train_videos = 2200  # labelled videos to fit probes
+    config.world.probe_test_videos = 1100  # labelled videos to judge probes
+    config.world.hidden_train_videos = 1000  # videos of occlusions, to fit
+    config.world.hidden_test_videos = 500  # videos of occlusions, to judge
+    config.world.size = 32  # side in pixels, even
+    config.world.num_frames = 16  # frames per video
+
+    config.model = ConfigDict()
+    config.model.pos_embed = "sincos"  # or `rope`
+    config.model.scan_layers = True  # compile one block and loop, or unroll
+    config.model.remat = "none"  # what backward recomputes: none, dots, full, ...
+    config.model.attention = "xla"
+    config.model.dtype = "bfloat16"  # of the computation; parameters are float32
+    config.model.encoder = ConfigDict()
+    config.model.encoder.size = "large"  # see models/registry.py
+    config.model.encoder.patch_size = 16  # pixels
+    config.model.encoder.tubelet_size = 2  # frames
+    config.model.predictor = ConfigDict()
+    config.model.predictor.depth = 12
+    config.model.predictor.width = 384
+    config.model.predictor.num_heads = 16
+
+    config.masks = ConfigDict()  # mask types by name, each one context and prediction
+    config.masks.short = mask()
+    config.masks.long = mask(num_blocks=2, spatial_scale=(0.7, 0.7))
+
+    config.objective = ConfigDict()
+    config.objective.exponent = 1.0  # p of the regression |error|^p / p
+    config.objective.variance_weight = 0.0  # of VICReg's terms on the context
+    config.objective.covariance_weight = 0.0  # encoder's tokens; 0 is V-JEPA
+
+    config.optim = ConfigDict()
+    config.optim.start_learning_rate = 2e-4  # at step 0 of the warm-up
+    config.optim.learning_rate = 6.25e-4  # peak
+    config.optim.final_learning_rate = 1e-6  # at schedule_scale * total_steps
+    config.optim.warmup_steps = 12_000
+    config.optim.weight_decay = 0.04  # at the start
+    config.optim.final_weight_decay = 0.4  # at schedule_scale * total_steps
+    config.optim.schedule_scale = 1.25  # schedules' length over the run's
+    config.optim.b1 = 0.9
+    config.optim.b2 = 0.999
+    config.optim.eps = 1e-8
+    config.optim.clip_norm = 10.0  # largest gradient norm per module; 0: no clip
+
+    config.ema = ConfigDict()  # momentum of the target encoder
+    config.ema.start = 0.998
+    config.ema.end = 1.0  # at schedule_scale * total_steps
+
+    config.checkpoint = ConfigDict()
+    config.checkpoint.every_steps = 1000
+    config.checkpoint.keep = 2  # the latest ones
+
+    config.log = ConfigDict()
+    config.log.every_steps = 50
+    return config.lock()
+
+
+# What may differ when a run continues: it changes how the run computes or reports, not
+# what it computes.
+OPERATIONAL = (
+    "mesh.",
+    "checkpoint.",
+    "log.",
+    "accumulate_steps",
+    "data.num_workers",
+    "data.prefetch_batches",
+    "data.max_bad_fraction",
+    "data.path",
+    "world.path",
+    "model.scan_layers",
+    "model.remat",
+    "model.attention",
+)
+
+
+def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return {"a.b.c": value} for a nested dict; lists become tuples."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = tuple(value) if isinstance(value, list) else value
+    return flat
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """List the keys, with values, in which two runs would compute different things."""
+    old, new = flatten(old), flatten(new)
+    return [
+        f"{key}: {old.get(key, 'absent')} -> {new.get(key, 'absent')}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not key.startswith(OPERATIONAL)
+    ]
+
+
+def _require(is_met: bool, key: str, value: Any, mend: str) -> None:
+    if not is_met:
+        raise UserError(f"config.{key}={value!r} is out of range: {mend}")
+
+
+def validate(config: ConfigDict) -> None:
+    """Check values against each other and their ranges.
+
+    Raises:
+      UserError: names the key, its value and what it may be.
+    """
+    flat = flatten(config.to_dict())
+    positive = (
+        "total_steps batch_size accumulate_steps data.num_frames data.resolution "
+        "data.prefetch_batches model.encoder.patch_size model.encoder.tubelet_size "
+        "model.predictor.depth model.predictor.width model.predictor.num_heads "
+        "checkpoint.every_steps checkpoint.keep log.every_steps optim.learning_rate "
+        "optim.schedule_scale optim.eps objective.exponent"
+    )
+    for key in positive.split():
+        _require(flat[key] > 0, key, flat[key], "give a positive number")
+    not_negative = (
+        "seed data.num_workers optim.warmup_steps optim.start_learning_rate "
+        "optim.final_learning_rate optim.weight_decay optim.final_weight_decay "
+        "optim.clip_norm objective.variance_weight objective.covariance_weight"
+    )
+    for key in not_negative.split():
+        _require(flat[key] >= 0, key, flat[key], "give zero or a positive number")
+    for key in ("ema.start", "ema.end", "data.flip_probability"):
+        _require(0 <= flat[key] <= 1, key, flat[key], "give a number from 0 to 1")
+    choices = {
+        "model.pos_embed": ("sincos", "rope"),
+        "model.dtype": ("float32", "bfloat16"),
+        "model.attention": ("xla",),
+        "model.remat": ("none", "full", "dots", "dots_no_batch"),
+    }
+    for key, known in choices.items():
+        _require(flat[key] in known, key, flat[key], f"known: {', '.join(known)}")
+    for side, length, part in (
+        ("data.resolution", flat["data.resolution"], "model.encoder.patch_size"),
+        ("data.num_frames", flat["data.num_frames"], "model.encoder.tubelet_size"),
+    ):
+        mend = f"take a multiple of {part}={flat[part]}"
+        _require(length % flat[part] == 0, side, length, mend)
+    heads, width = (flat[f"model.predictor.{k}"] for k in ("num_heads", "width"))
+    mend = f"take a divisor of model.predictor.width={width}"
+    _require(width % heads == 0, "model.predictor.num_heads", heads, mend)
+    _require(len(config.masks) > 0, "masks", {}, "name at least one mask type")
+    for name, spec in config.masks.items():
+        _validate_mask(f"masks.{name}", spec)
+    _require(bool(config.data.path), "data.path", "", "a folder of videos or a list")
+
+
+def _validate_mask(prefix: str, spec: ConfigDict) -> None:
+    _require(
+        spec.kind in ("multiblock", "tube"),
+        f"{prefix}.kind",
+        spec.kind,
+        "known: multiblock, tube",
+    )
+    _require(
+        spec.mode in ("official", "unbiased"),
+        f"{prefix}.mode",
+        spec.mode,
+        "known: official, unbiased",
+    )
+    for key in ("spatial_scale", "temporal_scale"):
+        low, high = spec[key]
+        mend = "give (low, high) with 0 < low <= high <= 1"
+        _require(0 < low <= high <= 1, f"{prefix}.{key}", spec[key], mend)
+    low, high = spec.aspect_ratio
+    mend = "give (low, high) with 0 < low <= high"
+    _require(0 < low <= high, f"{prefix}.aspect_ratio", spec.aspect_ratio, mend)
+    keep = spec.max_temporal_keep
+    _require(0 < keep <= 1, f"{prefix}.max_temporal_keep", keep, "give 0 < x <= 1")
+    for key in ("num_blocks", "group_size"):
+        _require(spec[key] > 0, f"{prefix}.{key}", spec[key], "give a positive number")

@@ -119,7 +119,7 @@ def read_metrics(path: str) -> list[dict[str, float]]:
 # What the console line shows, in this order; the time left follows.
 _SHOWN = {
     "train/loss": "loss {:.4f}",
-    "train/learning_rate": "learning rate {:.2e}",
+    "optim/learning_rate": "learning rate {:.2e}",
     "perf/clips_per_second": "{:.1f} clips/s",
     "data/wait_fraction": "data wait {:.0%}",
 }

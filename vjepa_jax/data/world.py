@@ -55,6 +55,8 @@ class World:
     num_frames: int = 16
     num_companions: int = 1
     companion_speed: float = 0.015
+    main_radius: tuple[float, float] = (0.13, 0.16)
+    companion_radius: tuple[float, float] = (0.06, 0.08)
     camera_speed: float = 0.03
     still_fraction: float = 0.3
     background_contrast: float = 0.12
@@ -112,7 +114,7 @@ class Clip:
 
 def _rgb(rng: np.random.Generator, value: tuple[float, float], n: int) -> np.ndarray:
     """Draw n colours of random hue and saturation with brightness in `value`: [n, 3]."""
-    hue, saturation = rng.uniform(0, 1, (n, 1)), rng.uniform(0.3, 1.0, (n, 1))
+    hue, saturation = rng.uniform(0, 1, (n, 1)), rng.uniform(0.2, 0.7, (n, 1))
     brightness = rng.uniform(*value, (n, 1))
     ramp = np.abs((hue * 6 + np.array([0.0, 4.0, 2.0])) % 6 - 3) - 1
     return brightness * (1 - saturation * (1 - np.clip(ramp, 0, 1)))
@@ -138,10 +140,13 @@ def draw_scene(world: World, rng: np.random.Generator) -> Scene:
     """Draw the middle frame; the class is not an argument, and that is the point."""
     count = 1 + world.num_companions
     radius = np.concatenate(
-        [rng.uniform(0.13, 0.16, 1), rng.uniform(0.08, 0.10, count - 1)]
+        [
+            rng.uniform(*world.main_radius, 1),
+            rng.uniform(*world.companion_radius, count - 1),
+        ]
     )
     position = np.empty((count, 2))
-    position[0] = rng.uniform(0.3, 0.7, 2)
+    position[0] = rng.uniform(0.38, 0.62, 2)
     # The occluder stands beside the main object, on the side with room to come out.
     axis = int(rng.integers(2))
     side = 1.0 if position[0, axis] < 0.5 else -1.0
@@ -168,16 +173,16 @@ def draw_scene(world: World, rng: np.random.Generator) -> Scene:
         radius=radius,
         angle=rng.uniform(0, 2 * math.pi, count),
         shape=rng.integers(len(SHAPES), size=count),
-        colours=np.stack([_rgb(rng, (0.75, 1.0), count), _rgb(rng, (0.2, 0.5), count)])
+        colours=np.stack([_rgb(rng, (0.85, 1.0), count), _rgb(rng, (0.5, 0.7), count)])
         .swapaxes(0, 1)
         .copy(),
         stripes=np.stack(
             [rng.uniform(0.8, 1.6, count), rng.uniform(0, 2 * math.pi, count)], 1
         ),
         occluder=occluder,
-        occluder_colours=_rgb(rng, (0.3, 0.8), 2),
+        occluder_colours=_rgb(rng, (0.2, 0.5), 2),
         waves=np.concatenate([frequency, phase, amplitude], 1),
-        background=_rgb(rng, (0.2, 0.6), 1)[0],
+        background=_rgb(rng, (0.1, 0.35), 1)[0],
         camera=speed * np.array([math.cos(heading), math.sin(heading)]),
         light=np.array(
             [rng.uniform(0, world.light_change), rng.uniform(0, 2 * math.pi)]
@@ -378,7 +383,10 @@ def render(world: World, scene: Scene, motion: Motion, label: int) -> Clip:
 
 
 def make_clip(
-    world: World, seed: int, index: int, classes: tuple[str, ...] = CLASSES
+    world: World,
+    seed: int | tuple[int, ...],
+    index: int,
+    classes: tuple[str, ...] = CLASSES,
 ) -> Clip:
     """Make clip `index` of the stream `seed`; the classes take turns.
 
@@ -386,6 +394,9 @@ def make_clip(
     same scene can be seen under every class (tests do).
     """
     label = CLASSES.index(classes[index % len(classes)])
-    scene = draw_scene(world, np.random.default_rng([seed, index, 0]))
-    motion = draw_motion(world, scene, label, np.random.default_rng([seed, index, 1]))
+    scene_rng, motion_rng = (
+        np.random.default_rng([*np.atleast_1d(seed), index, part]) for part in (0, 1)
+    )
+    scene = draw_scene(world, scene_rng)
+    motion = draw_motion(world, scene, label, motion_rng)
     return render(world, scene, motion, label)

@@ -1,0 +1,51 @@
+"""What every command shares: flags, one-line errors, exit codes."""
+
+import sys
+from collections.abc import Callable
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from vjepa_jax.default_config import UserError
+
+EXIT_USER_ERROR = 2
+
+
+def define_config_flag() -> flags.FlagHolder:
+    """Define `--config=FILE.py[:argument]` with overrides `--config.key=value`."""
+    holder = config_flags.DEFINE_config_file(
+        "config", None, "File with get_config(), e.g. configs/world_tiny.py"
+    )
+    flags.mark_flag_as_required("config")
+    return holder
+
+
+def fail(message: str) -> None:
+    """Print one line and exit with the code of a user's error."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(EXIT_USER_ERROR)
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+    try:
+        rest = app.parse_flags_with_usage(argv)
+        flags.FLAGS["config"].value  # noqa: B018  a missing file shows here
+    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        # The config file's own mistakes and unknown keys arrive as these.
+        fail(str(error).strip("'\" ").splitlines()[0])
+    if len(rest) > 1:
+        fail(f"argument '{rest[1]}' is not a flag: write --config.key=value")
+    return rest
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run `main` after parsing the flags; what the user caused gets no traceback."""
+
+    def guarded(argv):
+        del argv
+        try:
+            main()
+        except UserError as error:
+            fail(str(error))
+
+    app.run(guarded, flags_parser=_parse_flags)
