@@ -1,8 +1,8 @@
 """Every default of a pretraining run, with its meaning, unit and range.
 
-A leaf file in `configs/` takes `get_config()` and changes what differs; the command line
-changes the rest (`--config.optim.learning_rate=1e-3`). The config is locked, so that a
-misspelt key fails with a suggestion.
+A leaf file in `configs/` takes `get_config()` and changes what differs; the command
+line changes the rest (`--config.optim.learning_rate=1e-3`). The config is locked, so
+that a misspelt key fails with a suggestion.
 """
 
 from typing import Any
@@ -136,6 +136,13 @@ OPERATIONAL = (
     "model.remat",
     "model.attention",
 )
+
+
+def from_json(data: Any) -> Any:
+    """Undo JSON: dictionaries become ConfigDicts, lists become tuples."""
+    if isinstance(data, dict):
+        return ConfigDict({key: from_json(value) for key, value in data.items()})
+    return tuple(from_json(x) for x in data) if isinstance(data, list) else data
 
 
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -129,7 +129,7 @@ def claim_workdir(config: ConfigDict, workdir: str) -> None:
 
 
 class _StopRequest:
-    """Turns the first Ctrl-C or SIGTERM into a checkpoint; a second one ends at once."""
+    """Turns the first Ctrl-C or SIGTERM into a checkpoint; a second ends at once."""
 
     def __init__(self):
         self.signal: int | None = None
@@ -185,6 +185,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> int | None:
     Raises:
       UserError: something that the user can mend; nothing was overwritten.
     """
+    began = time.perf_counter()
     # ---------------------------------------------------------------- what to compute
     default_config.validate(config)
     distributed.initialize()
@@ -268,7 +269,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> int | None:
             "uint8",
             sharding=sharding.batch_sharding(mesh),
         )
-        began = time.perf_counter()
+        compile_began = time.perf_counter()
         step_fn = (
             jax.jit(
                 train_step,
@@ -278,7 +279,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> int | None:
             .lower(state, {STREAM: {"video": batch_shape}})
             .compile()
         )
-        _say(f"compiled the step in {time.perf_counter() - began:.0f} s")
+        _say(f"compiled the step in {time.perf_counter() - compile_began:.0f} s")
         # ------------------------------------------------------------------- the loop
         with (
             pipeline.make_train_iterator(
@@ -296,6 +297,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> int | None:
             ) as writer,
         ):
             clock = _make_clock(config, encoder, predictor, masks, grid, start, mesh)
+            began -= _earlier_seconds(workdir)
             pending = None  # (step, metrics on the device), read one step late
 
             def draw():
@@ -317,6 +319,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> int | None:
                     )
                 values |= clock.window(step) | metrics.memory_scalars()
                 values["data/bad_videos"] = batches.bad_count
+                values["perf/wall_seconds"] = time.perf_counter() - began
                 writer.write(step, values)
                 checkpointer.check_errors()
                 pending = None
@@ -349,6 +352,13 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> int | None:
         return stop.signal
     _say(f"finished at step {step}; checkpoints in {workdir}/{checkpoint.FOLDER}")
     return None
+
+
+def _earlier_seconds(workdir: str) -> float:
+    """Return the wall time that the run took before it was interrupted."""
+    path = pathlib.Path(workdir) / metrics.FILE
+    rows = metrics.read_metrics(str(path)) if path.exists() else []
+    return rows[-1]["perf/wall_seconds"] if rows else 0.0
 
 
 def _bad_videos_path(workdir: str) -> str:

@@ -179,7 +179,7 @@ def make_train_step(
         `ema_momentum`, functions of the finished steps.
       streams: by the name under which the batch holds them.
       objective: what is minimised.
-      seed: masks are drawn from `fold_in(key(seed), step)`: they depend on nothing else,
+      seed: masks are drawn from `fold_in(key(seed), step)` alone, hence they depend
         neither on the mesh nor on accumulation.
       accumulate_steps: microbatches per update, run one after the other.
 

@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import pathlib
 import sys
+import time
 from fractions import Fraction
 
 import av
@@ -98,7 +99,7 @@ def render_world(config: ConfigDict) -> bool:
     manifest = root / MANIFEST
     started = root / f"{MANIFEST}.part"
     for path in (manifest, started):
-        if path.exists() and json.loads(path.read_text()) != described:
+        if path.exists() and json.loads(path.read_text())["world"] != described:
             raise UserError(
                 f"{root} holds a world rendered with other settings than config.world: "
                 "give another world.path (and data.path), or remove the folder"
@@ -109,7 +110,8 @@ def render_world(config: ConfigDict) -> bool:
         root.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise UserError(f"world.path={root} is not a folder") from None
-    started.write_text(json.dumps(described))
+    began = time.perf_counter()
+    started.write_text(json.dumps({"world": described}))
     looks = world.World(size=config.size, num_frames=config.num_frames)
     total = sum(split.num_videos for split in splits(config))
     context = multiprocessing.get_context("spawn")
@@ -119,8 +121,15 @@ def render_world(config: ConfigDict) -> bool:
     ):
         for split in splits(config):
             _render_split(root, looks, split, pool, progress)
+    seconds = time.perf_counter() - began
+    started.write_text(json.dumps({"world": described, "seconds": seconds}))
     started.replace(manifest)
     return True
+
+
+def render_seconds(path: str) -> float:
+    """Return how long the last rendering of the complete world at `path` took."""
+    return json.loads((pathlib.Path(path) / MANIFEST).read_text())["seconds"]
 
 
 def _render_split(root, looks, split: Split, pool, progress) -> None:

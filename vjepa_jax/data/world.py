@@ -43,7 +43,8 @@ class World:
     Attributes:
       size: side of the square frame in pixels, even (H.264 with 4:2:0 chroma).
       num_frames: frames per clip.
-      num_companions: objects besides the main one.
+      num_companions: objects besides the main one, at least 1.
+      main_radius, companion_radius: (low, high), in sides.
       companion_speed: their largest speed, sides per frame.
       camera_speed: largest speed of the scrolling background, sides per frame.
       still_fraction: share of the clips whose background does not move.
@@ -54,13 +55,13 @@ class World:
     size: int = 48
     num_frames: int = 16
     num_companions: int = 1
-    companion_speed: float = 0.015
+    companion_speed: float = 0.006
     main_radius: tuple[float, float] = (0.13, 0.16)
     companion_radius: tuple[float, float] = (0.06, 0.08)
     camera_speed: float = 0.03
     still_fraction: float = 0.3
-    background_contrast: float = 0.12
-    light_change: float = 0.2
+    background_contrast: float = 0.04
+    light_change: float = 0.1
 
 
 @dataclasses.dataclass
@@ -97,7 +98,7 @@ class Motion:
 
 @dataclasses.dataclass
 class Clip:
-    """A rendered clip with its ground truth (`T` frames, `K` objects, 0 is the main one).
+    """A rendered clip with its ground truth: `T` frames, `K` objects, 0 the main one.
 
     Positions and velocities are fractions of the side (per frame). `visibility` is the
     visible share of an object's area; `masks` holds 0 for the background, k + 1 for
@@ -113,7 +114,7 @@ class Clip:
 
 
 def _rgb(rng: np.random.Generator, value: tuple[float, float], n: int) -> np.ndarray:
-    """Draw n colours of random hue and saturation with brightness in `value`: [n, 3]."""
+    """Draw n colours of random hue and saturation, brightness in `value`: [n, 3]."""
     hue, saturation = rng.uniform(0, 1, (n, 1)), rng.uniform(0.2, 0.7, (n, 1))
     brightness = rng.uniform(*value, (n, 1))
     ramp = np.abs((hue * 6 + np.array([0.0, 4.0, 2.0])) % 6 - 3) - 1
@@ -191,7 +192,7 @@ def draw_scene(world: World, rng: np.random.Generator) -> Scene:
 
 
 def _straight_speed(scene: Scene, axis: int, reach: float) -> float:
-    """Return the largest speed along `axis` that meets no wall within `reach` frames."""
+    """Return the largest speed along `axis` that meets no wall in `reach` frames."""
     place, radius = scene.position[0, axis], scene.radius[0]
     return (min(place, 1 - place) - radius) / reach
 

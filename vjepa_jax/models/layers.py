@@ -50,7 +50,7 @@ def layer_norm(dtype: jnp.dtype, name: str) -> nn.LayerNorm:
 
 
 def linear(features: int, axes: tuple[str, str], dtype: jnp.dtype, name: str):
-    """Make a dense layer [..., in] -> [..., features] whose kernel has logical `axes`."""
+    """Make a dense layer [..., in] -> [..., features], its kernel of logical `axes`."""
     return _dense(features, axes, dtype, name)
 
 

@@ -44,8 +44,8 @@ def rope_tables(
 ) -> tuple[jax.Array, jax.Array]:
     """Return cos and sin of the 3-D rotary code, V-JEPA 2.1's form.
 
-    Each of (t, h, w) rotates `2 * (head_dim // 3 // 2)` channels, in this order; what is
-    left of the head is not rotated. Channel pairs (2i, 2i + 1) share frequency
+    Each of (t, h, w) rotates `2 * (head_dim // 3 // 2)` channels, in this order; the
+    rest of the head is not rotated. Channel pairs (2i, 2i + 1) share frequency
     10000^(-i / (m / 2)), which is the corrected expansion of V-JEPA 2.1 (V-JEPA 2's
     released code tiles the frequencies instead).
 

@@ -19,8 +19,8 @@ class Size:
     mlp_dim: int
 
 
-# tiny to gigantic as in the official code (V-JEPA 2's `vit_*_xformers` for giant, V-JEPA
-# 2.1's corrected MLP for gigantic); nano is for the synthetic world on a CPU.
+# tiny to gigantic as in the official code (V-JEPA 2's `vit_*_xformers` for giant, 2.1's
+# corrected MLP for gigantic); nano is for the synthetic world on a CPU.
 SIZES = {
     "nano": Size(4, 96, 3, 384),
     "tiny": Size(12, 192, 3, 768),

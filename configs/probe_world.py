@@ -1,0 +1,30 @@
+r"""Probes of the synthetic world on a run's target encoder.
+
+Motion class by linear (16 labels per class, and all) and attentive probes, R² of the
+main object's state; beside a random-init encoder and raw pixels.
+
+Command:
+
+    python -m vjepa_jax.probe --config=configs/probe_world.py --workdir=runs/tiny
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config():
+    """Return the evaluation's config."""
+    config = ConfigDict()
+    config.seed = 0  # of the probes and of the random-init encoder
+    config.step = -1  # checkpoint to probe; -1: the latest
+    config.batch_size = 100  # clips per call of the encoder
+    config.num_workers = 2  # decoding processes
+    config.labels_per_class = 16  # of the few-label probe
+    config.draws = 10  # few-label training sets, averaged
+    config.hidden_visibility = 0.2  # an object with less to see is occluded
+    config.num_heads = 3  # of the attentive probe
+    config.attentive = ConfigDict()
+    config.attentive.epochs = 20
+    config.attentive.batch_size = 64
+    config.attentive.learning_rates = (1e-3, 3e-3)
+    config.attentive.weight_decay = 0.01
+    return config.lock()

@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Make or reuse .venv and install the package with the extras given; for sourcing.
+#   . launch/setup.sh [extra]
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+extra=${1:-}
+python=${PYTHON:-python3}
+if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+  echo "error: $python is older than Python 3.11: install a newer one or set PYTHON" >&2
+  exit 2
+fi
+if [ ! -x .venv/bin/python ]; then
+  # A folder left by an interrupted run has no python in it.
+  if ! "$python" -m venv --clear .venv; then
+    echo "error: no virtual environment: install python3-venv (apt install python3-venv)" >&2
+    exit 2
+  fi
+fi
+# The stamp holds what was installed: setup.py as it was, and the extra.
+stamp=.venv/installed-${extra:-none}
+if ! cmp -s setup.py "$stamp"; then
+  echo "installing vjepa_jax${extra:+[$extra]} into .venv" >&2
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".${extra:+[$extra]}"
+  cp setup.py "$stamp"
+fi

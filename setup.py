@@ -1,0 +1,52 @@
+"""Package and pinned dependencies."""
+
+from setuptools import find_packages, setup
+
+# jax and flax are pinned as pairs that work together: flax 0.12.8 does not import with
+# jax 0.11.1 and later, and jax 0.11 needs Python 3.12.
+PAIRS = [
+    'jax>=0.10.2,<0.11; python_version < "3.12"',
+    'flax==0.12.8; python_version < "3.12"',
+    'jax>=0.11.2,<0.13; python_version >= "3.12"',
+    'flax>=0.12.12,<0.13; python_version >= "3.12"',
+]
+
+setup(
+    name="vjepa_jax",
+    version="0.1.0",
+    description="Pretraining of video joint-embedding predictive models in JAX",
+    python_requires=">=3.11",
+    packages=find_packages(include=["vjepa_jax", "vjepa_jax.*"]),
+    install_requires=[
+        *PAIRS,
+        "absl-py>=2.1",
+        "av>=14",
+        "chex>=0.1.90",
+        "etils[epath]>=1.9",
+        "grain>=0.2.16,<0.3",
+        "matplotlib>=3.9",
+        "ml_collections>=1.1,<2",
+        "numpy>=2.0",
+        "optax>=0.2.5,<0.3",
+        "orbax-checkpoint>=0.11.33,<0.13",
+        "scikit-learn>=1.5",
+        "tensorboardX>=2.6.2",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "tpu": [
+            'jax[tpu]>=0.10.2,<0.11; python_version < "3.12"',
+            'jax[tpu]>=0.11.2,<0.13; python_version >= "3.12"',
+        ],
+        "cuda": [
+            'jax[cuda12]>=0.10.2,<0.11; python_version < "3.12"',
+            'jax[cuda12]>=0.11.2,<0.13; python_version >= "3.12"',
+        ],
+        "test": [
+            "hypothesis>=6.100",
+            "pytest>=8",
+            "pytest-xdist>=3.5",
+            "ruff>=0.9,<0.18",
+        ],
+    },
+)

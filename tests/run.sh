@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Lint and test.   ./tests/run.sh [pytest arguments]
+. "$(dirname "$0")/../launch/setup.sh" test
+bin=.venv/bin
+"$bin/ruff" check .
+"$bin/ruff" format --check .
+# Two workers, each test file in one of them: the tests of a file share their fixtures.
+exec "$bin/python" -m pytest -n 2 --dist loadfile "$@"

@@ -1,0 +1,138 @@
+"""Frozen features of a list of videos: an encoder's, or the pixels themselves."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vjepa_jax.data import pipeline
+from vjepa_jax.data.sources import VideoList
+from vjepa_jax.models.encoder import VideoEncoder, token_grid
+from vjepa_jax.train_step import normalise
+
+# uint8 video [B, T, H, W, 3] -> tokens float32 [B, T', S, D]
+Encode = Callable[[np.ndarray], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipShape:
+    """How clips are cut out of videos for an evaluation; see `data.decode`."""
+
+    num_frames: int
+    frame_step: int
+    fps: float
+    resolution: int
+
+
+@dataclasses.dataclass
+class Features:
+    """Tokens and labels of the readable videos of a list, in its order.
+
+    Attributes:
+      tokens: float32 [N, T', S, D]: T' time steps of S places.
+      labels: int64 [N].
+      index: int64 [N], the video's place in the list.
+    """
+
+    tokens: np.ndarray
+    labels: np.ndarray
+    index: np.ndarray
+
+    def pooled(self) -> np.ndarray:
+        """Average over time and space: [N, D]."""
+        return self.tokens.mean((1, 2))
+
+    def pooled_in_time_steps(self) -> np.ndarray:
+        """Average over space: [N, T', D]."""
+        return self.tokens.mean(2)
+
+    def flat(self) -> np.ndarray:
+        """Return all tokens of a clip in one axis: [N, T' * S, D]."""
+        n, t, s, d = self.tokens.shape
+        return self.tokens.reshape(n, t * s, d)
+
+
+def make_encode(encoder: VideoEncoder, params) -> Encode:
+    """Make the function from uint8 clips to an encoder's tokens."""
+
+    @jax.jit
+    def apply(params, video):
+        grid = token_grid(video.shape, encoder.patch_size, encoder.tubelet_size)
+        tokens = encoder.apply({"params": params}, normalise(video))
+        places = math.prod(grid[1:])
+        return tokens.reshape(len(video), grid[0], places, -1).astype(jnp.float32)
+
+    return lambda video: np.asarray(apply(params, video))
+
+
+def make_pixel_encode(patch_size: int, tubelet_size: int, cell: int = 2) -> Encode:
+    """Make tokens of raw pixels: the encoder's tubelets, averaged over small cells.
+
+    Args:
+      patch_size, tubelet_size: of the tubelets.
+      cell: side of the cells in pixels; a divisor of the patch size.
+    """
+
+    def encode(video: np.ndarray) -> np.ndarray:
+        t, h, w = token_grid(video.shape, patch_size, tubelet_size)
+        cells = patch_size // cell
+        x = video.astype(np.float32).reshape(
+            len(video), t, tubelet_size, h, cells, cell, w, cells, cell, 3
+        )
+        x = x.mean((5, 8)).transpose(0, 1, 3, 5, 2, 4, 6, 7)
+        return x.reshape(len(video), t, h * w, -1) / 255
+
+    return encode
+
+
+def extract(
+    encodes: dict[str, Encode],
+    source: VideoList,
+    shape: ClipShape,
+    batch_size: int,
+    num_workers: int,
+) -> dict[str, Features]:
+    """Read every video of a list once and encode it in several ways.
+
+    Unreadable videos are left out.
+
+    Args:
+      encodes: by name.
+      source: the videos.
+      shape: how to cut the clips.
+      batch_size: clips per call of an encode.
+      num_workers: decoding processes.
+    """
+    tokens: dict[str, list[np.ndarray]] = {name: [] for name in encodes}
+    labels, index = [], []
+    batches = pipeline.read_all(
+        source,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        padded=True,
+        **dataclasses.asdict(shape),
+    )
+    for batch in batches:
+        valid = batch["valid"]
+        video = np.array(batch["video"]["video"])
+        for name, encode in encodes.items():
+            tokens[name].append(encode(video)[valid])
+        labels.append(batch["label"][valid])
+        index.append(batch["index"][valid])
+    return {
+        name: Features(
+            np.concatenate(parts), np.concatenate(labels), np.concatenate(index)
+        )
+        for name, parts in tokens.items()
+    }
+
+
+def read_clips(source: VideoList, shape: ClipShape, count: int):
+    """Yield uint8 batches [count, T, H, W, 3] of a list's clips, in order."""
+    for batch in pipeline.read_all(
+        source, batch_size=count, num_workers=0, **dataclasses.asdict(shape)
+    ):
+        yield np.array(batch["video"]["video"])

@@ -1,0 +1,163 @@
+"""What features of the synthetic world tell: motion class, position, object permanence.
+
+Every set of features gets the same read-outs: pretrained, random-init, raw pixels.
+"""
+
+import dataclasses
+import pathlib
+
+import numpy as np
+
+from vjepa_jax.data import decode, sources
+from vjepa_jax.data.world import CLASSES
+from vjepa_jax.default_config import UserError
+from vjepa_jax.evals import probes
+from vjepa_jax.evals.features import ClipShape, Encode, Features, extract
+
+MEASURES = (
+    "attentive_accuracy",
+    "linear_accuracy",
+    "few_label_accuracy",
+    "position_r2",
+    "velocity_r2",
+    "occluded_position_r2",
+)
+_SPLITS = ("probe_train", "probe_test", "hidden_train", "hidden_test")
+
+
+@dataclasses.dataclass(frozen=True)
+class State:
+    """Ground truth of the main object per time step of the features.
+
+    Attributes:
+      position, velocity: float [N, T', 2], averages over the frames of a time step.
+      visibility: float [N, T'], the largest of its frames.
+    """
+
+    position: np.ndarray
+    velocity: np.ndarray
+    visibility: np.ndarray
+
+
+def read_state(
+    path: pathlib.Path, index: np.ndarray, shape: ClipShape, time_steps: int
+) -> State:
+    """Read the ground truth of the clips that `extract` cut, from a split's `.npz`."""
+    with np.load(path) as truth:
+        frames = decode.clip_indices(
+            truth["position"].shape[1],
+            0.0,
+            num_frames=shape.num_frames,
+            frame_step=shape.frame_step,
+            rng=None,
+        )
+
+        def per_step(name):
+            main = truth[name][index][:, frames, 0]
+            return main.reshape(len(index), time_steps, -1, *main.shape[2:])
+
+        return State(
+            per_step("position").mean(2),
+            per_step("velocity").mean(2),
+            per_step("visibility").max(2),
+        )
+
+
+def read_features(
+    encodes: dict[str, Encode],
+    world_path: str,
+    shape: ClipShape,
+    batch_size: int,
+    num_workers: int,
+) -> dict[str, dict[str, tuple[Features, State]]]:
+    """Encode every split of a world: {features' name: {split: (features, state)}}.
+
+    Raises:
+      UserError: the world is not there.
+    """
+    if shape.frame_step < 1:
+        raise UserError("the world's probes need data.frame_step, not data.fps")
+    out: dict[str, dict[str, tuple[Features, State]]] = {name: {} for name in encodes}
+    for split in _SPLITS:
+        truth = pathlib.Path(world_path) / f"{split}.npz"
+        if not truth.exists():
+            raise UserError(
+                f"{truth} is missing: render the world first (python -m "
+                "vjepa_jax.data.prepare --config=...)"
+            )
+        source = sources.open_source(str(truth.with_suffix(".csv")))
+        parts = extract(encodes, source, shape, batch_size, num_workers)
+        for name, features in parts.items():
+            time_steps = features.tokens.shape[1]
+            state = read_state(truth, features.index, shape, time_steps)
+            out[name][split] = features, state
+    return out
+
+
+def measure(
+    splits: dict[str, tuple[Features, State]],
+    *,
+    num_heads: int,
+    labels_per_class: int,
+    draws: int,
+    hidden_visibility: float,
+    attentive: dict,
+    seed: int,
+) -> dict[str, float]:
+    """Run all read-outs on one set of features.
+
+    Args:
+      splits: from `read_features`.
+      num_heads: of the attentive probe.
+      labels_per_class, draws: of the few-label probe.
+      hidden_visibility: an object is occluded in a time step where at most this share
+        of it is visible in any frame.
+      attentive: further arguments of `probes.attentive_accuracy`.
+      seed: of the probes.
+
+    Returns:
+      The `MEASURES`; accuracies 0..1 and R² on the test splits.
+    """
+    (train, _), (test, _) = splits["probe_train"], splits["probe_test"]
+    pooled = (train.pooled(), train.labels, test.pooled(), test.labels)
+
+    def r2(name, fit, judge, select):
+        xs, ys = [], []
+        for features, state in (fit, judge):
+            chosen = select(state)
+            xs.append(features.pooled_in_time_steps()[chosen])
+            ys.append(getattr(state, name)[chosen])
+        return probes.linear_r2(xs[0], ys[0], xs[1], ys[1])
+
+    def everywhere(state):
+        return np.ones(state.visibility.shape, bool)
+
+    def occluded(state):
+        return state.visibility <= hidden_visibility
+
+    shown = splits["probe_train"], splits["probe_test"]
+    hidden = splits["hidden_train"], splits["hidden_test"]
+    return {
+        "attentive_accuracy": probes.attentive_accuracy(
+            train.flat(),
+            train.labels,
+            test.flat(),
+            test.labels,
+            num_heads=num_heads,
+            seed=seed,
+            **attentive,
+        ),
+        "linear_accuracy": probes.linear_accuracy(*pooled),
+        "few_label_accuracy": probes.few_label_accuracy(
+            *pooled, labels_per_class=labels_per_class, draws=draws, seed=seed
+        ),
+        "position_r2": r2("position", *shown, everywhere),
+        "velocity_r2": r2("velocity", *shown, everywhere),
+        "occluded_position_r2": r2("position", *hidden, occluded),
+    }
+
+
+def chance() -> dict[str, float]:
+    """Return what guessing gives: one class of all, the mean position."""
+    accuracy = 1 / len(CLASSES)
+    return {m: accuracy if m.endswith("accuracy") else 0.0 for m in MEASURES}
