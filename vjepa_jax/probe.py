@@ -16,8 +16,8 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from vjepa_jax import checkpoint, cli, metrics, train
-from vjepa_jax.data import prepare, sources
+from vjepa_jax import build, checkpoint, cli, metrics
+from vjepa_jax.data import render, sources
 from vjepa_jax.default_config import UserError, from_json
 from vjepa_jax.evals import features, pictures, world
 from vjepa_jax.models.encoder import VideoEncoder, token_grid
@@ -50,7 +50,7 @@ def _earlier_seconds(run: ConfigDict, workdir: str) -> dict[str, float]:
     """Return how long rendering and training took, as they noted it."""
     rows = metrics.read_metrics(workdir)
     return {
-        "render": prepare.render_seconds(run.world.path),
+        "render": render.render_seconds(run.world.path),
         "train": rows[-1]["perf/wall_seconds"] if rows else 0.0,
     }
 
@@ -70,7 +70,7 @@ def probe(config: ConfigDict, workdir: str) -> dict[str, dict[str, float]]:
             f"the run in {workdir} has no config.world.path: configs/probe_world.py "
             "probes runs of the synthetic world"
         )
-    encoder, _ = train.make_models(run)
+    encoder, _ = build.make_models(run)
     video_shape = tuple(meta["video_shape"])
     untrained = random_init(encoder, video_shape, config.seed)
     encodes = {
@@ -112,9 +112,9 @@ def _draw(run: ConfigDict, workdir: str, encodes, shape: features.ClipShape) -> 
     pictures.draw_curves(metrics.read_metrics(workdir), folder / "curves.png")
     listed = sources.open_source(str(pathlib.Path(run.world.path) / "hidden_test.csv"))
     clip = next(features.read_clips(listed, shape, count=8))
-    encoder, _ = train.make_models(run)
+    encoder, _ = build.make_models(run)
     grid = token_grid(clip.shape, encoder.patch_size, encoder.tubelet_size)
-    masks = train.make_masks(run, grid)
+    masks = build.make_masks(run, grid)
     pictures.draw_masks(clip[0], grid, masks, folder / "masks.png")
     named = {k: encodes[k](clip) for k in ("pretrained", "random_init")}
     pictures.draw_principal_components(clip[0], grid, named, folder / "features.png")

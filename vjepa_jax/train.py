@@ -20,19 +20,18 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from vjepa_jax import (
+    build,
     checkpoint,
     cli,
     default_config,
     distributed,
     flops,
-    masking,
     metrics,
     optim,
     sharding,
 )
-from vjepa_jax.data import pipeline, prepare, sources
+from vjepa_jax.data import pipeline, render, sources
 from vjepa_jax.default_config import UserError
-from vjepa_jax.models import registry
 from vjepa_jax.models.encoder import token_grid
 from vjepa_jax.train_state import abstract_state, make_init
 from vjepa_jax.train_step import Objective, Stream, make_train_step
@@ -41,88 +40,30 @@ CONFIG_FILE = "config.json"
 STREAM = "video"
 
 
-def make_models(config: ConfigDict):
-    """Make encoder and predictor as the config says."""
-    model = config.model
-    shared = {
-        key: model[key]
-        for key in ("pos_embed", "scan_layers", "remat", "attention", "dtype")
-    }
+def check_workdir(config: ConfigDict, workdir: str) -> None:
+    """Raise UserError if the workdir is none, or holds a run of another config."""
+    path = pathlib.Path(workdir) / CONFIG_FILE
+    if not path.exists():
+        if path.parent.exists() and not path.parent.is_dir():
+            raise UserError(f"--workdir={workdir} is not a folder: give another")
+        return
     try:
-        encoder = registry.make_encoder(**model.encoder, **shared)
-    except ValueError as error:
-        raise UserError(f"config.model.encoder.size: {error}") from None
-    predictor = registry.make_predictor(
-        **model.predictor,
-        **shared,
-        out_dim=encoder.width,
-        num_mask_tokens=len(config.masks),
-    )
-    return encoder, predictor
-
-
-def make_masks(config: ConfigDict, grid: masking.Grid) -> dict[str, masking.MaskSpec]:
-    """Make the mask types with their token budgets filled in.
-
-    Raises:
-      UserError: a budget does not fit the grid.
-    """
-    specs = {}
-    for name, fields in config.masks.items():
-        fields = dict(fields)
-        group_size = fields.pop("group_size")
-        spec = masking.MaskSpec(**fields)
-        context, target = masking.default_budget(spec, grid, group_size)
-        context, target = spec.num_context or context, spec.num_target or target
-        if context + target > math.prod(grid):
-            raise UserError(
-                f"config.masks.{name}: num_context={context} and num_target={target} "
-                f"exceed the clip's {math.prod(grid)} tokens: lower one of them"
-            )
-        fields |= {"num_context": context, "num_target": target}
-        specs[name] = masking.MaskSpec(**fields)
-    return specs
-
-
-def make_schedules(config: ConfigDict) -> dict[str, optim.Schedule]:
-    """Make the schedules of learning rate, weight decay and EMA momentum."""
-    o, steps = config.optim, int(config.optim.schedule_scale * config.total_steps)
-    return {
-        "learning_rate": optim.warmup_cosine(
-            o.start_learning_rate,
-            o.learning_rate,
-            o.final_learning_rate,
-            o.warmup_steps,
-            steps,
-        ),
-        "weight_decay": optim.cosine(o.weight_decay, o.final_weight_decay, steps),
-        "ema_momentum": optim.linear(config.ema.start, config.ema.end, steps),
-    }
+        old = json.loads(path.read_text())
+    except ValueError:
+        raise UserError(f"{path} is not JSON: give another --workdir") from None
+    changed = default_config.differences(old, config.to_dict())
+    if changed:
+        raise UserError(
+            f"{workdir} holds a run of another config ({'; '.join(changed)}): give "
+            "another --workdir, or the values of that run"
+        )
 
 
 def claim_workdir(config: ConfigDict, workdir: str) -> None:
-    """Write `config.json`, or check that the run there is this one.
-
-    Raises:
-      UserError: the workdir holds a run that computes something else.
-    """
-    path = pathlib.Path(workdir) / CONFIG_FILE
-    if path.exists():
-        try:
-            old = json.loads(path.read_text())
-        except ValueError:
-            raise UserError(f"{path} is not JSON: use another --workdir") from None
-        changed = default_config.differences(old, config.to_dict())
-        if changed:
-            raise UserError(
-                f"{workdir} holds a run of another config ({'; '.join(changed)}): give "
-                "another --workdir, or the values of that run"
-            )
+    """Write `config.json`, whole or not at all."""
     if distributed.is_main():
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError):
-            raise UserError(f"--workdir={workdir} is not a folder") from None
+        path = pathlib.Path(workdir) / CONFIG_FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
         temporary.replace(path)
@@ -154,7 +95,7 @@ def _say(message: str) -> None:
         print(message, file=sys.stderr, flush=True)
 
 
-def _make_clock(config, encoder, predictor, masks, grid, start_step, mesh):
+def _make_clock(config, encoder, predictor, masks, grid, start, mesh):
     def size_of(module):
         return flops.Transformer(module.depth, module.width, module.mlp_dim)
 
@@ -170,10 +111,46 @@ def _make_clock(config, encoder, predictor, masks, grid, start_step, mesh):
     return metrics.StepClock(
         total_steps=config.total_steps,
         batch_size=config.batch_size,
-        start_step=start_step,
+        start_step=start,
         flops_per_clip=per_clip,
         peak_flops=peak and peak * mesh.size,
     )
+
+
+def _restore_or_init(checkpointer, init, shapes, shardings, seed, fingerprint):
+    """Return (finished steps, state), from the latest checkpoint or from scratch."""
+    step = checkpointer.latest_step()
+    if step is None:
+        state = jax.jit(init, out_shardings=shardings)(jax.random.key(seed))
+        return 0, nn.unbox(state)
+    abstract = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        shapes,
+        shardings,
+    )
+    state, position, _ = checkpointer.restore(step, abstract)
+    if position["fingerprint"] != fingerprint:
+        raise UserError(
+            "the videos of config.data.path are not those that this run was reading: "
+            "bring them back, or give another --workdir"
+        )
+    _say(f"resumed from step {step}")
+    return step, state
+
+
+def _compile(train_step, state, batch_shape, shardings, mesh):
+    began = time.perf_counter()
+    batch = jax.ShapeDtypeStruct(
+        batch_shape, "uint8", sharding=sharding.batch_sharding(mesh)
+    )
+    jitted = jax.jit(
+        train_step,
+        out_shardings=(shardings, sharding.replicated(mesh)),
+        donate_argnums=0,
+    )
+    step_fn = jitted.lower(state, {STREAM: {"video": batch}}).compile()
+    _say(f"compiled the step in {time.perf_counter() - began:.0f} s")
+    return step_fn
 
 
 def train_and_evaluate(config: ConfigDict, workdir: str) -> int | None:
@@ -191,12 +168,12 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> int | None:
     distributed.initialize()
     mesh = sharding.make_mesh(**config.mesh)
     sharding.check_divides(mesh, config.batch_size, config.accumulate_steps)
-    encoder, predictor = make_models(config)
+    encoder, predictor = build.make_models(config)
     data = config.data
     video_shape = (data.num_frames, data.resolution, data.resolution, 3)
     grid = token_grid(video_shape, encoder.patch_size, encoder.tubelet_size)
-    masks = make_masks(config, grid)
-    schedules = make_schedules(config)
+    masks = build.make_masks(config, grid)
+    schedules = build.make_schedules(config)
     o = config.optim
     tx = optim.make_optimizer(
         schedules["learning_rate"],
@@ -206,81 +183,45 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> int | None:
         o.eps,
         o.clip_norm,
     )
-    # ----------------------------------------------------------------------- the data
-    claim_workdir(config, workdir)
-    if config.world.path and distributed.is_main():
-        prepare.render_world(config.world)
-    source = sources.open_source(data.path)
-    sampling = {
-        key: value
-        for key, value in data.items()
-        if f"data.{key}" not in default_config.OPERATIONAL
-    }
-    fingerprint = sources.fingerprint(source, **sampling)
-    # ------------------------------------------- state: shapes, shardings, then arrays
     init = make_init(encoder, predictor, tx, video_shape)
     shapes, shardings = abstract_state(init), sharding.state_shardings(init, mesh)
+    train_step = make_train_step(
+        encoder,
+        predictor,
+        tx,
+        schedules,
+        {STREAM: Stream(masks)},
+        Objective(**config.objective),
+        config.seed,
+        config.accumulate_steps,
+    )
+    # ----------------------------------------------------------- what to compute it on
+    check_workdir(config, workdir)
+    if config.world.path and distributed.is_main():
+        render.render_world(config.world)
+    source = sources.open_source(data.path)
+    fingerprint = sources.fingerprint(source, **_sampling(data))
+    claim_workdir(config, workdir)
     _say(
         f"{len(source)} videos; {config.model.encoder.size} encoder on {grid} tokens; "
         f"{sharding.describe(shapes, shardings)}; mesh {dict(mesh.shape)}"
     )
-    meta = {"config": config.to_dict(), "video_shape": video_shape}
     with (
         jax.set_mesh(mesh),
         nn.logical_axis_rules(sharding.RULES),
         checkpoint.Checkpointer(workdir, **config.checkpoint) as checkpointer,
         _StopRequest() as stop,
     ):
-        start = checkpointer.latest_step()
-        if start is None:
-            start = 0
-            state = nn.unbox(
-                jax.jit(init, out_shardings=shardings)(jax.random.key(config.seed))
-            )
-        else:
-            abstract = jax.tree.map(
-                lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-                shapes,
-                shardings,
-            )
-            state, position, _ = checkpointer.restore(start, abstract)
-            if position["fingerprint"] != fingerprint:
-                raise UserError(
-                    f"the videos of data.path={data.path} are not those that the run "
-                    f"in {workdir} was reading: restore them, or give another --workdir"
-                )
-            _say(f"resumed {workdir} from step {start}")
+        start, state = _restore_or_init(
+            checkpointer, init, shapes, shardings, config.seed, fingerprint
+        )
         if start >= config.total_steps:
             _say(f"nothing to do: {workdir} is at step {start}, the end of the run")
             return None
-        # --------------------------------------------------------- the step, compiled
-        train_step = make_train_step(
-            encoder,
-            predictor,
-            tx,
-            schedules,
-            {STREAM: Stream(masks)},
-            Objective(**config.objective),
-            config.seed,
-            config.accumulate_steps,
+        step_fn = _compile(
+            train_step, state, (config.batch_size, *video_shape), shardings, mesh
         )
-        batch_shape = jax.ShapeDtypeStruct(
-            (config.batch_size, *video_shape),
-            "uint8",
-            sharding=sharding.batch_sharding(mesh),
-        )
-        compile_began = time.perf_counter()
-        step_fn = (
-            jax.jit(
-                train_step,
-                out_shardings=(shardings, sharding.replicated(mesh)),
-                donate_argnums=0,
-            )
-            .lower(state, {STREAM: {"video": batch_shape}})
-            .compile()
-        )
-        _say(f"compiled the step in {time.perf_counter() - compile_began:.0f} s")
-        # ------------------------------------------------------------------- the loop
+        began -= _earlier_seconds(workdir)
         with (
             pipeline.make_train_iterator(
                 source,
@@ -290,41 +231,33 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> int | None:
                 process_index=distributed.process_index(),
                 process_count=distributed.process_count(),
                 bad_videos_path=_bad_videos_path(workdir),
-                **{k: v for k, v in data.items() if k != "path"},
+                **{key: value for key, value in data.items() if key != "path"},
             ) as batches,
             metrics.MetricWriter(
                 workdir, total_steps=config.total_steps, start_step=start
             ) as writer,
         ):
             clock = _make_clock(config, encoder, predictor, masks, grid, start, mesh)
-            began -= _earlier_seconds(workdir)
-            pending = None  # (step, metrics on the device), read one step late
 
             def draw():
                 with clock.measure("data"):
                     return sharding.shard_batch(next(batches), mesh)
 
-            def flush():
-                nonlocal pending
-                if pending is None:
-                    return
-                step, values = pending
+            def report(step, values):
                 with clock.measure("step"):
                     values = {k: float(v) for k, v in jax.device_get(values).items()}
-                if not math.isfinite(values["train/loss"]):
-                    raise UserError(
-                        f"the loss is not finite at step {step}; the latest checkpoint "
-                        f"is step {checkpointer.latest_step()}: lower "
-                        "optim.learning_rate or clip the gradient (optim.clip_norm)"
-                    )
+                _require_finite(step, values["train/loss"], checkpointer)
                 values |= clock.window(step) | metrics.memory_scalars()
                 values["data/bad_videos"] = batches.bad_count
                 values["perf/wall_seconds"] = time.perf_counter() - began
                 writer.write(step, values)
                 checkpointer.check_errors()
-                pending = None
 
-            batch = draw()
+            # ----------------------------------------------------------------- the loop
+            # DO NOT REORDER: the next batch is read and moved while the device
+            # computes; results are read after the device has been given new work; and
+            # a step's metrics are on disk before its checkpoint is.
+            batch, pending = draw(), None
             for step in range(start + 1, config.total_steps + 1):
                 with (
                     clock.measure("step"),
@@ -332,18 +265,29 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> int | None:
                 ):
                     state, values = step_fn(state, batch)
                 is_last = step == config.total_steps or stop.signal is not None
-                # DO NOT REORDER: the next batch is decoded and moved while the device
-                # computes; results are read after it has been given new work; a step's
-                # metrics are on disk before its checkpoint is.
                 batch = None if is_last else draw()
-                flush()
-                if step % config.log.every_steps == 0 or is_last:
-                    pending = (step, values)
+                if pending is not None:
+                    report(*pending)
+                is_logged = step % config.log.every_steps == 0 or is_last
+                pending = (step, values) if is_logged else None
                 if is_last or checkpointer.should_save(step):
-                    flush()
+                    if pending is not None:
+                        report(*pending)
+                        pending = None
+                    else:
+                        loss = float(jax.device_get(values["train/loss"]))
+                        _require_finite(step, loss, checkpointer)
                     with clock.measure("checkpoint"):
-                        position = {"step": step, "fingerprint": fingerprint}
-                        checkpointer.save(step, state, position, meta, force=is_last)
+                        checkpointer.save(
+                            step,
+                            state,
+                            data={"step": step, "fingerprint": fingerprint},
+                            meta={
+                                "config": config.to_dict(),
+                                "video_shape": video_shape,
+                            },
+                            force=is_last,
+                        )
                 if is_last:
                     break
             checkpointer.wait()
@@ -352,6 +296,21 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> int | None:
         return stop.signal
     _say(f"finished at step {step}; checkpoints in {workdir}/{checkpoint.FOLDER}")
     return None
+
+
+def _require_finite(step: int, loss: float, checkpointer) -> None:
+    if not math.isfinite(loss):
+        raise UserError(
+            f"the loss is not finite at step {step}; the latest checkpoint is step "
+            f"{checkpointer.latest_step()}: lower config.optim.learning_rate or clip "
+            "the gradient (config.optim.clip_norm) in a new --workdir"
+        )
+
+
+def _sampling(data: ConfigDict) -> dict[str, object]:
+    """Return the settings that decide which clips a step sees."""
+    operational = default_config.OPERATIONAL
+    return {k: v for k, v in data.items() if not f"data.{k}".startswith(operational)}
 
 
 def _earlier_seconds(workdir: str) -> float:
