@@ -63,10 +63,10 @@ def get_config() -> ConfigDict:
     config.world.path = ""  # its folder; "": the data is not the world
     config.world.seed = 0  # of the clips
     config.world.pretrain_videos = 4096  # videos to pretrain on
-    config.world.probe_train_videos = 2200  # labelled videos to fit probes
-    config.world.probe_test_videos = 1100  # labelled videos to judge probes
-    config.world.hidden_train_videos = 1000  # videos of occlusions, to fit
-    config.world.hidden_test_videos = 500  # videos of occlusions, to judge
+    config.world.probe_train_videos = 1650  # labelled videos to fit probes
+    config.world.probe_test_videos = 880  # labelled videos to judge probes
+    config.world.hidden_train_videos = 600  # videos of occlusions, to fit
+    config.world.hidden_test_videos = 300  # videos of occlusions, to judge
     config.world.size = 32  # side in pixels, even
     config.world.num_frames = 16  # frames per video
 
@@ -241,5 +241,8 @@ def _validate_mask(prefix: str, spec: ConfigDict) -> None:
     _require(0 < low <= high, f"{prefix}.aspect_ratio", spec.aspect_ratio, mend)
     keep = spec.max_temporal_keep
     _require(0 < keep <= 1, f"{prefix}.max_temporal_keep", keep, "give 0 < x <= 1")
-    for key in ("num_blocks", "group_size"):
-        _require(spec[key] > 0, f"{prefix}.{key}", spec[key], "give a positive number")
+    group, blocks = spec.group_size, spec.num_blocks
+    _require(group > 0, f"{prefix}.group_size", group, "give a positive number")
+    mend = "give a positive number, or 0 with max_temporal_keep < 1"
+    hides = blocks > 0 or (blocks == 0 and keep < 1) or spec.kind == "tube"
+    _require(hides, f"{prefix}.num_blocks", blocks, mend)

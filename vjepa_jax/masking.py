@@ -42,7 +42,8 @@ class MaskSpec:
     Attributes:
       kind: `multiblock` hides `num_blocks` boxes of one shape; `tube` hides a random
         `spatial_scale` of the positions through all of time.
-      num_blocks: boxes per sample, overlapping allowed.
+      num_blocks: boxes per sample, overlapping allowed; 0 leaves `max_temporal_keep`
+        alone to hide tokens.
       spatial_scale: (low, high) share of H * W that a box covers, or a tube hides.
       temporal_scale: (low, high) share of T that a box lasts.
       aspect_ratio: (low, high) height over width of a box, drawn linearly.
@@ -227,6 +228,8 @@ def default_budget(spec: MaskSpec, grid: Grid, group_size: int = 24) -> tuple[in
         return _OFFICIAL_BUDGETS[known]
     visible, hidden = simulate_counts(spec, grid, group_size, groups=400)
     context, target = (
-        max(frames, frames * round(float(c.mean()) / frames)) for c in (visible, hidden)
+        # Where all masks leave the same count, rounding must not ask for more.
+        min(max(frames, frames * round(float(c.mean()) / frames)), int(c.max()))
+        for c in (visible, hidden)
     )
     return context, target

@@ -17,6 +17,7 @@ one that hangs, on a dead network file system say, blocks it.
 import dataclasses
 import json
 import os
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -208,9 +209,19 @@ def _decoded_ahead(
         dataset = dataset.mp_prefetch(
             grain.MultiprocessingOptions(
                 num_workers=num_workers, per_worker_buffer_size=prefetch_batches
-            )
+            ),
+            worker_init_fn=_leave_interrupts_to_parent,
         )
     return dataset
+
+
+def _leave_interrupts_to_parent(worker_index: int, worker_count: int) -> None:
+    """Ignores Ctrl-C, which a terminal sends to every process of the job.
+
+    A worker that died of it would end the run before the state is saved.
+    """
+    del worker_index, worker_count
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class TrainIterator(Iterator):

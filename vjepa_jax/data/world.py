@@ -335,8 +335,10 @@ def _paint_background(world: World, scene: Scene) -> np.ndarray:
 def render(world: World, scene: Scene, motion: Motion, label: int) -> Clip:
     """Draw the clip: background, objects behind the occluder, occluder, the others."""
     frames, size, count = world.num_frames, world.size, len(scene.radius)
-    position, velocity, radius, angle = simulate(world, scene, motion)
-    grid = (np.arange(size) + 0.5) / size
+    position, velocity, radius, angle = (
+        x.astype(np.float32) for x in simulate(world, scene, motion)
+    )
+    grid = ((np.arange(size) + 0.5) / size).astype(np.float32)
     gx, gy = grid[None, None, :], grid[None, :, None]
     video = _paint_background(world, scene)
     masks = np.zeros((frames, size, size), np.uint8)
@@ -346,7 +348,7 @@ def render(world: World, scene: Scene, motion: Motion, label: int) -> Clip:
     layers += [k for k in reversed(range(count)) if not motion.behind[k]]
     for k in layers:
         if k == count:
-            cx, cy, *half = scene.occluder
+            cx, cy, *half = scene.occluder.astype(np.float32)
             distance = np.maximum(np.abs(gx - cx) - half[0], np.abs(gy - cy) - half[1])
             alpha = np.clip(0.5 - distance * size, 0, 1)
             stripe = 0.5 + 0.5 * np.sin(2 * math.pi * 9 * (gx + gy))
@@ -358,7 +360,7 @@ def render(world: World, scene: Scene, motion: Motion, label: int) -> Clip:
             x, y = cos * dx + sin * dy, cos * dy - sin * dx
             r = radius[:, k, None, None]
             alpha = _coverage(SHAPES[scene.shape[k]], x, y, r, 1 / size)
-            pitch, phase = scene.stripes[k]
+            pitch, phase = scene.stripes[k].astype(np.float32)
             stripe = 0.5 + 0.5 * np.sin(math.pi * pitch * x / r + phase)
             colours = scene.colours[k]
             area[:, k] = alpha.sum((1, 2))
@@ -366,18 +368,19 @@ def render(world: World, scene: Scene, motion: Motion, label: int) -> Clip:
             visible[j] = visible[j] * (1 - alpha)
         if k < count:
             visible[k] = alpha
-        paint = stripe[..., None] * colours[0] + (1 - stripe[..., None]) * colours[1]
-        video += (alpha[..., None] * (paint - video)).astype(np.float32)
+        colours = colours.astype(np.float32)
+        paint = colours[1] + stripe[..., None] * (colours[0] - colours[1])
+        video += alpha[..., None] * (paint - video)
         masks = np.where(alpha > 0.5, np.uint8(k + 1), masks)
     amplitude, phase = scene.light
     turn = 2 * math.pi * np.arange(frames) / (2 * frames) + phase
-    video *= (1 + amplitude * np.sin(turn))[:, None, None, None]
+    video *= (1 + amplitude * np.sin(turn)).astype(np.float32)[:, None, None, None]
     visibility = np.stack([visible[k].sum((1, 2)) for k in range(count)], 1)
     return Clip(
         video=np.clip(np.rint(video * 255), 0, 255).astype(np.uint8),
         masks=masks,
-        position=position.astype(np.float32),
-        velocity=velocity.astype(np.float32),
+        position=position,
+        velocity=velocity,
         visibility=(visibility / np.maximum(area, 1e-6)).astype(np.float32),
         label=label,
     )
