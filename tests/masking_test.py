@@ -1,4 +1,4 @@
-"""Masks hide what they draw, keep exact budgets, and cost what the official code's do."""
+"""Masks hide what they draw, keep exact budgets, and cost what the official ones do."""
 
 import itertools
 import math
@@ -29,7 +29,7 @@ def coordinates(idx, grid):
 
 
 def extents(hidden, grid):
-    """Extents of the smallest box around the marked tokens: bool [..., N] -> [..., 3]."""
+    """Return extents of the box around marked tokens: bool [..., N] -> int [..., 3]."""
     hidden = hidden.reshape(*hidden.shape[:-1], *grid)
     sizes = []
     for axis in range(3):
@@ -40,7 +40,7 @@ def extents(hidden, grid):
     return np.stack(sizes, -1)
 
 
-# ------------------------------------------------------------------ properties of samples
+# ---------------------------------------------------------------- properties of samples
 
 
 @st.composite
@@ -159,7 +159,7 @@ def test_a_sharded_batch_gets_the_masks_of_one_device(mode):
         np.testing.assert_array_equal(a, b)
 
 
-# ------------------------------------------------------------------------- shape of masks
+# ----------------------------------------------------------------------- shape of masks
 
 
 def test_box_shapes_are_those_of_the_official_generator():
@@ -341,7 +341,7 @@ def test_tubes_hide_random_places_through_all_of_time(mode):
     assert np.abs(share - 0.6).max() < 5 * math.sqrt(0.6 * 0.4 / batch)
 
 
-# ----------------------------------------------------------------------------- statistics
+# --------------------------------------------------------------------------- statistics
 
 # Shares in per cent of visible and hidden tokens that the official trimming keeps in
 # batches of 24 per device: the reference's inventory, `vjepa.md` 2.1, rounded there.

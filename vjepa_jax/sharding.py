@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -9,7 +10,6 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from vjepa_jax.default_config import UserError
-from vjepa_jax.train_state import TrainState
 
 # Logical axis -> mesh axes. Batches are split over both mesh axes, parameters and
 # moments over `fsdp` along their embedding axis; everything else is whole everywhere.
@@ -60,8 +60,8 @@ def check_divides(mesh: Mesh, batch_size: int, accumulate_steps: int) -> None:
         )
 
 
-def state_shardings(init: Callable[[jax.Array], TrainState], mesh: Mesh) -> TrainState:
-    """Map the logical axes of `init`'s state to shardings on `mesh`, leaf by leaf.
+def state_shardings(init: Callable[[jax.Array], Any], mesh: Mesh) -> Any:
+    """Map the logical axes of a TrainState to shardings on `mesh`, leaf by leaf.
 
     Raises:
       UserError: a dimension does not divide by the mesh axis that would split it.
@@ -102,7 +102,7 @@ def shard_batch(batch: Mapping[str, Mapping[str, np.ndarray]], mesh: Mesh):
     )
 
 
-def describe(shapes: TrainState, shardings: TrainState) -> str:
+def describe(shapes: Any, shardings: Any) -> str:
     """Return one line on how the state is spread: counts and MiB per device."""
     total = per_device = 0
     leaves = zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings), strict=True)

@@ -9,16 +9,18 @@ import jax.numpy as jnp
 import optax
 
 from vjepa_jax import losses, masking
-from vjepa_jax.models.encoder import VideoEncoder, take_tokens, token_grid
+from vjepa_jax.models.encoder import (
+    VideoEncoder,
+    normalise,
+    take_tokens,
+    token_grid,
+)
 from vjepa_jax.models.predictor import Predictor
 from vjepa_jax.optim import Schedule
 from vjepa_jax.train_state import TrainState
 
 Batch = Mapping[str, Mapping[str, jax.Array]]
 Metrics = dict[str, jax.Array]
-
-# ImageNet statistics, as every official recipe normalises.
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,12 +49,6 @@ class Objective:
     exponent: float = 1.0
     variance_weight: float = 0.0
     covariance_weight: float = 0.0
-
-
-def normalise(video: jax.Array) -> jax.Array:
-    """Turn uint8 [..., 3] into float32 of zero mean and unit variance (ImageNet)."""
-    mean, std = jnp.asarray(_MEAN), jnp.asarray(_STD)
-    return (video.astype(jnp.float32) / 255 - mean) / std
 
 
 def _sample_masks(key, batch: Batch, streams: Mapping[str, Stream], encoder):

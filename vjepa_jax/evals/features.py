@@ -10,8 +10,7 @@ import numpy as np
 
 from vjepa_jax.data import pipeline
 from vjepa_jax.data.sources import VideoList
-from vjepa_jax.models.encoder import VideoEncoder, token_grid
-from vjepa_jax.train_step import normalise
+from vjepa_jax.models.encoder import VideoEncoder, normalise, token_grid
 
 # uint8 video [B, T, H, W, 3] -> tokens float32 [B, T', S, D]
 Encode = Callable[[np.ndarray], np.ndarray]

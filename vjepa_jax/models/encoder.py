@@ -6,6 +6,15 @@ import jax.numpy as jnp
 
 from vjepa_jax.models import layers, positions
 
+# ImageNet statistics, as every official recipe normalises.
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def normalise(video: jax.Array) -> jax.Array:
+    """Turn uint8 [..., 3] into float32 of zero mean and unit variance (ImageNet)."""
+    mean, std = jnp.asarray(_MEAN), jnp.asarray(_STD)
+    return (video.astype(jnp.float32) / 255 - mean) / std
+
 
 def take_tokens(x: jax.Array, idx: jax.Array) -> jax.Array:
     """Gather tokens: x [B, N, D], idx int [B, K] -> [B, K, D]."""

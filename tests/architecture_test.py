@@ -1,0 +1,129 @@
+"""The layout holds: modules import, downwards only, and libraries stay in rooms."""
+
+import ast
+import importlib
+import pathlib
+import pkgutil
+
+import pytest
+from ml_collections import ConfigDict
+
+import vjepa_jax
+from vjepa_jax.default_config import validate
+
+ROOT = pathlib.Path(__file__).parents[1]
+PACKAGE = ROOT / "vjepa_jax"
+
+# A module imports from strictly lower floors; fractions order the rooms of a floor.
+FLOORS = {
+    "train": 5,
+    "probe": 5,
+    "data.prepare": 5,
+    "evals.world": 4.8,
+    "evals.features": 4.5,
+    "evals.pictures": 4,
+    "evals.probes": 4,
+    "build": 4,
+    "train_step": 4,
+    "checkpoint": 4,
+    "data.pipeline": 4,
+    "data.render": 4,
+    "train_state": 3,
+    "optim": 3,
+    "sharding": 3,
+    "metrics": 3,
+    "data.sources": 3,
+    "data.decode": 3.5,
+    "data.transforms": 3,
+    "data.world": 3,
+    "models.registry": 2.5,
+    "models.encoder": 2,
+    "models.predictor": 2,
+    "models.heads": 2,
+    "models.layers": 1.5,
+    "models.attention": 1,
+    "models.positions": 1,
+    "masking": 1,
+    "losses": 1,
+    "flops": 1,
+    "cli": 1,
+    "default_config": 0,
+    "distributed": 0,
+}
+ROOMS = {
+    "orbax": ("checkpoint",),
+    "grain": ("data.",),
+    "av": ("data.",),
+    "tensorboardX": ("metrics",),
+}
+MODULES = sorted(
+    module.name.removeprefix("vjepa_jax.")
+    for module in pkgutil.walk_packages([str(PACKAGE)], "vjepa_jax.")
+    if not module.ispkg
+)
+
+
+def imported(name: str) -> set[str]:
+    """Names of all modules that a module of the package imports."""
+    path = PACKAGE / (name.replace(".", "/") + ".py")
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_module_imports(name):
+    importlib.import_module(f"vjepa_jax.{name}")
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_go_down(name):
+    names = imported(name)
+    for other in MODULES:
+        if any(f"{i}.".startswith(f"vjepa_jax.{other}.") for i in names):
+            assert FLOORS[other] < FLOORS[name], f"{name} imports {other}"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_libraries_stay_in_their_rooms(name):
+    libraries = {i.split(".")[0] for i in imported(name)}
+    for library, rooms in ROOMS.items():
+        if library in libraries:
+            assert name.startswith(rooms), f"{name} imports {library}"
+    if name.startswith("models."):
+        assert "ml_collections" not in libraries
+
+
+def test_data_never_sees_models_and_models_never_see_data():
+    for name in MODULES:
+        if name.startswith("data."):
+            assert not any(".models." in i for i in imported(name))
+        if name.startswith("models."):
+            assert not any(".data." in i for i in imported(name))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=str)
+def test_config_loads_and_validates(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config()
+    assert isinstance(config, ConfigDict)
+    assert config.is_locked
+    if "total_steps" in config:
+        config.data.path = config.data.path or "videos"
+        validate(config)
+
+
+def test_no_file_grows_out_of_hand():
+    for path in PACKAGE.rglob("*.py"):
+        assert len(path.read_text().splitlines()) <= 450, path
+
+
+def test_importing_the_package_starts_no_device():
+    assert vjepa_jax.__version__
+    assert not imported("__init__")

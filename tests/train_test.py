@@ -1,0 +1,242 @@
+"""Whole runs in processes of their own: killed and interrupted ones end like unbroken ones.
+
+Processes are dear (each imports, compiles and starts workers), so that one pair of
+workdirs serves all tests: a run left alone, and one that is killed, continued,
+interrupted and continued again. Both read a list with a broken video in it.
+"""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import pytest
+
+from vjepa_jax import build, checkpoint, default_config, metrics, optim
+from vjepa_jax.data import render
+from vjepa_jax.models.encoder import token_grid
+from vjepa_jax.train_state import abstract_state, make_init
+
+ROOT = pathlib.Path(__file__).parents[1]
+TOTAL_STEPS = 30
+NUM_VIDEOS = 40
+TIMEOUT_SECS = 300
+
+OVERRIDES = {
+    "total_steps": TOTAL_STEPS,
+    "batch_size": 4,
+    "world.pretrain_videos": NUM_VIDEOS,
+    "world.probe_train_videos": 1,
+    "world.probe_test_videos": 1,
+    "world.hidden_train_videos": 1,
+    "world.hidden_test_videos": 1,
+    "data.num_workers": 2,
+    "model.scan_layers": True,
+    "model.predictor.depth": 1,
+    "optim.warmup_steps": 3,
+    "checkpoint.every_steps": 6,
+    "log.every_steps": 1,
+}
+
+
+class Ended(NamedTuple):
+    code: int
+    stderr: str
+
+
+class Process:
+    """The training command, in a process group of its own like a shell's job."""
+
+    def __init__(self, data, workdir):
+        values = OVERRIDES | {
+            "world.path": data / "world",
+            "data.path": data / "list.csv",
+        }
+        # One device, whatever this process has; what is compiled once serves them all.
+        env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+        env |= {
+            "JAX_PLATFORMS": "cpu",
+            "JAX_COMPILATION_CACHE_DIR": str(data / "compiled"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1",
+        }
+        self._stderr = open(workdir.with_suffix(".stderr"), "w+")  # noqa: SIM115
+        self._process = subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "vjepa_jax.train",
+                "--config=configs/world_tiny.py",
+                f"--workdir={workdir}",
+                *(f"--config.{key}={value}" for key, value in values.items()),
+            ],
+            cwd=ROOT,
+            env=env,
+            stderr=self._stderr,
+            start_new_session=True,
+        )
+
+    def wait_until(self, happened):
+        """Wait for `happened()` while the process runs."""
+        deadline = time.monotonic() + TIMEOUT_SECS
+        while not happened():
+            assert self._process.poll() is None, self.end().stderr
+            assert time.monotonic() < deadline, "took too long"
+            time.sleep(0.005)
+
+    def send(self, number):
+        """Send a signal to the process and its workers, as a terminal does."""
+        os.killpg(self._process.pid, number)
+
+    def end(self) -> Ended:
+        try:
+            code = self._process.wait(TIMEOUT_SECS)
+        finally:
+            if self._process.poll() is None:
+                self.send(signal.SIGKILL)
+        self._stderr.seek(0)
+        text = self._stderr.read()
+        self._stderr.close()
+        return Ended(code, text)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """The folder of a small world, and of a list of it with a broken video."""
+    folder = tmp_path_factory.mktemp("data")
+    config = default_config.get_config()
+    config.update_from_flattened_dict(
+        {k: v for k, v in OVERRIDES.items() if k.startswith("world.")}
+    )
+    config.world.path = str(folder / "world")
+    render.render_world(config.world)
+    (folder / "broken.mp4").write_text("not a video")
+    lines = (folder / "world/pretrain.csv").read_text().splitlines()
+    entries = [f"world/{line}\n" for line in lines]
+    entries.insert(NUM_VIDEOS // 2, "broken.mp4 0\n")
+    (folder / "list.csv").write_text("".join(entries))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def unbroken(data, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("runs") / "unbroken"
+    return workdir, Process(data, workdir).end()
+
+
+class Broken(NamedTuple):
+    workdir: pathlib.Path
+    killed: Ended
+    interrupted: Ended
+    interrupted_steps: list[int]  # in metrics.jsonl after the interruption
+    saved_step: int  # the latest checkpoint after the interruption
+    finished: Ended
+
+
+@pytest.fixture(scope="module")
+def broken(data, unbroken, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("runs") / "broken"
+    process = Process(data, workdir)
+    process.wait_until((workdir / "checkpoints/6").exists)
+    process.send(signal.SIGKILL)
+    killed = process.end()
+
+    process = Process(data, workdir)
+    process.wait_until((workdir / "checkpoints/18").exists)
+    process.send(signal.SIGINT)
+    interrupted = process.end()
+    steps = steps_of(workdir)
+    saved = max(int(p.name) for p in (workdir / "checkpoints").iterdir())
+    finished = Process(data, workdir).end()
+    return Broken(workdir, killed, interrupted, steps, saved, finished)
+
+
+def steps_of(workdir):
+    return [row["step"] for row in metrics.read_metrics(str(workdir))]
+
+
+def restore(workdir, step):
+    """Return the state of a checkpoint as NumPy arrays."""
+    config = default_config.from_json(json.loads((workdir / "config.json").read_text()))
+    encoder, predictor = build.make_models(config)
+    schedules = build.make_schedules(config)
+    tx = optim.make_optimizer(
+        schedules["learning_rate"],
+        schedules["weight_decay"],
+        clip_norm=config.optim.clip_norm,
+    )
+    size = config.data.resolution
+    shape = (config.data.num_frames, size, size, 3)
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one),
+        abstract_state(make_init(encoder, predictor, tx, shape)),
+    )
+    with checkpoint.Checkpointer(str(workdir), every_steps=1, keep=9) as checkpointer:
+        assert checkpointer.latest_step() == step
+        state, _, _ = checkpointer.restore(step, abstract)
+    assert token_grid(shape, encoder.patch_size, encoder.tubelet_size)
+    return jax.device_get(state)
+
+
+def test_an_unbroken_run_reports_every_step_and_ends_well(unbroken):
+    workdir, ended = unbroken
+    assert ended.code == 0, ended.stderr
+    assert "Traceback" not in ended.stderr and "error" not in ended.stderr
+    assert f"finished at step {TOTAL_STEPS}" in ended.stderr
+    assert steps_of(workdir) == [*range(1, TOTAL_STEPS + 1)]
+    losses = [row["train/loss"] for row in metrics.read_metrics(str(workdir))]
+    # Targets have unit variance: predicting zero costs about 0.8.
+    assert 0.5 < losses[0] < 1.5 and len(set(losses)) == TOTAL_STEPS
+    assert (workdir / "config.json").exists() and (workdir / "tensorboard").is_dir()
+
+
+def test_an_interrupted_run_saves_and_says_so(broken):
+    assert broken.interrupted.code == 128 + signal.SIGINT, broken.interrupted.stderr
+    assert "Traceback" not in broken.interrupted.stderr
+    last = broken.interrupted_steps[-1]
+    assert 18 <= last < TOTAL_STEPS, "the run was over before the signal came"
+    assert broken.saved_step == last
+    assert f"stopped at step {last}, saved" in broken.interrupted.stderr
+
+
+def test_the_same_command_continues_a_broken_run(broken):
+    assert broken.killed.code == -signal.SIGKILL
+    assert "resumed from step" in broken.interrupted.stderr
+    assert f"resumed from step {broken.saved_step}" in broken.finished.stderr
+    assert broken.finished.code == 0, broken.finished.stderr
+    assert "Traceback" not in broken.finished.stderr
+
+
+def test_a_broken_run_repeats_the_unbroken_one_bit_for_bit(broken, unbroken):
+    ours, theirs = (
+        metrics.read_metrics(str(workdir)) for workdir in (broken.workdir, unbroken[0])
+    )
+    assert [row["step"] for row in ours] == [*range(1, TOTAL_STEPS + 1)]
+    kept = ("step", "train/", "repr/", "optim/")
+    for a, b in zip(ours, theirs, strict=True):
+        assert {k: v for k, v in a.items() if k.startswith(kept)} == {
+            k: v for k, v in b.items() if k.startswith(kept)
+        }
+    states = [restore(w, TOTAL_STEPS) for w in (broken.workdir, unbroken[0])]
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(states[0]),
+        jax.tree.leaves(states[1]),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
+    assert int(states[0].step) == TOTAL_STEPS
+
+
+def test_a_broken_video_is_replaced_and_listed_once(broken, unbroken, data):
+    for workdir in (broken.workdir, unbroken[0]):
+        lines = (workdir / "bad_videos.jsonl").read_text().splitlines()
+        assert [json.loads(line)["path"] for line in lines] == [
+            str(data / "broken.mp4")
+        ]
+        assert metrics.read_metrics(str(workdir))[-1]["data/bad_videos"] == 1
