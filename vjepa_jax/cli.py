@@ -28,11 +28,11 @@ def fail(message: str) -> None:
 
 def _parse_flags(argv: list[str]) -> list[str]:
     try:
-        rest = app.parse_flags_with_usage(argv)
-        flags.FLAGS["config"].value  # noqa: B018  a missing file shows here
-    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        rest = flags.FLAGS(argv)
+        flags.FLAGS["config"].value.keys()  # a file that failed to load shows here
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as e:
         # The config file's own mistakes and unknown keys arrive as these.
-        fail(str(error).strip("'\" ").splitlines()[0])
+        fail(" ".join(str(e.args[0] if e.args else e).split()))
     if len(rest) > 1:
         fail(f"argument '{rest[1]}' is not a flag: write --config.key=value")
     return rest
