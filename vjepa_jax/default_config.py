@@ -65,8 +65,8 @@ def get_config() -> ConfigDict:
     config.world.pretrain_videos = 4096  # videos to pretrain on
     config.world.probe_train_videos = 1650  # labelled videos to fit probes
     config.world.probe_test_videos = 880  # labelled videos to judge probes
-    config.world.hidden_train_videos = 600  # videos of occlusions, to fit
-    config.world.hidden_test_videos = 300  # videos of occlusions, to judge
+    config.world.hidden_train_videos = 1000  # videos of occlusions, to fit
+    config.world.hidden_test_videos = 500  # videos of occlusions, to judge
     config.world.size = 32  # side in pixels, even
     config.world.num_frames = 16  # frames per video
 

@@ -1,5 +1,7 @@
 """The V-JEPA objective, regularisers against collapse, and statistics that show it."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -57,22 +59,29 @@ def collapse_statistics(h: jax.Array, max_tokens: int = 4096) -> dict[str, jax.A
 
     Args:
       h: [B, N, D] features.
-      max_tokens: at most about so many tokens, evenly spaced, enter the statistics.
+      max_tokens: at most so many tokens, evenly spaced, enter the statistics.
 
     Returns:
       `std`: mean over channels of the standard deviation over tokens;
       `effective_rank`: participation ratio (tr C)^2 / tr(C^2) of the covariance, 1..D;
       `cosine`: mean cosine similarity of a token to the mean token.
     """
-    h = h.astype(jnp.float32).reshape(-1, h.shape[-1])
-    h = h[:: max(1, h.shape[0] // max_tokens)]
+    num_tokens, width = h.shape[-2:]
+    h = h.astype(jnp.float32).reshape(-1, width)
+    stride = -(-h.shape[0] // max_tokens)
+    # A common factor would make every clip show the same few positions.
+    while math.gcd(stride, num_tokens) > 1:
+        stride += 1
+    h = h[::stride]
     mean = h.mean(0)
     centred = h - mean
     covariance = centred.T @ centred / h.shape[0]
+    trace = jnp.trace(covariance)
+    spectrum = covariance / jnp.maximum(trace, 1e-30)
+    rank = jnp.where(trace > 0, 1 / jnp.square(spectrum).sum(), 1.0)
     norms = jnp.linalg.norm(h, axis=-1) * jnp.linalg.norm(mean)
     return {
         "std": jnp.sqrt(jnp.diagonal(covariance)).mean(),
-        "effective_rank": jnp.square(jnp.trace(covariance))
-        / jnp.maximum(jnp.square(covariance).sum(), 1e-12),
+        "effective_rank": rank,
         "cosine": ((h @ mean) / jnp.maximum(norms, 1e-12)).mean(),
     }

@@ -49,7 +49,9 @@ class World:
       camera_speed: largest speed of the scrolling background, sides per frame.
       still_fraction: share of the clips whose background does not move.
       background_contrast: amplitude of the background's texture, 0 to 1.
-      light_change: largest relative change of the brightness within a clip.
+      background_change: random walk of the texture's phases, radians per frame; what
+        cannot be foreseen is not worth a predictor's while.
+      light_change: random walk of the light's three colours, relative, per frame.
     """
 
     size: int = 48
@@ -61,7 +63,8 @@ class World:
     camera_speed: float = 0.03
     still_fraction: float = 0.3
     background_contrast: float = 0.04
-    light_change: float = 0.1
+    background_change: float = 0.4
+    light_change: float = 0.05
 
 
 @dataclasses.dataclass
@@ -82,7 +85,8 @@ class Scene:
     waves: np.ndarray  # [W, 6] background: fx, fy, phase, and an amplitude per channel
     background: np.ndarray  # [3] mean colour
     camera: np.ndarray  # [2] background velocity
-    light: np.ndarray  # [2] amplitude, phase
+    phases: np.ndarray  # [T, W] what is added to the waves' phases
+    light: np.ndarray  # [T, 3] gain of each colour
 
 
 @dataclasses.dataclass
@@ -119,6 +123,12 @@ def _rgb(rng: np.random.Generator, value: tuple[float, float], n: int) -> np.nda
     brightness = rng.uniform(*value, (n, 1))
     ramp = np.abs((hue * 6 + np.array([0.0, 4.0, 2.0])) % 6 - 3) - 1
     return brightness * (1 - saturation * (1 - np.clip(ramp, 0, 1)))
+
+
+def _walk(rng: np.random.Generator, world: World, n: int) -> np.ndarray:
+    """Draw n random walks of unit steps that are 0 at the middle frame: [T, n]."""
+    walk = np.cumsum(rng.normal(0, 1, (world.num_frames, n)), axis=0)
+    return walk - walk[world.num_frames // 2]
 
 
 def _draw_companions(rng, position, radius, occluder):
@@ -185,9 +195,8 @@ def draw_scene(world: World, rng: np.random.Generator) -> Scene:
         waves=np.concatenate([frequency, phase, amplitude], 1),
         background=_rgb(rng, (0.1, 0.35), 1)[0],
         camera=speed * np.array([math.cos(heading), math.sin(heading)]),
-        light=np.array(
-            [rng.uniform(0, world.light_change), rng.uniform(0, 2 * math.pi)]
-        ),
+        phases=_walk(rng, world, num_waves) * world.background_change,
+        light=np.exp(_walk(rng, world, 3) * world.light_change),
     )
 
 
@@ -326,8 +335,11 @@ def _paint_background(world: World, scene: Scene) -> np.ndarray:
     y = grid[None, :, None] - np.float32(scene.camera[1]) * time
     video = np.empty((frames, size, size, 3), np.float32)
     video[:] = scene.background
-    for fx, fy, phase, *amplitude in scene.waves.astype(np.float32):
-        wave = np.cos(2 * np.float32(math.pi) * (fx * x + fy * y) + phase)
+    phases = scene.phases.astype(np.float32).T[..., None, None]
+    for (fx, fy, phase, *amplitude), change in zip(
+        scene.waves.astype(np.float32), phases, strict=True
+    ):
+        wave = np.cos(2 * np.float32(math.pi) * (fx * x + fy * y) + phase + change)
         video += wave[..., None] * np.stack(amplitude)
     return video
 
@@ -372,9 +384,7 @@ def render(world: World, scene: Scene, motion: Motion, label: int) -> Clip:
         paint = colours[1] + stripe[..., None] * (colours[0] - colours[1])
         video += alpha[..., None] * (paint - video)
         masks = np.where(alpha > 0.5, np.uint8(k + 1), masks)
-    amplitude, phase = scene.light
-    turn = 2 * math.pi * np.arange(frames) / (2 * frames) + phase
-    video *= (1 + amplitude * np.sin(turn)).astype(np.float32)[:, None, None, None]
+    video *= scene.light.astype(np.float32)[:, None, None]
     visibility = np.stack([visible[k].sum((1, 2)) for k in range(count)], 1)
     return Clip(
         video=np.clip(np.rint(video * 255), 0, 255).astype(np.uint8),

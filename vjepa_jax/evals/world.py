@@ -31,7 +31,7 @@ class State:
 
     Attributes:
       position, velocity: float [N, T', 2], averages over the frames of a time step.
-      visibility: float [N, T'], the largest of its frames.
+      visibility: float [N, T'], average over the frames.
     """
 
     position: np.ndarray
@@ -59,7 +59,7 @@ def read_state(
         return State(
             per_step("position").mean(2),
             per_step("velocity").mean(2),
-            per_step("visibility").max(2),
+            per_step("visibility").mean(2),
         )
 
 
@@ -111,7 +111,7 @@ def measure(
       num_heads: of the attentive probe.
       labels_per_class, draws: of the few-label probe.
       hidden_visibility: an object is occluded in a time step where at most this share
-        of it is visible in any frame.
+        of it is visible, averaged over the frames.
       attentive: further arguments of `probes.attentive_accuracy`.
       seed: of the probes.
 

@@ -1,0 +1,478 @@
+"""Models against a plain double-precision re-implementation, and what must not leak."""
+
+import itertools
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vjepa_jax.models import layers, positions, registry
+from vjepa_jax.models.encoder import VideoEncoder, normalise, take_tokens, token_grid
+from vjepa_jax.models.predictor import Predictor
+
+GRID = (2, 3, 4)
+NUM_TOKENS = 24
+VIDEO = (4, 12, 16, 3)  # tubelets of 2 x 4 x 4: GRID
+WIDTH, HEADS = 24, 2
+SIZE = {"num_heads": HEADS, "scan_layers": True}
+
+
+@pytest.fixture
+def rng():
+    seed = np.random.SeedSequence().entropy
+    print(f"numpy seed {seed}")  # shown where a test fails
+    return np.random.default_rng(seed)
+
+
+def normal(rng, *shape):
+    return rng.normal(size=shape).astype(np.float32)
+
+
+def filled(module, rng, *args, scale=0.3):
+    """Return parameters of a module with random numbers in every one of them."""
+    shapes = jax.eval_shape(lambda key: module.init(key, *args), jax.random.key(0))
+    return jax.tree.map(lambda x: normal(rng, *x.shape) * scale, nn.unbox(shapes))
+
+
+def subsets(rng, batch, count, num_tokens=NUM_TOKENS):
+    """Draw token numbers without repetition, in no order: [batch, count]."""
+    return np.stack([rng.permutation(num_tokens)[:count] for _ in range(batch)])
+
+
+# ------------------------------------------------------------ the models in plain NumPy
+
+
+def plain_norm(x, params):
+    centred = x - x.mean(-1, keepdims=True)
+    x = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6)
+    return x * params["scale"] + params["bias"]
+
+
+def plain_linear(x, params):
+    return x @ params["kernel"] + params["bias"]
+
+
+def plain_rope(x, idx, grid):
+    """Rotate one head [N, head_dim], channel pair by channel pair."""
+    x = x.copy()
+    head_dim = x.shape[-1]
+    per_axis = 2 * (head_dim // 3 // 2)
+    for row, number in zip(x, idx, strict=True):
+        for axis, place in enumerate(np.unravel_index(number, grid)):
+            for i in range(per_axis // 2):
+                angle = place * 10000 ** (-i / (per_axis / 2))
+                pair = slice(axis * per_axis + 2 * i, axis * per_axis + 2 * i + 2)
+                a, b = row[pair]
+                row[pair] = (
+                    a * math.cos(angle) - b * math.sin(angle),
+                    b * math.cos(angle) + a * math.sin(angle),
+                )
+    return x
+
+
+def plain_block(x, params, idx=None, grid=GRID):
+    """Compute a block on one sample [N, width]; positions only with rope's `idx`."""
+    width = x.shape[-1]
+    qkv = plain_linear(plain_norm(x, params["norm1"]), params["qkv"])
+    heads = []
+    for head in range(HEADS):
+        size = width // HEADS
+        q, k, v = (
+            qkv[:, part * width + head * size : part * width + (head + 1) * size]
+            for part in range(3)
+        )
+        if idx is not None:
+            q, k = plain_rope(q, idx, grid), plain_rope(k, idx, grid)
+        scores = np.exp(q @ k.T / math.sqrt(size))
+        heads.append(scores / scores.sum(-1, keepdims=True) @ v)
+    x = x + plain_linear(np.concatenate(heads, axis=-1), params["proj"])
+    y = plain_linear(plain_norm(x, params["norm2"]), params["fc1"])
+    y = y * 0.5 * (1 + np.vectorize(math.erf)(y / math.sqrt(2)))
+    return x + plain_linear(y, params["fc2"])
+
+
+def plain_stack(x, params, idx=None):
+    depth = len(params["blocks"]["fc1"]["bias"])
+    for layer in range(depth):
+        block = jax.tree.map(lambda leaf, i=layer: leaf[i], params["blocks"])
+        x = plain_block(x, block, idx)
+    return x
+
+
+def plain_sincos(idx, grid, dim):
+    """Return [t | h | w] codes of sin then cos, cut to `dim`."""
+    per_axis = 2 * math.ceil(dim / 6)
+    rows = []
+    for number in idx:
+        row = []
+        for place in np.unravel_index(number, grid):
+            angles = [
+                place * 10000 ** (-i / (per_axis / 2)) for i in range(per_axis // 2)
+            ]
+            row += [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
+        rows.append(row[:dim])
+    return np.array(rows)
+
+
+def plain_tubelets(video):
+    """Cut one clip into rows of flattened 2 x 4 x 4 tubelets."""
+    return np.stack(
+        [
+            video[2 * t : 2 * t + 2, 4 * h : 4 * h + 4, 4 * w : 4 * w + 4].ravel()
+            for t, h, w in itertools.product(*map(range, GRID))
+        ]
+    )
+
+
+def double(tree):
+    return jax.tree.map(lambda x: np.asarray(x, np.float64), tree)
+
+
+def make_encoder(pos_embed="rope", **kwargs):
+    return VideoEncoder(
+        2, WIDTH, mlp_dim=40, patch_size=4, pos_embed=pos_embed, **{**SIZE, **kwargs}
+    )
+
+
+@pytest.mark.parametrize("pos_embed", ["rope", "sincos"])
+def test_encoder_equals_plain_numpy(pos_embed, rng):
+    encoder = make_encoder(pos_embed)
+    video, idx = normal(rng, 2, *VIDEO), subsets(rng, 2, 9)
+    params = filled(encoder, rng, video)["params"]
+    actual = jax.jit(encoder.apply)({"params": params}, video, idx)
+    params = double(params)
+    for clip, chosen, tokens in zip(double(video), idx, actual, strict=True):
+        x = plain_linear(plain_tubelets(clip), params["embed"]["proj"])
+        if pos_embed == "sincos":
+            x = x + plain_sincos(range(NUM_TOKENS), GRID, WIDTH)
+        rope_idx = chosen if pos_embed == "rope" else None
+        x = plain_norm(
+            plain_stack(x[chosen], params["stack"], rope_idx), params["norm"]
+        )
+        # Single precision through two blocks whose values are of order ten.
+        np.testing.assert_allclose(tokens, x, atol=2e-4)
+
+
+@pytest.mark.parametrize("pos_embed", ["rope", "sincos"])
+def test_predictor_equals_plain_numpy(pos_embed, rng):
+    predictor = Predictor(
+        2, 12, mlp_dim=20, out_dim=WIDTH, num_mask_tokens=3, pos_embed=pos_embed, **SIZE
+    )
+    context, idx = normal(rng, 2, 7, WIDTH), subsets(rng, 2, 12)
+    ctx_idx, tgt_idx = idx[:, :7], idx[:, 7:]
+    params = filled(predictor, rng, context, ctx_idx, tgt_idx, GRID)["params"]
+    actual = jax.jit(predictor.apply, static_argnums=(4, 5))(
+        {"params": params}, context, ctx_idx, tgt_idx, GRID, 1
+    )
+    params = double(params)
+    for seen, order, tokens in zip(double(context), idx, actual, strict=True):
+        hidden = np.tile(params["mask_tokens"][1], (5, 1))
+        x = np.concatenate([plain_linear(seen, params["embed"]), hidden])
+        if pos_embed == "sincos":
+            x = x + plain_sincos(order, GRID, 12)
+        x = plain_stack(x, params["stack"], order if pos_embed == "rope" else None)
+        x = plain_linear(plain_norm(x[7:], params["norm"]), params["proj"])
+        np.testing.assert_allclose(tokens, x, atol=2e-4)
+
+
+def test_tubelet_embedding_equals_a_strided_convolution(rng):
+    video = normal(rng, 2, 4, 12, 16, 3)
+    module = layers.TubeletEmbed(width=10, patch_size=4, tubelet_size=2)
+    params = filled(module, rng, video)
+    proj = params["params"]["proj"]
+    convolved = jax.lax.conv_general_dilated(
+        video,
+        proj["kernel"].reshape(2, 4, 4, 3, 10),
+        window_strides=(2, 4, 4),
+        padding="VALID",
+        dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
+        precision="highest",
+    )
+    expected = convolved.reshape(2, NUM_TOKENS, 10) + proj["bias"]
+    np.testing.assert_allclose(module.apply(params, video), expected, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------- positions
+
+
+@pytest.mark.parametrize("dim", [12, 24, 32, 50])
+@pytest.mark.parametrize("grid", [(2, 3, 4), (5, 1, 2)])
+def test_sincos_table_equals_a_plain_loop(dim, grid):
+    table = positions.sincos_table(grid, dim)
+    assert table.shape == (math.prod(grid), dim) and table.dtype == np.float32
+    expected = plain_sincos(range(math.prod(grid)), grid, dim)
+    np.testing.assert_allclose(table, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(("head_dim", "per_axis"), [(64, 20), (80, 26), (32, 10)])
+def test_rope_rotates_the_channels_of_the_reference(head_dim, per_axis, rng):
+    """Splits 20/20/20 + 4, 26 x 3 + 2 and 10 x 3 + 2 (reference inventory, 1.3)."""
+    grid, idx = (3, 4, 5), rng.integers(0, 60, (2, 6))
+    x = normal(rng, 2, 6, 3, head_dim)
+    tables = positions.rope_tables(jnp.asarray(idx), grid, head_dim)
+    actual = np.asarray(positions.rotate(jnp.asarray(x), tables))
+    np.testing.assert_array_equal(actual[..., 3 * per_axis :], x[..., 3 * per_axis :])
+    for b, head in itertools.product(range(2), range(3)):
+        expected = plain_rope(double(x[b, :, head]), idx[b], grid)
+        np.testing.assert_allclose(actual[b, :, head], expected, atol=1e-5)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.data())
+def test_rotated_products_depend_on_the_difference_of_positions_only(data):
+    grid, head_dim = (8, 16, 16), 26
+    places = [[data.draw(st.integers(0, n // 2 - 1)) for n in grid] for _ in range(2)]
+    shift = [data.draw(st.integers(0, n // 2)) for n in grid]
+    moved = np.array(places) + shift
+    both = [np.ravel_multi_index(np.transpose(p), grid) for p in (places, moved)]
+    q, k = np.random.default_rng().normal(size=(2, 1, 1, 1, head_dim))
+
+    def product(idx):
+        rotated = [
+            positions.rotate(
+                jnp.asarray(x, jnp.float32),
+                positions.rope_tables(jnp.asarray([[i]]), grid, head_dim),
+            )
+            for x, i in zip((q, k), idx, strict=True)
+        ]
+        return float((rotated[0] * rotated[1]).sum())
+
+    # Single precision: angles up to 16 are known to 1e-6.
+    np.testing.assert_allclose(product(both[0]), product(both[1]), atol=1e-4)
+
+
+def test_grid_coordinates_invert_the_numbering():
+    t, h, w = positions.grid_coordinates(jnp.arange(NUM_TOKENS), GRID)
+    expected = np.unravel_index(np.arange(NUM_TOKENS), GRID)
+    for actual, axis in zip((t, h, w), expected, strict=True):
+        np.testing.assert_array_equal(actual, axis)
+
+
+# ------------------------------------------------------------------- visible and hidden
+
+
+@pytest.fixture(scope="module", params=["rope", "sincos"])
+def encode(request):
+    """An encoder with random parameters, as a compiled function."""
+    rng = np.random.default_rng()
+    encoder = make_encoder(request.param)
+    params = filled(encoder, rng, normal(rng, 1, *VIDEO))
+    apply = jax.jit(encoder.apply)
+    return lambda *args: apply(params, *args)
+
+
+def test_seeing_all_tokens_equals_seeing_the_clip(encode, rng):
+    video = normal(rng, 2, *VIDEO)
+    everything = np.tile(np.arange(NUM_TOKENS), (2, 1))
+    # The same sums, but compiled apart.
+    np.testing.assert_allclose(encode(video, everything), encode(video), atol=2e-5)
+
+
+def test_permuting_what_is_seen_permutes_the_output(encode, rng):
+    video, idx = normal(rng, 2, *VIDEO), subsets(rng, 2, 9)
+    order = rng.permutation(9)
+    # Attention sums in another order, in single precision.
+    np.testing.assert_allclose(
+        encode(video, idx[:, order]), encode(video, idx)[:, order], atol=1e-4
+    )
+
+
+def test_hidden_pixels_cannot_influence_the_context(encode, rng):
+    video, idx = normal(rng, 2, *VIDEO), subsets(rng, 2, 9)
+    hidden = np.ones((2, NUM_TOKENS), bool)
+    np.put_along_axis(hidden, idx, False, axis=1)
+    per_pixel = hidden.reshape(2, *GRID)
+    for axis, size in ((1, 2), (2, 4), (3, 4)):
+        per_pixel = per_pixel.repeat(size, axis)
+    changed = np.where(per_pixel[..., None], 1000 * normal(rng, *video.shape), video)
+    assert (changed != video).any()
+    tokens = np.asarray(encode(video, idx))
+    # Bit for bit: not even a rounding error may come from what is hidden.
+    np.testing.assert_array_equal(encode(changed, idx), tokens)
+    # And every visible token matters to all tokens of its clip, and of no other.
+    place = idx[0, 0] if idx[0, 0] < 12 else idx[0, 0] - 12
+    t, (h, w) = idx[0, 0] // 12, divmod(place, 4)
+    changed[0, 2 * t, 4 * h, 4 * w] += 1
+    others = np.asarray(encode(changed, idx))
+    assert (others[0] != tokens[0]).any(-1).all()
+    np.testing.assert_array_equal(others[1], tokens[1])
+
+
+@pytest.mark.parametrize("pos_embed", ["rope", "sincos"])
+def test_permuting_targets_permutes_predictions(pos_embed, rng):
+    predictor = Predictor(2, 12, mlp_dim=20, out_dim=WIDTH, pos_embed=pos_embed, **SIZE)
+    context, idx = normal(rng, 2, 7, WIDTH), subsets(rng, 2, 14)
+    ctx_idx, tgt_idx = idx[:, :7], idx[:, 7:]
+    # Large, so that attention and with it the output depend on places.
+    params = filled(predictor, rng, context, ctx_idx, tgt_idx, GRID, scale=0.8)
+    apply = jax.jit(predictor.apply, static_argnums=4)
+    predicted = np.asarray(apply(params, context, ctx_idx, tgt_idx, GRID))
+    order = rng.permutation(7)
+    permuted = apply(params, context, ctx_idx, tgt_idx[:, order], GRID)
+    # Attention sums in another order, in single precision.
+    np.testing.assert_allclose(permuted, predicted[:, order], atol=1e-3)
+    # The order of the context does not matter either.
+    permuted = apply(params, context[:, order], ctx_idx[:, order], tgt_idx, GRID)
+    np.testing.assert_allclose(permuted, predicted, atol=1e-3)
+    assert np.abs(np.diff(predicted, axis=1)).max() > 0.03
+
+
+# ------------------------------------------------------------------- how it is computed
+
+
+@pytest.fixture(scope="module")
+def stack_case():
+    rng = np.random.default_rng()
+    x = normal(rng, 2, 6, 12)
+    tables = positions.rope_tables(jnp.arange(6)[None], (1, 2, 3), 6)
+    params = filled(layers.Stack(2, 12, 2, 20), rng, x, tables)
+    return params, x, tables
+
+
+def output_and_gradient(stack_case, **how):
+    stack = layers.Stack(2, 12, 2, 20, **how)
+
+    def loss(params, x, tables):
+        y = stack.apply(params, x, tables)
+        return (y**2).mean(), y
+
+    (_, y), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(*stack_case)
+    return [np.asarray(a) for a in (y, *jax.tree.leaves(grads))]
+
+
+@pytest.fixture(scope="module")
+def unrolled(stack_case):
+    return output_and_gradient(stack_case)
+
+
+@pytest.mark.parametrize(
+    ("scan_layers", "remat"),
+    [(False, "full"), *((True, name) for name in layers.REMAT_POLICIES)],
+)
+def test_scan_and_rematerialisation_change_nothing(
+    scan_layers, remat, stack_case, unrolled
+):
+    actual = output_and_gradient(stack_case, scan_layers=scan_layers, remat=remat)
+    assert len(actual) == len(unrolled) == 13
+    for a, b in zip(actual, unrolled, strict=True):
+        # Compiled apart: single-precision sums in another order.
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_full_rematerialisation_keeps_less_between_the_passes(stack_case):
+    """Otherwise the option would be a name only: count what backward gets."""
+
+    def saved(remat):
+        stack = layers.Stack(2, 12, 2, 20, scan_layers=True, remat=remat)
+
+        def residuals(params, x, tables):
+            _, pullback = jax.vjp(lambda p: stack.apply(p, x, tables), params)
+            return pullback
+
+        return sum(
+            x.size for x in jax.tree.leaves(jax.eval_shape(residuals, *stack_case))
+        )
+
+    sizes = {name: saved(name) for name in layers.REMAT_POLICIES}
+    assert sizes["full"] < sizes["dots_no_batch"] <= sizes["dots"] < sizes["none"]
+
+
+def test_half_precision_computes_in_it_and_keeps_single_precision_parameters(rng):
+    encoder = make_encoder(dtype=jnp.bfloat16)
+    video = normal(rng, 1, *VIDEO)
+    params = nn.unbox(jax.jit(encoder.init)(jax.random.key(0), video))
+    assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    tokens = jax.jit(encoder.apply)(params, video)
+    assert tokens.dtype == jnp.bfloat16
+    exact = jax.jit(make_encoder().apply)(params, video)
+    error = np.abs(np.asarray(tokens, np.float32) - exact)
+    # Eight bits of mantissa, a few roundings deep; tokens are of order one.
+    assert 0 < error.mean() < 0.02
+
+
+def test_initial_output_projections_shrink_with_depth():
+    stack = layers.Stack(3, 48, 4, 192, scan_layers=True)
+    x = jnp.zeros((1, 2, 48))
+    blocks = nn.unbox(stack.init(jax.random.key(1), x))["params"]["blocks"]
+    for name, expected in (
+        ("qkv", [0.02] * 3),
+        ("fc1", [0.02] * 3),
+        ("proj", 0.02 / np.sqrt([2, 4, 6])),
+        ("fc2", 0.02 / np.sqrt([2, 4, 6])),
+    ):
+        std = np.asarray(blocks[name]["kernel"]).std(axis=(1, 2))
+        # 2304 weights or more a layer: a standard error of 1.5 %.
+        np.testing.assert_allclose(std, expected, rtol=0.075)
+        assert (np.asarray(blocks[name]["bias"]) == 0).all()
+
+
+# -------------------------------------------------------------------------------- sizes
+
+# Millions of parameters of the released encoders: the reference's inventory, 1.3.
+MILLIONS = {
+    "tiny": (5.63, 0.005),
+    "small": (21.9, 0.05),
+    "base": (86.2, 0.05),
+    "large": (303.9, 0.05),
+    "huge": (631.6, 0.05),
+    "giant": (1012.2, 0.05),
+}
+
+
+def number_of_parameters(size):
+    encoder = registry.make_encoder(size, scan_layers=True)
+    video = jnp.zeros((1, 2, 16, 16, 3))
+    shapes = jax.eval_shape(encoder.init, jax.random.key(0), video)
+    return sum(x.size for x in jax.tree.leaves(shapes))
+
+
+@pytest.mark.parametrize("size", MILLIONS)
+def test_sizes_have_the_reference_number_of_parameters(size):
+    millions, rounding = MILLIONS[size]
+    assert abs(number_of_parameters(size) / 1e6 - millions) <= rounding
+
+
+@pytest.mark.parametrize("size", registry.SIZES)
+def test_sizes_have_the_parameters_that_their_fields_tell(size):
+    depth, width, heads, mlp = (
+        getattr(registry.SIZES[size], name)
+        for name in ("depth", "width", "num_heads", "mlp_dim")
+    )
+    assert width % heads == 0
+    block = 4 * width * width + 2 * width * mlp + 4 * width + width + mlp + 4 * width
+    expected = depth * block + (2 * 16 * 16 * 3 + 1) * width + 2 * width
+    assert number_of_parameters(size) == expected
+
+
+def test_an_unknown_size_is_refused_by_name():
+    with pytest.raises(ValueError, match="'enormous' is unknown; known: nano, tiny"):
+        registry.make_encoder("enormous")
+
+
+# ---------------------------------------------------------------------------- functions
+
+
+def test_gathered_tokens_are_those_of_the_indices(rng):
+    x, idx = normal(rng, 3, 7, 2), subsets(rng, 3, 4, 7)
+    expected = np.stack([row[i] for row, i in zip(x, idx, strict=True)])
+    np.testing.assert_array_equal(take_tokens(jnp.asarray(x), idx), expected)
+
+
+def test_video_is_normalised_by_imagenets_statistics(rng):
+    video = rng.integers(0, 256, (2, 3, 4, 5, 3), dtype=np.uint8)
+    expected = (video / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+    actual = normalise(jnp.asarray(video))
+    assert actual.dtype == jnp.float32
+    np.testing.assert_allclose(actual, expected, atol=1e-6)
+
+
+def test_clips_that_tubelets_do_not_tile_are_refused():
+    assert token_grid((7, 4, 12, 16, 3), 4, 2) == GRID
+    for shape in ((3, 12, 16, 3), (4, 13, 16, 3), (4, 12, 18, 3)):
+        with pytest.raises(ValueError, match="cannot be cut into tubelets of 2x4x4"):
+            token_grid(shape, 4, 2)

@@ -1,0 +1,204 @@
+"""Schedules against plain formulas, AdamW against a plain loop of PyTorch's."""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vjepa_jax import optim
+from vjepa_jax.models.encoder import VideoEncoder
+from vjepa_jax.models.predictor import Predictor
+from vjepa_jax.train_state import make_init
+
+VALUES = st.floats(0, 10)
+
+
+@pytest.fixture
+def rng():
+    seed = np.random.SeedSequence().entropy
+    print(f"numpy seed {seed}")  # shown where a test fails
+    return np.random.default_rng(seed)
+
+
+# ---------------------------------------------------------------------------- schedules
+
+
+def official_warmup_cosine(num_updates, start, peak, end, warmup_steps, decay_steps):
+    """List the rates of the first updates; the counter is increased before its use."""
+    rates = []
+    for step in range(1, num_updates + 1):
+        if step < warmup_steps:
+            rates.append(start + step / warmup_steps * (peak - start))
+        else:
+            progress = (step - warmup_steps) / max(1, decay_steps - warmup_steps)
+            progress = min(progress, 1)
+            rates.append(end + (peak - end) * (1 + math.cos(math.pi * progress)) / 2)
+    return rates
+
+
+@settings(max_examples=50, deadline=None)
+@given(VALUES, VALUES, VALUES, st.integers(0, 20), st.integers(1, 40))
+def test_warmup_cosine_equals_the_plain_formula(start, peak, end, warmup, decay):
+    schedule = optim.warmup_cosine(start, peak, end, warmup, warmup + decay)
+    expected = official_warmup_cosine(70, start, peak, end, warmup, warmup + decay)
+    # Single precision, where a cosine near -1 cancels.
+    np.testing.assert_allclose(schedule(np.arange(70)), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_first_update_uses_step_one():
+    schedule = optim.warmup_cosine(1.0, 2.0, 0.0, warmup_steps=10, decay_steps=100)
+    np.testing.assert_allclose(schedule(0), 1.1, rtol=1e-6)
+    np.testing.assert_allclose(schedule(9), 2.0, rtol=1e-6)
+    np.testing.assert_allclose(schedule(99), 0.0, atol=1e-6)
+    assert schedule(99) == schedule(500)
+
+
+def test_a_schedule_longer_than_the_run_stops_midway():
+    """Official: 90 000 updates of schedules of 112 500, rate 7.5e-5 at the end."""
+    schedule = optim.warmup_cosine(2e-4, 6.25e-4, 1e-6, 12_000, 112_500)
+    np.testing.assert_allclose(schedule(90_000 - 1), 7.5e-5, rtol=0.02)
+    decay = optim.cosine(0.04, 0.4, 112_500)
+    np.testing.assert_allclose(decay(90_000 - 1), 0.366, rtol=2e-3)
+    momentum = optim.linear(0.998, 1.0, 112_500)
+    np.testing.assert_allclose(momentum(90_000), 0.9996, rtol=1e-6)
+
+
+@settings(max_examples=30, deadline=None)
+@given(VALUES, VALUES, st.integers(1, 40))
+def test_cosine_and_linear_reach_their_ends_and_stay(start, end, decay_steps):
+    steps = np.arange(decay_steps + 20)
+    progress = np.minimum((steps + 1) / decay_steps, 1)
+    expected = end + (start - end) * (1 + np.cos(np.pi * progress)) / 2
+    actual = optim.cosine(start, end, decay_steps)(steps)
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
+    actual = optim.linear(start, end, decay_steps)(steps)
+    expected = start + np.minimum(steps / decay_steps, 1) * (end - start)
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_constant_schedules_are_constant():
+    for schedule in (optim.cosine(0.3, 0.3, 10), optim.linear(0.3, 0.3, 10)):
+        np.testing.assert_allclose(schedule(np.arange(30)), 0.3, rtol=1e-6)
+
+
+# ---------------------------------------------------------------------------- optimiser
+
+
+def test_all_parameters_decay_but_biases_and_norm_scales():
+    encoder = VideoEncoder(2, 24, 2, 48, patch_size=4)
+    predictor = Predictor(2, 12, 2, 24, out_dim=24)
+    init = make_init(encoder, predictor, optax.identity(), (4, 8, 8, 3))
+    params = nn.unbox(jax.eval_shape(init, jax.random.key(0))).params
+    marked = jax.tree_util.tree_leaves_with_path(optim.decay_mask(params))
+    shapes = [leaf.shape for leaf in jax.tree.leaves(params)]
+    decayed = set()
+    for (path, decays), shape in zip(marked, shapes, strict=True):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        # Official rule: nothing whose name holds `bias`, nothing of one dimension.
+        per_layer = len(shape) - ("/blocks/" in name)
+        assert decays == (per_layer > 1), name
+        if decays:
+            decayed.add(name.replace("/stack/blocks", ""))
+    layers = ("qkv/kernel", "proj/kernel", "fc1/kernel", "fc2/kernel")
+    assert decayed == {
+        *(f"{model}/{x}" for model in ("encoder", "predictor") for x in layers),
+        "encoder/embed/proj/kernel",
+        "predictor/embed/kernel",
+        "predictor/mask_tokens",
+    }
+
+
+def pytorch_adamw(params, grads, rates, decays, b1, b2, eps):
+    """Loop as `torch.optim.AdamW` documents it: decay first, then Adam, in fp64."""
+    params = {k: v.astype(np.float64) for k, v in params.items()}
+    first = {k: np.zeros_like(v) for k, v in params.items()}
+    second = {k: np.zeros_like(v) for k, v in params.items()}
+    for t, (grad, rate, decay) in enumerate(zip(grads, rates, decays, strict=True), 1):
+        for k in params:
+            if k != "bias":
+                params[k] = params[k] * (1 - rate * decay)
+            first[k] = b1 * first[k] + (1 - b1) * grad[k]
+            second[k] = b2 * second[k] + (1 - b2) * grad[k] ** 2
+            step = (first[k] / (1 - b1**t)) / (np.sqrt(second[k] / (1 - b2**t)) + eps)
+            params[k] = params[k] - rate * step
+    return params
+
+
+@pytest.mark.parametrize("b2", [0.95, 0.999])
+def test_updates_are_those_of_pytorchs_adamw_under_both_schedules(b2, rng):
+    steps, eps = 12, 1e-6
+    shapes = {"kernel": (4, 5), "bias": (5,), "mask_tokens": (2, 3)}
+    params = {k: rng.normal(size=s).astype(np.float32) for k, s in shapes.items()}
+    grads = [
+        {k: rng.normal(size=s).astype(np.float32) for k, s in shapes.items()}
+        for _ in range(steps)
+    ]
+    tx = optim.make_optimizer(
+        optim.warmup_cosine(0.01, 0.1, 0.0, 4, 15),
+        optim.cosine(0.1, 0.9, 15),
+        0.8,
+        b2,
+        eps,
+    )
+    expected = pytorch_adamw(
+        params,
+        grads,
+        official_warmup_cosine(steps, 0.01, 0.1, 0.0, 4, 15),
+        official_warmup_cosine(steps, 0.1, 0.1, 0.9, 0, 15),
+        0.8,
+        b2,
+        eps,
+    )
+    wrapped = {"encoder": params}
+    state = tx.init(wrapped)
+    update = jax.jit(tx.update)
+    for grad in grads:
+        updates, state = update({"encoder": grad}, state, wrapped)
+        wrapped = optax.apply_updates(wrapped, updates)
+    for name, value in expected.items():
+        actual = wrapped["encoder"][name]
+        # Twelve updates of 0.1 in single precision; their sum is about one.
+        np.testing.assert_allclose(actual, value, atol=1e-5, err_msg=name)
+        assert np.abs(actual - params[name]).max() > 0.1
+
+
+def test_each_module_is_clipped_by_its_own_norm(rng):
+    grads = {
+        "encoder": {"a": rng.normal(size=(6, 2)) * 50, "b": rng.normal(size=3)},
+        "predictor": {"a": rng.normal(size=4) * 1e-3},
+    }
+    grads = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), grads)
+    clip = optim.clip_by_module_norm(2.0)
+    clipped, _ = clip.update(grads, clip.init(grads))
+    norm = np.sqrt(sum((x**2).sum() for x in jax.tree.leaves(grads["encoder"])))
+    assert norm > 2
+    for name in ("a", "b"):
+        np.testing.assert_allclose(
+            clipped["encoder"][name], grads["encoder"][name] * 2 / norm, rtol=1e-5
+        )
+    np.testing.assert_array_equal(clipped["predictor"]["a"], grads["predictor"]["a"])
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, 1.0])
+def test_the_optimiser_clips_only_if_asked(clip_norm, rng):
+    """Epsilon is made so large that Adam's update is proportional to the gradient."""
+    grads = {"encoder": {"kernel": jnp.asarray(rng.normal(size=(30, 30)), jnp.float32)}}
+    params = jax.tree.map(jnp.zeros_like, grads)
+
+    def one(step):
+        del step
+        return 1.0
+
+    tx = optim.make_optimizer(one, lambda step: 0.0, eps=1e6, clip_norm=clip_norm)
+    updates, _ = tx.update(grads, tx.init(params), params)
+    norm = np.linalg.norm(grads["encoder"]["kernel"])
+    assert norm > 10
+    expected = (min(norm, clip_norm) if clip_norm else norm) / 1e6
+    actual = np.linalg.norm(updates["encoder"]["kernel"])
+    np.testing.assert_allclose(actual, expected, rtol=1e-4)

@@ -1,0 +1,178 @@
+"""State and batches lie where the rules say, and what cannot be split is named."""
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from vjepa_jax import optim, sharding
+from vjepa_jax.default_config import UserError
+from vjepa_jax.models import layers
+from vjepa_jax.models.encoder import VideoEncoder
+from vjepa_jax.models.predictor import Predictor
+from vjepa_jax.train_state import abstract_state, make_init
+
+VIDEO = (4, 8, 8, 3)
+
+
+def init_of(width=32, predictor_width=16, pos_embed="rope"):
+    kwargs = {"num_heads": 2, "scan_layers": True, "pos_embed": pos_embed}
+    encoder = VideoEncoder(2, width, mlp_dim=48, patch_size=4, **kwargs)
+    predictor = Predictor(1, predictor_width, mlp_dim=24, out_dim=width, **kwargs)
+    tx = optim.make_optimizer(lambda step: 1e-3, lambda step: 0.1, clip_norm=1.0)
+    return make_init(encoder, predictor, tx, VIDEO)
+
+
+def by_name(tree):
+    """Return {path: leaf} of a tree."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in leaves
+    }
+
+
+@pytest.mark.parametrize(
+    ("data", "fsdp", "shape"),
+    [
+        (-1, 1, (8, 1)),
+        (4, 2, (4, 2)),
+        (-1, 2, (4, 2)),
+        (2, -1, (2, 4)),
+        (8, -1, (8, 1)),
+    ],
+)
+def test_mesh_has_the_sizes_given_and_fills_the_free_one(data, fsdp, shape):
+    mesh = sharding.make_mesh(data, fsdp)
+    assert dict(mesh.shape) == dict(zip(("data", "fsdp"), shape, strict=True))
+    assert len({d.id for d in mesh.devices.flat}) == jax.device_count()
+
+
+@pytest.mark.parametrize(
+    ("data", "fsdp"),
+    [(3, 1), (2, 2), (-1, 3), (16, -1), (-1, -1), (0, 8), (-1, 0), (-2, -4)],
+)
+def test_mesh_that_does_not_fit_the_devices_is_refused(data, fsdp):
+    with pytest.raises(UserError) as error:
+        sharding.make_mesh(data, fsdp)
+    for part in (f"mesh.data={data}", f"mesh.fsdp={fsdp}", "8 devices"):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "accumulate_steps", "multiple"),
+    [(12, 1, 8), (24, 2, 16), (8, 2, 16)],
+)
+def test_batch_that_devices_cannot_share_is_refused(
+    batch_size, accumulate_steps, multiple
+):
+    mesh = sharding.make_mesh(4, 2)
+    with pytest.raises(UserError) as error:
+        sharding.check_divides(mesh, batch_size, accumulate_steps)
+    assert f"batch_size={batch_size}" in str(error.value)
+    assert f"multiple of {multiple}" in str(error.value)
+    sharding.check_divides(mesh, multiple, accumulate_steps)
+
+
+@pytest.mark.parametrize("pos_embed", ["rope", "sincos"])
+def test_every_logical_axis_has_a_rule(pos_embed):
+    boxed = jax.eval_shape(init_of(pos_embed=pos_embed), jax.random.key(0))
+    specs = jax.tree.leaves(
+        nn.get_partition_spec((boxed.params, boxed.target)),
+        is_leaf=lambda x: isinstance(x, PartitionSpec),
+    )
+    leaves = jax.tree.leaves(nn.unbox((boxed.params, boxed.target)))
+    assert len(specs) == len(leaves) > 40
+    named = {name for spec in specs for name in spec if name is not None}
+    assert named | set(layers.ACT_AXES) == {name for name, _ in sharding.RULES}
+    # Every axis of every leaf has a name, but for the mask tokens' first.
+    unnamed = [spec for spec in specs if None in spec]
+    assert unnamed == [PartitionSpec(None, "embed")]
+    for spec, leaf in zip(specs, leaves, strict=True):
+        assert len(spec) == len(leaf.shape)
+
+
+def test_fsdp_splits_parameters_moments_and_target_alike():
+    mesh = sharding.make_mesh(4, 2)
+    init = init_of()
+    shapes = abstract_state(init)
+    shardings = sharding.state_shardings(init, mesh)
+    split = {
+        name: "fsdp" in jax.tree.leaves(tuple(s.spec))
+        for name, s in by_name(shardings.params).items()
+    }
+    # What is left whole are norms, and biases of what leaves the embedding axis.
+    assert all(
+        k.endswith(("bias", "scale")) for k, is_split in split.items() if not is_split
+    )
+    assert sum(split.values()) > 10
+    of_adam = next(s for s in shardings.opt_state if hasattr(s, "mu"))
+    params = jax.tree.leaves(shardings.params)
+    assert jax.tree.leaves(of_adam.mu) == jax.tree.leaves(of_adam.nu) == params
+    assert jax.tree.leaves(shardings.target) == jax.tree.leaves(
+        shardings.params["encoder"]
+    )
+    # Nearly all numbers are halved.
+    whole, part = 0, 0
+    for s, x in zip(params, jax.tree.leaves(shapes.params), strict=True):
+        whole, part = whole + x.size, part + np.prod(s.shard_shape(x.shape))
+    assert part < 0.55 * whole
+
+
+def test_without_fsdp_every_device_has_the_whole_state():
+    shardings = sharding.state_shardings(init_of(), sharding.make_mesh(8, 1))
+    shapes = abstract_state(init_of())
+    for s, x in zip(jax.tree.leaves(shardings), jax.tree.leaves(shapes), strict=True):
+        assert s.shard_shape(x.shape) == x.shape
+
+
+def test_initial_state_is_made_where_it_belongs_and_independent_of_the_mesh():
+    init = init_of()
+    states = []
+    for sizes in ((4, 2), (8, 1)):
+        shardings = sharding.state_shardings(init, sharding.make_mesh(*sizes))
+        state = nn.unbox(jax.jit(init, out_shardings=shardings)(jax.random.key(3)))
+        for s, x in zip(
+            jax.tree.leaves(shardings), jax.tree.leaves(state), strict=True
+        ):
+            assert x.sharding.is_equivalent_to(s, x.ndim)
+        states.append(jax.device_get(state))
+    for (name, a), b in zip(
+        by_name(states[0]).items(), jax.tree.leaves(states[1]), strict=True
+    ):
+        # The same random bits; the last digit of the normal's inverse may differ.
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-8, err_msg=name)
+
+
+def test_batches_are_split_over_both_axes_in_order():
+    mesh = sharding.make_mesh(4, 2)
+    video = np.random.default_rng().integers(0, 256, (16, *VIDEO), dtype=np.uint8)
+    batch = sharding.shard_batch({"video": {"video": video}}, mesh)["video"]["video"]
+    assert batch.shape == video.shape and batch.dtype == np.uint8
+    starts = set()
+    for shard in batch.addressable_shards:
+        assert shard.data.shape == (2, *VIDEO)
+        np.testing.assert_array_equal(shard.data, video[shard.index])
+        starts.add(shard.index[0].start)
+    assert starts == set(range(0, 16, 2))
+
+
+def test_width_that_fsdp_cannot_split_is_named():
+    with pytest.raises(UserError) as error:
+        sharding.state_shardings(init_of(predictor_width=12), sharding.make_mesh(1, 8))
+    message = str(error.value)
+    assert "mesh.fsdp=8" in message and "predictor" in message and "12" in message
+
+
+def test_description_counts_bytes_in_all_and_per_device():
+    init = init_of(width=256, predictor_width=128)
+    shapes = abstract_state(init)
+    mebibytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes)) / 2**20
+    shardings = sharding.state_shardings(init, sharding.make_mesh(8, 1))
+    text = sharding.describe(shapes, shardings)
+    assert text.count(f"{mebibytes:.1f} MiB") == 2
+    halves = sharding.state_shardings(init, sharding.make_mesh(4, 2))
+    text = sharding.describe(shapes, halves)
+    each = float(text.split(", ")[1].split()[0])
+    assert f"{mebibytes:.1f} MiB" in text and 0.49 < each / mebibytes < 0.55  # rounded
