@@ -23,7 +23,7 @@ def get_config():
     config.hidden_visibility = 0.2  # an object with less to see is occluded
     config.num_heads = 3  # of the attentive probe
     config.attentive = ConfigDict()
-    config.attentive.epochs = 20
+    config.attentive.epochs = 12
     config.attentive.batch_size = 64
     config.attentive.learning_rates = (1e-3, 3e-3)
     config.attentive.weight_decay = 0.01

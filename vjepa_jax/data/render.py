@@ -91,7 +91,10 @@ def render_world(config: ConfigDict) -> bool:
       UserError: the folder holds another world, or is none.
     """
     root = pathlib.Path(config.path)
+    looks = world.World(size=config.size, num_frames=config.num_frames)
     described = {k: v for k, v in config.to_dict().items() if k != "path"}
+    # Through JSON, as what it is compared with: tuples become lists.
+    described = json.loads(json.dumps(described | dataclasses.asdict(looks)))
     manifest = root / MANIFEST
     started = root / f"{MANIFEST}.part"
     for path in (manifest, started):
@@ -108,7 +111,6 @@ def render_world(config: ConfigDict) -> bool:
         raise UserError(f"world.path={root} is not a folder") from None
     began = time.perf_counter()
     started.write_text(json.dumps({"world": described}))
-    looks = world.World(size=config.size, num_frames=config.num_frames)
     total = sum(split.num_videos for split in splits(config))
     context = multiprocessing.get_context("spawn")
     with (
