@@ -52,7 +52,7 @@ class Setup:
         self.schedules = {
             "learning_rate": optim.warmup_cosine(1e-3, 3e-3, 0.0, 2, STEPS),
             "weight_decay": optim.cosine(0.04, 0.04, STEPS),
-            "ema_momentum": optim.linear(0.9, 1.0, STEPS),
+            "ema_momentum": optim.linear(0.99, 1.0, STEPS),
         }
         self.tx = optim.make_optimizer(
             self.schedules["learning_rate"], self.schedules["weight_decay"], eps=eps
@@ -157,14 +157,16 @@ def reference(clips):
 
 @pytest.mark.parametrize(
     ("mesh", "accumulate_steps", "scan_layers"),
-    [((1, 1), 2, False), ((4, 2), 1, True), ((4, 2), 2, True), ((8, 1), 1, False)],
+    [((4, 2), 1, True), ((4, 2), 2, False), ((8, 1), 2, True)],
 )
 def test_mesh_accumulation_and_scan_do_not_change_the_run(
     mesh, accumulate_steps, scan_layers, setup, clips, reference
 ):
-    mesh = one_device() if mesh == (1, 1) else sharding.make_mesh(*mesh)
     run = run_on(
-        mesh, clips, accumulate_steps=accumulate_steps, scan_layers=scan_layers
+        sharding.make_mesh(*mesh),
+        clips,
+        accumulate_steps=accumulate_steps,
+        scan_layers=scan_layers,
     )
     state = run.state
     # Single precision sums in another order; five updates hardly amplify that.
@@ -196,7 +198,7 @@ def test_target_is_the_moving_average_of_the_encoder(setup, rng):
     for k in range(4):
         state, metrics = setup.compiled_step(state, as_batch(videos(rng)))
         history.append(copy_to_host(state.params["encoder"]))
-        momenta.append(0.9 + 0.1 * k / STEPS)
+        momenta.append(0.99 + 0.01 * k / STEPS)
         np.testing.assert_allclose(metrics["optim/ema_momentum"], momenta[-1], 1e-6)
     # sum_i (1 - m_i) prod_{j > i} m_j theta_i, the start having the rest of the weight.
     later = np.cumprod([1.0, *momenta[::-1]])[::-1]

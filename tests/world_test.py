@@ -88,12 +88,12 @@ def test_energy_is_conserved(seed):
 def test_impacts_conserve_momentum_and_turn_the_pair_around(seed):
     """The class `collide`, where nothing comes near a wall."""
     impacts = 0
-    for index in range(40):
+    for index in range(60):
         scene, motion = scene_and_motion(seed, index, label=CLASSES.index("collide"))
         position, velocity, radius, _ = world.simulate(WORLD, scene, motion)
         room = np.minimum(position, 1 - position).min(-1) - radius
-        if room.min() < 0.02:
-            continue
+        if room.min() < np.abs(velocity).max():
+            continue  # a wall may be met between two frames
         mass = scene.radius**2
         momentum = (mass[:, None] * velocity).sum(1)
         np.testing.assert_allclose(
