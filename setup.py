@@ -27,7 +27,7 @@ setup(
         "matplotlib>=3.9",
         "ml_collections>=1.1,<2",
         "numpy>=2.0",
-        "optax>=0.2.5,<0.3",
+        "optax>=0.2.8,<0.3",
         "orbax-checkpoint>=0.11.33,<0.13",
         "scikit-learn>=1.5",
         "tensorboardX>=2.6.2",

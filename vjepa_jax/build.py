@@ -40,8 +40,13 @@ def make_masks(config: ConfigDict, grid: masking.Grid) -> dict[str, masking.Mask
         fields = dict(fields)
         group_size = fields.pop("group_size")
         spec = masking.MaskSpec(**fields)
-        context, target = masking.default_budget(spec, grid, group_size)
-        context, target = spec.num_context or context, spec.num_target or target
+        context, target = spec.num_context, spec.num_target
+        if not (context and target):
+            try:
+                budget = masking.default_budget(spec, grid, group_size)
+            except ValueError as error:
+                raise UserError(f"config.masks.{name}: {error}") from None
+            context, target = context or budget[0], target or budget[1]
         if context + target > math.prod(grid):
             raise UserError(
                 f"config.masks.{name}: num_context={context} and num_target={target} "

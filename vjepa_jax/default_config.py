@@ -5,6 +5,7 @@ line changes the rest (`--config.optim.learning_rate=1e-3`). The config is locke
 that a misspelt key fails with a suggestion.
 """
 
+import math
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -126,7 +127,6 @@ OPERATIONAL = (
     "mesh.",
     "checkpoint.",
     "log.",
-    "accumulate_steps",
     "data.num_workers",
     "data.prefetch_batches",
     "data.max_bad_fraction",
@@ -194,8 +194,14 @@ def validate(config: ConfigDict) -> None:
     )
     for key in not_negative.split():
         _require(flat[key] >= 0, key, flat[key], "give zero or a positive number")
-    for key in ("ema.start", "ema.end", "data.flip_probability"):
+    fractions = "ema.start ema.end optim.b1 optim.b2 data.flip_probability"
+    for key in (*fractions.split(), "data.max_bad_fraction"):
         _require(0 <= flat[key] <= 1, key, flat[key], "give a number from 0 to 1")
+    step, fps = flat["data.frame_step"], flat["data.fps"]
+    mend = "set exactly one of data.frame_step and data.fps to a positive number"
+    _require(step >= 0 and fps >= 0 and bool(step) != bool(fps), "data.fps", fps, mend)
+    _require_pair("data.crop_scale", flat["data.crop_scale"], 1)
+    _require_pair("data.crop_aspect_ratio", flat["data.crop_aspect_ratio"])
     choices = {
         "model.pos_embed": ("sincos", "rope"),
         "model.dtype": ("float32", "bfloat16"),
@@ -216,7 +222,26 @@ def validate(config: ConfigDict) -> None:
     _require(len(config.masks) > 0, "masks", {}, "name at least one mask type")
     for name, spec in config.masks.items():
         _validate_mask(f"masks.{name}", spec)
+    if config.world.path:
+        _validate_world(config.world)
     _require(bool(config.data.path), "data.path", "", "a folder of videos or a list")
+
+
+def _require_pair(key: str, value: Any, highest: float = math.inf) -> None:
+    bound = f" <= {highest}" if highest < math.inf else ""
+    is_pair = len(value) == 2 and 0 < value[0] <= value[1] <= highest
+    _require(is_pair, key, value, f"give (low, high) with 0 < low <= high{bound}")
+
+
+def _validate_world(world: ConfigDict) -> None:
+    size = world.size
+    _require(size > 0 and size % 2 == 0, "world.size", size, "give an even number")
+    _require(
+        world.num_frames > 1, "world.num_frames", world.num_frames, "give 2 or more"
+    )
+    for key in world:
+        if key.endswith("_videos"):
+            _require(world[key] > 0, f"world.{key}", world[key], "give 1 or more")
 
 
 def _validate_mask(prefix: str, spec: ConfigDict) -> None:
@@ -233,14 +258,17 @@ def _validate_mask(prefix: str, spec: ConfigDict) -> None:
         "known: official, unbiased",
     )
     for key in ("spatial_scale", "temporal_scale"):
-        low, high = spec[key]
-        mend = "give (low, high) with 0 < low <= high <= 1"
-        _require(0 < low <= high <= 1, f"{prefix}.{key}", spec[key], mend)
-    low, high = spec.aspect_ratio
-    mend = "give (low, high) with 0 < low <= high"
-    _require(0 < low <= high, f"{prefix}.aspect_ratio", spec.aspect_ratio, mend)
+        _require_pair(f"{prefix}.{key}", spec[key], 1)
+    _require_pair(f"{prefix}.aspect_ratio", spec.aspect_ratio)
     keep = spec.max_temporal_keep
     _require(0 < keep <= 1, f"{prefix}.max_temporal_keep", keep, "give 0 < x <= 1")
+    if spec.kind == "tube":
+        _require(keep == 1, f"{prefix}.max_temporal_keep", keep, "tubes need 1")
+        low, high = spec.spatial_scale
+        mend = "tubes hide one share: give it twice, below 1"
+        _require(low == high < 1, f"{prefix}.spatial_scale", spec.spatial_scale, mend)
+    for key in ("num_context", "num_target"):
+        _require(spec[key] >= 0, f"{prefix}.{key}", spec[key], "give 0 or more")
     group, blocks = spec.group_size, spec.num_blocks
     _require(group > 0, f"{prefix}.group_size", group, "give a positive number")
     mend = "give a positive number, or 0 with max_temporal_keep < 1"

@@ -6,6 +6,7 @@ Every process runs the same command. On one machine nothing here does anything.
 import os
 
 import jax
+from jax.experimental import multihost_utils
 
 
 def initialize() -> None:
@@ -35,6 +36,12 @@ def process_count() -> int:
 def is_main() -> bool:
     """Whether this process is the one that writes files and prints."""
     return process_index() == 0
+
+
+def barrier(name: str) -> None:
+    """Waits until every process of the run has come to the barrier of this name."""
+    if process_count() > 1:
+        multihost_utils.sync_global_devices(name)
 
 
 def _is_cluster(env) -> bool:

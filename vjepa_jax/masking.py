@@ -34,6 +34,8 @@ _OFFICIAL_BUDGETS = {
 }
 _OFFICIAL_ASPECT = (0.75, 1.5)
 
+_MAX_REDRAWS = 200  # batches drawn to fill a group with samples that see something
+
 
 @dataclasses.dataclass(frozen=True)
 class MaskSpec:
@@ -188,6 +190,9 @@ def simulate_counts(
 
     Returns:
       visible, hidden: int [groups], tokens kept by every sample of the group.
+
+    Raises:
+      ValueError: samples without a visible token are the rule.
     """
     rng = np.random.RandomState(seed)
     num_tokens = int(np.prod(grid))
@@ -196,10 +201,14 @@ def simulate_counts(
     for g in range(groups):
         shape = tuple(np.asarray(e)[None] for e in box_shape(rng.rand(3), grid, spec))
         counts: list[int] = []
-        while len(counts) < group_size:
+        for _ in range(_MAX_REDRAWS):
+            if len(counts) >= group_size:
+                break
             corners = rng.rand(group_size, spec.num_blocks, 3)
             marked = _hidden_boxes(np, corners, shape, grid) | _late(grid, spec)
             counts.extend(c for c in marked.sum(-1) if c < num_tokens)
+        if len(counts) < group_size:
+            raise ValueError("nearly all masks hide every token: hide less")
         counts = counts[:group_size]
         visible[g], hidden[g] = num_tokens - max(counts), min(counts)
     return visible, hidden

@@ -199,6 +199,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> int | None:
     check_workdir(config, workdir)
     if config.world.path and distributed.is_main():
         render.render_world(config.world)
+    distributed.barrier("rendered")
     source = sources.open_source(data.path)
     fingerprint = sources.fingerprint(source, **_sampling(data))
     claim_workdir(config, workdir)
@@ -246,7 +247,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> int | None:
             def report(step, values):
                 with clock.measure("step"):
                     values = {k: float(v) for k, v in jax.device_get(values).items()}
-                _require_finite(step, values["train/loss"], checkpointer)
+                _require_finite(step, values, checkpointer)
                 values |= clock.window(step) | metrics.memory_scalars()
                 values["data/bad_videos"] = batches.bad_count
                 values["perf/wall_seconds"] = time.perf_counter() - began
@@ -275,8 +276,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> int | None:
                         report(*pending)
                         pending = None
                     else:
-                        loss = float(jax.device_get(values["train/loss"]))
-                        _require_finite(step, loss, checkpointer)
+                        _require_finite(step, jax.device_get(values), checkpointer)
                     with clock.measure("checkpoint"):
                         checkpointer.save(
                             step,
@@ -298,10 +298,12 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> int | None:
     return None
 
 
-def _require_finite(step: int, loss: float, checkpointer) -> None:
-    if not math.isfinite(loss):
+def _require_finite(step: int, values, checkpointer) -> None:
+    """Refuse to go on, or to save, after a step that has ruined the parameters."""
+    keys = ("train/loss", "optim/grad_norm_encoder", "optim/grad_norm_predictor")
+    if not all(math.isfinite(values[key]) for key in keys):
         raise UserError(
-            f"the loss is not finite at step {step}; the latest checkpoint is step "
+            f"loss or gradient is not finite at step {step}; the last checkpoint is "
             f"{checkpointer.latest_step()}: lower config.optim.learning_rate or clip "
             "the gradient (config.optim.clip_norm) in a new --workdir"
         )

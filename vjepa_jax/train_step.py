@@ -81,7 +81,7 @@ def make_loss_fn(
     """
     total_weight = sum(stream.weight for stream in streams.values())
 
-    def stream_loss(params, target, video, masks) -> tuple[jax.Array, Metrics]:
+    def stream_loss(params, target, video, names, masks):
         grid = token_grid(video.shape, encoder.patch_size, encoder.tubelet_size)
         video = normalise(video)
         with jax.named_scope("target"):
@@ -89,7 +89,9 @@ def make_loss_fn(
             features = jax.lax.stop_gradient(losses.normalise_target(features))
         metrics: Metrics = {}
         terms, variances, covariances = [], [], []
-        for index, (name, (ctx_idx, tgt_idx)) in enumerate(masks.items()):
+        # Numbered by the config's order: jax sorts the keys of what passes through it.
+        for index, name in enumerate(names):
+            ctx_idx, tgt_idx = masks[name]
             with jax.named_scope("encoder"):
                 context = encoder.apply({"params": params["encoder"]}, video, ctx_idx)
             with jax.named_scope("predictor"):
@@ -136,7 +138,7 @@ def make_loss_fn(
         total, metrics = jnp.zeros(()), {}
         for name, stream in streams.items():
             loss, of_stream = stream_loss(
-                params, target, batch[name]["video"], masks[name]
+                params, target, batch[name]["video"], tuple(stream.masks), masks[name]
             )
             share = stream.weight / total_weight
             total += share * loss
@@ -210,8 +212,8 @@ def make_train_step(
             params = optax.apply_updates(state.params, updates)
         momentum = schedules["ema_momentum"](state.step)
         metrics |= {
-            "optim/grad_norm_encoder": optax.global_norm(grads["encoder"]),
-            "optim/grad_norm_predictor": optax.global_norm(grads["predictor"]),
+            "optim/grad_norm_encoder": optax.tree.norm(grads["encoder"]),
+            "optim/grad_norm_predictor": optax.tree.norm(grads["predictor"]),
             "optim/learning_rate": schedules["learning_rate"](state.step),
             "optim/weight_decay": schedules["weight_decay"](state.step),
             "optim/ema_momentum": momentum,

@@ -98,7 +98,7 @@ def render_world(config: ConfigDict) -> bool:
     manifest = root / MANIFEST
     started = root / f"{MANIFEST}.part"
     for path in (manifest, started):
-        if path.exists() and json.loads(path.read_text())["world"] != described:
+        if path.exists() and _read_manifest(path) != described:
             raise UserError(
                 f"{root} holds a world rendered with other settings than config.world: "
                 "give another world.path (and data.path), or remove the folder"
@@ -110,7 +110,8 @@ def render_world(config: ConfigDict) -> bool:
     except (FileExistsError, NotADirectoryError):
         raise UserError(f"world.path={root} is not a folder") from None
     began = time.perf_counter()
-    started.write_text(json.dumps({"world": described}))
+    if not started.exists():
+        started.write_text(json.dumps({"world": described}))
     total = sum(split.num_videos for split in splits(config))
     context = multiprocessing.get_context("spawn")
     with (
@@ -123,6 +124,14 @@ def render_world(config: ConfigDict) -> bool:
     started.write_text(json.dumps({"world": described, "seconds": seconds}))
     started.replace(manifest)
     return True
+
+
+def _read_manifest(path: pathlib.Path) -> dict | None:
+    """Return the settings in a manifest; None where a kill left half of one."""
+    try:
+        return json.loads(path.read_text())["world"]
+    except ValueError:
+        return None
 
 
 def render_seconds(path: str) -> float:

@@ -33,6 +33,7 @@ CLASSES = (
 SHAPES = ("disc", "square", "triangle", "cross")
 
 _SUBSTEPS = 8  # integration steps per frame: a fast object moves under 1 % of the side
+_CORNER = 1.25  # the furthest point of any shape, in radii
 _GAP = 0.015  # least distance between any two things at the middle frame
 
 
@@ -165,7 +166,10 @@ def draw_scene(world: World, rng: np.random.Generator) -> Scene:
     half[axis] = radius[0] + rng.uniform(0.01, 0.04)
     half[1 - axis] = radius[0] + rng.uniform(0.03, 0.10)
     centre = position[0].copy()
-    centre[axis] += side * (radius[0] + half[axis] + rng.uniform(_GAP, 0.06))
+    # Corners reach beyond the radius, and soft edges half a pixel further: were they to
+    # touch, what is in front would show.
+    reach = _CORNER * radius[0] + 1 / world.size
+    centre[axis] += side * (reach + half[axis] + rng.uniform(0, 0.045))
     centre[1 - axis] += rng.uniform(-0.02, 0.02)
     occluder = np.concatenate([centre, half])
     _draw_companions(rng, position, radius, occluder)
