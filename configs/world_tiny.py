@@ -14,7 +14,7 @@ from vjepa_jax.default_config import mask
 def get_config():
     """Return the demo's config."""
     config = get_default()
-    config.total_steps = 1600
+    config.total_steps = 2600
     config.batch_size = 32
 
     config.world.path = "runs/world_tiny"

@@ -45,7 +45,7 @@ def few_label_accuracy(
     test_labels: np.ndarray,
     labels_per_class: int = 16,
     draws: int = 10,
-    regularisation: float = 0.5,
+    regularisation: float = 2e-2,
     seed: int = 0,
 ) -> float:
     """Return the mean linear accuracy over draws of a few labelled clips per class."""
