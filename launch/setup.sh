@@ -9,8 +9,8 @@ if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
   echo "error: $python is older than Python 3.11: install a newer one or set PYTHON" >&2
   exit 2
 fi
-if [ ! -x .venv/bin/python ]; then
-  # A folder left by an interrupted run has no python in it.
+if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
+  # Missing, or left half made by an interrupted run or for want of python3-venv.
   if ! "$python" -m venv --clear .venv; then
     echo "error: no virtual environment: install python3-venv (apt install python3-venv)" >&2
     exit 2
