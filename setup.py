@@ -20,7 +20,7 @@ setup(
     install_requires=[
         *PAIRS,
         "absl-py>=2.1",
-        "av>=14",
+        "av>=18,<19",  # 19 took `metadata_errors` from av.open
         "chex>=0.1.90",
         "etils[epath]>=1.9",
         "grain>=0.2.16,<0.3",
