@@ -10,7 +10,17 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 ).strip()
 
+import numpy as np
+import pytest
 from absl import flags
 
 # Grain's workers read absl flags, which only an absl entry point parses.
 flags.FLAGS.mark_as_parsed()
+
+
+@pytest.fixture
+def rng():
+    """Fresh random numbers in every run; the seed is shown where a test fails."""
+    seed = np.random.SeedSequence().entropy
+    print(f"numpy seed {seed}")
+    return np.random.default_rng(seed)

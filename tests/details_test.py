@@ -18,13 +18,6 @@ from vjepa_jax.models.predictor import Predictor
 from vjepa_jax.train_state import abstract_state, make_init
 
 
-@pytest.fixture
-def rng():
-    seed = np.random.SeedSequence().entropy
-    print(f"numpy seed {seed}")  # shown where a test fails
-    return np.random.default_rng(seed)
-
-
 def make_state_init(tx):
     encoder = VideoEncoder(2, 24, num_heads=2, mlp_dim=40, patch_size=4)
     predictor = Predictor(2, 16, num_heads=2, mlp_dim=32, out_dim=24)

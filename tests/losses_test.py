@@ -8,13 +8,6 @@ import pytest
 from vjepa_jax import losses
 
 
-@pytest.fixture
-def rng():
-    seed = np.random.SeedSequence().entropy
-    print(f"numpy seed {seed}")  # shown where a test fails
-    return np.random.default_rng(seed)
-
-
 def normal(rng, *shape):
     """Return the same normal numbers as fp64 for NumPy and as fp32 for JAX."""
     x = rng.normal(size=shape).astype(np.float32)

@@ -22,13 +22,6 @@ WIDTH, HEADS = 24, 2
 SIZE = {"num_heads": HEADS, "scan_layers": True}
 
 
-@pytest.fixture
-def rng():
-    seed = np.random.SeedSequence().entropy
-    print(f"numpy seed {seed}")  # shown where a test fails
-    return np.random.default_rng(seed)
-
-
 def normal(rng, *shape):
     return rng.normal(size=shape).astype(np.float32)
 

@@ -19,13 +19,6 @@ from vjepa_jax.train_state import make_init
 VALUES = st.floats(0, 10)
 
 
-@pytest.fixture
-def rng():
-    seed = np.random.SeedSequence().entropy
-    print(f"numpy seed {seed}")  # shown where a test fails
-    return np.random.default_rng(seed)
-
-
 # ---------------------------------------------------------------------------- schedules
 
 

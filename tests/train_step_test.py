@@ -28,13 +28,6 @@ STREAMS = {"video": Stream(MASKS)}
 REGULARISED = Objective(variance_weight=0.1, covariance_weight=0.01)
 
 
-@pytest.fixture
-def rng():
-    seed = np.random.SeedSequence().entropy
-    print(f"numpy seed {seed}")  # shown where a test fails
-    return np.random.default_rng(seed)
-
-
 class Setup:
     """A model and its step function, as the training script builds them."""
 
