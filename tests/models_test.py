@@ -1,24 +1,28 @@
 """Models against a plain double-precision re-implementation, and what must not leak."""
 
-import itertools
-import math
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from plain_models import (
+    GRID,
+    HEADS,
+    double,
+    plain_linear,
+    plain_norm,
+    plain_sincos,
+    plain_stack,
+    plain_tubelets,
+)
 
 from vjepa_jax.models import layers, positions, registry
 from vjepa_jax.models.encoder import VideoEncoder, normalise, take_tokens, token_grid
 from vjepa_jax.models.predictor import Predictor
 
-GRID = (2, 3, 4)
 NUM_TOKENS = 24
 VIDEO = (4, 12, 16, 3)  # tubelets of 2 x 4 x 4: GRID
-WIDTH, HEADS = 24, 2
+WIDTH = 24
 SIZE = {"num_heads": HEADS, "scan_layers": True}
 
 
@@ -35,95 +39,6 @@ def filled(module, rng, *args, scale=0.3):
 def subsets(rng, batch, count, num_tokens=NUM_TOKENS):
     """Draw token numbers without repetition, in no order: [batch, count]."""
     return np.stack([rng.permutation(num_tokens)[:count] for _ in range(batch)])
-
-
-# ------------------------------------------------------------ the models in plain NumPy
-
-
-def plain_norm(x, params):
-    centred = x - x.mean(-1, keepdims=True)
-    x = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6)
-    return x * params["scale"] + params["bias"]
-
-
-def plain_linear(x, params):
-    return x @ params["kernel"] + params["bias"]
-
-
-def plain_rope(x, idx, grid):
-    """Rotate one head [N, head_dim], channel pair by channel pair."""
-    x = x.copy()
-    head_dim = x.shape[-1]
-    per_axis = 2 * (head_dim // 3 // 2)
-    for row, number in zip(x, idx, strict=True):
-        for axis, place in enumerate(np.unravel_index(number, grid)):
-            for i in range(per_axis // 2):
-                angle = place * 10000 ** (-i / (per_axis / 2))
-                pair = slice(axis * per_axis + 2 * i, axis * per_axis + 2 * i + 2)
-                a, b = row[pair]
-                row[pair] = (
-                    a * math.cos(angle) - b * math.sin(angle),
-                    b * math.cos(angle) + a * math.sin(angle),
-                )
-    return x
-
-
-def plain_block(x, params, idx=None, grid=GRID):
-    """Compute a block on one sample [N, width]; positions only with rope's `idx`."""
-    width = x.shape[-1]
-    qkv = plain_linear(plain_norm(x, params["norm1"]), params["qkv"])
-    heads = []
-    for head in range(HEADS):
-        size = width // HEADS
-        q, k, v = (
-            qkv[:, part * width + head * size : part * width + (head + 1) * size]
-            for part in range(3)
-        )
-        if idx is not None:
-            q, k = plain_rope(q, idx, grid), plain_rope(k, idx, grid)
-        scores = np.exp(q @ k.T / math.sqrt(size))
-        heads.append(scores / scores.sum(-1, keepdims=True) @ v)
-    x = x + plain_linear(np.concatenate(heads, axis=-1), params["proj"])
-    y = plain_linear(plain_norm(x, params["norm2"]), params["fc1"])
-    y = y * 0.5 * (1 + np.vectorize(math.erf)(y / math.sqrt(2)))
-    return x + plain_linear(y, params["fc2"])
-
-
-def plain_stack(x, params, idx=None):
-    depth = len(params["blocks"]["fc1"]["bias"])
-    for layer in range(depth):
-        block = jax.tree.map(lambda leaf, i=layer: leaf[i], params["blocks"])
-        x = plain_block(x, block, idx)
-    return x
-
-
-def plain_sincos(idx, grid, dim):
-    """Return [t | h | w] codes of sin then cos, cut to `dim`."""
-    per_axis = 2 * math.ceil(dim / 6)
-    rows = []
-    for number in idx:
-        row = []
-        for place in np.unravel_index(number, grid):
-            angles = [
-                place * 10000 ** (-i / (per_axis / 2)) for i in range(per_axis // 2)
-            ]
-            row += [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
-        rows.append(row[:dim])
-    return np.array(rows)
-
-
-def plain_tubelets(video):
-    """Cut one clip into rows of flattened 2 x 4 x 4 tubelets."""
-    return np.stack(
-        [
-            video[2 * t : 2 * t + 2, 4 * h : 4 * h + 4, 4 * w : 4 * w + 4].ravel()
-            for t, h, w in itertools.product(*map(range, GRID))
-        ]
-    )
-
-
-def double(tree):
-    return jax.tree.map(lambda x: np.asarray(x, np.float64), tree)
 
 
 def make_encoder(pos_embed="rope", **kwargs):
@@ -191,59 +106,6 @@ def test_tubelet_embedding_equals_a_strided_convolution(rng):
 
 
 # ---------------------------------------------------------------------------- positions
-
-
-@pytest.mark.parametrize("dim", [12, 24, 32, 50])
-@pytest.mark.parametrize("grid", [(2, 3, 4), (5, 1, 2)])
-def test_sincos_table_equals_a_plain_loop(dim, grid):
-    table = positions.sincos_table(grid, dim)
-    assert table.shape == (math.prod(grid), dim) and table.dtype == np.float32
-    expected = plain_sincos(range(math.prod(grid)), grid, dim)
-    np.testing.assert_allclose(table, expected, atol=1e-6)
-
-
-@pytest.mark.parametrize(("head_dim", "per_axis"), [(64, 20), (80, 26), (32, 10)])
-def test_rope_rotates_the_channels_of_the_reference(head_dim, per_axis, rng):
-    """Splits 20/20/20 + 4, 26 x 3 + 2 and 10 x 3 + 2 (reference inventory, 1.3)."""
-    grid, idx = (3, 4, 5), rng.integers(0, 60, (2, 6))
-    x = normal(rng, 2, 6, 3, head_dim)
-    tables = positions.rope_tables(jnp.asarray(idx), grid, head_dim)
-    actual = np.asarray(positions.rotate(jnp.asarray(x), tables))
-    np.testing.assert_array_equal(actual[..., 3 * per_axis :], x[..., 3 * per_axis :])
-    for b, head in itertools.product(range(2), range(3)):
-        expected = plain_rope(double(x[b, :, head]), idx[b], grid)
-        np.testing.assert_allclose(actual[b, :, head], expected, atol=1e-5)
-
-
-@settings(max_examples=30, deadline=None)
-@given(st.data())
-def test_rotated_products_depend_on_the_difference_of_positions_only(data):
-    grid, head_dim = (8, 16, 16), 26
-    places = [[data.draw(st.integers(0, n // 2 - 1)) for n in grid] for _ in range(2)]
-    shift = [data.draw(st.integers(0, n // 2)) for n in grid]
-    moved = np.array(places) + shift
-    both = [np.ravel_multi_index(np.transpose(p), grid) for p in (places, moved)]
-    q, k = np.random.default_rng().normal(size=(2, 1, 1, 1, head_dim))
-
-    def product(idx):
-        rotated = [
-            positions.rotate(
-                jnp.asarray(x, jnp.float32),
-                positions.rope_tables(jnp.asarray([[i]]), grid, head_dim),
-            )
-            for x, i in zip((q, k), idx, strict=True)
-        ]
-        return float((rotated[0] * rotated[1]).sum())
-
-    # Single precision: angles up to 16 are known to 1e-6.
-    np.testing.assert_allclose(product(both[0]), product(both[1]), atol=1e-4)
-
-
-def test_grid_coordinates_invert_the_numbering():
-    t, h, w = positions.grid_coordinates(jnp.arange(NUM_TOKENS), GRID)
-    expected = np.unravel_index(np.arange(NUM_TOKENS), GRID)
-    for actual, axis in zip((t, h, w), expected, strict=True):
-        np.testing.assert_array_equal(actual, axis)
 
 
 # ------------------------------------------------------------------- visible and hidden
