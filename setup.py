@@ -29,6 +29,7 @@ setup(
         "numpy>=2.0",
         "optax>=0.2.8,<0.3",
         "orbax-checkpoint>=0.11.33,<0.13",
+        "safetensors>=0.5",
         "scikit-learn>=1.5",
         "tensorboardX>=2.6.2",
         "tqdm>=4.66",
@@ -42,6 +43,8 @@ setup(
             'jax[cuda12]>=0.10.2,<0.11; python_version < "3.12"',
             'jax[cuda12]>=0.11.2,<0.13; python_version >= "3.12"',
         ],
+        # Official weights are pickles of PyTorch; transformers is the tests' oracle.
+        "torch": ["torch==2.13.0", "transformers>=5.23,<6"],
         "test": [
             "hypothesis>=6.100",
             "pytest>=8",

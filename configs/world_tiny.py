@@ -27,6 +27,7 @@ def get_config():
     config.data.crop_aspect_ratio = (1.0, 1.0)
 
     config.model.pos_embed = "rope"
+    config.model.scale_init = True
     config.model.scan_layers = False
     config.model.dtype = "float32"
     config.model.encoder.size = "nano"
@@ -42,8 +43,8 @@ def get_config():
         config.masks.future = mask(num_blocks=0, max_temporal_keep=0.5, mode="unbiased")
 
     # Not part of V-JEPA: they keep content in the features while the target is poor.
-    config.objective.variance_weight = 0.05
-    config.objective.covariance_weight = 0.005
+    config.objective.variance_weight = 0.025
+    config.objective.covariance_weight = 0.0025
 
     config.optim.start_learning_rate = 1e-4
     config.optim.learning_rate = 1e-3

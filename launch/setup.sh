@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Make or reuse .venv and install the package with the extras given; for sourcing.
-#   . launch/setup.sh [extra]
+#   . launch/setup.sh [extra[,extra...]]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 extra=${1:-}

@@ -9,7 +9,7 @@ import video_files
 
 from vjepa_jax import build, cli
 from vjepa_jax.data import sources
-from vjepa_jax.default_config import UserError, get_config, mask, validate
+from vjepa_jax.default_config import UserError, get_config, mask, stream, validate
 from vjepa_jax.train import check_workdir, claim_workdir, train_and_evaluate
 
 
@@ -45,6 +45,35 @@ def config(tmp_path):
         ("masks.short.spatial_scale", (0.5, 0.1), "low <= high"),
         ("masks.short.num_blocks", 0, "max_temporal_keep < 1"),
         ("ema.start", 1.5, "from 0 to 1"),
+        ("model.pos_embed", "learned", "known: sincos, rope, rope_tiled"),
+        ("model.mlp", "relu", "known: gelu, swiglu, swiglu_wide"),
+        ("model.base_grid", (4, 4), "() or three positive numbers"),
+        ("model.base_grid", (4, 0, 4), "() or three positive numbers"),
+        ("model.encoder.levels", (5, 2), "block numbers from 0, ascending"),
+        ("model.encoder.levels", (2, 2), "block numbers from 0, ascending"),
+        ("model.encoder.levels", (-1, 2), "block numbers from 0, ascending"),
+        ("model.encoder.output_levels", -1, "zero or a positive number"),
+        ("model.predictor.mask_token_per", "clip", "known: mask, stream, run"),
+        ("model.predictor.num_mask_tokens", -1, "zero or a positive number"),
+        ("model.predictor.out_dim", -1, "zero or a positive number"),
+        ("objective.exponent", 0.0, "positive"),
+        ("objective.context_weight", -0.5, "zero or a positive number"),
+        ("objective.context_warmup", (20, 10), "0 <= start <= end"),
+        ("objective.context_warmup", (-1, 10), "0 <= start <= end"),
+        ("objective.context_warmup", (5,), "(start, end)"),
+        ("objective.prediction_variance_weight", -1.0, "zero or a positive number"),
+        ("optim.schedule", "step", "known: cosine, linear, wsd"),
+        ("optim.anneal_steps", -1, "zero or a positive number"),
+        ("optim.clip_start_step", -1, "zero or a positive number"),
+        ("optim.max_skipped_in_row", 0, "positive"),
+        ("optim.spike_window", -1, "zero or a positive number"),
+        ("optim.spike_deviations", 0.0, "positive"),
+        ("teacher.output_levels", -1, "zero or a positive number"),
+        ("weight", 0.0, "positive"),
+        ("masks.long.aspect_ratio", (1.5, 0.5), "low <= high"),
+        ("masks.long.group_size", 0, "positive"),
+        ("masks.long.num_context", -1, "0 or more"),
+        ("masks.long.max_temporal_keep", 0.0, "0 < x <= 1"),
     ],
 )
 def test_value_out_of_range_names_key_value_and_mend(key, value, mend):
@@ -58,11 +87,128 @@ def test_value_out_of_range_names_key_value_and_mend(key, value, mend):
     assert "\n" not in str(error.value)
 
 
+def streamed(**fields):
+    """Return a config with a stream of images besides its videos."""
+    config = get_config()
+    config.data.path = "videos"
+    config.model.image_embed = True
+    fields = {"path": "images", "num_frames": 1, "frame_step": 1} | fields
+    with config.unlocked():
+        config.streams.image = stream(**{"masks": {"one": mask()}} | fields)
+    return config
+
+
+def refusal(config):
+    with pytest.raises(UserError) as error:
+        validate(config)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "key", "mend"),
+    [
+        ({"path": ""}, "path=''", "a folder of videos or a list"),
+        ({"weight": 0.0}, "weight=0.0", "more than 0"),
+        ({"batch_size": -8}, "batch_size=-8", "0 or a positive number"),
+        ({"frame_step": 0}, "fps=0.0", "streams.image.frame_step"),
+        ({"fps": 4.0}, "fps=4.0", "exactly one of"),
+        ({"resolution": 100}, "resolution=100", "model.encoder.patch_size=16"),
+        ({"num_frames": 3}, "num_frames=3", "model.encoder.tubelet_size=2"),
+        ({"num_frames": 0}, "num_frames=0", "model.encoder.tubelet_size=2"),
+        ({"masks": {}}, "masks={}", "at least one mask type"),
+        (
+            {"masks": {"one": mask(mode="fair")}},
+            "masks.one.mode='fair'",
+            "known: official, unbiased",
+        ),
+    ],
+)
+def test_stream_out_of_range_is_named_with_its_mend(fields, key, mend):
+    message = refusal(streamed(**fields))
+    assert f"config.streams.image.{key}" in message and mend in message
+    validate(streamed())
+
+
+def test_a_stream_cannot_take_the_name_of_the_main_one():
+    config = streamed()
+    with config.unlocked():
+        config.streams.video = stream(path="videos", frame_step=1)
+    assert "rename it" in refusal(config)
+
+
+def test_an_image_needs_an_embedding_of_its_own():
+    config = streamed()
+    config.model.image_embed = False
+    assert "config.streams.image.num_frames=1" in refusal(config)
+
+
+@pytest.mark.parametrize(
+    ("fields", "key", "mend"),
+    [
+        (
+            {"full_complement": True, "pred_full_complement": True},
+            "full_complement",
+            "set one of the two to False",
+        ),
+        (
+            {"kind": "tube", "spatial_scale": (0.5, 0.9)},
+            "spatial_scale",
+            "give it twice",
+        ),
+        ({"kind": "tube", "spatial_scale": (1.0, 1.0)}, "spatial_scale", "below 1"),
+        ({"kind": "tube", "max_temporal_keep": 0.5}, "max_temporal_keep", "tubes need"),
+        ({"kind": "cube"}, "kind", "known: multiblock, tube"),
+    ],
+)
+def test_masks_whose_fields_contradict_are_refused(fields, key, mend):
+    config = get_config()
+    config.data.path = "videos"
+    config.masks.long = mask(**fields)
+    message = refusal(config)
+    assert f"config.masks.long.{key}=" in message and mend in message
+
+
+def test_warmup_and_anneal_must_fit_into_the_run():
+    config = get_config()
+    config.data.path = "videos"
+    config.optim.schedule = "wsd"
+    config.optim.anneal_steps = config.total_steps - config.optim.warmup_steps
+    validate(config)
+    config.optim.anneal_steps += 1
+    assert "warm-up and anneal must fit into total_steps" in refusal(config)
+
+
+@pytest.mark.parametrize("key", ["init", "teacher"])
+def test_a_recipe_that_needs_another_run_says_so(key):
+    config = get_config()
+    config.data.path = "videos"
+    config[key].is_required = True
+    assert f"config.{key}.path=''" in refusal(config)
+    config[key].path = "runs/other"
+    validate(config)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "mend"),
+    [
+        ("model.encoder.levels", (3, 24), "the last block of size large is 23"),
+        ("model.predictor.num_mask_tokens", 1, "2 are used"),
+    ],
+)
+def test_what_the_models_cannot_do_is_refused(key, value, mend):
+    config = get_config()
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(UserError) as error:
+        build.make_models(config)
+    assert f"config.{key}={value!r}" in str(error.value) and mend in str(error.value)
+
+
 def test_mask_budget_that_exceeds_the_clip_is_refused():
     config = get_config()
     config.masks.short = mask(num_context=50, num_target=20)
     with pytest.raises(UserError, match=r"masks\.short.*64 tokens"):
-        build.make_masks(config, (4, 4, 4))
+        build.make_masks(config.masks, (4, 4, 4))
 
 
 def test_unknown_size_names_the_known_ones():
@@ -139,10 +285,11 @@ def test_workdir_that_is_a_file(config, tmp_path):
             ["--config=configs/world_tiny.py", "--workdir=W", "--config.seed=x"],
             "seed",
         ),
+        ("train", ["--config=configs/vjepa.py:vitx", "--workdir=W"], "'vitx' is no"),
         ("train", ["--config=configs/world_tiny.py"], "workdir"),
         ("train", ["--config=configs/world_tiny.py", "--workdir=W", "seed=1"], "seed"),
         ("probe", ["--config=configs/probe_world.py", "--workdir=W"], "W"),
-        ("data.prepare", ["--config=configs/vitl16.py"], "data.path"),
+        ("data.prepare", ["--config=configs/vjepa.py"], "data.path"),
     ],
 )
 def test_command_line_fails_with_one_line(

@@ -32,6 +32,7 @@ class TrainState(flax.struct.PyTreeNode):
     params: dict
     target: dict
     opt_state: optax.OptState
+    guard: dict
 
 
 def init(key, width=256):
@@ -48,6 +49,7 @@ def init(key, width=256):
         params=params,
         target=jax.tree.map(jnp.copy, encoder),
         opt_state=OPTIMIZER.init(params),
+        guard={"losses": jnp.full(3, jnp.nan)},
     )
 
 
@@ -60,7 +62,7 @@ def step_fn(state, batch):
     updates, opt_state = OPTIMIZER.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     target = optax.incremental_update(params["encoder"], state.target, 0.1)
-    return TrainState(state.step + 1, params, target, opt_state), loss
+    return TrainState(state.step + 1, params, target, opt_state, state.guard), loss
 
 
 def make_mesh(data, fsdp):

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vjepa_jax import flops
+from vjepa_jax import build, flops
+from vjepa_jax.default_config import get_config, stream
 from vjepa_jax.models.encoder import VideoEncoder
 from vjepa_jax.models.predictor import Predictor
 
@@ -80,7 +81,7 @@ def test_train_step_agrees_with_compiler(encoder, predictor):
             total = 0.0
             for i, (ctx_idx, tgt_idx) in enumerate(idx):
                 context = enc.apply(params[0], video, ctx_idx)
-                out = pred.apply(params[1], context, ctx_idx, tgt_idx, GRID, i)
+                out, _ = pred.apply(params[1], context, ctx_idx, tgt_idx, GRID, i)
                 total += jnp.abs(out - wanted[:, : tgt_idx.shape[1]]).mean()
             return total
 
@@ -94,6 +95,66 @@ def test_train_step_agrees_with_compiler(encoder, predictor):
     np.testing.assert_allclose(
         analytic, counted(update, params, enc_params, VIDEO, idx), rtol=TOLERANCE
     )
+
+
+def test_gated_mlp_agrees_with_compiler():
+    size = flops.Transformer(depth=2, width=768, mlp_dim=2048, mlp="swiglu")
+    model = VideoEncoder(num_heads=12, **vars(size))
+    params = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), VIDEO))
+    analytic = flops.encoder_flops(size, NUM_TOKENS, PATCH_DIM)
+    np.testing.assert_allclose(
+        analytic, counted(model.apply, params, VIDEO), rtol=TOLERANCE
+    )
+
+
+def test_predictor_of_levels_and_context_agrees_with_compiler():
+    """The form of V-JEPA 2.1: four levels in, and every token out."""
+    # Few tokens: the softmax of many would show beside so narrow a stack.
+    feature_dim, num_context, num_target = 4 * SIZE.width, 100, 200
+    model = Predictor(
+        num_heads=12,
+        out_dim=feature_dim,
+        input_dim=SIZE.width,
+        predict_context=True,
+        **vars(NARROW),
+    )
+    context = jax.ShapeDtypeStruct((1, num_context, feature_dim), jnp.float32)
+    idx = indices(num_context), indices(num_target)
+
+    def init(key, context, ctx_idx, tgt_idx):
+        return model.init(key, context, ctx_idx, tgt_idx, GRID)
+
+    params = nn.unbox(jax.eval_shape(init, jax.random.key(0), context, *idx))
+    expected = counted(
+        lambda p, c, i, j: model.apply(p, c, i, j, GRID), params, context, *idx
+    )
+    analytic = flops.predictor_flops(
+        NARROW, num_context, num_target, feature_dim, SIZE.width, True
+    )
+    # Norms, activations and softmax are 2.3 % here: little is multiplied per token.
+    np.testing.assert_allclose(analytic, expected, rtol=0.03)
+
+
+def test_step_counts_the_clips_of_every_stream():
+    config = get_config()
+    config.batch_size, config.model.encoder.size = 8, "tiny"
+    config.model.image_embed = True
+
+    def count():
+        encoder, predictor = build.make_models(config)
+        streams = build.make_streams(config, encoder)
+        return build.step_flops(config, encoder, predictor, streams)
+
+    videos = count()
+    with config.unlocked():
+        config.streams.image = stream(
+            num_frames=1, batch_size=24, masks={"whole": config.masks.short}
+        )
+    both = count()
+    config.streams.image.batch_size = 48
+    assert count() - both == both - videos > 0
+    # An image has 196 tokens of the video's 1568, and one mask of its two.
+    assert 24 * 196 / (8 * 1568) / 4 < (both - videos) / videos < 24 * 196 / (8 * 1568)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Losses and statistics against plain double-precision NumPy."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,6 +34,66 @@ def test_target_is_normalised_over_channels_in_single_precision(rng):
         rounded.var(-1, keepdims=True) + 1e-5
     )
     np.testing.assert_allclose(half, expected, atol=1e-5)
+
+
+def test_every_level_of_a_target_is_normalised_by_itself(rng):
+    h, h_jax = normal(rng, 2, 5, 36)
+    scale = np.repeat([0.1, 3.0, 50.0], 12)
+    h, h_jax = h * scale + 2, h_jax * jnp.asarray(scale, jnp.float32) + 2
+    levels = []
+    for part in np.split(h, 3, axis=-1):
+        spread = np.sqrt(part.var(-1, keepdims=True) + 1e-5)
+        levels.append((part - part.mean(-1, keepdims=True)) / spread)
+    actual = losses.normalise_target(h_jax, num_levels=3)
+    # Single precision around a mean of twenty times the smallest spread.
+    np.testing.assert_allclose(actual, np.concatenate(levels, -1), atol=1e-4)
+    together = losses.normalise_target(h_jax)
+    assert np.abs(np.asarray(together) - np.asarray(actual)).max() > 0.5
+
+
+@pytest.mark.parametrize("exponent", [1.0, 2.0])
+def test_weights_multiply_tokens_and_do_not_divide_the_mean(exponent, rng):
+    (a, a_jax), (b, b_jax) = normal(rng, 2, 7, 16), normal(rng, 2, 7, 16)
+    weights = rng.uniform(0.1, 3, (2, 7))
+    total = 0.0
+    for sample, token, channel in np.ndindex(a.shape):
+        error = abs(a[sample, token, channel] - b[sample, token, channel])
+        total += weights[sample, token] * error**exponent / exponent
+    weights = jnp.asarray(weights, jnp.float32)
+    actual = losses.regression(a_jax, b_jax, exponent, weights)
+    np.testing.assert_allclose(actual, total / a.size, rtol=1e-5)
+
+
+def test_distances_are_those_to_the_nearest_predicted_token(rng):
+    grid, num_tokens = (3, 4, 5), 60
+    order = np.stack([rng.permutation(num_tokens) for _ in range(3)])
+    context, target = order[:, :9], order[:, 9:15]
+    actual = losses.distance_to_targets(jnp.asarray(context), jnp.asarray(target), grid)
+    assert actual.dtype == jnp.float32
+    for b in range(3):
+        for i, seen in enumerate(context[b]):
+            place = np.unravel_index(seen, grid)
+            nearest = min(
+                math.dist(place, np.unravel_index(wanted, grid)) for wanted in target[b]
+            )
+            np.testing.assert_allclose(actual[b, i], nearest, rtol=1e-6)
+    assert np.asarray(actual).min() >= 1
+
+
+def test_prediction_variance_is_the_official_hinge(rng):
+    """Deviations as PyTorch's `var`, unbiased; averaged over mask types beforehand."""
+    sizes, deviations = (4, 9), []
+    predictions = [normal(rng, 3, m, 6) for m in sizes]
+    scale = rng.uniform(0.2, 1.5, 6)
+    for z, _ in predictions:
+        mean = (z * scale).mean(1, keepdims=True)
+        variance = ((z * scale - mean) ** 2).sum(1) / (z.shape[1] - 1)
+        deviations.append(np.sqrt(variance + 1e-4))
+    expected = np.maximum(0, 1 - np.mean(deviations, axis=0)).mean()
+    scaled = [z_jax * jnp.asarray(scale, jnp.float32) for _, z_jax in predictions]
+    actual = losses.prediction_variance(scaled)
+    np.testing.assert_allclose(actual, expected, rtol=1e-4)
+    assert expected > 0
 
 
 @pytest.mark.parametrize("exponent", [1.0, 1.5, 2.0])

@@ -74,7 +74,7 @@ def test_predictor_equals_plain_numpy(pos_embed, rng):
     context, idx = normal(rng, 2, 7, WIDTH), subsets(rng, 2, 12)
     ctx_idx, tgt_idx = idx[:, :7], idx[:, 7:]
     params = filled(predictor, rng, context, ctx_idx, tgt_idx, GRID)["params"]
-    actual = jax.jit(predictor.apply, static_argnums=(4, 5))(
+    actual, _ = jax.jit(predictor.apply, static_argnums=(4, 5))(
         {"params": params}, context, ctx_idx, tgt_idx, GRID, 1
     )
     params = double(params)
@@ -166,13 +166,13 @@ def test_permuting_targets_permutes_predictions(pos_embed, rng):
     # Large, so that attention and with it the output depend on places.
     params = filled(predictor, rng, context, ctx_idx, tgt_idx, GRID, scale=0.8)
     apply = jax.jit(predictor.apply, static_argnums=4)
-    predicted = np.asarray(apply(params, context, ctx_idx, tgt_idx, GRID))
+    predicted = np.asarray(apply(params, context, ctx_idx, tgt_idx, GRID)[0])
     order = rng.permutation(7)
-    permuted = apply(params, context, ctx_idx, tgt_idx[:, order], GRID)
+    permuted, _ = apply(params, context, ctx_idx, tgt_idx[:, order], GRID)
     # Attention sums in another order, in single precision.
     np.testing.assert_allclose(permuted, predicted[:, order], atol=1e-3)
     # The order of the context does not matter either.
-    permuted = apply(params, context[:, order], ctx_idx[:, order], tgt_idx, GRID)
+    permuted, _ = apply(params, context[:, order], ctx_idx[:, order], tgt_idx, GRID)
     np.testing.assert_allclose(permuted, predicted, atol=1e-3)
     assert np.abs(np.diff(predicted, axis=1)).max() > 0.03
 
@@ -193,7 +193,7 @@ def output_and_gradient(stack_case, **how):
     stack = layers.Stack(2, 12, 2, 20, **how)
 
     def loss(params, x, tables):
-        y = stack.apply(params, x, tables)
+        y, _ = stack.apply(params, x, tables)
         return (y**2).mean(), y
 
     (_, y), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(*stack_case)
@@ -226,7 +226,7 @@ def test_full_rematerialisation_keeps_less_between_the_passes(stack_case):
         stack = layers.Stack(2, 12, 2, 20, scan_layers=True, remat=remat)
 
         def residuals(params, x, tables):
-            _, pullback = jax.vjp(lambda p: stack.apply(p, x, tables), params)
+            _, pullback = jax.vjp(lambda p: stack.apply(p, x, tables)[0], params)
             return pullback
 
         return sum(

@@ -65,13 +65,47 @@ def test_a_schedule_longer_than_the_run_stops_midway():
 @settings(max_examples=30, deadline=None)
 @given(VALUES, VALUES, st.integers(1, 40))
 def test_cosine_and_linear_reach_their_ends_and_stay(start, end, decay_steps):
-    steps = np.arange(decay_steps + 20)
+    steps = np.arange(60)  # one length: every other would be compiled anew
     progress = np.minimum((steps + 1) / decay_steps, 1)
     expected = end + (start - end) * (1 + np.cos(np.pi * progress)) / 2
     actual = optim.cosine(start, end, decay_steps)(steps)
     np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
     actual = optim.linear(start, end, decay_steps)(steps)
     expected = start + np.minimum(steps / decay_steps, 1) * (end - start)
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+@settings(max_examples=30, deadline=None)
+@given(VALUES, VALUES, st.integers(1, 40))
+def test_linear_decay_equals_the_plain_loop_and_stays_at_its_end(start, end, steps):
+    expected = []
+    for count in range(1, 61):  # increased before its use, as officially
+        fallen = count / steps
+        # Officially the rate goes on falling; ours stays.
+        expected.append(start + fallen * (end - start) if count < steps else end)
+    actual = optim.linear_decay(start, end, steps)(np.arange(60))
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(VALUES, VALUES, VALUES, *[st.integers(0, 12)] * 3)
+def test_warmup_stable_decay_equals_the_plain_loop(
+    start, peak, end, warmup, hold, anneal
+):
+    total = max(warmup + hold + anneal, 1)
+    expected = []
+    for count in range(1, 61):
+        if count < warmup:
+            expected.append(start + count / warmup * (peak - start))
+        elif count <= total - anneal:
+            expected.append(peak)
+        elif count < total:
+            fallen = (count - (total - anneal)) / anneal
+            expected.append(peak + fallen * (end - peak))
+        else:
+            expected.append(end)
+    schedule = optim.warmup_stable_decay(start, peak, end, warmup, anneal, total)
+    actual = schedule(np.arange(60))
     np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -151,8 +185,8 @@ def test_updates_are_those_of_pytorchs_adamw_under_both_schedules(b2, rng):
     wrapped = {"encoder": params}
     state = tx.init(wrapped)
     update = jax.jit(tx.update)
-    for grad in grads:
-        updates, state = update({"encoder": grad}, state, wrapped)
+    for step, grad in enumerate(grads):
+        updates, state = update({"encoder": grad}, state, wrapped, step=step)
         wrapped = optax.apply_updates(wrapped, updates)
     for name, value in expected.items():
         actual = wrapped["encoder"][name]
@@ -169,7 +203,7 @@ def test_each_module_is_clipped_by_its_own_norm(rng):
     }
     grads = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), grads)
     clip = optim.clip_by_module_norm(2.0)
-    clipped, _ = clip.update(grads, clip.init(grads))
+    clipped, _ = clip.update(grads, clip.init(grads), step=0)
     norm = np.sqrt(sum((x**2).sum() for x in jax.tree.leaves(grads["encoder"])))
     assert norm > 2
     for name in ("a", "b"):
@@ -190,9 +224,38 @@ def test_the_optimiser_clips_only_if_asked(clip_norm, rng):
         return 1.0
 
     tx = optim.make_optimizer(one, lambda step: 0.0, eps=1e6, clip_norm=clip_norm)
-    updates, _ = tx.update(grads, tx.init(params), params)
+    updates, _ = tx.update(grads, tx.init(params), params, step=0)
     norm = np.linalg.norm(grads["encoder"]["kernel"])
     assert norm > 10
     expected = (min(norm, clip_norm) if clip_norm else norm) / 1e6
     actual = np.linalg.norm(updates["encoder"]["kernel"])
     np.testing.assert_allclose(actual, expected, rtol=1e-4)
+
+
+def test_clipping_starts_at_its_step(rng):
+    grads = {"encoder": {"kernel": jnp.asarray(rng.normal(size=(9, 9)), jnp.float32)}}
+    clip = optim.clip_by_module_norm(0.5, start_step=3)
+    update = jax.jit(lambda step: clip.update(grads, clip.init(grads), step=step)[0])
+    for step in range(6):
+        clipped = update(step)["encoder"]["kernel"]
+        if step < 3:
+            np.testing.assert_array_equal(clipped, grads["encoder"]["kernel"])
+        else:
+            np.testing.assert_allclose(np.linalg.norm(clipped), 0.5, rtol=1e-5)
+
+
+def test_schedules_follow_the_steps_of_the_run_and_not_the_updates_taken(rng):
+    """A skipped update leaves the optimiser's own count behind the run's."""
+    params = {"encoder": {"kernel": jnp.asarray(rng.normal(size=5), jnp.float32)}}
+    grads = jax.tree.map(lambda x: x * 2, params)
+    rate = optim.warmup_cosine(0.1, 1.0, 0.0, 5, 20)
+    decay = optim.cosine(0.1, 0.5, 20)
+    tx = optim.make_optimizer(rate, decay, eps=1e-30)
+    update = jax.jit(tx.update)
+    for step in (0, 2, 9, 30):
+        updates, _ = update(grads, tx.init(params), params, step=step)
+        # Adam's first direction is the gradient's sign.
+        kernel = np.asarray(params["encoder"]["kernel"])
+        expected = -rate(step) * (np.sign(kernel) + decay(step) * kernel)
+        actual = updates["encoder"]["kernel"]
+        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-7)

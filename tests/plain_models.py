@@ -54,7 +54,11 @@ def plain_block(x, params, idx=None, grid=GRID):
         scores = np.exp(q @ k.T / math.sqrt(size))
         heads.append(scores / scores.sum(-1, keepdims=True) @ v)
     x = x + plain_linear(np.concatenate(heads, axis=-1), params["proj"])
-    y = plain_linear(plain_norm(x, params["norm2"]), params["fc1"])
+    normed = plain_norm(x, params["norm2"])
+    y = plain_linear(normed, params["fc1"])
+    if "fc3" in params:  # SwiGLU
+        y = y / (1 + np.exp(-y)) * plain_linear(normed, params["fc2"])
+        return x + plain_linear(y, params["fc3"])
     y = y * 0.5 * (1 + np.vectorize(math.erf)(y / math.sqrt(2)))
     return x + plain_linear(y, params["fc2"])
 

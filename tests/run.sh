@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Lint and test.   ./tests/run.sh [pytest arguments]
-. "$(dirname "$0")/../launch/setup.sh" test
+. "$(dirname "$0")/../launch/setup.sh" test,torch
 bin=.venv/bin
 "$bin/ruff" check .
 "$bin/ruff" format --check .

@@ -1,6 +1,5 @@
 """One step computes the same on any mesh, moves the target by EMA alone, and learns."""
 
-import functools
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -9,99 +8,30 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import video_files
+from step_setup import (
+    MASKS,
+    STEPS,
+    STREAMS,
+    Setup,
+    as_batch,
+    copy_to_host,
+    fixed_masks,
+    one_device,
+    videos,
+)
 
-from vjepa_jax import losses, optim, sharding, train_step
+from vjepa_jax import losses, sharding, train_step
 from vjepa_jax.masking import MaskSpec
-from vjepa_jax.models.encoder import VideoEncoder
 from vjepa_jax.models.predictor import Predictor
-from vjepa_jax.train_state import TrainState, make_init
-from vjepa_jax.train_step import Objective, Stream, make_loss_fn, make_train_step
+from vjepa_jax.train_state import TrainState
+from vjepa_jax.train_step import Objective, Stream
 
 BATCH = 16
-STEPS = 200  # length of the schedules
-SHAPE = (4, 16, 16, 3)  # a grid of 2 x 4 x 4 tokens
-MASKS = {
-    "short": MaskSpec(10, 12, num_blocks=3, spatial_scale=(0.2, 0.2)),
-    "long": MaskSpec(4, 18, num_blocks=1, spatial_scale=(0.7, 0.7)),
-}
-STREAMS = {"video": Stream(MASKS)}
-REGULARISED = Objective(variance_weight=0.1, covariance_weight=0.01)
-
-
-class Setup:
-    """A model and its step function, as the training script builds them."""
-
-    def __init__(
-        self,
-        streams=STREAMS,
-        objective=REGULARISED,
-        scan_layers=True,
-        accumulate_steps=1,
-        eps=1e-8,
-    ):
-        kwargs = {"num_heads": 2, "scan_layers": scan_layers}
-        self.encoder = VideoEncoder(2, 32, mlp_dim=64, patch_size=4, **kwargs)
-        self.predictor = Predictor(1, 16, mlp_dim=32, out_dim=32, **kwargs)
-        self.schedules = {
-            "learning_rate": optim.warmup_cosine(1e-3, 3e-3, 0.0, 2, STEPS),
-            "weight_decay": optim.cosine(0.04, 0.04, STEPS),
-            "ema_momentum": optim.linear(0.99, 1.0, STEPS),
-        }
-        self.tx = optim.make_optimizer(
-            self.schedules["learning_rate"], self.schedules["weight_decay"], eps=eps
-        )
-        self.loss_fn = make_loss_fn(self.encoder, self.predictor, streams, objective)
-        self.init = make_init(self.encoder, self.predictor, self.tx, SHAPE)
-        self.step = make_train_step(
-            self.encoder,
-            self.predictor,
-            self.tx,
-            self.schedules,
-            streams,
-            objective,
-            seed=5,
-            accumulate_steps=accumulate_steps,
-        )
-
-    @functools.cached_property
-    def initial_state(self):
-        """The state before the first step, as NumPy arrays."""
-        return copy_to_host(nn.unbox(jax.jit(self.init)(jax.random.key(0))))
-
-    @functools.cached_property
-    def compiled_step(self):
-        return jax.jit(self.step, donate_argnums=0)
-
-    @functools.cached_property
-    def compiled_loss(self):
-        return jax.jit(self.loss_fn)
 
 
 @pytest.fixture(scope="module")
 def setup():
     return Setup()
-
-
-def copy_to_host(tree):
-    # Copies: on a CPU the host sees the buffers themselves, which steps take away.
-    return jax.tree.map(np.array, jax.device_get(tree))
-
-
-def videos(rng, batch=BATCH, shape=SHAPE):
-    return rng.integers(0, 256, (batch, *shape), dtype=np.uint8)
-
-
-def as_batch(video):
-    return {"video": {"video": video}}
-
-
-def one_device():
-    return jax.make_mesh(
-        (1, 1),
-        ("data", "fsdp"),
-        axis_types=(jax.sharding.AxisType.Auto,) * 2,
-        devices=jax.devices()[:1],
-    )
 
 
 class Run(NamedTuple):
@@ -140,7 +70,7 @@ def run_on(mesh, clips, **kwargs):
 @pytest.fixture(scope="module")
 def clips():
     rng = np.random.default_rng()
-    return [videos(rng) for _ in range(5)]
+    return [videos(rng, BATCH) for _ in range(5)]
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +119,7 @@ def test_target_is_the_moving_average_of_the_encoder(setup, rng):
         np.testing.assert_array_equal(leaf, copied)
     state, history, momenta = setup.initial_state, [], []
     for k in range(4):
-        state, metrics = setup.compiled_step(state, as_batch(videos(rng)))
+        state, metrics = setup.compiled_step(state, as_batch(videos(rng, BATCH)))
         history.append(copy_to_host(state.params["encoder"]))
         momenta.append(0.99 + 0.01 * k / STEPS)
         np.testing.assert_allclose(metrics["optim/ema_momentum"], momenta[-1], 1e-6)
@@ -210,17 +140,6 @@ def test_target_is_the_moving_average_of_the_encoder(setup, rng):
         assert np.abs(a - c).max() > 1e-5
 
 
-def fixed_masks(rng, batch, specs=MASKS, num_tokens=32):
-    """Draw arbitrary disjoint index sets of the sizes that `specs` asks for."""
-    out = {}
-    for name, spec in specs.items():
-        order = np.stack([rng.permutation(num_tokens) for _ in range(batch)])
-        context = np.sort(order[:, : spec.num_context], -1)
-        target = np.sort(order[:, spec.num_context :][:, : spec.num_target], -1)
-        out[name] = (jnp.asarray(context), jnp.asarray(target))
-    return out
-
-
 def perturbed(state, rng):
     """Return the state with target and encoder apart, mask tokens other than zero."""
 
@@ -238,7 +157,7 @@ def test_loss_is_the_mean_over_masks_of_the_error_at_hidden_tokens(setup, rng):
     video = videos(rng, 3)
     masks = fixed_masks(rng, 3)
     loss, metrics = setup.compiled_loss(
-        state.params, state.target, as_batch(video), {"video": masks}
+        state.params, state.target, as_batch(video), {"video": masks}, 0
     )
     mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
     clip = jnp.asarray((video / 255 - mean) / std, jnp.float32)
@@ -253,7 +172,9 @@ def test_loss_is_the_mean_over_masks_of_the_error_at_hidden_tokens(setup, rng):
         # Each mask type has its token: the first stands for all of them in `predict`.
         params = dict(state.params["predictor"])
         params["mask_tokens"] = params["mask_tokens"][[index, 1 - index]]
-        prediction = predict({"params": params}, context, ctx_idx, tgt_idx, (2, 4, 4))
+        prediction, _ = predict(
+            {"params": params}, context, ctx_idx, tgt_idx, (2, 4, 4)
+        )
         wanted = np.take_along_axis(features, np.asarray(tgt_idx)[..., None], 1)
         terms.append(np.abs(np.asarray(prediction) - wanted).mean())
         regularisers.append(losses.variance_covariance(context))
@@ -270,7 +191,7 @@ def test_there_is_no_gradient_to_the_target(setup, rng):
     state = perturbed(setup.initial_state, rng)
     batch, masks = as_batch(videos(rng, 3)), {"video": fixed_masks(rng, 3)}
     grad = jax.jit(jax.grad(setup.loss_fn, argnums=(0, 1), has_aux=True))
-    (online, target), _ = grad(state.params, state.target, batch, masks)
+    (online, target), _ = grad(state.params, state.target, batch, masks, 0)
     assert all((np.asarray(leaf) == 0).all() for leaf in jax.tree.leaves(target))
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(online))
 
@@ -305,9 +226,9 @@ def test_mask_types_keep_their_mask_tokens(accumulate_steps, monkeypatch, rng):
     """Not the order of their names, in which JAX passes dictionaries on."""
     seen = set()
 
-    def record(predictor, _, context, ctx_idx, tgt_idx, grid, mask_index):
+    def record(predictor, _, context, ctx_idx, tgt_idx, grid, mask_index, is_image):
         seen.add((ctx_idx.shape[1], mask_index))
-        return jnp.zeros((*tgt_idx.shape, predictor.out_dim))
+        return jnp.zeros((*tgt_idx.shape, predictor.out_dim)), None
 
     setup = Setup(accumulate_steps=accumulate_steps)
     state = jax.eval_shape(setup.init, jax.random.key(0))
@@ -333,7 +254,7 @@ def test_streams_of_two_shapes_add_up_by_their_weights(setup, rng):
 
     def loss_of(setup, *names):
         part = [{name: tree[name] for name in names} for tree in (batch, masks)]
-        return setup.compiled_loss(state.params, state.target, *part)
+        return setup.compiled_loss(state.params, state.target, *part, 0)
 
     loss, metrics = loss_of(both, "video", "image")
     (of_video, video), (of_image, picture) = (

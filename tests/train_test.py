@@ -18,7 +18,7 @@ import jax
 import numpy as np
 import pytest
 
-from vjepa_jax import build, checkpoint, default_config, metrics, optim
+from vjepa_jax import build, checkpoint, cli, default_config, metrics
 from vjepa_jax.data import render
 from vjepa_jax.train_state import abstract_state, make_init
 
@@ -52,11 +52,12 @@ class Ended(NamedTuple):
 class Process:
     """The training command, in a process group of its own like a shell's job."""
 
-    def __init__(self, data, workdir):
+    def __init__(self, data, workdir, **changes):
         values = OVERRIDES | {
             "world.path": data / "world",
             "data.path": data / "list.csv",
         }
+        values |= changes
         # One device, whatever this process has; what is compiled once serves them all.
         env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
         env |= {
@@ -163,14 +164,8 @@ def restore(workdir, step):
     """Return the state of a checkpoint as NumPy arrays."""
     config = default_config.from_json(json.loads((workdir / "config.json").read_text()))
     encoder, predictor = build.make_models(config)
-    schedules = build.make_schedules(config)
-    tx = optim.make_optimizer(
-        schedules["learning_rate"],
-        schedules["weight_decay"],
-        clip_norm=config.optim.clip_norm,
-    )
-    size = config.data.resolution
-    shape = (config.data.num_frames, size, size, 3)
+    tx = build.make_optimizer(config)
+    shape = build.video_shapes(config)[build.MAIN_STREAM]
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one),
@@ -238,3 +233,29 @@ def test_a_broken_video_is_replaced_and_listed_once(broken, unbroken, data):
             str(data / "broken.mp4")
         ]
         assert metrics.read_metrics(str(workdir))[-1]["data/bad_videos"] == 1
+
+
+def test_a_run_that_is_no_longer_finite_ends_with_one_line_and_saves_nothing(
+    data, tmp_path
+):
+    """The first update throws the weights so far that no loss is a number again."""
+    changes = {
+        "optim.start_learning_rate": 1e38,
+        "optim.learning_rate": 1e38,
+        "optim.max_skipped_in_row": 3,
+        "checkpoint.every_steps": 4,
+        "data.num_workers": 0,
+    }
+    ended = Process(data, tmp_path / "run", **changes).end()
+    assert ended.code == cli.EXIT_USER_ERROR, ended.stderr
+    assert "Traceback" not in ended.stderr
+    (line,) = [x for x in ended.stderr.splitlines() if x.startswith("error: ")]
+    assert "not finite" in line and "the last 3 steps, up to step 4" in line
+    assert "nothing was saved" in line and "config.optim.learning_rate" in line
+    # None of the skipped updates went by in silence.
+    assert "skipped updates: 1 more up to step 2, 1 in a row now" in ended.stderr
+    assert "skipped updates: 1 more up to step 3, 2 in a row now" in ended.stderr
+    assert steps_of(tmp_path / "run") == [1, 2, 3]
+    rows = metrics.read_metrics(str(tmp_path / "run"))
+    assert [row["optim/skipped"] for row in rows] == [0, 1, 2]
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []

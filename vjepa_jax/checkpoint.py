@@ -3,7 +3,7 @@
 A step is a folder `<workdir>/checkpoints/<step>` with four items, so that each reader
 takes only what it needs:
 
-    state    step, params, opt_state   what only training needs
+    state    step, params, opt_state, guard   what only training needs
     target   the target encoder        what probes and downstream users need
     data     JSON                      position and fingerprint of the data stream
     meta     JSON                      config, model description, versions
@@ -23,14 +23,14 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
 import vjepa_jax
+from vjepa_jax import fit
 from vjepa_jax.default_config import UserError
 
 FOLDER = "checkpoints"
 # Raised when a reader of the old layout would misread the new one.
 FORMAT_VERSION = 1
 
-_STATE_FIELDS = ("step", "params", "opt_state")
-_MAX_LISTED = 10
+_STATE_FIELDS = ("step", "params", "opt_state", "guard")
 
 
 class Checkpointer:
@@ -94,8 +94,8 @@ class Checkpointer:
 
         Args:
           step: number of finished updates.
-          state: TrainState with the fields step, params, target and opt_state. Its
-            arrays may be donated as soon as this returns.
+          state: TrainState: step, params, target, opt_state and guard. Its arrays may
+            be donated as soon as this returns.
           data: JSON-like position of the data stream, `{"step", "fingerprint"}`.
           meta: JSON-like description of the run (config, model). The keys
             `format_version` and `versions` are added here.
@@ -142,6 +142,11 @@ class Checkpointer:
             dtypes differ from the model's (up to 10 of them are listed).
         """
         _require_step(self._manager, step)
+        if "data" not in self._manager.item_metadata(step):
+            raise UserError(
+                f"{self._folder / str(step)} is not of a training run but of converted "
+                "weights: start from it with config.init.path, in another --workdir"
+            )
         json_items = self._manager.restore(
             step,
             args=ocp.args.Composite(
@@ -152,7 +157,7 @@ class Checkpointer:
 
         wanted = {f: getattr(abstract_state, f) for f in _STATE_FIELDS}
         stored = self._manager.item_metadata(step)
-        _require_fit(
+        fit.require_fit(
             self._folder / str(step),
             stored={**stored["state"].tree, "target": stored["target"].tree},
             wanted={**wanted, "target": abstract_state.target},
@@ -196,21 +201,9 @@ class Checkpointer:
             raise
 
 
-def restore_target(path: str, step: int | None = None) -> tuple[Any, dict[str, Any]]:
-    """Restores the target encoder alone, without knowing the model beforehand.
-
-    Args:
-      path: a workdir or its `checkpoints` folder, local or remote.
-      step: a saved step; None takes the latest.
-
-    Returns:
-      (target_params, meta): nested dictionaries of arrays, each whole on the first
-      device of this process, in the dtypes saved; and the run's description.
-
-    Raises:
-      UserError: no such folder, no checkpoint in it, no such step, no target encoder in
-        it, or written by a newer release.
-    """
+@contextlib.contextmanager
+def _reader(path: str, step: int | None):
+    """Opens a workdir or `checkpoints` folder: yields (manager, step, meta)."""
     folder = _absolute(path)
     if not folder.is_dir():
         raise UserError(f"no such folder: {folder}; give the workdir of a training run")
@@ -239,17 +232,140 @@ def restore_target(path: str, step: int | None = None) -> tuple[Any, dict[str, A
             step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
         )["meta"]
         _require_format(folder / str(step), meta)
-        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        abstract = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(
-                leaf.shape, leaf.dtype, sharding=sharding
-            ),
-            stored["target"].tree,
+        yield manager, step, meta
+
+
+def _on_first_device(metadata: Any) -> Any:
+    """Asks for arrays as stored, each whole on the first device of this process."""
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        metadata,
+    )
+
+
+def restore_target(path: str, step: int | None = None) -> tuple[Any, dict[str, Any]]:
+    """Restores the target encoder alone, without knowing the model beforehand.
+
+    Args:
+      path: a workdir or its `checkpoints` folder, local or remote.
+      step: a saved step; None takes the latest.
+
+    Returns:
+      (target_params, meta): nested dictionaries of arrays, each whole on the first
+      device of this process, in the dtypes saved; and the run's description.
+
+    Raises:
+      UserError: no such folder, no checkpoint in it, no such step, no target encoder in
+        it, or written by a newer release.
+    """
+    with _reader(path, step) as (manager, step, meta):
+        abstract = _on_first_device(manager.item_metadata(step)["target"].tree)
+        args = ocp.args.Composite(target=ocp.args.StandardRestore(abstract))
+        return manager.restore(step, args=args)["target"], meta
+
+
+def restore_models(path: str, step: int | None = None) -> tuple[dict, dict[str, Any]]:
+    """Restores encoder, predictor and target without knowing them beforehand.
+
+    Args:
+      path, step: see `restore_target`.
+
+    Returns:
+      ({"encoder", "predictor", "target"}, meta); without the first two where the
+      checkpoint has none (a converted encoder).
+
+    Raises:
+      UserError: see `restore_target`.
+    """
+    with _reader(path, step) as (manager, step, meta):
+        stored = manager.item_metadata(step)
+        wanted = {
+            item: ocp.args.StandardRestore(_on_first_device(stored[item].tree))
+            for item in ("state", "target")
+            if stored.get(item) is not None
+        }
+        found = manager.restore(step, args=ocp.args.Composite(**wanted))
+        params = found["state"]["params"] if "state" in wanted else {}
+        return {**params, "target": found["target"]}, meta
+
+
+def restore_start(
+    path: str, abstract_state: Any, keep_moments: bool
+) -> tuple[int, dict[str, Any]]:
+    """Restores what a new run takes over from the latest checkpoint of another.
+
+    Args:
+      path: see `restore_target`.
+      abstract_state: TrainState of `jax.ShapeDtypeStruct` with shardings.
+      keep_moments: whether the optimiser's state is taken too.
+
+    Returns:
+      (step, fields): that checkpoint's step, and the TrainState's fields `params`,
+      `target` and, with `keep_moments`, `opt_state`.
+
+    Raises:
+      UserError: see `restore_target`; or names, shapes or dtypes differ from the
+        model's, or there are no moments to keep.
+    """
+    with _reader(path, None) as (manager, step, _):
+        folder, stored = manager.directory / str(step), manager.item_metadata(step)
+        tree = {} if stored.get("state") is None else dict(stored["state"].tree)
+        if keep_moments and "opt_state" not in tree:
+            raise UserError(
+                f"{folder} has no moments of the optimiser: set "
+                "config.init.keep_moments=False"
+            )
+        names = ("params", "opt_state") if keep_moments else ("params",)
+        wanted = {name: getattr(abstract_state, name) for name in names}
+        fit.require_fit(
+            folder,
+            stored={k: tree.get(k, {}) for k in wanted}
+            | {"target": stored["target"].tree},
+            wanted=wanted | {"target": abstract_state.target},
         )
-        target = manager.restore(
-            step, args=ocp.args.Composite(target=ocp.args.StandardRestore(abstract))
-        )["target"]
-    return target, meta
+        # Orbax restores an item whole; what is not wanted is read and dropped.
+        rest = {k: _on_first_device(v) for k, v in tree.items() if k not in wanted}
+        arrays = manager.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(wanted | rest),
+                target=ocp.args.StandardRestore(abstract_state.target),
+            ),
+        )
+    fields = {k: arrays["state"][k] for k in wanted}
+    return step, fields | {"target": arrays["target"]}
+
+
+def save_converted(
+    path: str,
+    target: Any,
+    params: dict[str, Any] | None,
+    meta: dict[str, Any],
+) -> None:
+    """Writes weights that no run of ours has trained as a checkpoint of step 0.
+
+    Args:
+      path: folder to be made, as a workdir; it must not hold checkpoints.
+      target: the target encoder's parameters.
+      params: `{"encoder", "predictor"}`; None to store the target alone.
+      meta: as for `Checkpointer.save`.
+
+    Raises:
+      UserError: there are checkpoints in `path`.
+    """
+    folder = _absolute(path) / FOLDER
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} is not empty: give another folder")
+    items = {
+        "target": ocp.args.StandardSave(target),
+        "meta": ocp.args.JsonSave(json.loads(json.dumps(meta | _provenance()))),
+    }
+    if params is not None:
+        items["state"] = ocp.args.StandardSave({"params": params})
+    with ocp.CheckpointManager(folder, handler_registry=_handler_registry()) as manager:
+        manager.save(0, args=ocp.args.Composite(**items))
+        manager.wait_until_finished()
 
 
 def quiet_orbax() -> None:
@@ -315,37 +431,3 @@ def _require_format(folder: epath.Path, meta: dict[str, Any]) -> None:
             f"{FORMAT_VERSION}; install the release that wrote it "
             f"({meta.get('versions')})"
         )
-
-
-def _require_fit(folder: epath.Path, *, stored: Any, wanted: Any) -> None:
-    stored, wanted = _describe(stored), _describe(wanted)
-    differing = [
-        f"{name}: in checkpoint {stored.get(name, 'missing')}, "
-        f"in model {wanted.get(name, 'missing')}"
-        for name in sorted(stored.keys() | wanted.keys())
-        if stored.get(name) != wanted.get(name)
-    ]
-    if not differing:
-        return
-    listed = differing[:_MAX_LISTED]
-    if len(differing) > len(listed):
-        listed.append(f"and {len(differing) - len(listed)} more")
-    raise UserError(
-        f"{folder} does not fit this model ({len(differing)} arrays differ); train "
-        "with the config it was written with, or choose a new workdir:\n  "
-        + "\n  ".join(listed)
-    )
-
-
-def _describe(tree: Any) -> dict[str, str]:
-    """Maps each leaf's path to its type, e.g. `params/encoder/bias: float32[64]`.
-
-    Attribute and dictionary keys look alike, since Orbax stores named tuples as
-    dictionaries.
-    """
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): (
-            f"{jax.numpy.dtype(leaf.dtype).name}[{','.join(map(str, leaf.shape))}]"
-        )
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }

@@ -29,12 +29,15 @@ def fail(message: str) -> None:
 def _parse_flags(argv: list[str]) -> list[str]:
     try:
         rest = flags.FLAGS(argv)
-        flags.FLAGS["config"].value.keys()  # a file that failed to load shows here
+        if "config" in flags.FLAGS:
+            flags.FLAGS["config"].value.keys()  # a file that failed to load shows here
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as e:
         # The config file's own mistakes and unknown keys arrive as these.
-        fail(" ".join(str(e.args[0] if e.args else e).split()))
+        message = " ".join(str(e.args[0] if e.args else e).split())
+        # A config file's own UserError comes with its traceback in the text.
+        fail(message.rsplit(f"{UserError.__name__}: ", 1)[-1])
     if len(rest) > 1:
-        fail(f"argument '{rest[1]}' is not a flag: write --config.key=value")
+        fail(f"argument '{rest[1]}' is not a flag: write --name=value")
     return rest
 
 

@@ -29,8 +29,30 @@ def mask(**fields: Any) -> ConfigDict:
     config.max_temporal_keep = 1.0  # tokens after this share of the clip are hidden
     config.mode = "official"  # or `unbiased`, see masking.py
     config.group_size = 24  # batch whose trimming the default budgets imitate
+    config.full_complement = False  # predict all that is not seen
+    config.pred_full_complement = False  # see all that is not predicted
+    config.inv_block = False  # see the boxes, predict the rest
+    config.token = 0  # which mask token stands for what it hides, see mask_token_per
     config.num_context = 0  # visible tokens kept per clip; 0: from group_size
     config.num_target = 0  # hidden tokens predicted per clip; 0: from group_size
+    config.update(fields)
+    return config
+
+
+def stream(**fields: Any) -> ConfigDict:
+    """Return the config of a further stream: clips of another shape in every batch.
+
+    Crops and flips are those of `config.data`.
+    """
+    config = ConfigDict()
+    config.path = ""  # folder of videos, or list of `path label` lines
+    config.batch_size = 0  # clips per update over all devices; 0: as the main stream
+    config.weight = 1.0  # of its loss; weights are normalised over streams
+    config.num_frames = 16  # frames per clip
+    config.frame_step = 0  # video frames between clip frames; 0: use fps
+    config.fps = 0.0  # clip frames per second of video; 0: use frame_step
+    config.resolution = 224  # side of the clip in pixels
+    config.masks = ConfigDict()  # mask types by name
     config.update(fields)
     return config
 
@@ -60,6 +82,18 @@ def get_config() -> ConfigDict:
     config.data.flip_probability = 0.5  # of mirroring a clip, 0..1
     config.data.max_bad_fraction = 0.05  # unreadable share that ends the run
 
+    config.weight = 1.0  # of the main stream's loss among those of all streams
+    config.streams = ConfigDict()  # further streams by name, see `stream`
+
+    config.init = ConfigDict()  # where a new run starts
+    config.init.path = ""  # workdir whose latest checkpoint it continues from; "": none
+    config.init.is_required = False  # the recipe makes no sense without such a run
+    config.init.keep_moments = True  # take the optimiser's moments along, or zero them
+    config.teacher = ConfigDict()  # a frozen encoder to predict instead of the target
+    config.teacher.path = ""  # workdir or converted checkpoint; "": none
+    config.teacher.is_required = False  # the recipe makes no sense without a teacher
+    config.teacher.output_levels = 0  # predict so many of its last levels; 0: its own
+
     config.world = ConfigDict()  # the synthetic world, rendered where path is set
     config.world.path = ""  # its folder; "": the data is not the world
     config.world.seed = 0  # of the clips
@@ -72,7 +106,13 @@ def get_config() -> ConfigDict:
     config.world.num_frames = 16  # frames per video
 
     config.model = ConfigDict()
-    config.model.pos_embed = "sincos"  # or `rope`
+    config.model.pos_embed = "sincos"  # or `rope`, `rope_tiled` (V-JEPA 2)
+    # Token grid (T, H, W) on which positions are defined; others interpolate. (): the
+    # main stream's for sincos, none for rotations.
+    config.model.base_grid = ()
+    config.model.mlp = "gelu"  # or `swiglu`, `swiglu_wide`
+    config.model.scale_init = False  # start output projections smaller with depth
+    config.model.image_embed = False  # clips of one frame have their own embedding
     config.model.scan_layers = True  # compile one block and loop, or unroll
     config.model.remat = "none"  # what backward recomputes: none, dots, full, ...
     config.model.attention = "xla"
@@ -81,25 +121,40 @@ def get_config() -> ConfigDict:
     config.model.encoder.size = "large"  # see models/registry.py
     config.model.encoder.patch_size = 16  # pixels
     config.model.encoder.tubelet_size = 2  # frames
+    config.model.encoder.levels = ()  # blocks whose outputs are the features; (): last
+    config.model.encoder.output_levels = 0  # only so many of the last levels; 0: all
     config.model.predictor = ConfigDict()
     config.model.predictor.depth = 12
     config.model.predictor.width = 384
     config.model.predictor.num_heads = 16
+    config.model.predictor.num_mask_tokens = 0  # 0: as many as are used
+    # The token of hidden places: `mask` as each mask's `token` says (V-JEPA), `stream`
+    # one per stream (V-JEPA 2's clip lengths), `run` the first for all (V-JEPA 2.1).
+    config.model.predictor.mask_token_per = "mask"
+    config.model.predictor.out_dim = 0  # a teacher's channels; 0: the encoder's
+    config.model.predictor.deep_input = False  # two input layers, for several levels
+    config.model.predictor.predict_context = False  # visible tokens too
 
     config.masks = ConfigDict()  # mask types by name, each one context and prediction
     config.masks.short = mask()
-    config.masks.long = mask(num_blocks=2, spatial_scale=(0.7, 0.7))
+    config.masks.long = mask(num_blocks=2, spatial_scale=(0.7, 0.7), token=1)
 
     config.objective = ConfigDict()
     config.objective.exponent = 1.0  # p of the regression |error|^p / p
+    config.objective.context_weight = 0.0  # of the visible tokens' loss (V-JEPA 2.1)
+    config.objective.context_warmup = (0, 0)  # steps where it leaves 0, and is reached
+    config.objective.context_distance = True  # divide it by sqrt(distance to a hole)
+    config.objective.prediction_variance_weight = 0.0  # V-JEPA 1's `reg_coeff`
     config.objective.variance_weight = 0.0  # of VICReg's terms on the context
     config.objective.covariance_weight = 0.0  # encoder's tokens; 0 is V-JEPA
 
     config.optim = ConfigDict()
+    config.optim.schedule = "cosine"  # of the rate; or `linear`, `wsd`
     config.optim.start_learning_rate = 2e-4  # at step 0 of the warm-up
     config.optim.learning_rate = 6.25e-4  # peak
     config.optim.final_learning_rate = 1e-6  # at schedule_scale * total_steps
     config.optim.warmup_steps = 12_000
+    config.optim.anneal_steps = 0  # length of the final fall of `wsd`
     config.optim.weight_decay = 0.04  # at the start
     config.optim.final_weight_decay = 0.4  # at schedule_scale * total_steps
     config.optim.schedule_scale = 1.25  # schedules' length over the run's
@@ -107,6 +162,10 @@ def get_config() -> ConfigDict:
     config.optim.b2 = 0.999
     config.optim.eps = 1e-8
     config.optim.clip_norm = 10.0  # largest gradient norm per module; 0: no clip
+    config.optim.clip_start_step = 12_300  # the first step that is clipped
+    config.optim.max_skipped_in_row = 10  # updates refused in a row that end the run
+    config.optim.spike_window = 0  # losses a new one is compared to; 0: no guard
+    config.optim.spike_deviations = 5.0  # above their mean: the update is refused
 
     config.ema = ConfigDict()  # momentum of the target encoder
     config.ema.start = 0.998
@@ -132,6 +191,7 @@ OPERATIONAL = (
     "data.max_bad_fraction",
     "data.path",
     "world.path",
+    "optim.max_skipped_in_row",
     "model.scan_layers",
     "model.remat",
     "model.attention",
@@ -162,8 +222,13 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return [
         f"{key}: {old.get(key, 'absent')} -> {new.get(key, 'absent')}"
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not key.startswith(OPERATIONAL)
+        if old.get(key) != new.get(key) and not _is_operational(key)
     ]
+
+
+def _is_operational(key: str) -> bool:
+    is_path = key.startswith("streams.") and key.endswith(".path")
+    return is_path or key.startswith(OPERATIONAL)
 
 
 def _require(is_met: bool, key: str, value: Any, mend: str) -> None:
@@ -179,52 +244,103 @@ def validate(config: ConfigDict) -> None:
     """
     flat = flatten(config.to_dict())
     positive = (
-        "total_steps batch_size accumulate_steps data.num_frames data.resolution "
+        "total_steps batch_size accumulate_steps "
         "data.prefetch_batches model.encoder.patch_size model.encoder.tubelet_size "
         "model.predictor.depth model.predictor.width model.predictor.num_heads "
         "checkpoint.every_steps checkpoint.keep log.every_steps optim.learning_rate "
-        "optim.schedule_scale optim.eps objective.exponent"
+        "optim.schedule_scale optim.eps optim.max_skipped_in_row "
+        "optim.spike_deviations objective.exponent weight"
     )
     for key in positive.split():
         _require(flat[key] > 0, key, flat[key], "give a positive number")
     not_negative = (
         "seed data.num_workers optim.warmup_steps optim.start_learning_rate "
         "optim.final_learning_rate optim.weight_decay optim.final_weight_decay "
-        "optim.clip_norm objective.variance_weight objective.covariance_weight"
+        "optim.clip_norm optim.clip_start_step optim.anneal_steps optim.spike_window "
+        "objective.variance_weight objective.covariance_weight "
+        "objective.context_weight objective.prediction_variance_weight "
+        "model.predictor.num_mask_tokens "
+        "model.predictor.out_dim model.encoder.output_levels teacher.output_levels"
     )
     for key in not_negative.split():
         _require(flat[key] >= 0, key, flat[key], "give zero or a positive number")
     fractions = "ema.start ema.end optim.b1 optim.b2 data.flip_probability"
     for key in (*fractions.split(), "data.max_bad_fraction"):
         _require(0 <= flat[key] <= 1, key, flat[key], "give a number from 0 to 1")
-    step, fps = flat["data.frame_step"], flat["data.fps"]
-    mend = "set exactly one of data.frame_step and data.fps to a positive number"
-    _require(step >= 0 and fps >= 0 and bool(step) != bool(fps), "data.fps", fps, mend)
     _require_pair("data.crop_scale", flat["data.crop_scale"], 1)
     _require_pair("data.crop_aspect_ratio", flat["data.crop_aspect_ratio"])
     choices = {
-        "model.pos_embed": ("sincos", "rope"),
+        "model.pos_embed": ("sincos", "rope", "rope_tiled"),
+        "model.mlp": ("gelu", "swiglu", "swiglu_wide"),
+        "model.predictor.mask_token_per": ("mask", "stream", "run"),
+        "optim.schedule": ("cosine", "linear", "wsd"),
         "model.dtype": ("float32", "bfloat16"),
         "model.attention": ("xla",),
         "model.remat": ("none", "full", "dots", "dots_no_batch"),
     }
     for key, known in choices.items():
         _require(flat[key] in known, key, flat[key], f"known: {', '.join(known)}")
-    for side, length, part in (
-        ("data.resolution", flat["data.resolution"], "model.encoder.patch_size"),
-        ("data.num_frames", flat["data.num_frames"], "model.encoder.tubelet_size"),
-    ):
-        mend = f"take a multiple of {part}={flat[part]}"
-        _require(length % flat[part] == 0, side, length, mend)
     heads, width = (flat[f"model.predictor.{k}"] for k in ("num_heads", "width"))
     mend = f"take a divisor of model.predictor.width={width}"
     _require(width % heads == 0, "model.predictor.num_heads", heads, mend)
-    _require(len(config.masks) > 0, "masks", {}, "name at least one mask type")
-    for name, spec in config.masks.items():
-        _validate_mask(f"masks.{name}", spec)
+    _validate_model(config.model)
+    warmup = config.objective.context_warmup
+    mend = "give (start, end) with 0 <= start <= end"
+    is_span = len(warmup) == 2 and 0 <= warmup[0] <= warmup[1]
+    _require(is_span, "objective.context_warmup", warmup, mend)
+    o = config.optim
+    room = config.total_steps - o.warmup_steps if o.schedule == "wsd" else math.inf
+    mend = "warm-up and anneal must fit into total_steps"
+    _require(o.anneal_steps <= room, "optim.anneal_steps", o.anneal_steps, mend)
+    _validate_stream("data", config.data, config.masks, "masks", config.model)
+    for name, fields in config.streams.items():
+        key = f"streams.{name}"
+        _require(name != "video", key, name, "`video` is the main stream: rename it")
+        _require(bool(fields.path), f"{key}.path", "", "a folder of videos or a list")
+        _require(fields.weight > 0, f"{key}.weight", fields.weight, "give more than 0")
+        size = fields.batch_size
+        _require(size >= 0, f"{key}.batch_size", size, "give 0 or a positive number")
+        _validate_stream(key, fields, fields.masks, f"{key}.masks", config.model)
+    for key, mend in (
+        ("init", "the workdir of the run to continue from"),
+        ("teacher", "the workdir or converted checkpoint of the teacher"),
+    ):
+        is_given = bool(config[key].path) or not config[key].is_required
+        _require(is_given, f"{key}.path", "", mend)
     if config.world.path:
         _validate_world(config.world)
     _require(bool(config.data.path), "data.path", "", "a folder of videos or a list")
+
+
+def _validate_stream(
+    key: str, clip: ConfigDict, masks: ConfigDict, masks_key: str, model: ConfigDict
+) -> None:
+    step, fps = clip.frame_step, clip.fps
+    mend = f"set exactly one of {key}.frame_step and {key}.fps to a positive number"
+    _require(
+        step >= 0 and fps >= 0 and bool(step) != bool(fps), f"{key}.fps", fps, mend
+    )
+    image = model.image_embed and clip.num_frames == 1
+    for name, part, unit in (
+        ("resolution", "patch_size", model.encoder.patch_size),
+        ("num_frames", "tubelet_size", 1 if image else model.encoder.tubelet_size),
+    ):
+        value, mend = clip[name], f"take a multiple of model.encoder.{part}={unit}"
+        _require(value > 0 and value % unit == 0, f"{key}.{name}", value, mend)
+    _require(len(masks) > 0, masks_key, {}, "name at least one mask type")
+    for name, spec in masks.items():
+        _validate_mask(f"{masks_key}.{name}", spec)
+
+
+def _validate_model(model: ConfigDict) -> None:
+    grid, levels = model.base_grid, model.encoder.levels
+    is_grid = len(grid) == 0 or (len(grid) == 3 and min(grid) > 0)
+    _require(is_grid, "model.base_grid", grid, "give () or three positive numbers")
+    ascending = list(levels) == sorted(set(levels)) and min(levels, default=0) >= 0
+    mend = "give block numbers from 0, ascending"
+    _require(ascending, "model.encoder.levels", levels, mend)
+    outputs, mend = model.encoder.output_levels, f"there are {len(levels)} levels"
+    _require(outputs <= len(levels), "model.encoder.output_levels", outputs, mend)
 
 
 def _require_pair(key: str, value: Any, highest: float = math.inf) -> None:
@@ -267,7 +383,10 @@ def _validate_mask(prefix: str, spec: ConfigDict) -> None:
         low, high = spec.spatial_scale
         mend = "tubes hide one share: give it twice, below 1"
         _require(low == high < 1, f"{prefix}.spatial_scale", spec.spatial_scale, mend)
-    for key in ("num_context", "num_target"):
+    mend = "a mask has one complement: set one of the two to False"
+    both = spec.full_complement and spec.pred_full_complement
+    _require(not both, f"{prefix}.full_complement", True, mend)
+    for key in ("num_context", "num_target", "token"):
         _require(spec[key] >= 0, f"{prefix}.{key}", spec[key], "give 0 or more")
     group, blocks = spec.group_size, spec.num_blocks
     _require(group > 0, f"{prefix}.group_size", group, "give a positive number")

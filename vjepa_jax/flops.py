@@ -38,15 +38,18 @@ class Transformer:
       depth: number of blocks.
       width: channels.
       mlp_dim: hidden channels of the MLP.
+      mlp: `gelu` has two matrices, `swiglu` three.
     """
 
     depth: int
     width: int
     mlp_dim: int
+    mlp: str = "gelu"
 
     def forward(self, num_tokens: int) -> int:
         """FLOPs of the blocks on one sequence with full attention."""
-        projections = 2 * num_tokens * self.width * (4 * self.width + 2 * self.mlp_dim)
+        columns = 4 * self.width + (2 if self.mlp == "gelu" else 3) * self.mlp_dim
+        projections = 2 * num_tokens * self.width * columns
         attention = 4 * num_tokens**2 * self.width
         return self.depth * (projections + attention)
 
@@ -69,18 +72,33 @@ def encoder_flops(encoder: Transformer, num_tokens: int, patch_dim: int) -> int:
 
 
 def predictor_flops(
-    predictor: Transformer, num_context: int, num_target: int, encoder_width: int
+    predictor: Transformer,
+    num_context: int,
+    num_target: int,
+    feature_dim: int,
+    input_dim: int = 0,
+    predict_context: bool = False,
+    out_dim: int = 0,
 ) -> int:
     """FLOPs of the predictor's forward pass for one mask of one clip.
 
     Args:
       predictor: its blocks, which see context and target tokens together.
       num_context: tokens that come from the encoder.
-      num_target: tokens to predict; only they are projected back.
-      encoder_width: channels of the context tokens and of the predictions.
+      num_target: tokens to predict.
+      feature_dim: channels of the context tokens.
+      input_dim: channels of a hidden layer before the input projection; 0: none.
+      predict_context: whether context tokens are projected back as well.
+      out_dim: channels of the predictions; 0: those of the context tokens.
     """
-    projections = 2 * (num_context + num_target) * encoder_width * predictor.width
-    return projections + predictor.forward(num_context + num_target)
+    if input_dim:
+        read = feature_dim * input_dim + input_dim * predictor.width
+    else:
+        read = feature_dim * predictor.width
+    num_written = num_target + num_context * predict_context
+    projections = num_context * read
+    projections += num_written * predictor.width * (out_dim or feature_dim)
+    return 2 * projections + predictor.forward(num_context + num_target)
 
 
 def train_step_flops(
@@ -90,6 +108,11 @@ def train_step_flops(
     num_tokens: int,
     patch_dim: int,
     masks: Sequence[tuple[int, int]],
+    feature_dim: int | None = None,
+    input_dim: int = 0,
+    predict_context: bool = False,
+    out_dim: int = 0,
+    target: Transformer | None = None,
 ) -> int:
     """FLOPs of one update, per clip.
 
@@ -97,19 +120,25 @@ def train_step_flops(
     and the predictor run forward and backward, where backward costs twice forward.
 
     Args:
-      encoder: blocks of the encoder, hence of the target encoder.
+      encoder: blocks of the encoder.
       predictor: blocks of the predictor.
       num_tokens: tokens of the whole clip.
       patch_dim: values in a tubelet.
       masks: (num_context, num_target) of each mask that a clip gets.
+      feature_dim: channels of the features, all levels; None: the encoder's width.
+      input_dim, predict_context, out_dim: see `predictor_flops`.
+      target: blocks of the target encoder; None: those of the encoder.
     """
+    feature_dim = feature_dim or encoder.width
     # All tubelets are embedded before the context is gathered. Pixels take no gradient,
     # so the backward pass of the embedding costs its forward pass once.
     embed = 2 * embed_flops(num_tokens, patch_dim, encoder.width)
-    total = encoder_flops(encoder, num_tokens, patch_dim)
-    for num_context, num_target in masks:
-        total += embed + 3 * encoder.forward(num_context)
-        total += 3 * predictor_flops(predictor, num_context, num_target, encoder.width)
+    total = encoder_flops(target or encoder, num_tokens, patch_dim)
+    for counts in masks:
+        total += embed + 3 * encoder.forward(counts[0])
+        total += 3 * predictor_flops(
+            predictor, *counts, feature_dim, input_dim, predict_context, out_dim
+        )
     return total
 
 

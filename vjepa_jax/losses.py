@@ -1,34 +1,87 @@
 """The V-JEPA objective, regularisers against collapse, and statistics that show it."""
 
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
+Grid = tuple[int, int, int]
 
-def normalise_target(h: jax.Array, eps: float = 1e-5) -> jax.Array:
+
+def normalise_target(h: jax.Array, num_levels: int = 1, eps: float = 1e-5) -> jax.Array:
     """Layer-normalise without parameters over channels, in fp32: [..., D] -> [..., D].
 
-    The official code does so with the target encoder's output (`app/vjepa/train.py`).
+    The official code does so with the target encoder's output (`app/vjepa/train.py`);
+    V-JEPA 2.1 with each of its levels, which lie side by side in the channels.
     """
-    h = h.astype(jnp.float32)
-    mean = h.mean(-1, keepdims=True)
-    variance = jnp.square(h - mean).mean(-1, keepdims=True)
-    return (h - mean) * jax.lax.rsqrt(variance + eps)
+    levels = h.astype(jnp.float32).reshape(*h.shape[:-1], num_levels, -1)
+    mean = levels.mean(-1, keepdims=True)
+    variance = jnp.square(levels - mean).mean(-1, keepdims=True)
+    return ((levels - mean) * jax.lax.rsqrt(variance + eps)).reshape(h.shape)
 
 
-def regression(prediction: jax.Array, target: jax.Array, exponent: float = 1.0):
+def regression(
+    prediction: jax.Array,
+    target: jax.Array,
+    exponent: float = 1.0,
+    weights: jax.Array | None = None,
+) -> jax.Array:
     """Return the mean of |prediction - target|^p / p in fp32 (V-JEPA eq. 2; p = 1).
 
     Args:
       prediction: [B, M, D].
       target: [B, M, D], normalised.
       exponent: p.
+      weights: [B, M], a factor per token; the mean is not divided by their sum.
     """
     error = jnp.abs(prediction.astype(jnp.float32) - target.astype(jnp.float32))
-    if exponent == 1.0:
-        return error.mean()
-    return (error**exponent).mean() / exponent
+    if exponent != 1.0:
+        error = error**exponent / exponent
+    if weights is not None:
+        error = error * weights[..., None]
+    return error.mean()
+
+
+def distance_to_targets(
+    ctx_idx: jax.Array, tgt_idx: jax.Array, grid: Grid
+) -> jax.Array:
+    """Return how far each visible token is from the nearest predicted one.
+
+    V-JEPA 2.1 divides the loss on visible tokens by the root of it, so that what lies
+    beside a hole counts most.
+
+    Args:
+      ctx_idx: int [B, K], token numbers; none of them in `tgt_idx`.
+      tgt_idx: int [B, M].
+      grid: (T, H, W).
+
+    Returns:
+      float32 [B, K], Euclidean, in tokens.
+    """
+    _, height, width = grid
+
+    def place(idx):
+        parts = (idx // (height * width), idx // width % height, idx % width)
+        return jnp.stack(parts, axis=-1).astype(jnp.float32)
+
+    between = place(ctx_idx)[:, :, None] - place(tgt_idx)[:, None]
+    return jnp.sqrt(jnp.square(between).sum(-1).min(-1))
+
+
+def prediction_variance(predictions: Sequence[jax.Array]) -> jax.Array:
+    """Return V-JEPA 1's regulariser of predictions (its weight is 0 in every recipe).
+
+    The mean over samples and channels of relu(1 - std), where std is taken over a
+    sample's predicted tokens and averaged over mask types.
+
+    Args:
+      predictions: [B, M, D] per mask type.
+    """
+    deviations = [
+        jnp.sqrt(z.astype(jnp.float32).var(axis=1, ddof=1) + 1e-4) for z in predictions
+    ]
+    return jax.nn.relu(1 - sum(deviations) / len(deviations)).mean()
 
 
 def variance_covariance(

@@ -54,6 +54,10 @@ class MaskSpec:
       num_target: hidden tokens predicted per sample.
       mode: `official`: one box shape per batch and the first tokens in raster order are
         kept; `unbiased`: a shape per sample, and a random subset is kept.
+      full_complement: predict every token that is not in the context.
+      pred_full_complement: see every token that is not predicted.
+      inv_block: see what is inside the boxes and predict what is outside, after all of
+        the above; `num_context` then counts what is inside.
     """
 
     num_context: int
@@ -65,6 +69,9 @@ class MaskSpec:
     aspect_ratio: tuple[float, float] = _OFFICIAL_ASPECT
     max_temporal_keep: float = 1.0
     mode: str = "official"
+    full_complement: bool = False
+    pred_full_complement: bool = False
+    inv_block: bool = False
 
 
 def box_shape(uniforms, grid: Grid, spec: MaskSpec):
@@ -158,26 +165,43 @@ def sample(
       ascending, disjoint.
     """
     num_tokens = int(np.prod(grid))
+    num_visible, num_hidden = spec.num_context, spec.num_target
+    if spec.inv_block:
+        num_visible, num_hidden = num_hidden, num_visible
+    # What complements the other side is not drawn: it is there in any case.
+    least_visible = 0 if spec.pred_full_complement else num_visible
+    least_hidden = 0 if spec.full_complement else num_hidden
     place_key, spare_key, order_key = jax.random.split(key, 3)
     hidden = _draw_hidden(place_key, shape_key, batch, grid, spec, candidates)
-    num_hidden = hidden.sum(-1)
-    fits = (num_hidden >= spec.num_target) & (
-        num_tokens - num_hidden >= spec.num_context
-    )
+    count = hidden.sum(-1)
+    fits = (count >= least_hidden) & (num_tokens - count >= least_visible)
     choice = jnp.argmax(fits, axis=0)
     chosen = jnp.take_along_axis(hidden, choice[None, :, None], axis=0)[0]
     # Causal masks keep their meaning in the spare: early tokens are seen first.
     spare_order = jax.random.uniform(spare_key, (batch, num_tokens))
     spare_order += _late(grid, spec)
-    spare = spare_order.argsort(-1).argsort(-1) >= spec.num_context
+    spare = spare_order.argsort(-1).argsort(-1) >= num_visible
     chosen = jnp.where(fits.any(0)[:, None], chosen, spare)
     if spec.mode == "official":
         order = jnp.broadcast_to(jnp.arange(num_tokens, dtype=float), chosen.shape)
     else:
         order = jax.random.uniform(order_key, chosen.shape)
-    return _first(~chosen, order, spec.num_context), _first(
-        chosen, order, spec.num_target
-    )
+
+    def others(idx, count):
+        taken = jnp.zeros((batch, num_tokens), bool)
+        taken = jnp.put_along_axis(taken, idx, True, axis=1, inplace=False)
+        return _first(~taken, order, count)
+
+    if spec.pred_full_complement:
+        tgt_idx = _first(chosen, order, num_hidden)
+        ctx_idx = others(tgt_idx, num_visible)
+    else:
+        ctx_idx = _first(~chosen, order, num_visible)
+        if spec.full_complement:
+            tgt_idx = others(ctx_idx, num_hidden)
+        else:
+            tgt_idx = _first(chosen, order, num_hidden)
+    return (tgt_idx, ctx_idx) if spec.inv_block else (ctx_idx, tgt_idx)
 
 
 def simulate_counts(
@@ -221,6 +245,16 @@ def default_budget(spec: MaskSpec, grid: Grid, group_size: int = 24) -> tuple[in
     The counts are rounded to whole multiples of T (boxes that last the whole clip leave
     nothing else). `spec`'s own budgets are ignored.
     """
+    context, target = _trimmed_budget(spec, grid, group_size)
+    num_tokens = int(np.prod(grid))
+    if spec.full_complement:
+        target = num_tokens - context
+    elif spec.pred_full_complement:
+        context = num_tokens - target
+    return (target, context) if spec.inv_block else (context, target)
+
+
+def _trimmed_budget(spec: MaskSpec, grid: Grid, group_size: int) -> tuple[int, int]:
     frames, height, width = grid
     if spec.kind == "tube":
         keep = int(height * width * (1 - spec.spatial_scale[0]))

@@ -33,6 +33,46 @@ def warmup_cosine(
     return schedule
 
 
+def linear_decay(start: float, end: float, decay_steps: int) -> Schedule:
+    """Fall linearly from `start` to `end`: the official cooldown, first update at 1.
+
+    Later steps stay at `end`; the official code would go on falling.
+    """
+
+    def schedule(step):
+        progress = (jnp.asarray(step, jnp.float32) + 1) / max(decay_steps, 1)
+        return start + jnp.minimum(progress, 1) * (end - start)
+
+    return schedule
+
+
+def warmup_stable_decay(
+    start: float,
+    peak: float,
+    end: float,
+    warmup_steps: int,
+    anneal_steps: int,
+    decay_steps: int,
+) -> Schedule:
+    """Rise linearly to `peak`, stay, and fall linearly to `end` in the last steps.
+
+    Args:
+      start, peak, end: values; `start` is only met when there is a warm-up.
+      warmup_steps: steps of the rise.
+      anneal_steps: steps of the fall.
+      decay_steps: step at which `end` is reached; later steps stay there.
+    """
+
+    def schedule(step):
+        s = jnp.asarray(step, jnp.float32) + 1
+        rise = start + (s / max(warmup_steps, 1)) * (peak - start)
+        fallen = (s - (decay_steps - anneal_steps)) / max(anneal_steps, 1)
+        fall = peak + jnp.clip(fallen, 0, 1) * (end - peak)
+        return jnp.where(s < warmup_steps, rise, fall)
+
+    return schedule
+
+
 def cosine(start: float, end: float, decay_steps: int) -> Schedule:
     """Move from `start` to `end` along a half cosine (the weight decay's schedule)."""
     return warmup_cosine(start, start, end, 0, decay_steps)
@@ -52,7 +92,7 @@ def decay_mask(params):
     """Mark what weight decay applies to: a tree of bools shaped like `params`.
 
     As in the official code, everything decays but biases and norm scales (one
-    dimension per layer). Mask tokens do decay there.
+    dimension per layer). Mask tokens and modality embeddings do decay there.
     """
 
     def decays(path, leaf):
@@ -69,36 +109,64 @@ def make_optimizer(
     b2: float = 0.999,
     eps: float = 1e-8,
     clip_norm: float = 0.0,
-) -> optax.GradientTransformation:
+    clip_start_step: int = 0,
+) -> optax.GradientTransformationExtraArgs:
     """Make AdamW with decay decoupled but multiplied by the rate, as PyTorch's is.
+
+    Its `update` takes the run's `step` as a keyword. The schedules follow that, not a
+    count of their own, so that a skipped update does not hold them back.
 
     Args:
       learning_rate, weight_decay: schedules of the step.
       b1, b2, eps: Adam's constants.
       clip_norm: largest global norm of each module's gradient (encoder, predictor
         apart, as V-JEPA does); 0 does not clip.
+      clip_start_step: first step whose gradient is clipped.
     """
     parts = [
         optax.scale_by_adam(b1, b2, eps),
-        optax.add_decayed_weights(weight_decay, mask=decay_mask),
-        optax.scale_by_learning_rate(learning_rate),
+        _decay_and_scale(learning_rate, weight_decay),
     ]
     if clip_norm:
-        parts.insert(0, clip_by_module_norm(clip_norm))
+        parts.insert(0, clip_by_module_norm(clip_norm, clip_start_step))
     return optax.chain(*parts)
 
 
-def clip_by_module_norm(max_norm: float) -> optax.GradientTransformation:
-    """Clip each top-level entry of the gradient to its own global norm."""
+def _decay_and_scale(learning_rate: Schedule, weight_decay: Schedule):
+    """Add `weight_decay` times the parameter, then multiply by minus the rate."""
 
-    def update(updates, state, params=None):
+    def update(updates, state, params, *, step, **_):
+        rate, decay = learning_rate(step), weight_decay(step)
+
+        def scaled(update, param, decays):
+            return -rate * (update + decay * param if decays else update)
+
+        return jax.tree.map(scaled, updates, params, decay_mask(params)), state
+
+    return optax.GradientTransformationExtraArgs(_stateless, update)
+
+
+def clip_by_module_norm(
+    max_norm: float, start_step: int = 0
+) -> optax.GradientTransformationExtraArgs:
+    """Clip each top-level entry of the gradient to its own global norm.
+
+    Steps before `start_step` are not clipped (V-JEPA clips after the warm-up).
+    """
+
+    def update(updates, state, params=None, *, step, **_):
         del params
-        clipped = {
-            name: optax.clip_by_global_norm(max_norm).update(tree, optax.EmptyState())[
-                0
-            ]
-            for name, tree in updates.items()
-        }
-        return clipped, state
 
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+        def clip(tree):
+            norm = optax.tree.norm(tree)
+            clipped = max_norm / jnp.maximum(norm, max_norm)
+            return optax.tree.scale(jnp.where(step >= start_step, clipped, 1.0), tree)
+
+        return {name: clip(tree) for name, tree in updates.items()}, state
+
+    return optax.GradientTransformationExtraArgs(_stateless, update)
+
+
+def _stateless(params) -> optax.EmptyState:
+    del params
+    return optax.EmptyState()

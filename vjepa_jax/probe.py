@@ -20,7 +20,7 @@ from vjepa_jax import build, checkpoint, cli, metrics
 from vjepa_jax.data import render, sources
 from vjepa_jax.default_config import UserError, from_json
 from vjepa_jax.evals import features, pictures, world
-from vjepa_jax.models.encoder import VideoEncoder, token_grid
+from vjepa_jax.models.encoder import VideoEncoder
 
 RESULTS_FILE = "results.json"
 
@@ -113,8 +113,8 @@ def _draw(run: ConfigDict, workdir: str, encodes, shape: features.ClipShape) -> 
     listed = sources.open_source(str(pathlib.Path(run.world.path) / "hidden_test.csv"))
     clip = next(features.read_clips(listed, shape, count=8))
     encoder, _ = build.make_models(run)
-    grid = token_grid(clip.shape, encoder.patch_size, encoder.tubelet_size)
-    masks = build.make_masks(run, grid)
+    grid = encoder.grid(clip.shape)
+    masks = build.make_masks(run.masks, grid)
     pictures.draw_masks(clip[0], grid, masks, folder / "masks.png")
     named = {k: encodes[k](clip) for k in ("pretrained", "random_init")}
     pictures.draw_principal_components(clip[0], grid, named, folder / "features.png")

@@ -7,7 +7,6 @@ The same command continues an interrupted run. DIR receives `config.json`,
 """
 
 import json
-import math
 import os
 import pathlib
 import signal
@@ -27,17 +26,14 @@ from vjepa_jax import (
     distributed,
     flops,
     metrics,
-    optim,
     sharding,
 )
-from vjepa_jax.data import pipeline, render, sources
+from vjepa_jax.data import pipeline, render, sources, streams
 from vjepa_jax.default_config import UserError
-from vjepa_jax.models.encoder import token_grid
 from vjepa_jax.train_state import abstract_state, make_init
-from vjepa_jax.train_step import Objective, Stream, make_train_step
+from vjepa_jax.train_step import Objective, make_train_step
 
 CONFIG_FILE = "config.json"
-STREAM = "video"
 
 
 def check_workdir(config: ConfigDict, workdir: str) -> None:
@@ -95,62 +91,99 @@ def _say(message: str) -> None:
         print(message, file=sys.stderr, flush=True)
 
 
-def _make_clock(config, encoder, predictor, masks, grid, start, mesh):
-    def size_of(module):
-        return flops.Transformer(module.depth, module.width, module.mlp_dim)
-
-    model = config.model.encoder
-    per_clip = flops.train_step_flops(
-        size_of(encoder),
-        size_of(predictor),
-        num_tokens=math.prod(grid),
-        patch_dim=model.tubelet_size * model.patch_size**2 * 3,
-        masks=[(m.num_context, m.num_target) for m in masks.values()],
-    )
+def _make_clock(config, encoder, predictor, stream_specs, teacher, start, mesh):
     peak = flops.peak_flops(mesh.devices.flat[0].device_kind)
+    clips = sum(build.batch_sizes(config).values())
+    per_step = build.step_flops(config, encoder, predictor, stream_specs, teacher)
     return metrics.StepClock(
         total_steps=config.total_steps,
-        batch_size=config.batch_size,
+        batch_size=clips,
         start_step=start,
-        flops_per_clip=per_clip,
+        flops_per_clip=per_step / clips,
         peak_flops=peak and peak * mesh.size,
     )
 
 
-def _restore_or_init(checkpointer, init, shapes, shardings, seed, fingerprint):
-    """Return (finished steps, state), from the latest checkpoint or from scratch."""
+def _restore_or_init(checkpointer, init, shapes, shardings, config, fingerprint):
+    """Return (finished steps, state): the run's own, another's, or a new one."""
     step = checkpointer.latest_step()
-    if step is None:
-        state = jax.jit(init, out_shardings=shardings)(jax.random.key(seed))
-        return 0, nn.unbox(state)
     abstract = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         shapes,
         shardings,
     )
-    state, position, _ = checkpointer.restore(step, abstract)
-    if position["fingerprint"] != fingerprint:
-        raise UserError(
-            "the videos of config.data.path are not those that this run was reading: "
-            "bring them back, or give another --workdir"
-        )
-    _say(f"resumed from step {step}")
-    return step, state
-
-
-def _compile(train_step, state, batch_shape, shardings, mesh):
-    began = time.perf_counter()
-    batch = jax.ShapeDtypeStruct(
-        batch_shape, "uint8", sharding=sharding.batch_sharding(mesh)
+    if step is not None:
+        state, position, _ = checkpointer.restore(step, abstract)
+        if position["fingerprint"] != fingerprint:
+            raise UserError(
+                "the videos of config.data.path are not those that this run was "
+                "reading: bring them back, or give another --workdir"
+            )
+        _say(f"resumed from step {step}")
+        return step, state
+    state = nn.unbox(
+        jax.jit(init, out_shardings=shardings)(jax.random.key(config.seed))
     )
+    if config.init.path:
+        step, taken = checkpoint.restore_start(
+            config.init.path, abstract, config.init.keep_moments
+        )
+        state = state.replace(**taken)
+        _say(f"starting from step {step} of {config.init.path}")
+    return 0, state
+
+
+def _load_teacher(config, encoder, predictor, mesh):
+    """Return (teacher, its parameters, replicated); (None, None) without one."""
+    if not config.teacher.path:
+        return None, None
+    params, meta = checkpoint.restore_target(config.teacher.path)
+    trained = default_config.from_json(meta["config"])
+    teacher = build.make_teacher(config, trained, encoder, predictor)
+    return teacher, jax.device_put(params, sharding.replicated(mesh))
+
+
+def _compile(train_step, args, batch_shapes, shardings, mesh):
+    began = time.perf_counter()
+    state, *rest = args
+    batch = {
+        name: {
+            "video": jax.ShapeDtypeStruct(
+                shape, "uint8", sharding=sharding.batch_sharding(mesh)
+            )
+        }
+        for name, shape in batch_shapes.items()
+    }
     jitted = jax.jit(
         train_step,
         out_shardings=(shardings, sharding.replicated(mesh)),
         donate_argnums=0,
     )
-    step_fn = jitted.lower(state, {STREAM: {"video": batch}}).compile()
+    step_fn = jitted.lower(state, batch, *rest).compile()
     _say(f"compiled the step in {time.perf_counter() - began:.0f} s")
     return step_fn
+
+
+def _make_batches(config, stream_sources, start, workdir):
+    """Open the streams at a step; the result is a context manager and an iterator."""
+    shared = {key: value for key, value in config.data.items() if key != "path"}
+    clip_keys = ("num_frames", "frame_step", "fps", "resolution")
+    sizes, iterators = build.batch_sizes(config), {}
+    for number, (name, source) in enumerate(stream_sources.items()):
+        of_stream = {}
+        if name != build.MAIN_STREAM:
+            of_stream = {key: config.streams[name][key] for key in clip_keys}
+        iterators[name] = pipeline.make_train_iterator(
+            source,
+            batch_size=sizes[name],
+            seed=config.seed + number,
+            start_step=start,
+            process_index=distributed.process_index(),
+            process_count=distributed.process_count(),
+            bad_videos_path=_bad_videos_path(workdir, name),
+            **(shared | of_stream),
+        )
+    return streams.StreamIterator(iterators)
 
 
 def train_and_evaluate(config: ConfigDict, workdir: str) -> int | None:
@@ -167,45 +200,48 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> int | None:
     default_config.validate(config)
     distributed.initialize()
     mesh = sharding.make_mesh(**config.mesh)
-    sharding.check_divides(mesh, config.batch_size, config.accumulate_steps)
+    for size in build.batch_sizes(config).values():
+        sharding.check_divides(mesh, size, config.accumulate_steps)
     encoder, predictor = build.make_models(config)
-    data = config.data
-    video_shape = (data.num_frames, data.resolution, data.resolution, 3)
-    grid = token_grid(video_shape, encoder.patch_size, encoder.tubelet_size)
-    masks = build.make_masks(config, grid)
-    schedules = build.make_schedules(config)
-    o = config.optim
-    tx = optim.make_optimizer(
-        schedules["learning_rate"],
-        schedules["weight_decay"],
-        o.b1,
-        o.b2,
-        o.eps,
-        o.clip_norm,
+    stream_specs = build.make_streams(config, encoder)
+    tx, spike_guard = build.make_optimizer(config), build.make_spike_guard(config)
+    shapes_of_clips = build.video_shapes(config)
+    init = make_init(
+        encoder,
+        predictor,
+        tx,
+        shapes_of_clips[build.MAIN_STREAM],
+        config.optim.spike_window,
     )
-    init = make_init(encoder, predictor, tx, video_shape)
     shapes, shardings = abstract_state(init), sharding.state_shardings(init, mesh)
+    teacher, teacher_params = _load_teacher(config, encoder, predictor, mesh)
     train_step = make_train_step(
         encoder,
         predictor,
         tx,
-        schedules,
-        {STREAM: Stream(masks)},
+        build.make_schedules(config),
+        stream_specs,
         Objective(**config.objective),
         config.seed,
         config.accumulate_steps,
+        spike_guard,
+        teacher,
     )
     # ----------------------------------------------------------- what to compute it on
     check_workdir(config, workdir)
     if config.world.path and distributed.is_main():
         render.render_world(config.world)
     distributed.barrier("rendered")
-    source = sources.open_source(data.path)
-    fingerprint = sources.fingerprint(source, **_sampling(data))
-    claim_workdir(config, workdir)
+    stream_sources = {build.MAIN_STREAM: sources.open_source(config.data.path)}
+    for name, fields in config.streams.items():
+        stream_sources[name] = sources.open_source(fields.path)
+    fingerprint = _fingerprint(config, stream_sources)
+    counts = ", ".join(f"{len(s)} {name}" for name, s in stream_sources.items())
+    grid = encoder.grid(shapes_of_clips[build.MAIN_STREAM])
     _say(
-        f"{len(source)} videos; {config.model.encoder.size} encoder on {grid} tokens; "
-        f"{sharding.describe(shapes, shardings)}; mesh {dict(mesh.shape)}"
+        f"{counts} clips; {config.model.encoder.size} encoder on {grid} tokens; "
+        f"{sharding.describe(shapes, shardings)}; mesh {dict(mesh.shape)}\n"
+        f"{build.describe_schedules(config)}"
     )
     with (
         jax.set_mesh(mesh),
@@ -214,31 +250,29 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> int | None:
         _StopRequest() as stop,
     ):
         start, state = _restore_or_init(
-            checkpointer, init, shapes, shardings, config.seed, fingerprint
+            checkpointer, init, shapes, shardings, config, fingerprint
         )
+        # Not before: a start that fails must not bind the workdir to its config.
+        claim_workdir(config, workdir)
         if start >= config.total_steps:
             _say(f"nothing to do: {workdir} is at step {start}, the end of the run")
             return None
-        step_fn = _compile(
-            train_step, state, (config.batch_size, *video_shape), shardings, mesh
-        )
+        sizes = build.batch_sizes(config)
+        batch_shapes = {k: (sizes[k], *shape) for k, shape in shapes_of_clips.items()}
+        extra = () if teacher is None else (teacher_params,)
+        step_fn = _compile(train_step, (state, *extra), batch_shapes, shardings, mesh)
         began -= _earlier_seconds(workdir)
         with (
-            pipeline.make_train_iterator(
-                source,
-                batch_size=config.batch_size,
-                seed=config.seed,
-                start_step=start,
-                process_index=distributed.process_index(),
-                process_count=distributed.process_count(),
-                bad_videos_path=_bad_videos_path(workdir),
-                **{key: value for key, value in data.items() if key != "path"},
-            ) as batches,
+            _make_batches(config, stream_sources, start, workdir) as batches,
             metrics.MetricWriter(
                 workdir, total_steps=config.total_steps, start_step=start
             ) as writer,
         ):
-            clock = _make_clock(config, encoder, predictor, masks, grid, start, mesh)
+            most_in_row = config.optim.max_skipped_in_row
+            skips = _SkipWatch(int(state.guard.skipped), most_in_row, checkpointer)
+            clock = _make_clock(
+                config, encoder, predictor, stream_specs, teacher, start, mesh
+            )
 
             def draw():
                 with clock.measure("data"):
@@ -247,7 +281,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> int | None:
             def report(step, values):
                 with clock.measure("step"):
                     values = {k: float(v) for k, v in jax.device_get(values).items()}
-                _require_finite(step, values, checkpointer)
+                skips.check(step, values)
                 values |= clock.window(step) | metrics.memory_scalars()
                 values["data/bad_videos"] = batches.bad_count
                 values["perf/wall_seconds"] = time.perf_counter() - began
@@ -264,7 +298,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> int | None:
                     clock.measure("step"),
                     jax.profiler.StepTraceAnnotation("train", step_num=step),
                 ):
-                    state, values = step_fn(state, batch)
+                    state, values = step_fn(state, batch, *extra)
                 is_last = step == config.total_steps or stop.signal is not None
                 batch = None if is_last else draw()
                 if pending is not None:
@@ -276,7 +310,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> int | None:
                         report(*pending)
                         pending = None
                     else:
-                        _require_finite(step, jax.device_get(values), checkpointer)
+                        values = jax.device_get(values)
+                        skips.check(step, values)
                     with clock.measure("checkpoint"):
                         checkpointer.save(
                             step,
@@ -284,7 +319,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> int | None:
                             data={"step": step, "fingerprint": fingerprint},
                             meta={
                                 "config": config.to_dict(),
-                                "video_shape": video_shape,
+                                "video_shape": shapes_of_clips[build.MAIN_STREAM],
                             },
                             force=is_last,
                         )
@@ -298,15 +333,44 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> int | None:
     return None
 
 
-def _require_finite(step: int, values, checkpointer) -> None:
-    """Refuse to go on, or to save, after a step that has ruined the parameters."""
-    keys = ("train/loss", "optim/grad_norm_encoder", "optim/grad_norm_predictor")
-    if not all(math.isfinite(values[key]) for key in keys):
-        raise UserError(
-            f"loss or gradient is not finite at step {step}; the last checkpoint is "
-            f"{checkpointer.latest_step()}: lower config.optim.learning_rate or clip "
-            "the gradient (config.optim.clip_norm) in a new --workdir"
-        )
+class _SkipWatch:
+    """Tells of skipped updates; ends the run when none is taken any more."""
+
+    def __init__(self, skipped: int, most_in_row: int, checkpointer):
+        self._skipped, self._most_in_row = skipped, most_in_row
+        self._checkpointer = checkpointer
+
+    def check(self, step: int, values) -> None:
+        """Look at a step's metrics, of which some may never have been seen."""
+        skipped = int(values["optim/skipped"])
+        in_row = int(values["optim/skipped_in_row"])
+        if in_row >= self._most_in_row:
+            last = self._checkpointer.latest_step()
+            saved = "nothing was saved" if last is None else f"step {last} is saved"
+            raise UserError(
+                f"loss or gradient is not finite, or the loss a spike, in the last "
+                f"{in_row} steps, up to step {step}; {saved}: "
+                "lower config.optim.learning_rate or clip the gradient "
+                "(config.optim.clip_norm) in a new --workdir"
+            )
+        if skipped > self._skipped:
+            _say(
+                f"skipped updates: {skipped - self._skipped} more up to step {step}, "
+                f"{in_row} in a row now: loss or gradient not finite, or a spike"
+            )
+        self._skipped = skipped
+
+
+def _fingerprint(config: ConfigDict, stream_sources) -> str:
+    """Identify what the streams will deliver, for a resumed run to notice a change."""
+    parts = []
+    for name, source in stream_sources.items():
+        of_stream = {} if name == build.MAIN_STREAM else dict(config.streams[name])
+        for key in ("path", "masks", "weight"):
+            of_stream.pop(key, None)
+        sampling = _sampling(config.data) | of_stream
+        parts.append(sources.fingerprint(source, **sampling))
+    return "-".join(parts)
 
 
 def _sampling(data: ConfigDict) -> dict[str, object]:
@@ -322,9 +386,11 @@ def _earlier_seconds(workdir: str) -> float:
     return rows[-1]["perf/wall_seconds"] if rows else 0.0
 
 
-def _bad_videos_path(workdir: str) -> str:
+def _bad_videos_path(workdir: str, stream: str) -> str:
     rank = distributed.process_index()
-    return os.path.join(workdir, f"bad_videos{f'_{rank}' if rank else ''}.jsonl")
+    of_stream = "" if stream == build.MAIN_STREAM else f"_{stream}"
+    of_rank = f"_{rank}" if rank else ""
+    return os.path.join(workdir, f"bad_videos{of_stream}{of_rank}.jsonl")
 
 
 def main() -> None:

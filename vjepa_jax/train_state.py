@@ -8,24 +8,42 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from vjepa_jax.models.encoder import VideoEncoder, token_grid
+from vjepa_jax.models.encoder import VideoEncoder
 from vjepa_jax.models.predictor import Predictor
+
+
+class Guard(struct.PyTreeNode):
+    """What decides whether an update is taken.
+
+    Attributes:
+      skipped: int32 scalar, updates refused in the whole run.
+      skipped_in_row: int32 scalar, updates refused since the last one taken.
+      losses: float32 [W], losses of the last W updates taken, the oldest first; NaN
+        where there were not so many. W is 1, and nothing is remembered, without a guard
+        against spikes: Orbax stores no empty array.
+    """
+
+    skipped: jax.Array
+    skipped_in_row: jax.Array
+    losses: jax.Array
 
 
 class TrainState(struct.PyTreeNode):
     """Everything that a run must not lose.
 
     Attributes:
-      step: int32 scalar, finished updates.
+      step: int32 scalar, finished steps, those that were skipped included.
       params: `{"encoder": ..., "predictor": ...}`, float32.
       target: EMA copy of `params["encoder"]`, float32.
       opt_state: moments of the optimiser.
+      guard: counts of skipped updates and recent losses.
     """
 
     step: jax.Array
     params: dict[str, Any]
     target: Any
     opt_state: optax.OptState
+    guard: Guard
 
 
 def make_init(
@@ -33,6 +51,7 @@ def make_init(
     predictor: Predictor,
     tx: optax.GradientTransformation,
     video_shape: tuple[int, int, int, int],
+    spike_window: int = 0,
 ):
     """Make `init(key) -> TrainState`, to be jitted with `out_shardings`.
 
@@ -43,6 +62,7 @@ def make_init(
     Args:
       encoder, predictor, tx: what the state is for.
       video_shape: (T, H, W, C) of a clip; parameters do not depend on it.
+      spike_window: losses remembered by the guard against spikes.
     """
 
     def init(key: jax.Array) -> TrainState:
@@ -52,10 +72,10 @@ def make_init(
         encoder_params = encoder.init(encoder_key, video)["params"]
         predictor_params = predictor.init(
             predictor_key,
-            jnp.zeros((1, 1, encoder.width)),
+            jnp.zeros((1, 1, encoder.out_dim)),
             one,
             one,
-            token_grid(video_shape, encoder.patch_size, encoder.tubelet_size),
+            encoder.grid(video_shape),
         )["params"]
         params = {"encoder": encoder_params, "predictor": predictor_params}
         return TrainState(
@@ -63,6 +83,11 @@ def make_init(
             params=params,
             target=jax.tree.map(jnp.copy, encoder_params),
             opt_state=tx.init(params),
+            guard=Guard(
+                skipped=jnp.zeros((), jnp.int32),
+                skipped_in_row=jnp.zeros((), jnp.int32),
+                losses=jnp.full(max(spike_window, 1), jnp.nan, jnp.float32),
+            ),
         )
 
     return init

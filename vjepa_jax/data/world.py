@@ -63,9 +63,9 @@ class World:
     companion_radius: tuple[float, float] = (0.06, 0.08)
     camera_speed: float = 0.03
     still_fraction: float = 0.3
-    background_contrast: float = 0.04
+    background_contrast: float = 0.02
     background_change: float = 0.4
-    light_change: float = 0.05
+    light_change: float = 0.02
 
 
 @dataclasses.dataclass

@@ -1,16 +1,14 @@
 """Frozen features of a list of videos: an encoder's, or the pixels themselves."""
 
 import dataclasses
-import math
 from collections.abc import Callable
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from vjepa_jax.data import pipeline
 from vjepa_jax.data.sources import VideoList
-from vjepa_jax.models.encoder import VideoEncoder, normalise, token_grid
+from vjepa_jax.encode import make_encode as make_grid_encode
+from vjepa_jax.models.encoder import VideoEncoder, token_grid
 
 # uint8 video [B, T, H, W, 3] -> tokens float32 [B, T', S, D]
 Encode = Callable[[np.ndarray], np.ndarray]
@@ -56,15 +54,13 @@ class Features:
 
 def make_encode(encoder: VideoEncoder, params) -> Encode:
     """Make the function from uint8 clips to an encoder's tokens."""
+    features = make_grid_encode(encoder, params)
 
-    @jax.jit
-    def apply(params, video):
-        grid = token_grid(video.shape, encoder.patch_size, encoder.tubelet_size)
-        tokens = encoder.apply({"params": params}, normalise(video))
-        places = math.prod(grid[1:])
-        return tokens.reshape(len(video), grid[0], places, -1).astype(jnp.float32)
+    def in_one_axis(video: np.ndarray) -> np.ndarray:
+        found = features(video)
+        return found.reshape(*found.shape[:2], -1, found.shape[-1])
 
-    return lambda video: np.asarray(apply(params, video))
+    return in_one_axis
 
 
 def make_pixel_encode(patch_size: int, tubelet_size: int, cell: int = 2) -> Encode:

@@ -42,11 +42,17 @@ class VideoEncoder(nn.Module):
     """Vision transformer on tubelets (V-JEPA §3; no class token, no dropout).
 
     Attributes:
-      depth, width, num_heads, mlp_dim: size of the transformer (see `registry`).
+      depth, width, num_heads, mlp_dim, mlp, scale_init: of the transformer, see
+        `layers.Block` and `registry`.
       patch_size: side of a tubelet in pixels.
       tubelet_size: length of a tubelet in frames.
-      pos_embed: `sincos` adds a fixed table (V-JEPA), `rope` rotates queries and keys
-        (V-JEPA 2 and 2.1).
+      pos_embed, base_grid: see `layers.position_code`.
+      levels: blocks, counted from 0, whose outputs are the features, each with its own
+        layer norm, concatenated over channels (V-JEPA 2.1); (): the last block's.
+      output_levels: the last so many of the levels are the features, 0 all of them. The
+        norms of the others remain parameters (V-JEPA 2.1's distilled models).
+      image_embed: clips of one frame have a patch embedding of their own, and both
+        modalities a learned embedding added to every token (V-JEPA 2.1).
       scan_layers, remat, attention, dtype: how it is computed, see `layers.Stack`.
     """
 
@@ -54,47 +60,109 @@ class VideoEncoder(nn.Module):
     width: int
     num_heads: int
     mlp_dim: int
+    mlp: str = "gelu"
+    scale_init: bool = True
     patch_size: int = 16
     tubelet_size: int = 2
     pos_embed: str = "rope"
+    base_grid: positions.Grid | None = None
+    levels: tuple[int, ...] = ()
+    output_levels: int = 0
+    image_embed: bool = False
     scan_layers: bool = False
     remat: str = "none"
     attention: str = "xla"
     dtype: jnp.dtype = jnp.float32
 
+    @property
+    def num_levels(self) -> int:
+        """Levels in the output, side by side in its channels."""
+        return self.output_levels or max(len(self.levels), 1)
+
+    @property
+    def out_dim(self) -> int:
+        """Channels of the output: those of its levels together."""
+        return self.width * self.num_levels
+
+    def is_image(self, video_shape: tuple[int, ...]) -> bool:
+        """Whether clips of shape [..., T, H, W, C] take the image's embedding."""
+        return self.image_embed and video_shape[-4] == 1
+
+    def grid(self, video_shape: tuple[int, ...]) -> positions.Grid:
+        """Return the token grid of clips, see `token_grid`."""
+        tubelet_size = 1 if self.is_image(video_shape) else self.tubelet_size
+        return token_grid(video_shape, self.patch_size, tubelet_size)
+
+    def _embed(self, video: jax.Array) -> jax.Array:
+        def embed(name, tubelet_size):
+            return layers.TubeletEmbed(
+                self.width, self.patch_size, tubelet_size, self.dtype, name=name
+            )
+
+        video_embed = embed("embed", self.tubelet_size)
+        if not self.image_embed:
+            return video_embed(video)
+        image_embed = embed("image_embed", 1)
+        if self.is_initializing():  # whatever the first clip is, both have parameters
+            tubelet = (1, self.tubelet_size, self.patch_size, self.patch_size, 3)
+            video_embed(jnp.zeros(tubelet))
+            image_embed(jnp.zeros(tubelet)[:, :1])
+        is_image = self.is_image(video.shape)
+        x = image_embed(video) if is_image else video_embed(video)
+        return x + layers.modality(self, self.width, is_image).astype(self.dtype)
+
     @nn.compact
-    def __call__(self, video: jax.Array, ctx_idx: jax.Array | None = None):
+    def __call__(
+        self,
+        video: jax.Array,
+        ctx_idx: jax.Array | None = None,
+        out_layers: tuple[int, ...] = (),
+    ) -> jax.Array:
         """Encode a normalised clip.
 
         Args:
           video: float [B, T, H, W, 3].
           ctx_idx: int [B, K], the tokens to see; None sees all N of them.
+          out_layers: blocks, counted from 0, whose outputs are wanted instead of the
+            features, each through the last layer norm.
 
         Returns:
-          Layer-normalised tokens [B, K or N, width] in `dtype`.
+          Layer-normalised tokens [B, K or N, out_dim] in `dtype`, or
+          [len(out_layers), B, K or N, width] of `out_layers`.
         """
-        grid = token_grid(video.shape, self.patch_size, self.tubelet_size)
-        x = layers.TubeletEmbed(
-            self.width, self.patch_size, self.tubelet_size, self.dtype, name="embed"
-        )(video)
+        grid = self.grid(video.shape)
+        x = self._embed(video)
         idx = jnp.arange(x.shape[1])[None]
-        if self.pos_embed == "sincos":
-            x = x + positions.sincos_table(grid, self.width).astype(self.dtype)
         if ctx_idx is not None:
             # Gathered before any mixing: hidden tokens cannot leak into the context.
             x, idx = take_tokens(x, ctx_idx), ctx_idx
-        tables = None
-        if self.pos_embed == "rope":
-            tables = positions.rope_tables(idx, grid, self.width // self.num_heads)
-        x = layers.Stack(
+        added, tables = layers.position_code(
+            self.pos_embed, idx, grid, self.width, self.num_heads, self.base_grid
+        )
+        if added is not None:
+            x = x + added.astype(self.dtype)
+        x, kept = layers.Stack(
             self.depth,
             self.width,
             self.num_heads,
             self.mlp_dim,
+            self.mlp,
+            self.scale_init,
             self.scan_layers,
             self.remat,
             self.attention,
             self.dtype,
             name="stack",
-        )(x, tables)
-        return layers.layer_norm(self.dtype, "norm")(x)
+        )(x, tables, out_layers=out_layers or self.levels[-self.num_levels :])
+        names = [f"norm_{i}" for i in range(len(self.levels))] or ["norm"]
+        norms = [layers.layer_norm(self.dtype, name) for name in names]
+        unused, norms = norms[: -self.num_levels], norms[-self.num_levels :]
+        if self.is_initializing():
+            for norm in unused:
+                norm(x)
+        if out_layers:
+            return norms[-1](kept)
+        if self.levels:
+            normed = [norm(y) for norm, y in zip(norms, kept, strict=True)]
+            return jnp.concatenate(normed, axis=-1)
+        return norms[0](x)

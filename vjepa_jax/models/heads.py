@@ -4,7 +4,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from vjepa_jax.models import layers
 from vjepa_jax.models.attention import attention
+
+# PyTorch's default, which the official probes keep, unlike their encoders.
+_NORM_EPS = 1e-5
 
 
 class AttentiveClassifier(nn.Module):
@@ -15,29 +19,61 @@ class AttentiveClassifier(nn.Module):
 
     Attributes:
       num_classes: classes.
-      num_heads: of the cross-attention; divides the tokens' channels.
+      num_heads: of all attentions; divides the tokens' channels.
+      depth: blocks, the cross-attention included.
+      blocks_on_query: the other blocks follow the cross-attention and see its output
+        alone (V-JEPA 1); otherwise they come first and see all tokens (V-JEPA 2).
+      complete_block: False leaves cross-attention without norms, residuals and MLP.
     """
 
     num_classes: int
     num_heads: int
+    depth: int = 1
+    blocks_on_query: bool = False
+    complete_block: bool = True
 
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Map tokens [B, N, D] to logits [B, num_classes]."""
-        b, n, width = tokens.shape
-        normal = nn.initializers.normal(0.02)
-        query = self.param("query", normal, (1, 1, width))
-        y = nn.LayerNorm(name="norm1")(tokens)
-        kv = nn.Dense(2 * width, kernel_init=normal, name="kv")(y)
-        k, v = jnp.split(kv.reshape(b, n, self.num_heads, -1), 2, axis=-1)
-        q = nn.Dense(width, kernel_init=normal, name="q")(query)
-        q = jnp.broadcast_to(q.reshape(1, 1, self.num_heads, -1), (b, 1, *k.shape[2:]))
-        x = query + attention(q, k, v).reshape(b, 1, width)
-        y = nn.LayerNorm(name="norm2")(x)
-        y = nn.Dense(4 * width, kernel_init=normal, name="fc1")(y)
-        y = nn.Dense(width, kernel_init=normal, name="fc2")(
-            nn.gelu(y, approximate=False)
-        )
-        return nn.Dense(self.num_classes, kernel_init=normal, name="linear")(
-            (x + y)[:, 0]
-        )
+        width = tokens.shape[-1]
+
+        def blocks(x):
+            if self.depth == 1:
+                return x
+            stack = layers.Stack(
+                self.depth - 1,
+                width,
+                self.num_heads,
+                4 * width,
+                norm_eps=_NORM_EPS,
+                name="stack",
+            )
+            return stack(x)[0]
+
+        x = tokens if self.blocks_on_query else blocks(tokens)
+        x = self._cross_attend(x)
+        x = blocks(x) if self.blocks_on_query else x
+        return _dense(self.num_classes, "linear")(x[:, 0])
+
+    def _cross_attend(self, tokens: jax.Array) -> jax.Array:
+        batch, count, width = tokens.shape
+        query = self.param("query", nn.initializers.normal(0.02), (1, 1, width))
+        y = _norm("norm1")(tokens) if self.complete_block else tokens
+        kv = _dense(2 * width, "kv")(y)
+        k, v = jnp.split(kv.reshape(batch, count, 2 * self.num_heads, -1), 2, axis=2)
+        q = _dense(width, "q")(query).reshape(1, 1, self.num_heads, -1)
+        q = jnp.broadcast_to(q, (batch, *q.shape[1:]))
+        y = attention(q, k, v).reshape(batch, 1, width)
+        if not self.complete_block:
+            return y
+        x = query + y
+        y = _dense(4 * width, "fc1")(_norm("norm2")(x))
+        return x + _dense(width, "fc2")(nn.gelu(y, approximate=False))
+
+
+def _dense(features: int, name: str) -> nn.Dense:
+    return nn.Dense(features, kernel_init=nn.initializers.normal(0.02), name=name)
+
+
+def _norm(name: str) -> nn.LayerNorm:
+    return nn.LayerNorm(epsilon=_NORM_EPS, name=name)

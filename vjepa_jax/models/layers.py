@@ -9,9 +9,10 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from vjepa_jax.models import positions
 from vjepa_jax.models.attention import attention
-from vjepa_jax.models.positions import rotate
 
 NORM_EPS = 1e-6
 ACT_AXES = ("act_batch", "act_len", "act_embed")
@@ -38,10 +39,10 @@ def _dense(features, axes, dtype, name, init=_normal, use_bias=True):
     )
 
 
-def layer_norm(dtype: jnp.dtype, name: str) -> nn.LayerNorm:
+def layer_norm(dtype: jnp.dtype, name: str, eps: float = NORM_EPS) -> nn.LayerNorm:
     """Make a layer norm over channels; statistics are fp32, the output is `dtype`."""
     return nn.LayerNorm(
-        epsilon=NORM_EPS,
+        epsilon=eps,
         dtype=dtype,
         scale_init=nn.with_logical_partitioning(nn.initializers.ones, ("norm",)),
         bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("norm",)),
@@ -52,6 +53,56 @@ def layer_norm(dtype: jnp.dtype, name: str) -> nn.LayerNorm:
 def linear(features: int, axes: tuple[str, str], dtype: jnp.dtype, name: str):
     """Make a dense layer [..., in] -> [..., features], its kernel of logical `axes`."""
     return _dense(features, axes, dtype, name)
+
+
+POS_EMBEDS = ("sincos", "rope", "rope_tiled")
+
+
+def position_code(
+    kind: str,
+    idx: jax.Array,
+    grid: positions.Grid,
+    width: int,
+    num_heads: int,
+    base_grid: positions.Grid | None,
+):
+    """Return what carries the position of tokens into a transformer.
+
+    Args:
+      kind: `sincos` is added to the tokens (V-JEPA); `rope` rotates queries and keys
+        (V-JEPA 2.1), `rope_tiled` does in V-JEPA 2's released form.
+      idx: int [B, N] or [1, N], token numbers.
+      grid: (T, H, W) of the clip.
+      width, num_heads: of the transformer.
+      base_grid: see `positions.sincos_table` and `positions.rope_tables`.
+
+    Returns:
+      What to add, float32 [B, N, width], and (cos, sin) to rotate by; None each where
+      the kind has no use for it.
+
+    Raises:
+      ValueError: the kind is unknown.
+    """
+    if kind == "sincos":
+        return jnp.asarray(positions.sincos_table(grid, width, base_grid))[idx], None
+    if kind in ("rope", "rope_tiled"):
+        tiled = kind == "rope_tiled"
+        head_dim = width // num_heads
+        return None, positions.rope_tables(idx, grid, head_dim, tiled, base_grid)
+    raise ValueError(f"pos_embed '{kind}' is unknown; known: {', '.join(POS_EMBEDS)}")
+
+
+def modality(module: nn.Module, width: int, is_image: bool) -> jax.Array:
+    """Return [width], what is added to every token of an image or of a video.
+
+    Its parameter belongs to `module`, whose compact method calls this.
+    """
+    table = module.param(
+        "modality",
+        nn.with_logical_partitioning(nn.initializers.normal(1e-6), (None, "embed")),
+        (2, width),
+    )
+    return table[0 if is_image else 1]
 
 
 class TubeletEmbed(nn.Module):
@@ -77,38 +128,70 @@ class TubeletEmbed(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: attention, then an MLP with exact GELU.
+    """Pre-norm transformer block: attention, then an MLP.
 
     Output projections are initialised smaller by sqrt(2 * layer), as V-JEPA 2 does.
+
+    Attributes:
+      mlp: `gelu` (exact) is fc2(gelu(fc1)); `swiglu` is fc3(silu(fc1) * fc2).
+      scale_init: whether output projections start smaller; V-JEPA 1's do not.
+      norm_eps: of the layer norms.
     """
 
     width: int
     num_heads: int
     mlp_dim: int
+    mlp: str = "gelu"
     attention: str = "xla"
     dtype: jnp.dtype = jnp.float32
+    scale_init: bool = True
+    norm_eps: float = NORM_EPS
 
     @nn.compact
-    def __call__(self, x: jax.Array, layer: jax.Array, tables):
+    def __call__(self, x: jax.Array, layer: jax.Array, tables, mask=None):
         """Map x [B, N, D]; `layer` counts from 1; `tables` rotate, or None."""
 
         def scaled(key, shape, dtype):
-            return _normal(key, shape, dtype) / jnp.sqrt(2.0 * layer).astype(dtype)
+            by = jnp.sqrt(2.0 * layer) if self.scale_init else 1.0
+            return (_normal(key, shape, dtype) / by).astype(dtype)
 
-        y = layer_norm(self.dtype, "norm1")(x)
+        y = layer_norm(self.dtype, "norm1", self.norm_eps)(x)
         qkv = _dense(3 * self.width, ("embed", "heads"), self.dtype, "qkv")(y)
         b, n, _ = x.shape
         qkv = qkv.reshape(b, n, 3, self.num_heads, self.width // self.num_heads)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
         if tables is not None:
-            q, k = rotate(q, tables), rotate(k, tables)
-        y = attention(q, k, v, self.attention).reshape(b, n, self.width)
+            q = positions.rotate(q, tables)
+            k = positions.rotate(k, tables)
+        y = attention(q, k, v, self.attention, mask).reshape(b, n, self.width)
         x = x + _dense(self.width, ("heads", "embed"), self.dtype, "proj", scaled)(y)
-        y = layer_norm(self.dtype, "norm2")(x)
-        y = _dense(self.mlp_dim, ("embed", "mlp"), self.dtype, "fc1")(y)
-        y = nn.gelu(y, approximate=False)
-        x = x + _dense(self.width, ("mlp", "embed"), self.dtype, "fc2", scaled)(y)
-        return nn.with_logical_constraint(x, ACT_AXES), None
+        y = layer_norm(self.dtype, "norm2", self.norm_eps)(x)
+        hidden = _dense(self.mlp_dim, ("embed", "mlp"), self.dtype, "fc1")(y)
+        if self.mlp == "gelu":
+            hidden, last = nn.gelu(hidden, approximate=False), "fc2"
+        else:
+            gate = _dense(self.mlp_dim, ("embed", "mlp"), self.dtype, "fc2")(y)
+            hidden, last = nn.silu(hidden) * gate, "fc3"
+        out = _dense(self.width, ("mlp", "embed"), self.dtype, last, scaled)
+        return nn.with_logical_constraint(x + out(hidden), ACT_AXES)
+
+
+class _Layer(nn.Module):
+    """A block as one step of a scan, which also stores the outputs asked for."""
+
+    make_block: Callable[[], nn.Module]
+
+    def setup(self):
+        self.block = self.make_block()
+        nn.share_scope(self, self.block)  # parameters do not show the wrapper
+
+    def __call__(self, carry, layer, slot, tables, mask):
+        x, kept = carry
+        x = self.block(x, layer, tables, mask)
+        if kept is not None:
+            # Most layers store nothing: a slot beyond the end is dropped.
+            kept = kept.at[slot].set(x, mode="drop")
+        return (x, kept), None
 
 
 class Stack(nn.Module):
@@ -116,40 +199,80 @@ class Stack(nn.Module):
 
     `scan_layers` compiles one block and loops over it; otherwise the loop is unrolled.
     The parameters are the same either way, hence so are the checkpoints.
+
+    Attributes:
+      depth, width, num_heads, mlp_dim, mlp, scale_init: see `Block`.
+      scan_layers: loop, or unroll.
+      remat: what the backward pass recomputes, a key of `REMAT_POLICIES`.
+      attention: see `attention.attention`.
+      dtype: of the computation.
+      norm_eps: see `Block`.
     """
 
     depth: int
     width: int
     num_heads: int
     mlp_dim: int
+    mlp: str = "gelu"
+    scale_init: bool = True
     scan_layers: bool = False
     remat: str = "none"
     attention: str = "xla"
     dtype: jnp.dtype = jnp.float32
+    norm_eps: float = NORM_EPS
 
     @nn.compact
-    def __call__(self, x: jax.Array, tables=None) -> jax.Array:
-        """Map x [B, N, D] to the last block's output, not normalised."""
+    def __call__(
+        self,
+        x: jax.Array,
+        tables: tuple[jax.Array, jax.Array] | None = None,
+        mask: jax.Array | None = None,
+        out_layers: tuple[int, ...] = (),
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Run the blocks.
+
+        Args:
+          x: [B, N, D].
+          tables: cos and sin by which queries and keys are rotated.
+          mask: bool [N, N], where a token may attend; None: everywhere.
+          out_layers: blocks, counted from 0, whose outputs are wanted.
+
+        Returns:
+          The last block's output [B, N, D] and those of `out_layers`
+          [len(out_layers), B, N, D] or None; none is normalised.
+        """
         block: Callable = Block
         if self.remat != "none":
             policy = REMAT_POLICIES[self.remat]
             block = nn.remat(Block, policy=policy, prevent_cse=not self.scan_layers)
+
+        def make_block():
+            return block(
+                self.width,
+                self.num_heads,
+                self.mlp_dim,
+                self.mlp,
+                self.attention,
+                self.dtype,
+                self.scale_init,
+                self.norm_eps,
+            )
+
         layers = nn.scan(
-            block,
+            _Layer,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast),
+            in_axes=(0, 0, nn.broadcast, nn.broadcast),
             length=self.depth,
             unroll=1 if self.scan_layers else self.depth,
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(
-            self.width,
-            self.num_heads,
-            self.mlp_dim,
-            self.attention,
-            self.dtype,
-            name="blocks",
-        )
+        )(make_block, name="blocks")
         x = nn.with_logical_constraint(x, ACT_AXES)
-        x, _ = layers(x, jnp.arange(1, self.depth + 1), tables)
-        return x
+        kept, slots = None, np.full(self.depth, len(out_layers), np.int32)
+        if out_layers:
+            kept = jnp.zeros((len(out_layers), *x.shape), x.dtype)
+            slots[list(out_layers)] = np.arange(len(out_layers))
+        (x, kept), _ = layers(
+            (x, kept), jnp.arange(1, self.depth + 1), jnp.asarray(slots), tables, mask
+        )
+        return x, kept

@@ -24,46 +24,97 @@ def _sincos_1d(position: np.ndarray, dim: int) -> np.ndarray:
     return np.concatenate([np.sin(angle), np.cos(angle)], axis=1)
 
 
-def sincos_table(grid: Grid, dim: int) -> np.ndarray:
+def _resize_matrix(size: int, base: int) -> np.ndarray:
+    """Return the [size, base] matrix of linear interpolation between cell centres."""
+    place = np.clip((np.arange(size) + 0.5) * base / size - 0.5, 0, base - 1)
+    low = np.floor(place).astype(int)
+    high = np.minimum(low + 1, base - 1)
+    rows, matrix = np.arange(size), np.zeros((size, base))
+    np.add.at(matrix, (rows, low), 1 - (place - low))
+    np.add.at(matrix, (rows, high), place - low)
+    return matrix
+
+
+def sincos_table(grid: Grid, dim: int, base_grid: Grid | None = None) -> np.ndarray:
     """Return the fixed 3-D sin-cos table of V-JEPA 1 with `uniform_power`.
 
     Each axis gets `2 * ceil(dim / 6)` channels in the order time, height, width; the
     concatenation is cut to `dim` (official `src/models/utils/pos_embs.py`).
 
+    Args:
+      grid: (T, H, W) of the clip.
+      dim: channels.
+      base_grid: grid on which the model was trained. As in the official code, a grid of
+        fewer frames, else equal, takes the first rows of its table, any other the table
+        interpolated trilinearly. None: a table of its own for every grid.
+
     Returns:
       float32 [T * H * W, dim].
     """
+    base = base_grid or grid
     axis_dim = 2 * -(-dim // 6)
-    coordinates = np.meshgrid(*(np.arange(n) for n in grid), indexing="ij")
+    coordinates = np.meshgrid(*(np.arange(n) for n in base), indexing="ij")
     parts = [_sincos_1d(c.reshape(-1).astype(float), axis_dim) for c in coordinates]
-    return np.concatenate(parts, axis=1)[:, :dim].astype(np.float32)
+    table = np.concatenate(parts, axis=1)[:, :dim].astype(np.float32)
+    if grid[1:] == base[1:] and grid[0] <= base[0]:
+        return table[: grid[0] * grid[1] * grid[2]]
+    resize = (_resize_matrix(n, m) for n, m in zip(grid, base, strict=True))
+    table = np.einsum("at,bh,cw,thwd->abcd", *resize, table.reshape(*base, dim))
+    return table.reshape(-1, dim).astype(np.float32)
 
 
-def rope_tables(
-    idx: jax.Array, grid: Grid, head_dim: int
+def rope_at(
+    coordinates: tuple[jax.Array, jax.Array, jax.Array],
+    head_dim: int,
+    tiled: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """Return cos and sin of the 3-D rotary code, V-JEPA 2.1's form.
+    """Return cos and sin of the 3-D rotary code at given coordinates.
 
     Each of (t, h, w) rotates `2 * (head_dim // 3 // 2)` channels, in this order; the
-    rest of the head is not rotated. Channel pairs (2i, 2i + 1) share frequency
-    10000^(-i / (m / 2)), which is the corrected expansion of V-JEPA 2.1 (V-JEPA 2's
-    released code tiles the frequencies instead).
+    rest of the head is not rotated. Axis channels (2i, 2i + 1) are a pair; it turns by
+    position times 10000^(-i / (m / 2)), with m channels per axis.
 
     Args:
-      idx: int [B, N] or [N], token numbers.
-      grid: (T, H, W) of the clip.
+      coordinates: t, h and w, each [B, N] or [N]; at 0 an axis does not turn.
       head_dim: channels per head.
+      tiled: V-JEPA 2's released form, in which channel j takes frequency j mod (m / 2),
+        so that the two channels of a pair turn by different angles. Its weights need
+        it; V-JEPA 2.1 corrected it.
 
     Returns:
       cos, sin: float32 [B, N, 1, head_dim] (the head axis broadcasts).
     """
     axis_dim = 2 * (head_dim // 3 // 2)
     frequency = 10000.0 ** (-np.arange(axis_dim // 2) / (axis_dim / 2))
-    frequency = jnp.asarray(np.repeat(frequency, 2), jnp.float32)
-    angles = [c[..., None] * frequency for c in grid_coordinates(idx, grid)]
-    rest = jnp.zeros((*idx.shape, head_dim - 3 * axis_dim), jnp.float32)
+    frequency = np.tile(frequency, 2) if tiled else np.repeat(frequency, 2)
+    frequency = jnp.asarray(frequency, jnp.float32)
+    angles = [c[..., None] * frequency for c in coordinates]
+    rest = jnp.zeros((*coordinates[0].shape, head_dim - 3 * axis_dim), jnp.float32)
     angle = jnp.concatenate([*angles, rest], axis=-1)[..., None, :]
     return jnp.cos(angle), jnp.sin(angle)
+
+
+def rope_tables(
+    idx: jax.Array,
+    grid: Grid,
+    head_dim: int,
+    tiled: bool = False,
+    base_grid: Grid | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Return cos and sin of the 3-D rotary code of tokens, see `rope_at`.
+
+    Args:
+      idx: int [B, N] or [N], token numbers.
+      grid: (T, H, W) of the clip.
+      head_dim, tiled: see `rope_at`.
+      base_grid: rows and columns are stretched to span its height and width (V-JEPA
+        2.1's `interpolate_rope`); time is not. None: as they are.
+    """
+    t, h, w = grid_coordinates(idx, grid)
+    if base_grid is not None:
+        h = h * ((base_grid[1] - 1) / max(grid[1] - 1, 1))
+        w = w * ((base_grid[2] - 1) / max(grid[2] - 1, 1))
+    return rope_at((t, h, w), head_dim, tiled)
 
 
 def rotate(x: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:

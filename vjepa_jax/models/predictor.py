@@ -1,8 +1,11 @@
-"""The predictor: a narrow transformer from visible tokens to hidden ones."""
+"""Predictors: a narrow transformer from visible tokens to hidden ones, or to the next
+frame given actions.
+"""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vjepa_jax.models import layers, positions
 
@@ -11,11 +14,16 @@ class Predictor(nn.Module):
     """Predict the target's features at hidden positions (V-JEPA §3).
 
     Attributes:
-      depth, width, num_heads, mlp_dim: size of the transformer.
+      depth, width, num_heads, mlp_dim, mlp, scale_init: of the transformer.
       out_dim: channels of the features to predict.
       num_mask_tokens: learned tokens that stand for hidden ones; V-JEPA learns one per
         mask type.
-      pos_embed: `sincos` or `rope`, as in the encoder.
+      input_dim: channels of a hidden layer before the input projection, for features of
+        several levels (V-JEPA 2.1); 0: none.
+      predict_context: also predict the features of visible tokens, through an output
+        projection of their own (V-JEPA 2.1).
+      image_embed: a learned embedding tells images from videos (V-JEPA 2.1).
+      pos_embed, base_grid: as in the encoder.
       scan_layers, remat, attention, dtype: how it is computed, see `layers.Stack`.
     """
 
@@ -24,8 +32,14 @@ class Predictor(nn.Module):
     num_heads: int
     mlp_dim: int
     out_dim: int
+    mlp: str = "gelu"
+    scale_init: bool = True
     num_mask_tokens: int = 2
+    input_dim: int = 0
+    predict_context: bool = False
+    image_embed: bool = False
     pos_embed: str = "rope"
+    base_grid: positions.Grid | None = None
     scan_layers: bool = False
     remat: str = "none"
     attention: str = "xla"
@@ -39,7 +53,8 @@ class Predictor(nn.Module):
         tgt_idx: jax.Array,
         grid: positions.Grid,
         mask_index: int = 0,
-    ) -> jax.Array:
+        is_image: bool = False,
+    ) -> tuple[jax.Array, jax.Array | None]:
         """Predict features.
 
         Args:
@@ -48,9 +63,11 @@ class Predictor(nn.Module):
           tgt_idx: int [B, M], where to predict.
           grid: (T, H, W) of the clip.
           mask_index: which mask token stands for the hidden ones.
+          is_image: which modality's embedding to add, if there is one.
 
         Returns:
-          [B, M, out_dim] in `dtype`.
+          The hidden tokens' features [B, M, out_dim] and, with `predict_context`, the
+          visible ones' [B, K, out_dim], else None; in `dtype`.
         """
         mask_tokens = self.param(
             "mask_tokens",
@@ -58,29 +75,136 @@ class Predictor(nn.Module):
             (self.num_mask_tokens, self.width),
         )
         num_context, num_target = ctx_idx.shape[1], tgt_idx.shape[1]
-        x = layers.linear(self.width, ("embed", "mlp"), self.dtype, "embed")(context)
+        x = context
+        if self.input_dim:
+            x = layers.linear(self.input_dim, ("embed", "mlp"), self.dtype, "input")(x)
+            x = nn.gelu(x, approximate=False)
+        x = layers.linear(self.width, ("embed", "mlp"), self.dtype, "embed")(x)
         hidden = jnp.broadcast_to(
             mask_tokens[mask_index].astype(self.dtype),
             (x.shape[0], num_target, self.width),
         )
         x = jnp.concatenate([x, hidden], axis=1)
         idx = jnp.concatenate([ctx_idx, tgt_idx], axis=1)
-        tables = None
-        if self.pos_embed == "rope":
-            tables = positions.rope_tables(idx, grid, self.width // self.num_heads)
-        else:
-            table = jnp.asarray(positions.sincos_table(grid, self.width), self.dtype)
-            x = x + table[idx]
-        x = layers.Stack(
+        added, tables = layers.position_code(
+            self.pos_embed, idx, grid, self.width, self.num_heads, self.base_grid
+        )
+        if added is not None:
+            x = x + added.astype(self.dtype)
+        if self.image_embed:
+            x = x + layers.modality(self, self.width, is_image).astype(self.dtype)
+        x, _ = layers.Stack(
             self.depth,
             self.width,
             self.num_heads,
             self.mlp_dim,
+            self.mlp,
+            self.scale_init,
             self.scan_layers,
             self.remat,
             self.attention,
             self.dtype,
             name="stack",
         )(x, tables)
-        x = layers.layer_norm(self.dtype, "norm")(x[:, num_context:])
+        if not self.predict_context:
+            x = x[:, num_context:]
+        x = layers.layer_norm(self.dtype, "norm")(x)
+        axes = ("mlp", "embed")
+        proj = layers.linear(self.out_dim, axes, self.dtype, "proj")
+        if not self.predict_context:
+            return proj(x), None
+        proj_context = layers.linear(self.out_dim, axes, self.dtype, "proj_context")
+        return proj(x[:, num_context:]), proj_context(x[:, :num_context])
+
+
+class ActionPredictor(nn.Module):
+    """Predict the next frame's features from frames, actions and states (V-JEPA 2-AC).
+
+    Every frame is a group of tokens: action, state, camera extrinsics if used, then its
+    patches. A token attends to its own frame and to earlier ones; positions are V-JEPA
+    2's tiled rotation, of which the tokens that are not patches take time only.
+
+    Attributes:
+      depth, width, num_heads, mlp_dim: of the transformer.
+      out_dim: channels of the frames' features.
+      use_extrinsics: whether the camera's extrinsics are given. Their projection has
+        parameters in any case, as in the official checkpoints.
+      scan_layers, remat, attention, dtype: how it is computed, see `layers.Stack`.
+    """
+
+    depth: int
+    width: int
+    num_heads: int
+    mlp_dim: int
+    out_dim: int
+    mlp: str = "gelu"
+    use_extrinsics: bool = False
+    scan_layers: bool = False
+    remat: str = "none"
+    attention: str = "xla"
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: jax.Array,
+        actions: jax.Array,
+        states: jax.Array,
+        extrinsics: jax.Array | None,
+        grid: positions.Grid,
+    ) -> jax.Array:
+        """Predict, at every frame, the features of the next one.
+
+        Args:
+          tokens: [B, T * H * W, D], features of the frames, each encoded by itself.
+          actions: [B, T, A], what is done at each frame.
+          states: [B, T, A], the robot's pose.
+          extrinsics: [B, T, A - 1] camera pose; None where it is not used.
+          grid: (T, H, W) of `tokens`.
+
+        Returns:
+          [B, T * H * W, out_dim] in `dtype`.
+        """
+        frames, height, width = grid
+        batch, patches = len(tokens), height * width
+
+        def project(name, x):
+            axes = ("embed", "mlp")
+            return layers.linear(self.width, axes, self.dtype, name)(x)
+
+        x = project("embed", tokens).reshape(batch, frames, patches, self.width)
+        groups = [project("action", actions), project("state", states)]
+        if self.is_initializing() or self.use_extrinsics:
+            if extrinsics is None:
+                extrinsics = jnp.zeros((*actions.shape[:2], actions.shape[2] - 1))
+            camera = project("extrinsics", extrinsics)
+        if self.use_extrinsics:
+            groups.append(camera)
+        x = jnp.concatenate([*(g[:, :, None] for g in groups), x], axis=2)
+        frame = np.repeat(np.arange(frames), len(groups) + patches)
+        offset = np.tile(np.arange(len(groups) + patches) - len(groups), frames)
+        cell = np.maximum(offset, 0)  # tokens before the patches: row 0, column 0
+        tables = positions.rope_at(
+            tuple(jnp.asarray(c) for c in (frame, cell // width, cell % width)),
+            self.width // self.num_heads,
+            tiled=True,
+        )
+        x, _ = layers.Stack(
+            self.depth,
+            self.width,
+            self.num_heads,
+            self.mlp_dim,
+            self.mlp,
+            scan_layers=self.scan_layers,
+            remat=self.remat,
+            attention=self.attention,
+            dtype=self.dtype,
+            name="stack",
+        )(
+            x.reshape(batch, -1, self.width),
+            tuple(t[None] for t in tables),
+            mask=jnp.asarray(frame[:, None] >= frame[None, :]),
+        )
+        x = x.reshape(batch, frames, -1, self.width)[:, :, len(groups) :]
+        x = layers.layer_norm(self.dtype, "norm")(x.reshape(batch, -1, self.width))
         return layers.linear(self.out_dim, ("mlp", "embed"), self.dtype, "proj")(x)

@@ -1,12 +1,13 @@
 """Sizes by name, and encoders and predictors made from explicit fields."""
 
 import dataclasses
+import re
 from typing import Any
 
 import jax.numpy as jnp
 
 from vjepa_jax.models.encoder import VideoEncoder
-from vjepa_jax.models.predictor import Predictor
+from vjepa_jax.models.predictor import ActionPredictor, Predictor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,18 +34,80 @@ SIZES = {
 }
 
 
-def make_encoder(size: str, dtype: str = "float32", **fields: Any) -> VideoEncoder:
-    """Make the encoder of a named size; `fields` are `VideoEncoder`'s.
+def size_of(name: str) -> Size:
+    """Return the size of a name in `SIZES`, or of the form `12x768x12x3072`.
 
     Raises:
-      ValueError: the size is unknown.
+      ValueError: it is neither, or the heads do not divide the width.
     """
-    if size not in SIZES:
-        raise ValueError(f"model size '{size}' is unknown; known: {', '.join(SIZES)}")
-    sizes = dataclasses.asdict(SIZES[size])
-    return VideoEncoder(**sizes, dtype=jnp.dtype(dtype), **fields)
+    if name in SIZES:
+        return SIZES[name]
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){3}", name):
+        raise ValueError(
+            f"model size '{name}' is unknown; known: {', '.join(SIZES)}, or "
+            "DEPTHxWIDTHxHEADSxMLP, e.g. 12x768x12x3072"
+        )
+    size = Size(*(int(n) for n in name.split("x")))
+    if size.width % size.num_heads:
+        raise ValueError(
+            f"model size '{name}': {size.num_heads} heads do not divide {size.width}"
+        )
+    return size
 
 
-def make_predictor(dtype: str = "float32", **fields: Any) -> Predictor:
+def name_of(size: Size) -> str:
+    """Return the name by which `size_of` finds a size."""
+    named = [name for name, known in SIZES.items() if known == size]
+    return named[0] if named else "x".join(map(str, dataclasses.astuple(size)))
+
+
+MLPS = ("gelu", "swiglu", "swiglu_wide")
+
+
+def mlp_fields(mlp: str, hidden: int) -> dict[str, Any]:
+    """Return the fields `mlp` and `mlp_dim` of a named MLP.
+
+    `swiglu_wide` is the official `wide_silu`: two thirds of the hidden channels,
+    rounded up to a multiple of 8, so that three matrices weigh what two did.
+    """
+    if mlp not in MLPS:
+        raise ValueError(f"mlp '{mlp}' is unknown; known: {', '.join(MLPS)}")
+    if mlp == "swiglu_wide":
+        hidden = -(-int(2 * hidden / 3) // 8) * 8
+    return {"mlp": mlp.removesuffix("_wide"), "mlp_dim": hidden}
+
+
+def make_encoder(
+    size: str | Size, dtype: str = "float32", mlp: str = "gelu", **fields: Any
+) -> VideoEncoder:
+    """Make the encoder of a size, see `size_of`; `fields` are `VideoEncoder`'s.
+
+    Raises:
+      ValueError: the size or the MLP is unknown.
+    """
+    if isinstance(size, str):
+        size = size_of(size)
+    return VideoEncoder(
+        depth=size.depth,
+        width=size.width,
+        num_heads=size.num_heads,
+        **mlp_fields(mlp, size.mlp_dim),
+        dtype=jnp.dtype(dtype),
+        **fields,
+    )
+
+
+def make_predictor(
+    dtype: str = "float32", mlp: str = "gelu", **fields: Any
+) -> Predictor:
     """Make a predictor from its own fields; its MLP is four times its width."""
-    return Predictor(**fields, mlp_dim=4 * fields["width"], dtype=jnp.dtype(dtype))
+    hidden = mlp_fields(mlp, 4 * fields["width"])
+    return Predictor(**fields, **hidden, dtype=jnp.dtype(dtype))
+
+
+def make_action_predictor(
+    dtype: str = "float32", mlp: str = "gelu", **fields: Any
+) -> ActionPredictor:
+    """Make an action-conditioned predictor; its MLP is four times its width."""
+    hidden = mlp_fields(mlp, 4 * fields["width"])
+    return ActionPredictor(**fields, **hidden, dtype=jnp.dtype(dtype))

@@ -1,0 +1,464 @@
+"""Equal to the official PyTorch code, golden file by golden file.
+
+Each `.npz` holds what the official modules computed in fp32 on tiny models, and in
+`__meta__` all that is needed to build ours. `VJEPA_GOLDENS` names another folder.
+"""
+
+import functools
+import json
+import os
+import pathlib
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from vjepa_jax import losses, optim, weights
+from vjepa_jax.models import registry
+from vjepa_jax.models.encoder import take_tokens
+from vjepa_jax.models.heads import AttentiveClassifier
+from vjepa_jax.train_step import Objective, Stream, make_loss_fn
+
+FOLDER = pathlib.Path(
+    os.environ.get("VJEPA_GOLDENS", pathlib.Path(__file__).parent / "goldens")
+)
+FILES = sorted(FOLDER.glob("*.npz"))
+FAMILIES = ("vjepa", "vjepa2", "vjepa2_1")
+
+FEATURES = 2e-5  # max error over the output's standard deviation
+LOSSES = 1e-4  # relative
+TARGET = 1e-4
+# Token counts differ from step to step, hence every step compiles: spend less on it.
+quick_jit = functools.partial(
+    jax.jit, compiler_options={"xla_backend_optimization_level": 0}
+)
+SCHEDULES = 1e-6
+
+# Every key that a golden may have: an option that this test does not know must fail.
+KNOWN = {
+    "name",
+    "family",
+    "layout",
+    "img_size",
+    "num_frames",
+    "clip_frames",
+    "patch_size",
+    "tubelet_size",
+    "embed_dim",
+    "depth",
+    "num_heads",
+    "mlp_ratio",
+    "use_silu",
+    "wide_silu",
+    "predictor_dim",
+    "predictor_depth",
+    "predictor_heads",
+    "num_mask_tokens",
+    "pos",
+    "mask_token_index",
+    "optimizer",
+    "loss_exp",
+    "reg_coeff",
+    "steps",
+    "norm_eps",
+    "clip_seed",
+    "clip_shape",
+    "eval_clip_shape",
+    "clips",
+    "hierarchical_layers",
+    "image_mode",
+    "weight_distance_loss",
+    "offset_context_loss",
+    "lambda_context",
+    "interpolate_rope",
+    "losses",
+    "use_extrinsics",
+    "note",
+    "num_classes",
+    "complete_block",
+}
+KNOWN_OF_OPTIMIZER = {
+    "start_lr",
+    "lr",
+    "final_lr",
+    "wd",
+    "final_wd",
+    "warmup_steps",
+    "anneal_steps",
+    "total_steps",
+    "ema",
+    "betas",
+    "eps",
+    "schedule",
+}
+
+
+class Golden:
+    """A golden file: arrays, state dicts without prefixes, and meta data."""
+
+    def __init__(self, path: pathlib.Path):
+        with np.load(path) as file:
+            arrays = {name: file[name] for name in file.files}
+        self.meta = json.loads(str(arrays.pop("__meta__")))
+        unknown = set(self.meta) - KNOWN
+        assert not unknown, f"options that this test does not know: {unknown}"
+        self.states: dict[str, dict] = {}
+        self.arrays = {}
+        for name, value in arrays.items():
+            model, _, key = name.partition("/")
+            if key:
+                self.states.setdefault(model, {})[key] = value
+            else:
+                self.arrays[name] = value
+        self.states = {k: weights.strip_prefixes(v) for k, v in self.states.items()}
+
+    def clips(self, step: int, shape: str = "clip_shape") -> jax.Array:
+        """Return the clips of a step as [B, T, H, W, 3], normalised."""
+        rng = np.random.default_rng(self.meta["clip_seed"] * 1000 + step)
+        clips = rng.standard_normal(self.meta[shape], dtype=np.float32)
+        return jnp.asarray(clips.transpose(0, 2, 3, 4, 1))
+
+    def masks(self, step: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Return {mask: (ctx_idx, tgt_idx)} of a step."""
+        found = {}
+        while f"step{step}_ctx{len(found)}" in self.arrays:
+            j = len(found)
+            found[str(j)] = (
+                self.arrays[f"step{step}_ctx{j}"],
+                self.arrays[f"step{step}_tgt{j}"],
+            )
+        assert found
+        return found
+
+
+def tree_of(rules, state, init, what):
+    """Import a state dict, with every array of ours and theirs accounted for."""
+    shapes = nn.unbox(jax.eval_shape(init, jax.random.key(0)))["params"]
+    params, _ = weights.import_state(rules, state, shapes, what)
+    assert jax.tree.structure(params) == jax.tree.structure(dict(shapes))
+    again = weights.export_state(rules, params)
+    for name, value in again.items():
+        np.testing.assert_array_equal(value, state[name], err_msg=name)
+    return params
+
+
+def check(actual, wanted, tolerance, what, report):
+    """Compare with a tolerance relative to the wanted output's deviation."""
+    actual, wanted = np.asarray(actual, np.float64), np.asarray(wanted, np.float64)
+    assert actual.shape == wanted.shape, what
+    error = np.abs(actual - wanted).max() / max(wanted.std(), 1e-12)
+    report.append(f"{what} {error:.1e}")
+    assert error <= tolerance, f"{what}: {error:.2e} above {tolerance}"
+
+
+def check_values(actual, wanted, tolerance, what, report):
+    """Compare scalars with a relative tolerance."""
+    wanted = np.asarray(wanted, np.float64)
+    error = (np.abs(np.asarray(actual) - wanted) / np.maximum(abs(wanted), 1e-12)).max()
+    report.append(f"{what} {error:.1e}")
+    assert error <= tolerance, f"{what}: {error:.2e} above {tolerance}"
+
+
+def position_fields(meta):
+    family = meta["family"]
+    grid = tuple(
+        meta[a] // meta[b]
+        for a, b in (
+            ("num_frames", "tubelet_size"),
+            ("img_size", "patch_size"),
+            ("img_size", "patch_size"),
+        )
+    )
+    pos = meta.get("pos", "")
+    if family == "vjepa2_1":
+        assert meta["interpolate_rope"] == "to a 16x16 grid"
+        return {"pos_embed": "rope", "base_grid": (1, 16, 16)}
+    if pos == "sincos3d uniform_power":
+        return {"pos_embed": "sincos", "base_grid": grid}
+    assert family == "vjepa2" and pos == "rope3d as in V-JEPA 2 (sin/cos tiled)"
+    return {"pos_embed": "rope_tiled"}
+
+
+def make_models(meta):
+    assert meta["family"] in FAMILIES, meta["family"]
+    assert meta["norm_eps"] == 1e-6
+    mlp = "gelu"
+    if meta.get("use_silu"):
+        mlp = "swiglu_wide" if meta.get("wide_silu", True) else "swiglu"
+    assert meta["mlp_ratio"] == int(meta["mlp_ratio"])
+    shared = {"mlp": mlp, "scan_layers": True, **position_fields(meta)}
+    levels = tuple(meta.get("hierarchical_layers", ()))
+    is_2_1 = meta["family"] == "vjepa2_1"
+    size = registry.Size(
+        meta["depth"],
+        meta["embed_dim"],
+        meta["num_heads"],
+        int(meta["embed_dim"] * meta["mlp_ratio"]),
+    )
+    encoder = registry.make_encoder(
+        size,
+        patch_size=meta["patch_size"],
+        tubelet_size=meta["tubelet_size"],
+        levels=levels,
+        image_embed=is_2_1,
+        **shared,
+    )
+    predictor = registry.make_predictor(
+        depth=meta["predictor_depth"],
+        width=meta["predictor_dim"],
+        num_heads=meta["predictor_heads"],
+        out_dim=encoder.out_dim,
+        num_mask_tokens=meta["num_mask_tokens"],
+        input_dim=encoder.width if len(levels) > 1 else 0,
+        predict_context=is_2_1,
+        image_embed=is_2_1,
+        **shared,
+    )
+    return encoder, predictor
+
+
+def import_models(golden, encoder, predictor):
+    one = jnp.zeros((1, 1), jnp.int32)
+
+    def init_predictor(key):
+        context = jnp.zeros((1, 1, encoder.out_dim))
+        return predictor.init(key, context, one, one, (1, 1, 1))
+
+    def init_encoder(key):
+        return encoder.init(key, golden.clips(0))
+
+    rules = weights.encoder_rules(encoder)
+    states = golden.states
+    return {
+        "encoder": tree_of(rules, states["encoder"], init_encoder, "encoder"),
+        "predictor": tree_of(
+            weights.predictor_rules(predictor),
+            states["predictor"],
+            init_predictor,
+            "predictor",
+        ),
+    }, tree_of(rules, states["target_encoder"], init_encoder, "target encoder")
+
+
+def make_schedules(o):
+    """Return learning rate, weight decay and EMA momentum of the golden's recipe."""
+    assert set(o) <= KNOWN_OF_OPTIMIZER, set(o) - KNOWN_OF_OPTIMIZER
+    steps, kind = o["total_steps"], o.get("schedule", "cosine")
+    rates = o["start_lr"], o["lr"], o["final_lr"]
+    if kind == "cosine":
+        rate = optim.warmup_cosine(*rates, o["warmup_steps"], steps)
+    elif kind == "linear":
+        rate = optim.linear_decay(*rates[1:], steps)
+    else:
+        assert kind == "wsd", kind
+        rate = optim.warmup_stable_decay(
+            *rates, o["warmup_steps"], o["anneal_steps"], steps
+        )
+    decay = optim.cosine(o["wd"], o["final_wd"], steps)
+    return rate, decay, optim.linear(*o["ema"], steps)
+
+
+def make_objective(meta):
+    weight = meta["lambda_context"] if meta["family"] == "vjepa2_1" else 0.0
+    if meta.get("offset_context_loss"):
+        # Distances are divided by the grid's side over 16, in whole numbers.
+        assert meta["img_size"] // meta["patch_size"] // 16 == 1
+    return Objective(
+        exponent=meta.get("loss_exp", 1.0),
+        context_weight=weight,
+        context_distance=meta.get("weight_distance_loss", False),
+        prediction_variance_weight=meta.get("reg_coeff", 0.0),
+    )
+
+
+def mask_indices(meta, count):
+    if meta["family"] == "vjepa":
+        return tuple(range(count))  # one token per mask type
+    rule = meta.get("mask_token_index", "0 for every mask")
+    assert rule.startswith("0 for every mask")
+    return (0,) * count
+
+
+def check_training(golden, report):
+    meta = golden.meta
+    encoder, predictor = make_models(meta)
+    params, target = import_models(golden, encoder, predictor)
+    num_masks = len(golden.masks(0))
+    stream = Stream(
+        {str(j): None for j in range(num_masks)},
+        mask_indices=mask_indices(meta, num_masks),
+    )
+    objective = make_objective(meta)
+    loss_fn = make_loss_fn(encoder, predictor, {"video": stream}, objective)
+    check_forward(golden, encoder, predictor, params, target, report)
+
+    rate, decay, momentum = make_schedules(meta["optimizer"])
+    b1, b2 = meta["optimizer"]["betas"]
+    tx = optim.make_optimizer(rate, decay, b1, b2, meta["optimizer"]["eps"])
+    opt_state = quick_jit(tx.init)(params)
+
+    @quick_jit
+    def update(step, params, target, opt_state, clips, masks):
+        batch = {"video": {"video": clips}}
+        grads, metrics = jax.grad(loss_fn, has_aux=True)(
+            params, target, batch, {"video": masks}, step
+        )
+        updates, opt_state = tx.update(grads, opt_state, params, step=step)
+        params = optax.apply_updates(params, updates)
+        target = optax.incremental_update(
+            params["encoder"], target, step_size=1 - momentum(step)
+        )
+        norms = {name: optax.tree.norm(tree) for name, tree in grads.items()}
+        return params, target, opt_state, metrics, norms
+
+    history = []
+    for step in range(meta["steps"]):
+        params, target, opt_state, metrics, norms = update(
+            step, params, target, opt_state, golden.clips(step), golden.masks(step)
+        )
+        history.append([metrics["train/total_loss"], metrics["train/loss"]])
+        if meta["family"] == "vjepa2_1":
+            history[-1].append(metrics["train/context_term"])
+        for name, norm in norms.items():
+            key = f"step{step}_grad_norm_{name}"
+            if key in golden.arrays:
+                check_values(norm, golden.arrays[key], LOSSES, key, report)
+    wanted = golden.arrays["losses"]
+    history = np.asarray(history)
+    if wanted.ndim == 1:
+        history = history[:, 0]
+    elif meta["family"] == "vjepa" and not meta["reg_coeff"]:
+        wanted = wanted[:, :2]  # the third is the variance term, of weight 0
+    else:
+        assert wanted.shape[1] == 3
+    check_values(history, wanted, LOSSES, "losses", report)
+
+    steps = np.arange(meta["steps"])
+    for name, schedule in (("lr", rate), ("wd", decay), ("ema", momentum)):
+        if name in golden.arrays:
+            values = jax.jit(schedule)(steps)
+            check_values(values, golden.arrays[name], SCHEDULES, name, report)
+    apply_encoder = quick_jit(encoder.apply)
+    clips = golden.clips(999, "eval_clip_shape")
+    features = apply_encoder({"params": target}, clips)
+    final = [name for name in golden.arrays if name.startswith("final_target_")]
+    assert final
+    for name in final:
+        actual = features[..., -encoder.width :] if name.endswith("full") else features
+        check(actual, golden.arrays[name], TARGET, name, report)
+
+
+def check_forward(golden, encoder, predictor, params, target, report):
+    """Compare everything that the first step computes."""
+    arrays, apply_encoder = golden.arrays, quick_jit(encoder.apply)
+    clips = golden.clips(999, "eval_clip_shape")
+    full = apply_encoder({"params": params["encoder"]}, clips)
+    last = full[..., -encoder.width :]
+    check(last, arrays["eval_encoder_full"], FEATURES, "eval_encoder_full", report)
+    if encoder.levels:
+        check(full, arrays["eval_encoder_hier"], FEATURES, "eval_encoder_hier", report)
+    clips, masks = golden.clips(0), golden.masks(0)
+    grid, is_image = encoder.grid(clips.shape), encoder.is_image(clips.shape)
+
+    @quick_jit
+    def forward(params, target, clips, masks):
+        features = encoder.apply({"params": target}, clips)
+        features = losses.normalise_target(features, max(len(encoder.levels), 1))
+        computed = {}
+        indices = mask_indices(golden.meta, len(masks))
+        for (j, (ctx_idx, tgt_idx)), index in zip(masks.items(), indices, strict=True):
+            context = encoder.apply({"params": params["encoder"]}, clips, ctx_idx)
+            prediction, of_context = predictor.apply(
+                {"params": params["predictor"]},
+                context,
+                ctx_idx,
+                tgt_idx,
+                grid,
+                index,
+                is_image,
+            )
+            far = losses.distance_to_targets(ctx_idx, tgt_idx, grid)
+            computed |= {
+                f"step0_context{j}": context,
+                f"step0_pred{j}": prediction,
+                f"step0_predctx{j}": of_context,
+                f"step0_target{j}": take_tokens(features, tgt_idx),
+                f"step0_dist{j}": jnp.sqrt(far),
+            }
+        return computed
+
+    for name, value in forward(params, target, clips, masks).items():
+        if name in arrays:
+            check(value, arrays[name], FEATURES, name, report)
+
+
+def check_action_predictor(golden, report):
+    meta, arrays = golden.meta, golden.arrays
+    side = meta["img_size"] // 16
+    predictor = registry.make_action_predictor(
+        depth=meta["depth"],
+        width=meta["predictor_dim"],
+        num_heads=meta["num_heads"],
+        out_dim=meta["embed_dim"],
+        use_extrinsics=meta["use_extrinsics"],
+    )
+
+    def inputs(frames):
+        tokens = arrays["tokens"][:, : frames * side**2]
+        camera = arrays["extrinsics"][:, :frames] if meta["use_extrinsics"] else None
+        parts = [arrays[name][:, :frames] for name in ("actions", "states")]
+        return tokens, *parts, camera, (frames, side, side)
+
+    frames = arrays["actions"].shape[1]
+    params = tree_of(
+        weights.action_predictor_rules(predictor),
+        golden.states["predictor"],
+        lambda key: predictor.init(key, *inputs(frames)),
+        "action predictor",
+    )
+    for name, count in (("out", frames), ("out_first_two_frames", 2)):
+        *given, grid = inputs(count)
+        apply = jax.jit(functools.partial(predictor.apply, grid=grid))
+        out = apply({"params": params}, *given)
+        check(out, arrays[name], FEATURES, name, report)
+
+
+def check_classifier(golden, report):
+    meta = golden.meta
+    model = AttentiveClassifier(
+        num_classes=meta["num_classes"],
+        num_heads=meta["num_heads"],
+        depth=meta["depth"],
+        blocks_on_query=meta["name"].startswith("vjepa1"),
+        complete_block=meta.get("complete_block", True),
+    )
+    tokens = golden.arrays["x"]
+    params = tree_of(
+        weights.classifier_rules(model),
+        golden.states["classifier"],
+        lambda key: model.init(key, tokens),
+        "classifier",
+    )
+    out = jax.jit(model.apply)({"params": params}, tokens)
+    check(out, golden.arrays["y"], FEATURES, "y", report)
+
+
+def test_there_are_goldens():
+    assert FILES, f"no golden files in {FOLDER}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_equals_the_official_code(path, record_property):
+    golden, report = Golden(path), []
+    with jax.default_matmul_precision("highest"):
+        if "classifier" in golden.states:
+            check_classifier(golden, report)
+        elif golden.meta["family"] == "vjepa2_ac":
+            check_action_predictor(golden, report)
+        else:
+            check_training(golden, report)
+    record_property("errors", "; ".join(report))
+    print(path.stem, *report, sep="\n  ")

@@ -1,0 +1,248 @@
+"""Runs of two updates in this process: from another run, of streams, with a teacher."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import video_files
+
+from vjepa_jax import build, checkpoint, metrics
+from vjepa_jax.default_config import UserError, get_config, mask, stream
+from vjepa_jax.models import registry
+from vjepa_jax.train import train_and_evaluate
+from vjepa_jax.train_state import abstract_state, make_init
+
+RATE, DECAY_STEPS, EPS = 1e-3, 2, 1e-8
+WIDTHS = {"pico": 12, "nano_wide": 16}
+
+
+@pytest.fixture(scope="module")
+def sizes():
+    """Smaller models than any that is worth a name."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, width in WIDTHS.items():
+            size = registry.Size(1, width, 2, 2 * width)
+            patch.setitem(registry.SIZES, name, size)
+        yield
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """Runs that differ in what is not compiled share what is."""
+    names = (
+        "jax_compilation_cache_dir",
+        "jax_persistent_cache_min_compile_time_secs",
+    )
+    old = {name: getattr(jax.config, name) for name in names}
+    values = (str(tmp_path_factory.mktemp("compiled")), 0.5)
+    for name, value in zip(names, values, strict=True):
+        jax.config.update(name, value)
+    yield
+    for name, value in old.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder of three videos, where the runs go too."""
+    folder = tmp_path_factory.mktemp("runs")
+    for i in range(3):
+        frames = video_files.moving_frames(8, height=16, width=16, seed=i)
+        video_files.write_video(folder / f"{i}.mp4", frames)
+    (folder / "list.csv").write_text("".join(f"{i}.mp4 0\n" for i in range(3)))
+    return folder
+
+
+def make_config(folder, **values):
+    config = get_config()
+    with config.unlocked():
+        del config.masks.short, config.masks.long
+        config.masks.future = mask(num_blocks=0, max_temporal_keep=0.5)
+    config.total_steps, config.batch_size = 1, 8  # a clip for every device
+    config.data.path = str(folder / "list.csv")
+    config.data.num_workers = 0
+    config.data.num_frames, config.data.frame_step = 4, 1
+    config.data.resolution = 16
+    config.model.pos_embed, config.model.dtype = "rope", "float32"
+    config.model.image_embed = True
+    config.model.encoder.size, config.model.encoder.patch_size = "pico", 8
+    config.model.predictor.depth, config.model.predictor.width = 1, 12
+    config.model.predictor.num_heads = 2
+    config.optim.learning_rate, config.optim.warmup_steps = RATE, 0
+    config.optim.weight_decay = config.optim.final_weight_decay = 0.0
+    config.optim.final_learning_rate = 0.0
+    config.optim.clip_norm = 0.0
+    config.ema.start = config.ema.end = 0.5
+    config.log.every_steps = 1
+    config.update_from_flattened_dict(values)
+    return config
+
+
+def read_state(config, workdir):
+    """Return (step, what a run would start from) of a workdir's latest checkpoint."""
+    encoder, predictor = build.make_models(config)
+    tx = build.make_optimizer(config)
+    shape = build.video_shapes(config)[build.MAIN_STREAM]
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one),
+        abstract_state(make_init(encoder, predictor, tx, shape)),
+    )
+    step, fields = checkpoint.restore_start(str(workdir), abstract, True)
+    return step, jax.device_get(fields)
+
+
+def adam_of(fields):
+    return next(s for s in fields["opt_state"] if hasattr(s, "mu"))
+
+
+@pytest.fixture(scope="module")
+def first(folder, sizes, compiled):
+    """A run of two updates, its config and last state."""
+    config = make_config(folder, total_steps=2)
+    assert train_and_evaluate(config, str(folder / "first")) is None
+    step, fields = read_state(config, folder / "first")
+    assert step == 2
+    return config, fields
+
+
+def make_cooldown(folder, **values):
+    """Return the config of one update from the first run, with an image stream."""
+    cooldown = {
+        "init.path": str(folder / "first"),
+        "optim.schedule": "linear",
+        "optim.schedule_scale": float(DECAY_STEPS),
+        "weight": 3.0,
+    }
+    config = make_config(folder, **cooldown | values)
+    with config.unlocked():
+        config.streams.image = stream(
+            path=str(folder),
+            num_frames=1,
+            frame_step=1,
+            resolution=16,
+            masks={"whole": mask(num_context=1, num_target=3, mode="unbiased")},
+        )
+    return config
+
+
+@pytest.fixture(scope="module")
+def cooldowns(folder, first):
+    """{keep_moments: last state} of two runs alike but for that."""
+    states = {}
+    for keep in (True, False):
+        config = make_cooldown(folder, **{"init.keep_moments": keep})
+        workdir = folder / f"cooldown_{keep}"
+        assert train_and_evaluate(config, str(workdir)) is None
+        step, states[keep] = read_state(config, workdir)
+        assert step == 1
+    return states
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_cooldown_starts_from_another_run_at_step_zero(
+    folder, first, cooldowns, keep
+):
+    """The update is recomputed from its moments: it began at the first run's end."""
+    start, end = first[1], cooldowns[keep]
+    adam = adam_of(end)
+    assert int(adam.count) == (3 if keep else 1)
+    rate = RATE * (1 - 1 / DECAY_STEPS)
+    (row,) = metrics.read_metrics(str(folder / f"cooldown_{keep}"))
+    assert row["step"] == 1
+    np.testing.assert_allclose(row["optim/learning_rate"], rate, rtol=1e-6)
+    moved = []
+    for old, new, mean, square in zip(
+        *map(jax.tree.leaves, (start["params"], end["params"], adam.mu, adam.nu)),
+        strict=True,
+    ):
+        count = int(adam.count)
+        mean = mean / (1 - 0.9**count)
+        direction = mean / (np.sqrt(square / (1 - 0.999**count)) + EPS)
+        np.testing.assert_allclose(new, old - rate * direction, atol=2e-6)
+        moved.append(np.abs(new - old).max())
+    assert np.median(moved) > 1e-4
+    for old, online, target in zip(
+        *map(
+            jax.tree.leaves, (start["target"], end["params"]["encoder"], end["target"])
+        ),
+        strict=True,
+    ):
+        np.testing.assert_allclose(target, (old + online) / 2, atol=1e-6)
+
+
+def test_a_cooldown_keeps_or_zeroes_the_moments(first, cooldowns):
+    """Both have seen the same gradient: what differs is what they started with."""
+    old, kept, zeroed = map(adam_of, (first[1], cooldowns[True], cooldowns[False]))
+    for name, share in (("mu", 0.9), ("nu", 0.999)):
+        largest = 0.0
+        for before, a, b in zip(
+            *(jax.tree.leaves(getattr(adam, name)) for adam in (old, kept, zeroed)),
+            strict=True,
+        ):
+            np.testing.assert_allclose(a - b, share * before, atol=1e-6)
+            largest = max(largest, np.abs(before).max())
+        assert largest > 1e-5
+
+
+def test_two_streams_run_together(folder, cooldowns):
+    (row,) = metrics.read_metrics(str(folder / "cooldown_True"))
+    losses = row["train/loss_of_video"], row["train/loss_of_image"]
+    assert all(0.3 < loss < 3 for loss in losses)
+    expected = 0.75 * losses[0] + 0.25 * losses[1]
+    np.testing.assert_allclose(row["train/loss"], expected, rtol=1e-5)
+    # The image's embedding is trained by the image alone, and does move.
+    of_image = adam_of(cooldowns[False]).mu["encoder"]["image_embed"]["proj"]["kernel"]
+    assert np.abs(of_image).max() > 0
+
+
+def test_a_start_that_fails_leaves_the_workdir_free(folder, first):
+    workdir = str(folder / "failed")
+    config = make_config(folder, **{"init.path": str(folder / "nowhere")})
+    with pytest.raises(UserError, match="no such folder"):
+        train_and_evaluate(config, workdir)
+    config = make_config(
+        folder,
+        **{"init.path": str(folder / "first"), "model.encoder.size": "nano_wide"},
+    )
+    # Not "a run of another config": none has begun.
+    with pytest.raises(UserError, match="does not fit this model"):
+        train_and_evaluate(config, workdir)
+    assert not (folder / "failed" / "config.json").exists()
+
+
+def test_a_teacher_must_fit_the_student(folder, first):
+    path = {"teacher.path": str(folder / "first")}
+    config = make_config(folder, **path, **{"model.encoder.size": "nano_wide"})
+    with pytest.raises(UserError, match=r"out_dim=0.*12 channels, set it to that"):
+        train_and_evaluate(config, str(folder / "never"))
+    config = make_config(folder, **path, **{"model.encoder.patch_size": 4})
+    with pytest.raises(UserError, match=r"\(2, 2, 2\).*\(2, 4, 4\)"):
+        train_and_evaluate(config, str(folder / "never"))
+    assert not (folder / "never").exists()
+
+
+def test_a_student_of_a_frozen_teacher(folder, first):
+    before = checkpoint.restore_target(str(folder / "first"))[0]
+    config = make_config(
+        folder,
+        **{
+            "teacher.path": str(folder / "first"),
+            "model.encoder.size": "nano_wide",
+            "model.predictor.out_dim": WIDTHS["pico"],
+        },
+    )
+    workdir = folder / "student"
+    assert train_and_evaluate(config, str(workdir)) is None
+    (row,) = metrics.read_metrics(str(workdir))
+    assert 0.3 < row["train/loss"] < 3
+    models, meta = checkpoint.restore_models(str(workdir))
+    assert meta["config"]["teacher"]["path"] == str(folder / "first")
+    # The target is the student's average; the teacher is not part of the state.
+    assert models["target"]["norm"]["scale"].shape == (WIDTHS["nano_wide"],)
+    assert models["predictor"]["proj"]["bias"].shape == (WIDTHS["pico"],)
+    after = checkpoint.restore_target(str(folder / "first"))[0]
+    for a, b in zip(*map(jax.tree.leaves, (before, after)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert json.loads((workdir / "config.json").read_text())["teacher"]["path"]

@@ -1,0 +1,207 @@
+"""Names of V-JEPA 2's weights in Hugging Face's `transformers`, and the official ones.
+
+Theirs differ by names, by queries, keys and values apart, and by mask tokens in one
+array; nothing is transposed. Source: `models/vjepa2/modeling_vjepa2.py`, 5.23.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from vjepa_jax.default_config import UserError
+
+State = Mapping[str, np.ndarray]
+Parts = Mapping[str, State]
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+MODEL_TYPE = "vjepa2"
+
+_MASK_TOKENS = "predictor.embeddings.mask_tokens"
+# (pattern of theirs, official part, official name), without `.weight` and `.bias`.
+_NAMES = (
+    ("encoder.embeddings.patch_embeddings.proj", "encoder", "patch_embed.proj"),
+    ("encoder.layernorm", "encoder", "norm"),
+    ("predictor.embeddings.predictor_embeddings", "predictor", "predictor_embed"),
+    ("predictor.layernorm", "predictor", "predictor_norm"),
+    ("predictor.proj", "predictor", "predictor_proj"),
+    ("classifier", "classifier", "linear"),
+)
+_BLOCKS = (
+    ("encoder.layer", "encoder", "blocks"),
+    ("predictor.layer", "predictor", "predictor_blocks"),
+)
+_POOLER_BLOCKS = "pooler.self_attention_layers"
+_POOLER_CROSS = "pooler.cross_attention_layer"
+_CROSS = "pooler.cross_attention_block"
+_MLP = (("mlp.fc1", "mlp.fc1"), ("mlp.fc2", "mlp.fc2"))
+_POOLER_NORMS = (("layer_norm1", "norm1"), ("layer_norm2", "norm2"))
+
+
+def _sources(parts: Iterable[str], depths: Mapping[str, int], num_mask_tokens: int):
+    """Yield (official part, official name, names of theirs) of every array.
+
+    Several names of theirs are stacked to one official array: queries, keys, values.
+    """
+
+    def both(part, name, *theirs):
+        for kind in ("weight", "bias"):
+            yield part, f"{name}.{kind}", tuple(f"{t}.{kind}" for t in theirs)
+
+    for theirs, part, name in _NAMES:
+        if part in parts:
+            yield from both(part, name, theirs)
+    for theirs, part, name in _BLOCKS:
+        for i in range(depths.get(part, 0)):
+            a, b = f"{name}.{i}", f"{theirs}.{i}"
+            qkv = [f"{b}.attention.{x}" for x in ("query", "key", "value")]
+            yield from both(part, f"{a}.attn.qkv", *qkv)
+            yield from both(part, f"{a}.attn.proj", f"{b}.attention.proj")
+            for same in ("norm1", "norm2", "mlp.fc1", "mlp.fc2"):
+                yield from both(part, f"{a}.{same}", f"{b}.{same}")
+    if "predictor" in parts:
+        for k in range(num_mask_tokens):
+            yield "predictor", f"mask_tokens.{k}", (f"{_MASK_TOKENS}.{k}",)
+    if "classifier" not in parts:
+        return
+    part = "classifier"
+    yield part, "pooler.query_tokens", ("pooler.query_tokens",)
+    for i in range(depths.get(part, 0)):
+        a, b = f"pooler.blocks.{i}", f"{_POOLER_BLOCKS}.{i}"
+        qkv = [f"{b}.self_attn.{x}_proj" for x in "qkv"]
+        yield from both(part, f"{a}.attn.qkv", *qkv)
+        yield from both(part, f"{a}.attn.proj", f"{b}.self_attn.out_proj")
+        for theirs, name in (*_POOLER_NORMS, *_MLP):
+            yield from both(part, f"{a}.{name}", f"{b}.{theirs}")
+    attend = f"{_POOLER_CROSS}.cross_attn"
+    yield from both(part, f"{_CROSS}.xattn.q", f"{attend}.q_proj")
+    yield from both(part, f"{_CROSS}.xattn.kv", f"{attend}.k_proj", f"{attend}.v_proj")
+    for theirs, name in (*_POOLER_NORMS, *_MLP):
+        yield from both(part, f"{_CROSS}.{name}", f"{_POOLER_CROSS}.{theirs}")
+
+
+def count(names: Iterable[str], prefix: str) -> int:
+    """Return how many numbered entries `prefix.0`, `prefix.1`, ... names have."""
+    pattern = re.compile(re.escape(prefix) + r"\.(\d+)(\.|$)")
+    found = [int(match[1]) for name in names if (match := pattern.match(name))]
+    return 1 + max(found, default=-1)
+
+
+def to_official(state: State) -> dict[str, dict[str, np.ndarray]]:
+    """Rename and join the arrays of a model to official state dicts.
+
+    Args:
+      state: arrays by name, of `VJEPA2Model` or `VJEPA2ForVideoClassification`.
+
+    Returns:
+      {"encoder", "predictor", "classifier"}: those that it holds.
+
+    Raises:
+      UserError: names are missing or unknown; all are listed.
+    """
+    state = {name.removeprefix("vjepa2."): value for name, value in state.items()}
+    tokens = state.pop(_MASK_TOKENS, None)
+    if tokens is not None:
+        state |= {f"{_MASK_TOKENS}.{k}": token for k, token in enumerate(tokens)}
+    starts = {
+        "encoder": ("encoder.",),
+        "predictor": ("predictor.",),
+        "classifier": ("pooler.", "classifier."),
+    }
+    parts = [p for p, s in starts.items() if any(n.startswith(s) for n in state)]
+    depths = {part: count(state, theirs) for theirs, part, _ in _BLOCKS}
+    depths["classifier"] = count(state, _POOLER_BLOCKS)
+    out: dict[str, dict[str, np.ndarray]] = {part: {} for part in parts}
+    problems, used = [], set()
+    num_tokens = 0 if tokens is None else len(tokens)
+    for part, name, theirs in _sources(parts, depths, num_tokens):
+        used |= set(theirs)
+        missing = [n for n in theirs if n not in state]
+        problems += [f"{n}: missing" for n in missing]
+        if not missing:
+            arrays = [state[n] for n in theirs]
+            out[part][name] = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+    if "predictor" in parts and tokens is None:
+        problems.append(f"{_MASK_TOKENS}: missing")
+    problems += [f"{n}: unknown" for n in sorted(set(state) - used)]
+    if problems:
+        raise UserError(
+            f"the weights are not those of a V-JEPA 2 of transformers "
+            f"({len(problems)} names):\n  " + "\n  ".join(problems[:10])
+        )
+    return out
+
+
+def from_official(parts: Parts) -> dict[str, np.ndarray]:
+    """Do the reverse of `to_official`, with the names of a `VJEPA2Model`.
+
+    With a classifier they are those of `VJEPA2ForVideoClassification`.
+    """
+    depths = {p: count(parts[p], b) for _, p, b in _BLOCKS if p in parts}
+    if "classifier" in parts:
+        depths["classifier"] = count(parts["classifier"], "pooler.blocks")
+    num_tokens = count(parts.get("predictor", ()), "mask_tokens")
+    out = {}
+    for part, name, theirs in _sources(parts, depths, num_tokens):
+        pieces = np.split(parts[part][name], len(theirs))
+        out |= dict(zip(theirs, pieces, strict=True))
+    if num_tokens:
+        names = [f"{_MASK_TOKENS}.{k}" for k in range(num_tokens)]
+        out[_MASK_TOKENS] = np.stack([out.pop(name) for name in names])
+    if "classifier" in parts:
+        heads = ("pooler.", "classifier.")
+        out = {n if n.startswith(heads) else f"vjepa2.{n}": v for n, v in out.items()}
+    return {name: np.ascontiguousarray(value) for name, value in out.items()}
+
+
+def mlp_ratio(width: int, hidden: int) -> float:
+    """Return the ratio from which transformers computes `hidden`, cutting decimals."""
+    ratio = hidden / width
+    return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
+
+
+def encoder_config(encoder: Any, clip: tuple[int, int]) -> dict[str, Any]:
+    """Return what `config.json` says about a `VideoEncoder`.
+
+    Args:
+      encoder: the module.
+      clip: (frames, side) of the clips, from which it counts positions.
+    """
+    return {
+        "model_type": MODEL_TYPE,
+        "architectures": ["VJEPA2Model"],
+        "dtype": "float32",
+        "patch_size": encoder.patch_size,
+        "tubelet_size": encoder.tubelet_size,
+        "frames_per_clip": clip[0],
+        "crop_size": clip[1],
+        "hidden_size": encoder.width,
+        "num_hidden_layers": encoder.depth,
+        "num_attention_heads": encoder.num_heads,
+        "mlp_ratio": mlp_ratio(encoder.width, encoder.mlp_dim),
+    }
+
+
+def predictor_config(predictor: Any) -> dict[str, Any]:
+    """Return what `config.json` says about a `Predictor`."""
+    return {
+        "pred_hidden_size": predictor.width,
+        "pred_num_hidden_layers": predictor.depth,
+        "pred_num_attention_heads": predictor.num_heads,
+        "pred_num_mask_tokens": predictor.num_mask_tokens,
+        "pred_mlp_ratio": mlp_ratio(predictor.width, predictor.mlp_dim),
+    }
+
+
+def classifier_config(num_classes: int, depth: int, **_: Any) -> dict[str, Any]:
+    """Return what `config.json` says about an `AttentiveClassifier` of those fields."""
+    labels = {str(i): f"LABEL_{i}" for i in range(num_classes)}
+    return {
+        "architectures": ["VJEPA2ForVideoClassification"],
+        "num_pooler_layers": depth - 1,
+        "id2label": labels,
+        "label2id": {label: int(i) for i, label in labels.items()},
+    }

@@ -1,0 +1,270 @@
+"""What official weights say about the model that they are of.
+
+Depths, widths and the kinds of layers are read off the arrays. Heads are not in them:
+those of the published sizes are known by their width, others must be given.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from vjepa_jax.default_config import UserError, get_config
+from vjepa_jax.huggingface import count
+from vjepa_jax.models import positions, registry
+
+State = Mapping[str, np.ndarray]
+
+FAMILIES = ("vjepa", "vjepa2", "vjepa2_1")
+ACTION_FAMILY = "vjepa2_ac"
+# The blocks that V-JEPA 2.1 supervises, by depth.
+_LEVELS = {
+    12: (2, 5, 8, 11),
+    24: (5, 11, 17, 23),
+    40: (9, 19, 29, 39),
+    48: (11, 23, 37, 47),
+}
+_PREDICTOR_HEADS = {
+    "vjepa2": {384: 12},
+    "vjepa2_1": {384: 12},
+    ACTION_FAMILY: {1024: 16},
+}
+_PROBE_HEADS = 16  # of every official probe
+# Mask tokens of the public files: V-JEPA has one for each of its two mask types.
+_TOKENS = {2: "vjepa", 10: "vjepa2"}
+_FRAMES, _RESOLUTION = 16, 256  # of a clip, where the weights do not say
+
+
+@dataclasses.dataclass(frozen=True)
+class Hints:
+    """What the user says about a model; "" or 0: unsaid."""
+
+    family: str = ""
+    num_heads: int = 0
+    predictor_heads: int = 0
+
+
+def _need(state: State, name: str, what: str, ndim: int) -> np.ndarray:
+    if name not in state:
+        raise UserError(f"the weights of the {what} have no '{name}'")
+    if state[name].ndim != ndim:
+        raise UserError(
+            f"'{name}' of the {what} has the shape {state[name].shape}, not one of "
+            f"{ndim} axes"
+        )
+    return state[name]
+
+
+def _table_grid(table: np.ndarray) -> positions.Grid | None:
+    """Return the grid of V-JEPA's position table [1, N, D]; None if it is another."""
+    table, axis_dim = table[0], 2 * -(-table.shape[-1] // 6)
+
+    def run(rows, axis):  # rows from the first that agree with it on an axis
+        part = rows[:, axis * axis_dim : (axis + 1) * axis_dim]
+        same = np.isclose(part, part[0], rtol=0, atol=1e-4).all(1)
+        return len(rows) if same.all() else int(same.argmin())
+
+    places = run(table, 0)
+    columns = run(table[:places], 1)
+    grid = len(table) // places, places // columns, columns
+    if math.prod(grid) != len(table):
+        return None
+    ours = positions.sincos_table(grid, table.shape[-1])
+    return grid if np.allclose(ours, table, rtol=0, atol=1e-4) else None
+
+
+def has_actions(predictor: State) -> bool:
+    """Return whether a predictor is action-conditioned."""
+    return "action_encoder.weight" in predictor
+
+
+def infer_family(encoder: State, predictor: State) -> str:
+    """Tell the family from the names, and from V-JEPA's position table.
+
+    Raises:
+      UserError: V-JEPA and V-JEPA 2 both may have written the file.
+    """
+    if has_actions(predictor):
+        return ACTION_FAMILY
+    if any(n.startswith(("norms_block.", "patch_embed_img.")) for n in encoder):
+        return "vjepa2_1"
+    if "pos_embed" not in encoder:
+        return "vjepa2"
+    # Public files of V-JEPA 2 hold the table too, but do not use it.
+    family = _TOKENS.get(count(predictor, "mask_tokens"))
+    if family == "vjepa2" or (family == "vjepa" and _table_grid(encoder["pos_embed"])):
+        return family
+    raise UserError(
+        "V-JEPA and V-JEPA 2 may both have written these weights: say which, with "
+        "--family=vjepa or --family=vjepa2"
+    )
+
+
+def _mlp(state: State, blocks: str, width: int, what: str) -> tuple[str, int]:
+    """Return the MLP's kind, and the hidden channels from which the kind starts."""
+    hidden = len(_need(state, f"{blocks}.0.mlp.fc1.weight", what, 2))
+    if f"{blocks}.0.mlp.fc3.weight" not in state:
+        return "gelu", hidden
+    for before in (4 * width, 3 * hidden // 2):
+        if registry.mlp_fields("swiglu_wide", before)["mlp_dim"] == hidden:
+            return "swiglu_wide", before
+    return "swiglu", hidden
+
+
+def _heads(width: int, given: int, known: Mapping[int, int], flag: str) -> int:
+    heads = given or known.get(width, 0)
+    if not heads:
+        raise UserError(
+            f"weights do not tell their heads, and {width} channels are no published "
+            f"size: give --{flag}"
+        )
+    if width % heads:
+        raise UserError(f"--{flag}={heads} does not divide {width} channels")
+    return heads
+
+
+def make_config(
+    family: str,
+    encoder: State,
+    predictor: State,
+    hints: Hints,
+    clip: tuple[int, int] | None = None,
+) -> ConfigDict:
+    """Make the config of which `build.make_models` makes the models of the weights.
+
+    Args:
+      family: one of `FAMILIES`, or `ACTION_FAMILY`.
+      encoder, predictor: official arrays, prefixes taken off; the latter may be empty.
+      hints: what the user says.
+      clip: (frames, side) of the clips; None: unknown.
+
+    Raises:
+      UserError: names are missing on which this depends, or heads are not known.
+    """
+    config = get_config()
+    model = config.model
+    patches = _need(encoder, "patch_embed.proj.weight", "encoder", 5)
+    width, _, tubelet_size, patch_size, side = patches.shape
+    if patch_size != side:
+        raise UserError(f"patches of {patch_size}x{side} pixels are not square")
+    depth = count(encoder, "blocks")
+    model.mlp, mlp_dim = _mlp(encoder, "blocks", width, "encoder")
+    known = {s.width: s.num_heads for s in registry.SIZES.values()}
+    heads = _heads(width, hints.num_heads, known, "num_heads")
+    model.encoder.size = registry.name_of(registry.Size(depth, width, heads, mlp_dim))
+    model.encoder.patch_size, model.encoder.tubelet_size = patch_size, tubelet_size
+    model.dtype, model.scale_init = "float32", family != "vjepa"
+    model.pos_embed = {"vjepa": "sincos", "vjepa2_1": "rope"}.get(family, "rope_tiled")
+    frames, resolution = clip or (_FRAMES, _RESOLUTION)
+    config.data.num_frames = max(frames // tubelet_size, 1) * tubelet_size
+    config.data.resolution = max(resolution // patch_size, 1) * patch_size
+    if family == "vjepa":
+        grid = _table_grid(_need(encoder, "pos_embed", "encoder", 3))
+        if grid is None:
+            raise UserError("'pos_embed' of the encoder is not V-JEPA's table")
+        model.base_grid = grid
+        config.data.num_frames = grid[0] * tubelet_size
+        config.data.resolution = grid[1] * patch_size
+    if family == "vjepa2_1":
+        model.image_embed = "patch_embed_img.proj.weight" in encoder
+        # Positions are interpolated to the grid of 256 pixels, whatever the training's.
+        model.base_grid = (1, 256 // patch_size, 256 // patch_size)
+        if depth not in _LEVELS:
+            raise UserError(
+                f"V-JEPA 2.1 has no encoder of {depth} blocks: "
+                f"{', '.join(map(str, _LEVELS))} are known"
+            )
+        model.encoder.levels = _LEVELS[depth]
+    if predictor and family != ACTION_FAMILY:
+        _describe_predictor(config, family, predictor, width, heads, hints)
+    return config
+
+
+def _describe_predictor(
+    config: ConfigDict,
+    family: str,
+    state: State,
+    encoder_width: int,
+    encoder_heads: int,
+    hints: Hints,
+) -> None:
+    fields, levels = config.model.predictor, config.model.encoder.levels
+    fields.deep_input = "predictor_embed.0.weight" in state
+    embed = "predictor_embed.2" if fields.deep_input else "predictor_embed"
+    first = "predictor_embed.0" if fields.deep_input else "predictor_embed"
+    fields.width = len(_need(state, f"{embed}.weight", "predictor", 2))
+    inputs = _need(state, f"{first}.weight", "predictor", 2).shape[1]
+    if levels and inputs < encoder_width * len(levels):
+        config.model.encoder.output_levels = max(inputs // encoder_width, 1)
+    known = _PREDICTOR_HEADS.get(family, {fields.width: encoder_heads})
+    fields.num_heads = _heads(
+        fields.width, hints.predictor_heads, known, "predictor_heads"
+    )
+    fields.depth = count(state, "predictor_blocks")
+    fields.num_mask_tokens = max(count(state, "mask_tokens"), 1)
+    per = {"vjepa": "mask", "vjepa2": "stream", "vjepa2_1": "run"}[family]
+    fields.mask_token_per = per if fields.num_mask_tokens > 1 else "run"
+    fields.predict_context = "predictor_proj_context.weight" in state
+    fields.out_dim = len(_need(state, "predictor_proj.weight", "predictor", 2))
+    if fields.out_dim == inputs:
+        fields.out_dim = 0
+
+
+def action_predictor_fields(state: State, hints: Hints) -> dict[str, Any]:
+    """Return the fields of `registry.make_action_predictor`, see `make_config`."""
+    what = "predictor"
+    width, _ = _need(state, "predictor_embed.weight", what, 2).shape
+    known = _PREDICTOR_HEADS[ACTION_FAMILY]
+    return {
+        "depth": count(state, "predictor_blocks"),
+        "width": width,
+        "num_heads": _heads(width, hints.predictor_heads, known, "predictor_heads"),
+        "out_dim": len(_need(state, "predictor_proj.weight", what, 2)),
+        "mlp": _mlp(state, "predictor_blocks", width, what)[0],
+        "use_extrinsics": False,  # its layer is there in any case
+    }
+
+
+def classifier_fields(state: State, hints: Hints) -> dict[str, Any]:
+    """Return the fields of `heads.AttentiveClassifier`, see `make_config`."""
+    if "action_classifier.weight" in state:
+        raise UserError("probes of action anticipation (EK100) are not supported")
+    width = _need(state, "pooler.query_tokens", "probe", 3).shape[-1]
+    published = {s.width: _PROBE_HEADS for s in registry.SIZES.values() if s.depth > 11}
+    cross = "pooler.cross_attention_block"
+    # Only V-JEPA 1's cross-attention has, and never uses, an output projection.
+    is_first = any(f"{cross}.{n}.weight" in state for n in ("xattn.proj", "proj"))
+    return {
+        "num_classes": len(_need(state, "linear.weight", "probe", 2)),
+        "num_heads": _heads(width, hints.num_heads, published, "num_heads"),
+        "depth": 1 + count(state, "pooler.blocks"),
+        "blocks_on_query": is_first,
+        "complete_block": f"{cross}.norm1.weight" in state,
+    }
+
+
+def family_of(config: ConfigDict) -> str:
+    """Return the official family that computes what a config's models do.
+
+    Raises:
+      UserError: none does.
+    """
+    model = config.model
+    patch_size, grid = model.encoder.patch_size, tuple(model.base_grid)
+    is_2_1 = bool(model.encoder.levels) and model.image_embed
+    if is_2_1 and model.pos_embed == "rope":
+        if grid[1:] == (256 // patch_size,) * 2:
+            return "vjepa2_1"
+    elif not (model.encoder.levels or model.image_embed):
+        if model.pos_embed == "sincos":
+            return "vjepa"
+        if model.pos_embed == "rope_tiled" and not grid:
+            return "vjepa2"
+    raise UserError(
+        "no official code computes this model: config.model has "
+        f"pos_embed='{model.pos_embed}', levels={tuple(model.encoder.levels)}, "
+        f"image_embed={model.image_embed}, base_grid={grid}"
+    )

@@ -1,0 +1,277 @@
+"""Files of weights: official pickles and Hugging Face's safetensors, read and written.
+
+PyTorch is needed for the pickles alone, and is imported only then.
+"""
+
+import dataclasses
+import json
+import pathlib
+import pickle
+import shutil
+import zipfile
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from vjepa_jax import huggingface, weights
+from vjepa_jax.default_config import UserError
+
+State = Mapping[str, np.ndarray]
+
+# Encoders of an official file, the one that evaluations use first. Distilled models
+# keep the student's average beside the others.
+ENCODER_KEYS = ("ema_encoder", "target_encoder", "encoder")
+_ABOUT_THE_RUN = {
+    "opt": "state of the optimiser",
+    "optimizer": "state of the optimiser",
+    "scaler": "state of the gradient's scaling",
+    "epoch": "about the run",
+    "loss": "about the run",
+    "batch_size": "about the run",
+    "world_size": "about the run",
+    "lr": "about the run",
+}
+
+
+@dataclasses.dataclass
+class Source:
+    """What a file of weights holds, under official names without prefixes.
+
+    Attributes:
+      encoders: the encoders by their key in the file.
+      target_key: the one to take.
+      predictor: empty without one.
+      classifiers: heads of probes.
+      ignored: names that are not used, with the reason.
+      num_heads, predictor_heads: 0 where the file does not say.
+      clip: (frames, side) where the file says it.
+    """
+
+    encoders: dict[str, State] = dataclasses.field(default_factory=dict)
+    target_key: str = ""
+    predictor: State = dataclasses.field(default_factory=dict)
+    classifiers: list[State] = dataclasses.field(default_factory=list)
+    ignored: dict[str, str] = dataclasses.field(default_factory=dict)
+    num_heads: int = 0
+    predictor_heads: int = 0
+    clip: tuple[int, int] | None = None
+
+
+def read(path: str, key: str = "") -> Source:
+    """Read a `.pt` or `.pth.tar` file, or a folder or file of safetensors.
+
+    Args:
+      path: the file, or the folder of a Hugging Face model.
+      key: the encoder to take, where a file has several; "": the first that it has of
+        `ENCODER_KEYS`.
+
+    Raises:
+      UserError: no such file, not one of weights, or without the key asked for.
+    """
+    place = pathlib.Path(path).expanduser()
+    if not place.exists():
+        raise UserError(f"no such file: {place}")
+    if place.is_dir() or place.suffix == ".safetensors":
+        return _read_huggingface(place, key)
+    return split(_load_pickle(place), str(place), key)
+
+
+def _import_torch() -> Any:
+    try:
+        import torch
+    except ImportError:
+        raise UserError(
+            "official weights are pickles of PyTorch, which is not installed: "
+            'pip install "vjepa_jax[torch]"'
+        ) from None
+    return torch
+
+
+def _load_pickle(place: pathlib.Path) -> Any:
+    torch = _import_torch()
+    try:
+        # Mapped: a checkpoint's optimiser, twice the weights, is never read.
+        return torch.load(
+            place,
+            map_location="cpu",
+            weights_only=True,
+            mmap=zipfile.is_zipfile(place) or None,
+        )
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{place} is not a file of PyTorch weights: {reason}") from None
+
+
+def _as_state(content: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    arrays = {}
+    for name, value in content.items():
+        if isinstance(value, np.ndarray):
+            arrays[name] = value
+        else:
+            arrays[name] = value.detach().float().numpy()
+    return weights.strip_prefixes(arrays)
+
+
+def _is_state(value: Any) -> bool:
+    return (
+        isinstance(value, Mapping)
+        and bool(value)
+        and all(hasattr(x, "shape") and hasattr(x, "dtype") for x in value.values())
+    )
+
+
+def split(content: Any, path: str, key: str = "") -> Source:
+    """Sort the parts of an official file.
+
+    Args:
+      content: what the pickle holds, its arrays of PyTorch or of numpy.
+      path: for messages.
+      key: see `read`.
+
+    Raises:
+      UserError: it holds something that is not known, or no model.
+    """
+    if _is_state(content):  # one model's state dict by itself
+        names = list(weights.strip_prefixes(content))
+        is_probe = any(name.startswith("pooler.") for name in names)
+        content = {"classifier" if is_probe else "encoder": content}
+    if not isinstance(content, Mapping):
+        raise UserError(f"{path} holds no dictionary of weights")
+    source = Source()
+    for name, value in content.items():
+        if name in ENCODER_KEYS and _is_state(value):
+            source.encoders[name] = _as_state(value)
+        elif name == "predictor" and _is_state(value):
+            source.predictor = _as_state(value)
+        elif name == "classifier" and _is_state(value):
+            source.classifiers = [_as_state(value)]
+        elif name == "classifiers" and value and all(map(_is_state, value)):
+            source.classifiers = [_as_state(state) for state in value]
+        elif name in _ABOUT_THE_RUN:
+            source.ignored[name] = _ABOUT_THE_RUN[name]
+        else:
+            raise UserError(f"{path} holds '{name}', which is no known part of a model")
+    _choose_target(source, path, key)
+    return source
+
+
+def _choose_target(source: Source, path: str, key: str) -> None:
+    found = [name for name in ENCODER_KEYS if name in source.encoders]
+    if key and key not in found:
+        there = ", ".join(found) or "none"
+        raise UserError(f"--key={key}: {path} has no such encoder; it has: {there}")
+    if not found:
+        if not (source.classifiers or "action_encoder.weight" in source.predictor):
+            raise UserError(f"{path} holds neither an encoder nor a probe")
+        return
+    source.target_key = key or found[0]
+    for name in found:
+        if name not in (source.target_key, "encoder"):
+            del source.encoders[name]
+            source.ignored[name] = f"another encoder: --key={name} takes it"
+
+
+def _read_huggingface(place: pathlib.Path, key: str) -> Source:
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    if key:
+        raise UserError(f"--key={key}: Hugging Face's files have one encoder")
+    folder = place if place.is_dir() else place.parent
+    files = sorted(place.glob("*.safetensors")) if place.is_dir() else [place]
+    if not files:
+        raise UserError(f"no .safetensors file in {place}")
+    state: dict[str, np.ndarray] = {}
+    try:
+        for file in files:
+            state |= load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file} is not a file of safetensors: {error}") from None
+    parts = huggingface.to_official(state)
+    if "encoder" not in parts:
+        raise UserError(f"{place} holds no encoder")
+    source = Source(
+        {"encoder": parts["encoder"]}, "encoder", parts.get("predictor", {})
+    )
+    if "classifier" in parts:
+        source.classifiers = [parts["classifier"]]
+    config_path = folder / huggingface.CONFIG_FILE
+    if config_path.exists():
+        config = json.loads(config_path.read_text())
+        kind = config.get("model_type", huggingface.MODEL_TYPE)
+        if kind != huggingface.MODEL_TYPE:
+            raise UserError(f"{config_path} is of a '{kind}', not of a V-JEPA 2")
+        activation = config.get("hidden_act", "gelu")
+        if activation != "gelu":
+            raise UserError(f"{config_path}: hidden_act '{activation}' is not known")
+        source.num_heads = config.get("num_attention_heads", 16)
+        source.predictor_heads = config.get("pred_num_attention_heads", 12)
+        source.clip = config.get("frames_per_clip", 64), config.get("crop_size", 256)
+    return source
+
+
+def require_free(path: str) -> None:
+    """Refuse to write over anything.
+
+    Raises:
+      UserError: `path` is a file or a folder that is not empty.
+    """
+    place = pathlib.Path(path).expanduser()
+    if place.is_file() or (place.is_dir() and any(place.iterdir())):
+        raise UserError(f"{place} exists: give another --output")
+
+
+def write_whole(path: str, write: Callable[[pathlib.Path], None]) -> None:
+    """Write a file or folder under a temporary name, and rename it when complete.
+
+    Raises:
+      UserError: `path` exists.
+    """
+    require_free(path)
+    place = pathlib.Path(path).expanduser().resolve()
+    place.parent.mkdir(parents=True, exist_ok=True)
+    partial = place.with_name(f"{place.name}.partial")
+    _remove(partial)  # of a conversion that was killed
+    try:
+        write(partial)
+        partial.replace(place)
+    finally:
+        _remove(partial)
+
+
+def _remove(place: pathlib.Path) -> None:
+    if place.is_dir():
+        shutil.rmtree(place)
+    else:
+        place.unlink(missing_ok=True)
+
+
+def write_official(path: str, parts: Mapping[str, Any], prefix: str) -> None:
+    """Write a `.pt` file: {part: state dict, or list of them}, names prefixed."""
+    torch = _import_torch()
+
+    def tensors(part):
+        if isinstance(part, list):
+            return [tensors(state) for state in part]
+        return {
+            prefix + name: torch.from_numpy(np.array(value))
+            for name, value in part.items()
+        }
+
+    content = {name: tensors(part) for name, part in parts.items()}
+    write_whole(path, lambda place: torch.save(content, place))
+
+
+def write_huggingface(path: str, state: State, config: Mapping[str, Any]) -> None:
+    """Write a folder that transformers loads: `model.safetensors`, `config.json`."""
+    from safetensors.numpy import save_file
+
+    def write(folder: pathlib.Path) -> None:
+        folder.mkdir()
+        file = folder / huggingface.WEIGHTS_FILE
+        save_file(dict(state), file, metadata={"format": "pt"})
+        text = json.dumps(dict(config), indent=2) + "\n"
+        (folder / huggingface.CONFIG_FILE).write_text(text)
+
+    write_whole(path, write)
