@@ -207,7 +207,7 @@ def import_state(
       used, with the reason.
 
     Raises:
-      UserError: names are missing, left over, or of another shape; all are listed.
+      UserError: names are missing, left over, or of another shape; ten are listed.
     """
     problems, used, params = [], set(), {}
     for rule in rules:
