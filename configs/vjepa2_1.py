@@ -42,7 +42,9 @@ run (`--config.init.path=WORKDIR`); `:vitg16,smoke` is the variant's small form,
 needs no data, run or teacher:
 
     python -m vjepa_jax.train --config=configs/vjepa2_1.py:vitg16 --workdir=DIR \
-        --config.data.path=VIDEOS --config.streams.image.path=IMAGES
+        --config.data.path=VIDEOS --config.streams.image.path=IMAGES.csv
+
+Images are listed, a line `path label` each; folders of them are not read yet.
 """
 
 from ml_collections import ConfigDict

@@ -45,7 +45,7 @@ def make_toy(monkeypatch, spike_guard=None):
         params=params,
         target={"w": jnp.zeros(3)},
         opt_state=tx.init(params),
-        guard=Guard(zero, zero, jnp.full(window, jnp.nan)),
+        guard=Guard(zero, zero, zero, jnp.full(window, jnp.nan)),
     )
     return jax.jit(step), state
 
@@ -93,7 +93,7 @@ def test_updates_that_are_not_finite_are_skipped(monkeypatch):
             )
     # The next update is that of a run that never met them, at this step.
     zero = jnp.zeros((), jnp.int32)
-    unharmed = state.replace(guard=Guard(zero, zero, jnp.full(1, jnp.nan)))
+    unharmed = state.replace(guard=Guard(zero, zero, zero, jnp.full(1, jnp.nan)))
     expected, _ = step(unharmed, batch_of(0.9, 2.0))
     state, metrics = step(state, batch_of(0.9, 2.0))
     assert_identical(changes(state), changes(expected))

@@ -262,6 +262,9 @@ def test_streams_of_two_shapes_add_up_by_their_weights(setup, rng):
         loss_of(pictures, "image"),
     )
     np.testing.assert_allclose(loss, 0.75 * of_video + 0.25 * of_image, rtol=1e-5)
+    for name, own in (("video", video), ("image", picture)):
+        reported = metrics.pop(f"train/loss_of_{name}")
+        np.testing.assert_allclose(reported, own["train/loss"], rtol=1e-5)
     for name, value in metrics.items():
         shares = 0.75 * video[name] + 0.25 * picture[name]
         np.testing.assert_allclose(value, shares, rtol=1e-4, err_msg=name)

@@ -100,6 +100,12 @@ def make_teacher(
         tokens, or has other channels than the student predicts.
     """
     teacher, _ = make_models(trained)
+    # Its own run, or conversion, may have computed in another way.
+    teacher = teacher.clone(
+        dtype=encoder.dtype,
+        attention=encoder.attention,
+        scan_layers=encoder.scan_layers,
+    )
     wanted = config.teacher.output_levels
     if wanted > max(len(teacher.levels), 1):
         raise UserError(
@@ -187,6 +193,11 @@ def make_masks(
             if is_complement and (context or target):
                 budget = num_tokens - target, num_tokens - context
             context, target = context or budget[0], target or budget[1]
+        if min(context, target) < 1:
+            raise UserError(
+                f"config.{key}.{name}: num_context={context} and num_target={target}: "
+                "hide less, or more, so that both are there"
+            )
         if context + target > num_tokens:
             raise UserError(
                 f"config.{key}.{name}: num_context={context} and num_target={target} "
@@ -214,7 +225,9 @@ def make_schedules(config: ConfigDict) -> dict[str, optim.Schedule]:
     elif o.schedule == "linear":
         rate = optim.linear_decay(*rates[1:], steps)
     else:
-        rate = optim.warmup_stable_decay(*rates, o.warmup_steps, o.anneal_steps, steps)
+        # As long as the run: an anneal that begins after its end would be none.
+        spans = o.warmup_steps, o.anneal_steps, config.total_steps
+        rate = optim.warmup_stable_decay(*rates, *spans)
     return {
         "learning_rate": rate,
         "weight_decay": optim.cosine(o.weight_decay, o.final_weight_decay, steps),

@@ -106,11 +106,11 @@ def import_source(
       UserError: names are missing, unknown or of another shape; the family or the heads
         are not known.
     """
-    if source.num_heads and not hints.num_heads:
-        of_predictor = hints.predictor_heads or source.predictor_heads
-        hints = dataclasses.replace(
-            hints, num_heads=source.num_heads, predictor_heads=of_predictor
-        )
+    hints = dataclasses.replace(
+        hints,
+        num_heads=hints.num_heads or source.num_heads,
+        predictor_heads=hints.predictor_heads or source.predictor_heads,
+    )
     meta: dict[str, Any] = {}
     params: dict[str, Any] = {}
     ignored = dict(source.ignored)
@@ -125,6 +125,8 @@ def import_source(
         if not source.encoders:
             return Converted(heads, None, meta | {"kind": "probe"}, ignored)
         params["classifier"] = heads["0"]
+        for i in range(1, len(heads)):
+            ignored[f"classifier {i}"] = "the first of several is taken"
     has_actions = official.has_actions(source.predictor)
     if has_actions:
         fields, predictor_params, unused = _import_action_predictor(source, hints)
@@ -143,6 +145,9 @@ def import_source(
     clip = (1, encoder.tubelet_size, encoder.patch_size, encoder.patch_size, 3)
     shapes = _shapes(encoder, jnp.zeros(clip))
     for key, state in source.encoders.items():
+        if key != source.target_key and not source.predictor:
+            ignored[key] = "another encoder, without a predictor to train it with"
+            continue
         encoders[key], unused = rules.import_state(encoder_rules, state, shapes, key)
         note(key, unused)
     if source.predictor and not has_actions:

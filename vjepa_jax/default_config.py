@@ -71,7 +71,7 @@ def get_config() -> ConfigDict:
 
     config.data = ConfigDict()
     config.data.path = ""  # folder of videos, or list of `path label` lines
-    config.data.num_workers = 8  # decoding processes per host; 0: in this process
+    config.data.num_workers = 8  # decoding processes per stream; 0: in this process
     config.data.prefetch_batches = 2  # batches decoded ahead by each worker
     config.data.num_frames = 16  # frames per clip
     config.data.frame_step = 4  # video frames between clip frames; 0: use fps
@@ -289,6 +289,8 @@ def validate(config: ConfigDict) -> None:
     is_span = len(warmup) == 2 and 0 <= warmup[0] <= warmup[1]
     _require(is_span, "objective.context_warmup", warmup, mend)
     o = config.optim
+    mend = "give 0, or 2 or more losses to compare with"
+    _require(o.spike_window != 1, "optim.spike_window", 1, mend)
     room = config.total_steps - o.warmup_steps if o.schedule == "wsd" else math.inf
     mend = "warm-up and anneal must fit into total_steps"
     _require(o.anneal_steps <= room, "optim.anneal_steps", o.anneal_steps, mend)
@@ -307,6 +309,13 @@ def validate(config: ConfigDict) -> None:
     ):
         is_given = bool(config[key].path) or not config[key].is_required
         _require(is_given, f"{key}.path", "", mend)
+    predictor, weight = config.model.predictor, config.objective.context_weight
+    mend = "set model.predictor.predict_context=True, or the weight to 0"
+    can_weigh = predictor.predict_context or not weight
+    _require(can_weigh, "objective.context_weight", weight, mend)
+    mend = "set it to 0 without teacher.path"
+    has_teacher = bool(config.teacher.path) or not predictor.out_dim
+    _require(has_teacher, "model.predictor.out_dim", predictor.out_dim, mend)
     if config.world.path:
         _validate_world(config.world)
     _require(bool(config.data.path), "data.path", "", "a folder of videos or a list")

@@ -100,7 +100,7 @@ def to_official(state: State) -> dict[str, dict[str, np.ndarray]]:
       {"encoder", "predictor", "classifier"}: those that it holds.
 
     Raises:
-      UserError: names are missing or unknown; all are listed.
+      UserError: names are missing or unknown; ten are listed.
     """
     state = {name.removeprefix("vjepa2."): value for name, value in state.items()}
     tokens = state.pop(_MASK_TOKENS, None)

@@ -108,6 +108,8 @@ def _mlp(state: State, blocks: str, width: int, what: str) -> tuple[str, int]:
     hidden = len(_need(state, f"{blocks}.0.mlp.fc1.weight", what, 2))
     if f"{blocks}.0.mlp.fc3.weight" not in state:
         return "gelu", hidden
+    if hidden == 4 * width:
+        return "swiglu", hidden
     for before in (4 * width, 3 * hidden // 2):
         if registry.mlp_fields("swiglu_wide", before)["mlp_dim"] == hidden:
             return "swiglu_wide", before

@@ -123,13 +123,13 @@ def make_optimizer(
         apart, as V-JEPA does); 0 does not clip.
       clip_start_step: first step whose gradient is clipped.
     """
-    parts = [
+    clip = clip_by_module_norm(clip_norm, clip_start_step)
+    return optax.chain(
+        # In any case something, so that the state does not depend on clipping.
+        clip if clip_norm else optax.identity(),
         optax.scale_by_adam(b1, b2, eps),
         _decay_and_scale(learning_rate, weight_decay),
-    ]
-    if clip_norm:
-        parts.insert(0, clip_by_module_norm(clip_norm, clip_start_step))
-    return optax.chain(*parts)
+    )
 
 
 def _decay_and_scale(learning_rate: Schedule, weight_decay: Schedule):

@@ -138,6 +138,11 @@ def _load_teacher(config, encoder, predictor, mesh):
     if not config.teacher.path:
         return None, None
     params, meta = checkpoint.restore_target(config.teacher.path)
+    if "config" not in meta:
+        raise UserError(
+            f"config.teacher.path={config.teacher.path} holds no encoder of a run or "
+            "of a conversion: give another"
+        )
     trained = default_config.from_json(meta["config"])
     teacher = build.make_teacher(config, trained, encoder, predictor)
     return teacher, jax.device_put(params, sharding.replicated(mesh))
@@ -344,12 +349,13 @@ class _SkipWatch:
         """Look at a step's metrics, of which some may never have been seen."""
         skipped = int(values["optim/skipped"])
         in_row = int(values["optim/skipped_in_row"])
-        if in_row >= self._most_in_row:
+        most = int(values["optim/most_skipped_in_row"])
+        if most >= self._most_in_row:
             last = self._checkpointer.latest_step()
             saved = "nothing was saved" if last is None else f"step {last} is saved"
             raise UserError(
-                f"loss or gradient is not finite, or the loss a spike, in the last "
-                f"{in_row} steps, up to step {step}; {saved}: "
+                f"loss or gradient is not finite, or the loss a spike, in {most} "
+                f"steps in a row, up to step {step}; {saved}: "
                 "lower config.optim.learning_rate or clip the gradient "
                 "(config.optim.clip_norm) in a new --workdir"
             )

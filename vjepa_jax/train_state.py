@@ -18,6 +18,7 @@ class Guard(struct.PyTreeNode):
     Attributes:
       skipped: int32 scalar, updates refused in the whole run.
       skipped_in_row: int32 scalar, updates refused since the last one taken.
+      most_skipped_in_row: int32 scalar, the largest that this has been.
       losses: float32 [W], losses of the last W updates taken, the oldest first; NaN
         where there were not so many. W is 1, and nothing is remembered, without a guard
         against spikes: Orbax stores no empty array.
@@ -25,6 +26,7 @@ class Guard(struct.PyTreeNode):
 
     skipped: jax.Array
     skipped_in_row: jax.Array
+    most_skipped_in_row: jax.Array
     losses: jax.Array
 
 
@@ -86,6 +88,7 @@ def make_init(
             guard=Guard(
                 skipped=jnp.zeros((), jnp.int32),
                 skipped_in_row=jnp.zeros((), jnp.int32),
+                most_skipped_in_row=jnp.zeros((), jnp.int32),
                 losses=jnp.full(max(spike_window, 1), jnp.nan, jnp.float32),
             ),
         )

@@ -198,6 +198,7 @@ def make_loss_fn(
 
     def loss_fn(params, target, batch: Batch, masks, step):
         total, metrics = jnp.zeros(()), {}
+        shares: dict[str, float] = collections.defaultdict(float)
         for name, stream in streams.items():
             loss, of_stream = stream_loss(
                 params, target, batch[name]["video"], stream, masks[name], step
@@ -208,7 +209,10 @@ def make_loss_fn(
                 metrics[f"train/loss_of_{name}"] = of_stream["train/loss"]
             for key, value in of_stream.items():
                 metrics[key] = metrics.get(key, 0.0) + share * value
-        return total, metrics
+                shares[key] += share
+        # A mask type of some streams only is averaged over those.
+        means = {k: v / shares[k] if k in shares else v for k, v in metrics.items()}
+        return total, means
 
     return loss_fn
 
@@ -289,9 +293,11 @@ def make_train_step(
             moved = jnp.append(recent[1:], loss)
             recent = jnp.where(taken, moved, recent)
         refused = 1 - taken.astype(jnp.int32)
+        in_row = (guard.skipped_in_row + 1) * refused
         return taken, Guard(
             skipped=guard.skipped + refused,
-            skipped_in_row=(guard.skipped_in_row + 1) * refused,
+            skipped_in_row=in_row,
+            most_skipped_in_row=jnp.maximum(guard.most_skipped_in_row, in_row),
             losses=recent,
         )
 
@@ -324,6 +330,7 @@ def make_train_step(
             "optim/ema_momentum": momentum,
             "optim/skipped": guard.skipped.astype(jnp.float32),
             "optim/skipped_in_row": guard.skipped_in_row.astype(jnp.float32),
+            "optim/most_skipped_in_row": guard.most_skipped_in_row.astype(jnp.float32),
         }
         return TrainState(state.step + 1, params, ema, opt_state, guard), metrics
 

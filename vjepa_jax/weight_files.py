@@ -248,18 +248,29 @@ def _remove(place: pathlib.Path) -> None:
 
 
 def write_official(path: str, parts: Mapping[str, Any], prefix: str) -> None:
-    """Write a `.pt` file: {part: state dict, or list of them}, names prefixed."""
-    torch = _import_torch()
+    """Write a `.pt` file: {part: state dict, or list of them}, names prefixed.
 
-    def tensors(part):
+    Probes, which no wrapper of the official code holds, always have `module.` alone.
+
+    Raises:
+      UserError: `path` is there.
+    """
+    torch = _import_torch()
+    if pathlib.Path(path).expanduser().is_dir():
+        raise UserError(f"{path} is a folder: give the name of a file as --output")
+
+    def tensors(part, prefix):
         if isinstance(part, list):
-            return [tensors(state) for state in part]
+            return [tensors(state, prefix) for state in part]
         return {
             prefix + name: torch.from_numpy(np.array(value))
             for name, value in part.items()
         }
 
-    content = {name: tensors(part) for name, part in parts.items()}
+    content = {
+        name: tensors(part, "module." if name.startswith("classifier") else prefix)
+        for name, part in parts.items()
+    }
     write_whole(path, lambda place: torch.save(content, place))
 
 

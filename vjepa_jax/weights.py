@@ -28,7 +28,7 @@ class _Layout:
 
     Attributes:
       read: official -> ours.
-      write: (ours, official shape's trailing part or ()) -> official.
+      write: ours -> official.
     """
 
     read: Callable[[np.ndarray], np.ndarray]
