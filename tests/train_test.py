@@ -250,7 +250,7 @@ def test_a_run_that_is_no_longer_finite_ends_with_one_line_and_saves_nothing(
     assert ended.code == cli.EXIT_USER_ERROR, ended.stderr
     assert "Traceback" not in ended.stderr
     (line,) = [x for x in ended.stderr.splitlines() if x.startswith("error: ")]
-    assert "not finite" in line and "the last 3 steps, up to step 4" in line
+    assert "not finite" in line and "3 steps in a row, up to step 4" in line
     assert "nothing was saved" in line and "config.optim.learning_rate" in line
     # None of the skipped updates went by in silence.
     assert "skipped updates: 1 more up to step 2, 1 in a row now" in ended.stderr
