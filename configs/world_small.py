@@ -6,59 +6,20 @@ Command:
     python -m vjepa_jax.probe --config=configs/probe_world.py --workdir=runs/small
 """
 
-from ml_collections import ConfigDict
+import pathlib
+import runpy
 
-from vjepa_jax.default_config import get_config as get_default
-from vjepa_jax.default_config import mask
+# Config files are no package: the demo's is found beside this one.
+_TINY = runpy.run_path(str(pathlib.Path(__file__).with_name("world_tiny.py")))
 
 
 def get_config():
-    """Return the config."""
-    config = get_default()
+    """Return the demo's config, longer."""
+    config = _TINY["get_config"]()
     config.total_steps = 8000
-    config.batch_size = 32
-
     config.world.path = "runs/world_small"
     config.world.pretrain_videos = 8192
     config.data.path = "runs/world_small/pretrain.csv"
-    config.data.num_workers = 1
-    config.data.num_frames = 16
-    config.data.frame_step = 1
-    config.data.resolution = 32
-    config.data.crop_scale = (1.0, 1.0)
-    config.data.crop_aspect_ratio = (1.0, 1.0)
-
-    config.model.pos_embed = "rope"
-    config.model.scale_init = True
-    config.model.scan_layers = False
-    config.model.dtype = "float32"
-    config.model.encoder.size = "nano"
-    config.model.encoder.patch_size = 8
-    config.model.encoder.tubelet_size = 4
-    config.model.predictor.depth = 1
-    config.model.predictor.width = 64
-    config.model.predictor.num_heads = 2
-    # The second half of the clip is predicted from the first: where things will be
-    # depends on how they move. Spatial boxes alone teach more about the background.
-    with config.unlocked():
-        config.masks = ConfigDict()
-        config.masks.future = mask(num_blocks=0, max_temporal_keep=0.5, mode="unbiased")
-
-    # Not part of V-JEPA: they keep content in the features while the target is poor.
-    config.objective.variance_weight = 0.025
-    config.objective.covariance_weight = 0.0025
-
-    config.optim.start_learning_rate = 1e-4
-    config.optim.learning_rate = 1e-3
-    config.optim.final_learning_rate = 0.0
-    config.optim.warmup_steps = 100
-    config.optim.weight_decay = 0.04
-    config.optim.final_weight_decay = 0.04
-    config.optim.schedule_scale = 1.0
-    config.optim.clip_norm = 0.0
-    config.ema.start = 0.98
-    config.ema.end = 1.0
-
     config.checkpoint.every_steps = 1000
     config.log.every_steps = 50
-    return config.lock()
+    return config

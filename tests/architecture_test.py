@@ -66,6 +66,7 @@ ROOMS = {
     "grain": ("data.",),
     "av": ("data.",),
     "tensorboardX": ("metrics",),
+    "ml_collections": ("default_config", "cli"),
 }
 MODULES = sorted(
     module.name.removeprefix("vjepa_jax.")

@@ -162,8 +162,9 @@ def test_updates_are_those_of_pytorchs_adamw_under_both_schedules(b2, rng):
     steps, eps = 12, 1e-6
     shapes = {"kernel": (4, 5), "bias": (5,), "mask_tokens": (2, 3)}
     params = {k: rng.normal(size=s).astype(np.float32) for k, s in shapes.items()}
+    # Gradients of one sign on the whole: no leaf may come back to where it was.
     grads = [
-        {k: rng.normal(size=s).astype(np.float32) for k, s in shapes.items()}
+        {k: rng.normal(1.0, size=s).astype(np.float32) for k, s in shapes.items()}
         for _ in range(steps)
     ]
     tx = optim.make_optimizer(
@@ -192,8 +193,7 @@ def test_updates_are_those_of_pytorchs_adamw_under_both_schedules(b2, rng):
         actual = wrapped["encoder"][name]
         # Twelve updates of 0.1 in single precision; their sum is about one.
         np.testing.assert_allclose(actual, value, atol=1e-5, err_msg=name)
-        # Adam's first steps move every value by about the learning rate of 0.1.
-        assert np.abs(actual - params[name]).max() > 1e-3
+        assert np.abs(actual - params[name]).max() > 0.1
 
 
 def test_each_module_is_clipped_by_its_own_norm(rng):

@@ -5,7 +5,6 @@ Each `.npz` holds what the official modules computed in fp32 on tiny models, and
 """
 
 import functools
-import json
 import os
 import pathlib
 
@@ -15,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from golden_file import KNOWN_OF_OPTIMIZER, Golden
 
 from vjepa_jax import losses, optim, weights
 from vjepa_jax.models import registry
@@ -36,102 +36,6 @@ quick_jit = functools.partial(
     jax.jit, compiler_options={"xla_backend_optimization_level": 0}
 )
 SCHEDULES = 1e-6
-
-# Every key that a golden may have: an option that this test does not know must fail.
-KNOWN = {
-    "name",
-    "family",
-    "layout",
-    "img_size",
-    "num_frames",
-    "clip_frames",
-    "patch_size",
-    "tubelet_size",
-    "embed_dim",
-    "depth",
-    "num_heads",
-    "mlp_ratio",
-    "use_silu",
-    "wide_silu",
-    "predictor_dim",
-    "predictor_depth",
-    "predictor_heads",
-    "num_mask_tokens",
-    "pos",
-    "mask_token_index",
-    "optimizer",
-    "loss_exp",
-    "reg_coeff",
-    "steps",
-    "norm_eps",
-    "clip_seed",
-    "clip_shape",
-    "eval_clip_shape",
-    "clips",
-    "hierarchical_layers",
-    "image_mode",
-    "weight_distance_loss",
-    "offset_context_loss",
-    "lambda_context",
-    "interpolate_rope",
-    "losses",
-    "use_extrinsics",
-    "note",
-    "num_classes",
-    "complete_block",
-}
-KNOWN_OF_OPTIMIZER = {
-    "start_lr",
-    "lr",
-    "final_lr",
-    "wd",
-    "final_wd",
-    "warmup_steps",
-    "anneal_steps",
-    "total_steps",
-    "ema",
-    "betas",
-    "eps",
-    "schedule",
-}
-
-
-class Golden:
-    """A golden file: arrays, state dicts without prefixes, and meta data."""
-
-    def __init__(self, path: pathlib.Path):
-        with np.load(path) as file:
-            arrays = {name: file[name] for name in file.files}
-        self.meta = json.loads(str(arrays.pop("__meta__")))
-        unknown = set(self.meta) - KNOWN
-        assert not unknown, f"options that this test does not know: {unknown}"
-        self.states: dict[str, dict] = {}
-        self.arrays = {}
-        for name, value in arrays.items():
-            model, _, key = name.partition("/")
-            if key:
-                self.states.setdefault(model, {})[key] = value
-            else:
-                self.arrays[name] = value
-        self.states = {k: weights.strip_prefixes(v) for k, v in self.states.items()}
-
-    def clips(self, step: int, shape: str = "clip_shape") -> jax.Array:
-        """Return the clips of a step as [B, T, H, W, 3], normalised."""
-        rng = np.random.default_rng(self.meta["clip_seed"] * 1000 + step)
-        clips = rng.standard_normal(self.meta[shape], dtype=np.float32)
-        return jnp.asarray(clips.transpose(0, 2, 3, 4, 1))
-
-    def masks(self, step: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """Return {mask: (ctx_idx, tgt_idx)} of a step."""
-        found = {}
-        while f"step{step}_ctx{len(found)}" in self.arrays:
-            j = len(found)
-            found[str(j)] = (
-                self.arrays[f"step{step}_ctx{j}"],
-                self.arrays[f"step{step}_tgt{j}"],
-            )
-        assert found
-        return found
 
 
 def tree_of(rules, state, init, what):
@@ -188,7 +92,6 @@ def make_models(meta):
     mlp = "gelu"
     if meta.get("use_silu"):
         mlp = "swiglu_wide" if meta.get("wide_silu", True) else "swiglu"
-    assert meta["mlp_ratio"] == int(meta["mlp_ratio"])
     shared = {"mlp": mlp, "scan_layers": True, **position_fields(meta)}
     levels = tuple(meta.get("hierarchical_layers", ()))
     is_2_1 = meta["family"] == "vjepa2_1"
@@ -215,6 +118,7 @@ def make_models(meta):
         input_dim=encoder.width if len(levels) > 1 else 0,
         predict_context=is_2_1,
         image_embed=is_2_1,
+        mlp_ratio=meta["mlp_ratio"],
         **shared,
     )
     return encoder, predictor

@@ -3,10 +3,9 @@
 import math
 
 import optax
-from ml_collections import ConfigDict
 
 from vjepa_jax import flops, masking, optim
-from vjepa_jax.default_config import UserError
+from vjepa_jax.default_config import ConfigDict, UserError
 from vjepa_jax.models import registry
 from vjepa_jax.models.encoder import VideoEncoder
 from vjepa_jax.models.predictor import Predictor

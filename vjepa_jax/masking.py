@@ -73,6 +73,16 @@ class MaskSpec:
     pred_full_complement: bool = False
     inv_block: bool = False
 
+    def __post_init__(self):
+        for name, value, known in (
+            ("kind", self.kind, KINDS),
+            ("mode", self.mode, MODES),
+        ):
+            if value not in known:
+                raise ValueError(
+                    f"mask {name} '{value}' is unknown; known: {', '.join(known)}"
+                )
+
 
 def box_shape(uniforms, grid: Grid, spec: MaskSpec):
     """Turn three uniform numbers [..., 3] into box extents, by the official formula.

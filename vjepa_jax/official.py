@@ -10,9 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from ml_collections import ConfigDict
 
-from vjepa_jax.default_config import UserError, get_config
+from vjepa_jax.default_config import ConfigDict, UserError, get_config
 from vjepa_jax.huggingface import count
 from vjepa_jax.models import positions, registry
 

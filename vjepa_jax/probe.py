@@ -14,11 +14,10 @@ import flax.linen as nn
 import jax
 import numpy as np
 from absl import flags
-from ml_collections import ConfigDict
 
 from vjepa_jax import build, checkpoint, cli, metrics
 from vjepa_jax.data import render, sources
-from vjepa_jax.default_config import UserError, from_json
+from vjepa_jax.default_config import ConfigDict, UserError, from_json
 from vjepa_jax.evals import features, pictures, world
 from vjepa_jax.models.encoder import VideoEncoder
 

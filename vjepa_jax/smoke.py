@@ -7,9 +7,7 @@ A config file with variants calls `split_argument` on what follows its name
 import re
 from collections.abc import Collection
 
-from ml_collections import ConfigDict
-
-from vjepa_jax.default_config import UserError
+from vjepa_jax.default_config import ConfigDict, UserError
 
 WORD = "smoke"
 STEPS = 2

@@ -16,7 +16,6 @@ import time
 import flax.linen as nn
 import jax
 from absl import flags
-from ml_collections import ConfigDict
 
 from vjepa_jax import (
     build,
@@ -29,7 +28,7 @@ from vjepa_jax import (
     sharding,
 )
 from vjepa_jax.data import pipeline, render, sources, streams
-from vjepa_jax.default_config import UserError
+from vjepa_jax.default_config import ConfigDict, UserError
 from vjepa_jax.train_state import abstract_state, make_init
 from vjepa_jax.train_step import Objective, make_train_step
 

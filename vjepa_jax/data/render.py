@@ -17,10 +17,9 @@ from fractions import Fraction
 import av
 import numpy as np
 import tqdm
-from ml_collections import ConfigDict
 
 from vjepa_jax.data import world
-from vjepa_jax.default_config import UserError
+from vjepa_jax.default_config import ConfigDict, UserError
 
 MANIFEST = "world.json"
 FPS = 12

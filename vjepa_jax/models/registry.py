@@ -98,10 +98,10 @@ def make_encoder(
 
 
 def make_predictor(
-    dtype: str = "float32", mlp: str = "gelu", **fields: Any
+    dtype: str = "float32", mlp: str = "gelu", mlp_ratio: float = 4.0, **fields: Any
 ) -> Predictor:
-    """Make a predictor from its own fields; its MLP is four times its width."""
-    hidden = mlp_fields(mlp, 4 * fields["width"])
+    """Make a predictor from its own fields; its MLP is `mlp_ratio` times its width."""
+    hidden = mlp_fields(mlp, int(mlp_ratio * fields["width"]))
     return Predictor(**fields, **hidden, dtype=jnp.dtype(dtype))
 
 
