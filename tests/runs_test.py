@@ -6,12 +6,12 @@ import jax
 import numpy as np
 import pytest
 import video_files
+from step_setup import abstract_of
 
-from vjepa_jax import build, checkpoint, metrics
+from vjepa_jax import checkpoint, metrics
 from vjepa_jax.default_config import UserError, get_config, mask, stream
 from vjepa_jax.models import registry
 from vjepa_jax.train import train_and_evaluate
-from vjepa_jax.train_state import abstract_state, make_init
 
 RATE, DECAY_STEPS, EPS = 1e-3, 2, 1e-8
 WIDTHS = {"pico": 12, "nano_wide": 16}
@@ -81,14 +81,7 @@ def make_config(folder, **values):
 
 def read_state(config, workdir):
     """Return (step, what a run would start from) of a workdir's latest checkpoint."""
-    encoder, predictor = build.make_models(config)
-    tx = build.make_optimizer(config)
-    shape = build.video_shapes(config)[build.MAIN_STREAM]
-    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    abstract = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one),
-        abstract_state(make_init(encoder, predictor, tx, shape)),
-    )
+    abstract = abstract_of(config)
     step, fields = checkpoint.restore_start(str(workdir), abstract, True)
     return step, jax.device_get(fields)
 

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vjepa_jax import optim
+from vjepa_jax import build, optim
 from vjepa_jax.masking import MaskSpec
 from vjepa_jax.models.encoder import VideoEncoder
 from vjepa_jax.models.predictor import Predictor
-from vjepa_jax.train_state import make_init
+from vjepa_jax.train_state import abstract_state, make_init
 from vjepa_jax.train_step import Objective, Stream, make_loss_fn, make_train_step
 
 STEPS = 200  # length of the schedules
@@ -22,6 +22,18 @@ MASKS = {
 }
 STREAMS = {"video": Stream(MASKS)}
 REGULARISED = Objective(variance_weight=0.1, covariance_weight=0.01)
+
+
+def abstract_of(config):
+    """Return the state of a config's run as shapes, all of it on the first device."""
+    encoder, predictor = build.make_models(config)
+    shape = build.video_shapes(config)[build.MAIN_STREAM]
+    init = make_init(encoder, predictor, build.make_optimizer(config), shape)
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one),
+        abstract_state(init),
+    )
 
 
 class Setup:

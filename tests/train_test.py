@@ -17,10 +17,10 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import pytest
+from step_setup import abstract_of
 
-from vjepa_jax import build, checkpoint, cli, default_config, metrics
+from vjepa_jax import checkpoint, cli, default_config, metrics
 from vjepa_jax.data import render
-from vjepa_jax.train_state import abstract_state, make_init
 
 ROOT = pathlib.Path(__file__).parents[1]
 TOTAL_STEPS = 30
@@ -163,14 +163,7 @@ def steps_of(workdir):
 def restore(workdir, step):
     """Return the state of a checkpoint as NumPy arrays."""
     config = default_config.from_json(json.loads((workdir / "config.json").read_text()))
-    encoder, predictor = build.make_models(config)
-    tx = build.make_optimizer(config)
-    shape = build.video_shapes(config)[build.MAIN_STREAM]
-    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    abstract = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one),
-        abstract_state(make_init(encoder, predictor, tx, shape)),
-    )
+    abstract = abstract_of(config)
     with checkpoint.Checkpointer(str(workdir), every_steps=1, keep=9) as checkpointer:
         assert checkpointer.latest_step() == step
         state, _, _ = checkpointer.restore(step, abstract)
