@@ -9,7 +9,14 @@ import video_files
 
 from vjepa_jax import build, cli
 from vjepa_jax.data import sources
-from vjepa_jax.default_config import UserError, get_config, mask, stream, validate
+from vjepa_jax.default_config import (
+    UserError,
+    get_config,
+    mask,
+    restored,
+    stream,
+    validate,
+)
 from vjepa_jax.train import check_workdir, claim_workdir, train_and_evaluate
 
 
@@ -322,3 +329,23 @@ def test_config_of_a_workdir_survives_json(config, tmp_path):
     stored = json.loads((tmp_path / "config.json").read_text())
     assert stored["masks"]["long"]["num_blocks"] == 2
     check_workdir(config, str(tmp_path))
+
+
+def test_config_of_an_earlier_release_takes_the_defaults_of_new_keys(config):
+    with config.unlocked():
+        config.streams.image = stream(path="images", masks={"one": mask(num_blocks=10)})
+    saved = json.loads(json.dumps(config.to_dict()))
+    del saved["teacher"]["step"], saved["model"]["predictor"]["mlp"], saved["ema"]
+    del saved["masks"]["short"], saved["masks"]["long"]["token"]
+    del saved["streams"]["image"]["weight"]
+    del saved["streams"]["image"]["masks"]["one"]["mode"]
+    found = restored(saved)
+    default = get_config()
+    assert found.teacher.step == -1
+    assert found.model.predictor.mlp == ""
+    assert found.ema == default.ema
+    assert set(found.masks) == {"long"}  # the user's own names stay as they are
+    assert found.masks.long.token == mask().token
+    assert found.streams.image.weight == 1.0
+    assert found.streams.image.masks.one.num_blocks == 10
+    assert found.streams.image.masks.one.mode == "official"

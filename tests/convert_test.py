@@ -11,7 +11,7 @@ import pytest
 
 import vjepa_jax
 from vjepa_jax import build, checkpoint, convert, official, weight_files, weights
-from vjepa_jax.default_config import UserError, from_json, validate
+from vjepa_jax.default_config import UserError, restored, validate
 from vjepa_jax.models import positions, registry
 from vjepa_jax.models.encoder import normalise
 from vjepa_jax.models.heads import AttentiveClassifier
@@ -103,7 +103,7 @@ def test_load_encoder_equals_the_official_code(folders, name):
 def test_checkpoint_rebuilds_the_models(folders, name):
     golden = Golden(name)
     models, meta = checkpoint.restore_models(str(folders / name))
-    config = from_json(meta["config"])
+    config = restored(meta["config"])
     config.data.path = "videos"
     validate(config)
     encoder, predictor = build.make_models(config)
@@ -147,11 +147,28 @@ def test_levels_of_an_image_encoder(folders, rng):
     np.testing.assert_allclose(every[..., -32:], last, atol=1e-5)
 
 
+def test_what_fills_no_tubelet_is_left_out(encode, rng):
+    video = rng.integers(0, 256, (1, 5, 47, 33, 3), np.uint8)
+    features = encode(video)
+    assert features.shape == (1, 2, 2, 2, 64)
+    np.testing.assert_array_equal(features, encode(video[:, :4, :32, :32]))
+
+
+def test_outputs_of_chosen_blocks(folders, encode, rng):
+    path = str(folders / "vjepa2_train")
+    video = rng.integers(0, 256, (1, 2, 32, 32, 3), np.uint8)
+    both = vjepa_jax.load_encoder(path, out_layers=(0, 1))(video)
+    assert both.shape == (1, 1, 2, 2, 128)
+    np.testing.assert_allclose(both[..., 64:], encode(video), atol=1e-5)
+    assert np.abs(both[..., :64] - both[..., 64:]).max() > 0.1
+    with pytest.raises(UserError, match=r"out_layers=\(2,\).*blocks are 0 to 1"):
+        vjepa_jax.load_encoder(path, out_layers=(2,))
+
+
 @pytest.mark.parametrize(
     ("shape", "dtype", "match"),
     [
-        ((1, 3, 32, 32, 3), np.uint8, "3 frames of 32x32 cannot be cut"),
-        ((1, 4, 32, 33, 3), np.uint8, "4 frames of 32x33 cannot be cut"),
+        ((1, 4, 32, 15, 3), np.uint8, "4 frames of 32x15 is smaller than a tubelet"),
         ((1, 3, 4, 32, 32), np.uint8, "is not .B, T, H, W, 3."),
         ((0, 4, 32, 32, 3), np.uint8, "is empty"),
         ((1, 4, 32, 32, 3), np.int64, "int64 is neither"),
@@ -174,6 +191,35 @@ def test_probe_has_no_encoder(tmp_path):
     np.testing.assert_allclose(logits, golden.arrays["y"], atol=1e-4)
 
 
+def test_exported_probe_is_read_as_the_same_family(tmp_path):
+    """V-JEPA's probe is told from V-JEPA 2's by a layer that nothing uses."""
+    pytest.importorskip("torch")
+    convert.save(Golden("vjepa1_probe").converted(), str(tmp_path / "probe"))
+    file = str(tmp_path / "probe.pt")
+    convert.export_official(str(tmp_path / "probe"), file)
+    again = convert.convert(file, str(tmp_path / "again"), official.Hints(num_heads=4))
+    assert again.meta["classifier"]["blocks_on_query"]
+
+
+def test_gated_mlp_of_the_encoder_alone():
+    golden = Golden("vjepa2_swiglu_nonsquare")
+    predictor = weights.strip_prefixes(golden.content["predictor"])
+    width = golden.meta["predictor_dim"]
+    for i in range(golden.meta["predictor_depth"]):
+        block = f"predictor_blocks.{i}.mlp"
+        del predictor[f"{block}.fc3.weight"], predictor[f"{block}.fc3.bias"]
+        for name, (rows, columns) in (
+            ("fc1", (4 * width, width)),
+            ("fc2", (width, 4 * width)),
+        ):
+            predictor[f"{block}.{name}.weight"] = np.ones((rows, columns), np.float32)
+            predictor[f"{block}.{name}.bias"] = np.ones(rows, np.float32)
+    golden.content = {**golden.content, "predictor": predictor}
+    meta = golden.converted().meta
+    encoder, ours = build.make_models(restored(meta["config"]))
+    assert (encoder.mlp, ours.mlp, ours.mlp_dim) == ("swiglu", "gelu", 4 * width)
+
+
 def test_distilled_model():
     """The student has four norms and trains one; it predicts a wider teacher."""
     golden = Golden("vjepa2_1_train")
@@ -192,7 +238,7 @@ def test_distilled_model():
         "predictor": predictor,
     }
     converted = golden.converted()
-    encoder, ours = build.make_models(from_json(converted.meta["config"]))
+    encoder, ours = build.make_models(restored(converted.meta["config"]))
     assert encoder.levels == (2, 5, 8, 11)
     assert (encoder.out_dim, ours.out_dim, ours.input_dim) == (32, 40, 0)
     models = {"target": converted.target, **converted.params}

@@ -24,6 +24,7 @@ KNOWN = {
     "num_heads",
     "mlp_ratio",
     "use_silu",
+    "use_pred_silu",
     "wide_silu",
     "predictor_dim",
     "predictor_depth",

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from vjepa_jax import build, checkpoint, convert, huggingface, load_encoder, official
-from vjepa_jax.default_config import UserError, from_json
+from vjepa_jax.default_config import UserError, restored
 from vjepa_jax.models import registry
 from vjepa_jax.models.heads import AttentiveClassifier
 from vjepa_jax.models.positions import Grid
@@ -102,7 +102,7 @@ def test_one_frame_equals_theirs(model, converted):
 def test_predictions_equal_theirs(model, converted):
     torch, _ = import_torch()
     models, meta = checkpoint.restore_models(converted)
-    config = from_json(meta["config"])
+    config = restored(meta["config"])
     _, predictor = build.make_models(config)
     order = np.random.default_rng(1).permutation(32)
     context, target = (np.tile(np.sort(part), (2, 1)) for part in np.split(order, [12]))

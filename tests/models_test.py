@@ -1,5 +1,7 @@
 """Models against a plain double-precision re-implementation, and what must not leak."""
 
+from unittest import mock
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -324,6 +326,28 @@ def test_video_is_normalised_by_imagenets_statistics(rng):
     actual = normalise(jnp.asarray(video))
     assert actual.dtype == jnp.float32
     np.testing.assert_allclose(actual, expected, atol=1e-6)
+
+
+def test_an_action_predictor_spreads_columns_over_as_many_places_as_rows(rng):
+    """As `ACRoPEAttention` does: of a grid 2 x 4, columns are half a step apart."""
+    predictor = registry.make_action_predictor(
+        depth=1, width=12, num_heads=2, out_dim=8
+    )
+    tokens = jnp.asarray(rng.normal(size=(1, 8, 8)), jnp.float32)
+    action = jnp.asarray(rng.normal(size=(1, 1, 7)), jnp.float32)
+    given = (tokens, action, action, None)
+    params = predictor.init(jax.random.key(0), *given, (1, 2, 4))
+    seen = []
+    rope_at = positions.rope_at
+
+    def record(coordinates, head_dim, tiled):
+        seen.append([np.asarray(c) for c in coordinates])
+        return rope_at(coordinates, head_dim, tiled)
+
+    with mock.patch.object(positions, "rope_at", record):
+        predictor.apply(params, *given, (1, 2, 4))
+    columns = [0, 0, 0, 0.5, 1, 1.5, 0, 0.5, 1, 1.5]  # after action and state
+    np.testing.assert_array_equal(seen[0][2], columns)
 
 
 def test_clips_that_tubelets_do_not_tile_are_refused():

@@ -88,11 +88,14 @@ def position_fields(meta):
 
 def make_models(meta):
     assert meta["family"] in FAMILIES, meta["family"]
-    assert meta["norm_eps"] == 1e-6
-    mlp = "gelu"
-    if meta.get("use_silu"):
-        mlp = "swiglu_wide" if meta.get("wide_silu", True) else "swiglu"
-    shared = {"mlp": mlp, "scan_layers": True, **position_fields(meta)}
+    swiglu = "swiglu_wide" if meta.get("wide_silu", True) else "swiglu"
+    mlp = swiglu if meta.get("use_silu") else "gelu"
+    is_gated = meta.get("use_pred_silu", meta.get("use_silu"))
+    shared = {
+        "norm_eps": meta["norm_eps"],
+        "scan_layers": True,
+        **position_fields(meta),
+    }
     levels = tuple(meta.get("hierarchical_layers", ()))
     is_2_1 = meta["family"] == "vjepa2_1"
     size = registry.Size(
@@ -107,6 +110,7 @@ def make_models(meta):
         tubelet_size=meta["tubelet_size"],
         levels=levels,
         image_embed=is_2_1,
+        mlp=mlp,
         **shared,
     )
     predictor = registry.make_predictor(
@@ -119,6 +123,7 @@ def make_models(meta):
         predict_context=is_2_1,
         image_embed=is_2_1,
         mlp_ratio=meta["mlp_ratio"],
+        mlp=swiglu if is_gated else "gelu",
         **shared,
     )
     return encoder, predictor

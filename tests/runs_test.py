@@ -1,6 +1,7 @@
 """Runs of two updates in this process: from another run, of streams, with a teacher."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -239,3 +240,22 @@ def test_a_student_of_a_frozen_teacher(folder, first):
     for a, b in zip(*map(jax.tree.leaves, (before, after)), strict=True):
         np.testing.assert_array_equal(a, b)
     assert json.loads((workdir / "config.json").read_text())["teacher"]["path"]
+
+
+def test_a_student_continues_with_the_step_of_its_teacher(folder, first):
+    teacher = folder / "teacher"
+    shutil.copytree(folder / "first", teacher)
+    config = make_config(
+        folder,
+        **{"teacher.path": str(teacher), "model.predictor.out_dim": WIDTHS["pico"]},
+    )
+    workdir = folder / "second_student"
+    assert train_and_evaluate(config, str(workdir)) is None
+    step = checkpoint.restore_target(str(workdir))[1]["teacher_step"]
+    assert step == checkpoint.restore_target(str(teacher))[1]["step"] > 0
+    steps = teacher / checkpoint.FOLDER
+    shutil.copytree(steps / str(step), steps / str(step + 1))
+    with pytest.raises(UserError, match=rf"set config.teacher.step={step}$"):
+        train_and_evaluate(config, str(workdir))
+    config.teacher.step = step
+    assert train_and_evaluate(config, str(workdir)) is None

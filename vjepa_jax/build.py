@@ -38,7 +38,6 @@ def make_models(config: ConfigDict):
     shared = {
         key: model[key]
         for key in (
-            "mlp",
             "scale_init",
             "image_embed",
             "pos_embed",
@@ -51,7 +50,7 @@ def make_models(config: ConfigDict):
     fields = dict(model.encoder)
     size = fields.pop("size")
     try:
-        encoder = registry.make_encoder(size, **fields, **shared)
+        encoder = registry.make_encoder(size, mlp=model.mlp, **fields, **shared)
     except ValueError as error:
         raise UserError(f"config.model.encoder.size: {error}") from None
     if encoder.levels and encoder.levels[-1] >= encoder.depth:
@@ -66,6 +65,7 @@ def make_models(config: ConfigDict):
     fields = dict(model.predictor)
     del fields["mask_token_per"]
     deep_input = fields.pop("deep_input")
+    mlp = fields.pop("mlp") or model.mlp
     used = 1 + max(i for per in _mask_indices(config).values() for i in per)
     num_mask_tokens = fields.pop("num_mask_tokens") or used
     out_dim = fields.pop("out_dim") or encoder.out_dim
@@ -76,6 +76,7 @@ def make_models(config: ConfigDict):
     predictor = registry.make_predictor(
         **fields,
         **shared,
+        mlp=mlp,
         base_grid=base_grid,
         input_dim=encoder.width if deep_input else 0,
         out_dim=out_dim,

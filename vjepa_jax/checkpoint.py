@@ -232,7 +232,7 @@ def _reader(path: str, step: int | None):
             step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
         )["meta"]
         _require_format(folder / str(step), meta)
-        yield manager, step, meta
+        yield manager, step, meta | {"step": step}
 
 
 def _on_first_device(metadata: Any) -> Any:
@@ -253,7 +253,8 @@ def restore_target(path: str, step: int | None = None) -> tuple[Any, dict[str, A
 
     Returns:
       (target_params, meta): nested dictionaries of arrays, each whole on the first
-      device of this process, in the dtypes saved; and the run's description.
+      device of this process, in the dtypes saved; and the run's description, with the
+      `step` that was read.
 
     Raises:
       UserError: no such folder, no checkpoint in it, no such step, no target encoder in
@@ -324,17 +325,24 @@ def restore_start(
             | {"target": stored["target"].tree},
             wanted=wanted | {"target": abstract_state.target},
         )
-        # Orbax restores an item whole; what is not wanted is read and dropped.
-        rest = {k: _on_first_device(v) for k, v in tree.items() if k not in wanted}
-        arrays = manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(wanted | rest),
-                target=ocp.args.StandardRestore(abstract_state.target),
+        fields = _restore_part(folder / "state", wanted)
+        args = ocp.args.Composite(
+            target=ocp.args.StandardRestore(abstract_state.target)
+        )
+        return step, fields | {"target": manager.restore(step, args=args)["target"]}
+
+
+def _restore_part(folder: epath.Path, wanted: Any) -> Any:
+    """Restores some branches of an item; the others' arrays are not read."""
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        return checkpointer.restore(
+            folder,
+            args=ocp.args.PyTreeRestore(
+                wanted,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+                partial_restore=True,
             ),
         )
-    fields = {k: arrays["state"][k] for k in wanted}
-    return step, fields | {"target": arrays["target"]}
 
 
 def save_converted(

@@ -22,7 +22,7 @@ from absl import flags
 
 from vjepa_jax import build, checkpoint, cli, huggingface, official, weight_files
 from vjepa_jax import weights as rules
-from vjepa_jax.default_config import UserError, from_json
+from vjepa_jax.default_config import UserError, restored
 from vjepa_jax.models import positions, registry
 from vjepa_jax.models.encoder import VideoEncoder
 from vjepa_jax.models.heads import AttentiveClassifier
@@ -249,7 +249,7 @@ def export_parts(models: dict[str, Any], meta: dict[str, Any]) -> dict[str, Any]
         predictor_rules = rules.action_predictor_rules(action_predictor)
         if "config" not in meta:
             return {"predictor": rules.export_state(predictor_rules, models["target"])}
-    config = from_json(meta["config"])
+    config = restored(meta["config"])
     family = official.family_of(config)
     encoder, predictor = build.make_models(config)
     keys = meta.get("official_keys", _OUR_KEYS)
@@ -302,13 +302,14 @@ def export_huggingface(source: str, output: str, step: int | None = None) -> Non
     kind = meta.get("kind", "pretraining")
     if kind not in ("pretraining", "encoder"):
         raise UserError(f"transformers has no model for a checkpoint of kind '{kind}'")
-    config = from_json(meta["config"])
+    config = restored(meta["config"])
     family = official.family_of(config)
     encoder, predictor = build.make_models(config)
-    if family != "vjepa2" or encoder.mlp != "gelu":
+    kinds = {encoder.mlp, predictor.mlp}
+    if family != "vjepa2" or kinds != {"gelu"}:
         raise UserError(
             f"transformers has V-JEPA 2 with GELU only; {source} is {family} with "
-            f"{encoder.mlp}"
+            f"{' and '.join(sorted(kinds))}"
         )
     exported = export_parts(models, meta)
     parts = {"encoder": exported[meta.get("official_keys", _OUR_KEYS)["target"]]}

@@ -91,6 +91,7 @@ def get_config() -> ConfigDict:
     config.init.keep_moments = True  # take the optimiser's moments along, or zero them
     config.teacher = ConfigDict()  # a frozen encoder to predict instead of the target
     config.teacher.path = ""  # workdir or converted checkpoint; "": none
+    config.teacher.step = -1  # a saved step of it; -1: its latest
     config.teacher.is_required = False  # the recipe makes no sense without a teacher
     config.teacher.output_levels = 0  # predict so many of its last levels; 0: its own
 
@@ -127,6 +128,7 @@ def get_config() -> ConfigDict:
     config.model.predictor.depth = 12
     config.model.predictor.width = 384
     config.model.predictor.num_heads = 16
+    config.model.predictor.mlp = ""  # as model.mlp's kinds; "": the encoder's
     config.model.predictor.num_mask_tokens = 0  # 0: as many as are used
     # The token of hidden places: `mask` as each mask's `token` says (V-JEPA), `stream`
     # one per stream (V-JEPA 2's clip lengths), `run` the first for all (V-JEPA 2.1).
@@ -191,6 +193,7 @@ OPERATIONAL = (
     "data.max_bad_fraction",
     "data.path",
     "world.path",
+    "teacher.step",
     "optim.max_skipped_in_row",
     "model.scan_layers",
     "model.remat",
@@ -203,6 +206,34 @@ def from_json(data: Any) -> Any:
     if isinstance(data, dict):
         return ConfigDict({key: from_json(value) for key, value in data.items()})
     return tuple(from_json(x) for x in data) if isinstance(data, list) else data
+
+
+def restored(saved: dict[str, Any]) -> ConfigDict:
+    """Return the config of a checkpoint, made by this release or by an earlier one.
+
+    Keys that came later take their defaults, which compute what releases without them
+    computed.
+
+    Args:
+      saved: as JSON gives it.
+    """
+    config = from_json(saved)
+    _fill(config, get_config(), named=("masks", "streams"))
+    for masks in (config.masks, *(s.masks for s in config.streams.values())):
+        for spec in masks.values():
+            _fill(spec, mask())
+    for fields in config.streams.values():
+        _fill(fields, stream(), named=("masks",))
+    return config
+
+
+def _fill(config: ConfigDict, default: ConfigDict, named: tuple[str, ...] = ()) -> None:
+    """Add what is missing; entries of `named` dicts are the user's."""
+    for key, value in default.items():
+        if key not in config:
+            config[key] = ConfigDict() if key in named else value
+        elif isinstance(value, ConfigDict) and key not in named:
+            _fill(config[key], value)
 
 
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -272,6 +303,7 @@ def validate(config: ConfigDict) -> None:
     choices = {
         "model.pos_embed": ("sincos", "rope", "rope_tiled"),
         "model.mlp": ("gelu", "swiglu", "swiglu_wide"),
+        "model.predictor.mlp": ("", "gelu", "swiglu", "swiglu_wide"),
         "model.predictor.mask_token_per": ("mask", "stream", "run"),
         "optim.schedule": ("cosine", "linear", "wsd"),
         "model.dtype": ("float32", "bfloat16"),

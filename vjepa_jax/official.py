@@ -205,6 +205,8 @@ def _describe_predictor(
         fields.width, hints.predictor_heads, known, "predictor_heads"
     )
     fields.depth = count(state, "predictor_blocks")
+    mlp, _ = _mlp(state, "predictor_blocks", fields.width, "predictor")
+    fields.mlp = mlp if mlp != config.model.mlp else ""
     fields.num_mask_tokens = max(count(state, "mask_tokens"), 1)
     per = {"vjepa": "mask", "vjepa2": "stream", "vjepa2_1": "run"}[family]
     fields.mask_token_per = per if fields.num_mask_tokens > 1 else "run"

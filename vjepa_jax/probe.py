@@ -17,7 +17,7 @@ from absl import flags
 
 from vjepa_jax import build, checkpoint, cli, metrics
 from vjepa_jax.data import render, sources
-from vjepa_jax.default_config import ConfigDict, UserError, from_json
+from vjepa_jax.default_config import ConfigDict, UserError, restored
 from vjepa_jax.evals import features, pictures, world
 from vjepa_jax.models.encoder import VideoEncoder
 
@@ -63,7 +63,7 @@ def probe(config: ConfigDict, workdir: str) -> dict[str, dict[str, float]]:
     began = time.perf_counter()
     step = None if config.step < 0 else config.step
     target, meta = checkpoint.restore_target(workdir, step)
-    run = from_json(meta["config"])
+    run = restored(meta["config"])
     if not run.world.path:
         raise UserError(
             f"the run in {workdir} has no config.world.path: configs/probe_world.py "

@@ -46,6 +46,7 @@ def check_workdir(config: ConfigDict, workdir: str) -> None:
         old = json.loads(path.read_text())
     except ValueError:
         raise UserError(f"{path} is not JSON: give another --workdir") from None
+    old = default_config.restored(old).to_dict()
     changed = default_config.differences(old, config.to_dict())
     if changed:
         raise UserError(
@@ -103,7 +104,9 @@ def _make_clock(config, encoder, predictor, stream_specs, teacher, start, mesh):
     )
 
 
-def _restore_or_init(checkpointer, init, shapes, shardings, config, fingerprint):
+def _restore_or_init(
+    checkpointer, init, shapes, shardings, config, fingerprint, teacher_step
+):
     """Return (finished steps, state): the run's own, another's, or a new one."""
     step = checkpointer.latest_step()
     abstract = jax.tree.map(
@@ -112,11 +115,17 @@ def _restore_or_init(checkpointer, init, shapes, shardings, config, fingerprint)
         shardings,
     )
     if step is not None:
-        state, position, _ = checkpointer.restore(step, abstract)
+        state, position, meta = checkpointer.restore(step, abstract)
         if position["fingerprint"] != fingerprint:
             raise UserError(
                 "the videos of config.data.path are not those that this run was "
                 "reading: bring them back, or give another --workdir"
+            )
+        if meta.get("teacher_step", teacher_step) != teacher_step:
+            raise UserError(
+                f"this run learns from step {meta['teacher_step']} of "
+                f"{config.teacher.path}, which is at step {teacher_step} now: set "
+                f"config.teacher.step={meta['teacher_step']}"
             )
         _say(f"resumed from step {step}")
         return step, state
@@ -133,18 +142,19 @@ def _restore_or_init(checkpointer, init, shapes, shardings, config, fingerprint)
 
 
 def _load_teacher(config, encoder, predictor, mesh):
-    """Return (teacher, its parameters, replicated); (None, None) without one."""
+    """Return (teacher, its parameters, replicated, its step); Nones without one."""
     if not config.teacher.path:
-        return None, None
-    params, meta = checkpoint.restore_target(config.teacher.path)
+        return None, None, None
+    wanted = None if config.teacher.step < 0 else config.teacher.step
+    params, meta = checkpoint.restore_target(config.teacher.path, wanted)
     if "config" not in meta:
         raise UserError(
             f"config.teacher.path={config.teacher.path} holds no encoder of a run or "
             "of a conversion: give another"
         )
-    trained = default_config.from_json(meta["config"])
+    trained = default_config.restored(meta["config"])
     teacher = build.make_teacher(config, trained, encoder, predictor)
-    return teacher, jax.device_put(params, sharding.replicated(mesh))
+    return teacher, jax.device_put(params, sharding.replicated(mesh)), meta["step"]
 
 
 def _compile(train_step, args, batch_shapes, shardings, mesh):
@@ -218,7 +228,9 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> int | None:
         config.optim.spike_window,
     )
     shapes, shardings = abstract_state(init), sharding.state_shardings(init, mesh)
-    teacher, teacher_params = _load_teacher(config, encoder, predictor, mesh)
+    teacher, teacher_params, teacher_step = _load_teacher(
+        config, encoder, predictor, mesh
+    )
     train_step = make_train_step(
         encoder,
         predictor,
@@ -254,7 +266,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> int | None:
         _StopRequest() as stop,
     ):
         start, state = _restore_or_init(
-            checkpointer, init, shapes, shardings, config, fingerprint
+            checkpointer, init, shapes, shardings, config, fingerprint, teacher_step
         )
         # Not before: a start that fails must not bind the workdir to its config.
         claim_workdir(config, workdir)
@@ -324,6 +336,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> int | None:
                             meta={
                                 "config": config.to_dict(),
                                 "video_shape": shapes_of_clips[build.MAIN_STREAM],
+                                "teacher_step": teacher_step,
                             },
                             force=is_last,
                         )

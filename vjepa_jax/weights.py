@@ -154,6 +154,8 @@ def classifier_rules(model: AttentiveClassifier) -> list[Rule]:
     attend = f"{cross}.xattn" if model.complete_block else cross
     rules = [Rule("query", ("pooler.query_tokens",), _SAME)]
     rules += _linear("q", f"{attend}.q") + _linear("kv", f"{attend}.kv")
+    if model.blocks_on_query:
+        rules += _linear("proj", f"{attend}.proj")
     if model.complete_block:
         rules += _norm("norm1", f"{cross}.norm1") + _norm("norm2", f"{cross}.norm2")
         rules += _linear("fc1", f"{cross}.mlp.fc1") + _linear("fc2", f"{cross}.mlp.fc2")
@@ -166,10 +168,6 @@ def classifier_rules(model: AttentiveClassifier) -> list[Rule]:
 IGNORED = {
     "pos_embed": "a fixed table: computed anew or, with rotations, not used",
     "predictor_pos_embed": "a fixed table: computed anew or, with rotations, not used",
-    "pooler.cross_attention_block.xattn.proj.weight": "never used by the official code",
-    "pooler.cross_attention_block.xattn.proj.bias": "never used by the official code",
-    "pooler.cross_attention_block.proj.weight": "never used by the official code",
-    "pooler.cross_attention_block.proj.bias": "never used by the official code",
 }
 
 

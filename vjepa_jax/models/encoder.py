@@ -53,6 +53,7 @@ class VideoEncoder(nn.Module):
         norms of the others remain parameters (V-JEPA 2.1's distilled models).
       image_embed: clips of one frame have a patch embedding of their own, and both
         modalities a learned embedding added to every token (V-JEPA 2.1).
+      norm_eps: of the layer norms.
       scan_layers, remat, attention, dtype: how it is computed, see `layers.Stack`.
     """
 
@@ -69,6 +70,7 @@ class VideoEncoder(nn.Module):
     levels: tuple[int, ...] = ()
     output_levels: int = 0
     image_embed: bool = False
+    norm_eps: float = layers.NORM_EPS
     scan_layers: bool = False
     remat: str = "none"
     attention: str = "xla"
@@ -152,10 +154,11 @@ class VideoEncoder(nn.Module):
             self.remat,
             self.attention,
             self.dtype,
+            self.norm_eps,
             name="stack",
         )(x, tables, out_layers=out_layers or self.levels[-self.num_levels :])
         names = [f"norm_{i}" for i in range(len(self.levels))] or ["norm"]
-        norms = [layers.layer_norm(self.dtype, name) for name in names]
+        norms = [layers.layer_norm(self.dtype, name, self.norm_eps) for name in names]
         unused, norms = norms[: -self.num_levels], norms[-self.num_levels :]
         if self.is_initializing():
             for norm in unused:

@@ -22,7 +22,9 @@ class AttentiveClassifier(nn.Module):
       num_heads: of all attentions; divides the tokens' channels.
       depth: blocks, the cross-attention included.
       blocks_on_query: the other blocks follow the cross-attention and see its output
-        alone (V-JEPA 1); otherwise they come first and see all tokens (V-JEPA 2).
+        alone (V-JEPA 1); otherwise they come first and see all tokens (V-JEPA 2). The
+        former's attention has parameters of an output projection that nothing computes
+        with, as in the official files.
       complete_block: False leaves cross-attention without norms, residuals and MLP.
     """
 
@@ -64,6 +66,8 @@ class AttentiveClassifier(nn.Module):
         q = _dense(width, "q")(query).reshape(1, 1, self.num_heads, -1)
         q = jnp.broadcast_to(q, (batch, *q.shape[1:]))
         y = attention(q, k, v).reshape(batch, 1, width)
+        if self.blocks_on_query and self.is_initializing():
+            _dense(width, "proj")(y)
         if not self.complete_block:
             return y
         x = query + y

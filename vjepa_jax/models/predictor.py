@@ -23,7 +23,7 @@ class Predictor(nn.Module):
       predict_context: also predict the features of visible tokens, through an output
         projection of their own (V-JEPA 2.1).
       image_embed: a learned embedding tells images from videos (V-JEPA 2.1).
-      pos_embed, base_grid: as in the encoder.
+      pos_embed, base_grid, norm_eps: as in the encoder.
       scan_layers, remat, attention, dtype: how it is computed, see `layers.Stack`.
     """
 
@@ -40,6 +40,7 @@ class Predictor(nn.Module):
     image_embed: bool = False
     pos_embed: str = "rope"
     base_grid: positions.Grid | None = None
+    norm_eps: float = layers.NORM_EPS
     scan_layers: bool = False
     remat: str = "none"
     attention: str = "xla"
@@ -104,11 +105,12 @@ class Predictor(nn.Module):
             self.remat,
             self.attention,
             self.dtype,
+            self.norm_eps,
             name="stack",
         )(x, tables)
         if not self.predict_context:
             x = x[:, num_context:]
-        x = layers.layer_norm(self.dtype, "norm")(x)
+        x = layers.layer_norm(self.dtype, "norm", self.norm_eps)(x)
         axes = ("mlp", "embed")
         proj = layers.linear(self.out_dim, axes, self.dtype, "proj")
         if not self.predict_context:
@@ -122,11 +124,13 @@ class ActionPredictor(nn.Module):
 
     Every frame is a group of tokens: action, state, camera extrinsics if used, then its
     patches. A token attends to its own frame and to earlier ones; positions are V-JEPA
-    2's tiled rotation, of which the tokens that are not patches take time only.
+    2's tiled rotation, of which the tokens that are not patches take time only. Columns
+    are spread over as many positions as there are rows (`ACRoPEAttention`).
 
     Attributes:
       depth, width, num_heads, mlp_dim: of the transformer.
       out_dim: channels of the frames' features.
+      norm_eps: of the layer norms.
       use_extrinsics: whether the camera's extrinsics are given. Their projection has
         parameters in any case, as in the official checkpoints.
       scan_layers, remat, attention, dtype: how it is computed, see `layers.Stack`.
@@ -139,6 +143,7 @@ class ActionPredictor(nn.Module):
     out_dim: int
     mlp: str = "gelu"
     use_extrinsics: bool = False
+    norm_eps: float = layers.NORM_EPS
     scan_layers: bool = False
     remat: str = "none"
     attention: str = "xla"
@@ -184,8 +189,9 @@ class ActionPredictor(nn.Module):
         frame = np.repeat(np.arange(frames), len(groups) + patches)
         offset = np.tile(np.arange(len(groups) + patches) - len(groups), frames)
         cell = np.maximum(offset, 0)  # tokens before the patches: row 0, column 0
+        column = cell % width * (height / width)
         tables = positions.rope_at(
-            tuple(jnp.asarray(c) for c in (frame, cell // width, cell % width)),
+            tuple(jnp.asarray(c) for c in (frame, cell // width, column)),
             self.width // self.num_heads,
             tiled=True,
         )
@@ -199,6 +205,7 @@ class ActionPredictor(nn.Module):
             remat=self.remat,
             attention=self.attention,
             dtype=self.dtype,
+            norm_eps=self.norm_eps,
             name="stack",
         )(
             x.reshape(batch, -1, self.width),
@@ -206,5 +213,6 @@ class ActionPredictor(nn.Module):
             mask=jnp.asarray(frame[:, None] >= frame[None, :]),
         )
         x = x.reshape(batch, frames, -1, self.width)[:, :, len(groups) :]
-        x = layers.layer_norm(self.dtype, "norm")(x.reshape(batch, -1, self.width))
+        x = x.reshape(batch, -1, self.width)
+        x = layers.layer_norm(self.dtype, "norm", self.norm_eps)(x)
         return layers.linear(self.out_dim, ("mlp", "embed"), self.dtype, "proj")(x)
