@@ -42,7 +42,8 @@ FLOORS = {
     "metrics": 3,
     "data.sources": 3,
     "data.decode": 3.5,
-    "data.transforms": 3,
+    "data.augment": 3,
+    "data.transforms": 3.2,
     "data.world": 3,
     "models.registry": 2.5,
     "models.encoder": 2,
@@ -65,6 +66,7 @@ ROOMS = {
     "orbax": ("checkpoint",),
     "grain": ("data.",),
     "av": ("data.",),
+    "PIL": ("data.augment",),
     "tensorboardX": ("metrics",),
     "ml_collections": ("default_config", "cli"),
 }

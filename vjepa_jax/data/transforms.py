@@ -1,8 +1,8 @@
-"""Where to crop a clip and whether to mirror it; no pixel is resampled here.
+"""How clips are cropped and augmented; no pixel is resampled here.
 
-The same box and the same flip hold for every frame of a clip. Boxes are
-`(top, left, height, width)` in pixels of the displayed frame; `decode.read_clip` cuts
-them out and resizes them.
+Boxes are `(top, left, height, width)` in pixels of the displayed frame; the decoder
+cuts them out and resizes them. What changes colours or shapes afterwards is in
+`augment`.
 """
 
 import dataclasses
@@ -10,11 +10,15 @@ import math
 
 import numpy as np
 
+from vjepa_jax.data import augment
 from vjepa_jax.default_config import UserError
 
 Box = tuple[int, int, int, int]
 
 _ATTEMPTS = 10
+
+# The deterministic crop shows 224 of 256 pixels of the short side.
+_CENTRAL_SHARE = 224 / 256
 
 
 def random_resized_crop_box(
@@ -57,10 +61,57 @@ def random_resized_crop_box(
     return _centred(height, width, max(1, crop_height), max(1, crop_width))
 
 
+def motion_shift_boxes(first: Box, last: Box, num_frames: int) -> np.ndarray:
+    """Moves one box into another over the frames of a clip.
+
+    Every number of the box goes linearly from the first frame to the last and is
+    rounded down, as in the official code (`random_resized_crop_with_shift`). Boxes
+    between two that lie inside the frame lie inside it.
+
+    Args:
+      first: box of the first frame.
+      last: box of the last frame; a clip of one frame has `first`.
+      num_frames: frames in the clip, T.
+
+    Returns:
+      int64 `[T, 4]`.
+    """
+    steps = np.arange(num_frames)[:, None]
+    spans = max(1, num_frames - 1)
+    # In whole numbers: floats would round some exact values down to the pixel before.
+    return (np.array(first) * (spans - steps) + np.array(last) * steps) // spans
+
+
 def central_box(height: int, width: int) -> Box:
-    """Returns the largest centred square: the deterministic crop of evaluations."""
+    """Returns the largest centred square: all of a square frame."""
     side = min(height, width)
     return _centred(height, width, side, side)
+
+
+def spatial_views(height: int, width: int, num_views: int) -> list[Box]:
+    """Returns the square crops of an evaluation, the same for every frame.
+
+    One view is that of a short side resized to 256/224 of the resolution and a central
+    crop. The official code rounds the resized side down to whole pixels, so that at
+    256 it shows 256/292 of the short side where this box shows 256/292.6. Several views
+    are squares as large as the short side, equally spaced along the long one from its
+    very start (left or top) to its end, which they miss by less than `num_views - 1`
+    pixels; the official rule (`EvalVideoTransform`), in pixels of the frame.
+
+    Args:
+      height: frame height in pixels.
+      width: frame width in pixels.
+      num_views: at least 1.
+    """
+    if num_views == 1:
+        side = max(1, round(min(height, width) * _CENTRAL_SHARE))
+        return [_centred(height, width, side, side)]
+    side = min(height, width)
+    step = (max(height, width) - side) // (num_views - 1)
+    starts = [view * step for view in range(num_views)]
+    if height > width:
+        return [(start, 0, side, side) for start in starts]
+    return [(0, start, side, side) for start in starts]
 
 
 def _centred(height: int, width: int, crop_height: int, crop_width: int) -> Box:
@@ -69,28 +120,51 @@ def _centred(height: int, width: int, crop_height: int, crop_width: int) -> Box:
 
 
 def flip(video: np.ndarray) -> np.ndarray:
-    """Mirrors `[..., H, W, C]` left to right; returns a view."""
-    return video[..., ::-1, :]
+    """Mirrors `[..., H, W, C]` left to right; returns a new array."""
+    # Channel by channel is four times as fast as copying the reversed view, which is
+    # what batching would otherwise do.
+    flipped = np.empty_like(video)
+    for channel in range(video.shape[-1]):
+        flipped[..., channel] = video[..., ::-1, channel]
+    return flipped
 
 
 @dataclasses.dataclass(frozen=True)
 class ClipTransform:
-    """The augmentation of pretraining clips; picklable.
+    """The augmentation of training clips; picklable.
 
-    The official configs use an area of 0.3 to 1, an aspect ratio of 0.75 to 1.35 and a
-    flip probability of 0.5.
+    The defaults are those of the official pretraining. Its probes of video train with
+    `crop_scale=(0.08, 1)`, `crop_aspect_ratio=(3/4, 4/3)`, `flip_probability=0`,
+    `rand_augment="rand-m7-n4-mstd0.5-inc1"` and `erase_probability=0.25`.
+
+    All draws of a clip come from the generator that is passed in, and what is off draws
+    nothing.
 
     Attributes:
-      resolution: side of the square output in pixels.
+      resolution: side of the square output in pixels, S.
       crop_scale: lowest and highest share of the frame's area, in (0, 1].
       crop_aspect_ratio: lowest and highest width / height of the crop.
+      motion_shift: whether the box moves during the clip, between two that are drawn.
+      color_jitter: strengths of brightness, contrast, saturation and hue; zeros are
+        off. See `augment.draw_color_jitter`.
+      grayscale_probability: probability of a clip without colour, in [0, 1].
+      rand_augment: such as "rand-m7-n4-mstd0.5-inc1"; "" is off. See
+        `augment.RandAugment`.
       flip_probability: probability of mirroring a clip, in [0, 1].
+      erase_probability: probability of erasing a rectangle, in [0, 1].
+      erase_mode: what the rectangle is filled with, one of `augment.ERASE_MODES`.
     """
 
     resolution: int
     crop_scale: tuple[float, float] = (0.3, 1.0)
     crop_aspect_ratio: tuple[float, float] = (0.75, 1.35)
     flip_probability: float = 0.5
+    motion_shift: bool = False
+    color_jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+    grayscale_probability: float = 0.0
+    rand_augment: str = ""
+    erase_probability: float = 0.0
+    erase_mode: str = "pixel"
 
     def __post_init__(self):
         """Refuses values out of range; the UserError names the config key."""
@@ -104,21 +178,73 @@ class ClipTransform:
                 f"data.crop_scale must be 0 < low <= high <= 1, not {low, high}"
             )
         low, high = self.crop_aspect_ratio
-        if not 0 < low <= high:
+        if not 0 < low <= high < math.inf:
             raise UserError(
                 f"data.crop_aspect_ratio must be 0 < low <= high, not {low, high}"
             )
-        if not 0 <= self.flip_probability <= 1:
+        for event in ("grayscale", "flip", "erase"):
+            key = f"{event}_probability"
+            if not 0 <= getattr(self, key) <= 1:
+                raise UserError(
+                    f"data.{key} must lie in [0, 1], not {getattr(self, key)}"
+                )
+        augment.check_color_jitter(self.color_jitter)
+        if self.rand_augment:
+            augment.RandAugment.parse(self.rand_augment)
+        if self.erase_mode not in augment.ERASE_MODES:
             raise UserError(
-                f"data.flip_probability must lie in [0, 1], not {self.flip_probability}"
+                f"data.erase_mode must be one of {', '.join(augment.ERASE_MODES)}, not "
+                f"{self.erase_mode!r}"
             )
 
     def crop_box(self, height: int, width: int, rng: np.random.Generator) -> Box:
-        """Draws the box of one clip; see `random_resized_crop_box`."""
+        """Draws one box; see `random_resized_crop_box`."""
         return random_resized_crop_box(
             height, width, self.crop_scale, self.crop_aspect_ratio, rng
         )
 
+    def crop_boxes(
+        self, height: int, width: int, num_frames: int, rng: np.random.Generator
+    ) -> np.ndarray:
+        """Draws the boxes of one clip.
+
+        Args:
+          height: frame height in pixels.
+          width: frame width in pixels.
+          num_frames: frames in the clip, T.
+          rng: draws one box, or two with `motion_shift`.
+
+        Returns:
+          int64 `[T, 4]`: a box for each frame, all the same without `motion_shift`.
+        """
+        first = self.crop_box(height, width, rng)
+        last = self.crop_box(height, width, rng) if self.motion_shift else first
+        return motion_shift_boxes(first, last, num_frames)
+
     def maybe_flip(self, video: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Mirrors `[T, H, W, 3]` with `flip_probability`; a view, never a copy."""
+        """Mirrors `[T, H, W, 3]` with `flip_probability`; else returns `video`."""
         return flip(video) if rng.random() < self.flip_probability else video
+
+    def augment(self, video: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Changes a cropped clip: colours, RandAugment, flip, erasing, in this order.
+
+        The official code applies RandAugment to the whole frame before the crop. Here
+        the crop is part of decoding, so that shares of the width and the statistics of
+        `AutoContrast`, `Equalize` and `Contrast` are those of the crop.
+
+        Args:
+          video: uint8 `[T, S, S, 3]`, left as it is.
+          rng: draws what happens to the clip; every frame gets the same.
+
+        Returns:
+          uint8 `[T, S, S, 3]`; `video` itself where nothing happens to it.
+        """
+        operations = augment.draw_color_jitter(self.color_jitter, rng)
+        if self.grayscale_probability and rng.random() < self.grayscale_probability:
+            operations.append(augment.grayscale)
+        if self.rand_augment:
+            operations += augment.RandAugment.parse(self.rand_augment).draw(rng)
+        video = self.maybe_flip(augment.apply(video, operations), rng)
+        if self.erase_probability and rng.random() < self.erase_probability:
+            video = augment.erase(video, self.erase_mode, rng)
+        return video
