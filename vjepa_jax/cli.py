@@ -11,12 +11,13 @@ from vjepa_jax.default_config import UserError
 EXIT_USER_ERROR = 2
 
 
-def define_config_flag() -> flags.FlagHolder:
+def define_config_flag(required: bool = True) -> flags.FlagHolder:
     """Define `--config=FILE.py[:argument]` with overrides `--config.key=value`."""
     holder = config_flags.DEFINE_config_file(
         "config", None, "File with get_config(), e.g. configs/world_tiny.py"
     )
-    flags.mark_flag_as_required("config")
+    if required:
+        flags.mark_flag_as_required("config")
     return holder
 
 
@@ -29,7 +30,7 @@ def fail(message: str) -> None:
 def _parse_flags(argv: list[str]) -> list[str]:
     try:
         rest = flags.FLAGS(argv)
-        if "config" in flags.FLAGS:
+        if "config" in flags.FLAGS and flags.FLAGS["config"].present:
             flags.FLAGS["config"].value.keys()  # a file that failed to load shows here
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as e:
         # The config file's own mistakes and unknown keys arrive as these.
