@@ -12,6 +12,7 @@ PyAV's log level is never set: its log callback can deadlock with codec threads.
 import dataclasses
 import errno
 import os
+import stat
 import time
 from collections.abc import Callable, Iterable, Iterator
 
@@ -29,7 +30,14 @@ REASONS = (
     "no_video_stream",  # a container without moving pictures, or of an unknown codec
     "no_frames",  # a video stream that yields no frame
     "undecodable",  # the decoder refuses what the stream holds
+    "not_a_file",  # a pipe, a socket or a device, which could block for ever
+    "too_large",  # frames of more than the pixels allowed
+    "too_slow",  # decoding took longer than allowed
+    "zero_duration",  # frames, all at the same time
 )
+
+MAX_PIXELS = 1 << 26  # of a frame: 8192 x 8192
+TIME_LIMIT_SECS = 60.0  # for one record, of processor time
 
 # A 10 s clip of Kinetics has under 1 MB. Larger files are read twice instead of held.
 _MAX_HELD_BYTES = 64 << 20
@@ -63,6 +71,89 @@ class DecodeError(Exception):
         super().__init__(f"{path}: {reason}{detail and f' ({detail})'}")
         self.path = path
         self.reason = reason
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoInfo:
+    """What a video turned out to be.
+
+    Attributes:
+      frames: frames that are shown; where `inspect` was deep, those decoded.
+      width: of the displayed frame in pixels.
+      height: of the displayed frame in pixels.
+      fps: mean frame rate in frames per second; None if unknown.
+      codec: FFmpeg's name for it, such as h264; "raw" for frames in memory.
+      duration_secs: from the first frame to the end of the last; None if unknown.
+    """
+
+    frames: int
+    width: int
+    height: int
+    fps: float | None
+    codec: str
+    duration_secs: float | None
+
+
+def inspect(
+    record,
+    *,
+    deep: bool = False,
+    max_pixels: int = MAX_PIXELS,
+    time_limit_secs: float = TIME_LIMIT_SECS,
+) -> VideoInfo:
+    """Says what a video is, from its packets and its first frame.
+
+    Args:
+      record: a `Record`, or a path.
+      deep: decode every frame; one that is refused makes the video undecodable.
+      max_pixels: refuse larger frames.
+      time_limit_secs: give up after so much processor time.
+
+    Raises:
+      DecodeError: why the video cannot be read.
+    """
+    path = record if isinstance(record, str) else record.path
+    deadline = time.thread_time() + time_limit_secs
+    count, refused, first = 0, None, None
+    try:
+        with _open(path) as container:
+            stream = _video_stream(path, container)
+            if stream.codec_context.width * stream.codec_context.height > max_pixels:
+                raise DecodeError(path, "too_large")
+            index = _index(container, stream)
+        with _open(path) as container:
+            stream = _video_stream(path, container)
+            for packet in _packets(container, stream):
+                if time.thread_time() > deadline:
+                    raise DecodeError(path, "too_slow", f"over {time_limit_secs} s")
+                try:
+                    frames = packet.decode()
+                except av.FFmpegError as error:
+                    refused = error
+                    continue
+                count += len(frames)
+                first = first or next(iter(frames), None)
+                if first and not deep:
+                    break
+            codec = stream.codec_context.name
+    except _AV_ERRORS as error:
+        raise DecodeError(path, "undecodable", str(error)) from error
+    if refused is not None and (deep or not first):
+        raise DecodeError(path, "undecodable", str(refused)) from refused
+    if not first:
+        raise DecodeError(path, "no_frames")
+    height, width = first.height, first.width
+    if round(first.rotation / 90) % 2:
+        height, width = width, height
+    frames = count if deep else index.num_frames
+    return VideoInfo(
+        frames=frames,
+        width=width,
+        height=height,
+        fps=index.fps,
+        codec=codec,
+        duration_secs=frames / index.fps if index.fps else None,
+    )
 
 
 def clip_indices(
@@ -209,7 +300,10 @@ def _fill(
 
 def _open(path: str) -> av.container.InputContainer:
     try:
-        if not os.stat(path).st_size:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+            raise DecodeError(path, "not_a_file")
+        if not status.st_size:
             raise DecodeError(path, "empty")
         # Metadata is of no interest, least of all in a broken encoding.
         return av.open(path, metadata_errors="ignore")
