@@ -93,7 +93,7 @@ class TfdsSource(Source):
 
         self.name = name
         self._data = data
-        features = data.dataset_info.features
+        features = dict(data.dataset_info.features.items())
         self._media, self._kind = _choose_media(name, features)
         self._label = _choose_label(name, features)
         rate = features.get("fps")
