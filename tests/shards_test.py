@@ -114,7 +114,7 @@ def test_a_record_is_a_plain_message(tmp_path):
     fields = msgpack.unpackb(record.pack())
     assert fields["video"] == record.video and fields["id"] == record.id
     assert sorted(fields) == sorted(
-        "video label id path fps num_frames width height".split()
+        ["video", "label", "id", "path", "fps", "num_frames", "width", "height"]
     )
     # A later version may add keys.
     later = msgpack.packb({**fields, "codec": "h264"})
