@@ -336,7 +336,7 @@ def command(*arguments):
 
 
 @pytest.mark.beam
-def test_the_command_spreads_over_processes_and_leaves_none(folder):
+def test_the_command_spreads_over_processes(folder):
     pytest.importorskip("apache_beam", reason="Beam is missing")
     arguments = [f"--data={folder / 'in'}", f"--output={folder / 'out'}"]
     arguments += ["--num_shards=2", "--max_bad_fraction=0.5"]
