@@ -1,8 +1,13 @@
+import io
 import os
 import pickle
+from typing import ClassVar
 
+import fsspec
 import numpy as np
 import pytest
+from etils.epath import backend
+from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -170,8 +175,8 @@ def test_open_source_says_what_is_wrong(tmp_path):
     for path, message in [
         ("", r"data\.path is not set"),
         (tmp_path / "nowhere", "nowhere' does not exist"),
-        (tmp_path / "empty", "no videos in folder"),
-        (tmp_path / "lone/a.mp4", "is a video"),
+        (tmp_path / "empty", "no videos or images in folder"),
+        (tmp_path / "lone/a.mp4", "is a single video"),
         (write_list(tmp_path, "\n\n", "blank.csv"), r"blank\.csv' has no entries"),
     ]:
         with pytest.raises(UserError, match=message):
@@ -218,3 +223,199 @@ def test_fingerprint_survives_moving_the_dataset(tmp_path):
         sampling = sampling if name == "one" else sampling[::-1]
         fingerprints.add(sources.fingerprint(source, **dict(sampling)))
     assert len(fingerprints) == 1
+
+
+@pytest.mark.parametrize(
+    "line, entry, label",
+    [
+        ("a.mp4 3 5", "a.mp4", 3),
+        ("a.mp4::3::5", "a.mp4", 3),
+        ("a.mp4 3 120 7", "a.mp4", 3),
+        ("my video.mp4 3", "my video.mp4", 3),
+    ],
+)
+def test_of_further_columns_the_first_number_is_the_label(tmp_path, line, entry, label):
+    source = sources.VideoList.from_list_file(write_list(tmp_path, line + "\n"))
+    assert relative_records(source, tmp_path) == [(entry, label)]
+
+
+@pytest.mark.parametrize("dtype", [object, str])
+def test_arrays_of_paths(tmp_path, dtype):
+    make_files(tmp_path, "b.mp4")
+    names = ["a \\ 'quoted' é.mp4", "b.mp4", "/elsewhere/c.mp4"]
+    np.save(tmp_path / "list.npy", np.array(names, dtype), allow_pickle=True)
+    source = sources.open_source(str(tmp_path / "list.npy"))
+    assert records(source) == [(str(tmp_path / name), 0) for name in names]
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("/nowhere/evil",)
+
+
+@pytest.mark.parametrize(
+    "array, message",
+    [
+        (np.arange(3), "one-dimensional array of strings"),
+        (np.array([["a", "b"]]), "one-dimensional array of strings"),
+        (np.array(["a", 3], object), "one-dimensional array of strings"),
+        (np.array(["a", Evil()], object), "holds posix.mkdir, not only strings"),
+    ],
+)
+def test_other_arrays_are_refused(tmp_path, array, message):
+    np.save(tmp_path / "list.npy", array, allow_pickle=True)
+    with pytest.raises(UserError, match=message):
+        sources.open_source(str(tmp_path / "list.npy"))
+
+
+def test_files_that_are_no_arrays_are_refused(tmp_path):
+    whole = io.BytesIO()
+    np.save(whole, np.array(["a", "b"], object), allow_pickle=True)
+    for content in (b"", b"text 1", whole.getvalue()[:-4], whole.getvalue()[:60]):
+        (tmp_path / "list.npy").write_bytes(content)
+        with pytest.raises(UserError, match=r"list\.npy is no \.npy array of paths"):
+            sources.open_source(str(tmp_path / "list.npy"))
+
+
+def test_images_count_beside_videos(tmp_path):
+    make_files(tmp_path, "cat/a.JPG", "cat/b.mp4", "dog/c.webp", "dog/d.png", "x.txt")
+    source = sources.open_source(str(tmp_path))
+    assert [label for _, label in records(source)] == [0, 0, 1, 1]
+
+
+def test_mixtures_have_weights(tmp_path):
+    make_files(tmp_path, *(f"{i}.mp4" for i in range(3)))
+    a = write_list(tmp_path, "0.mp4 1\n", "a.csv")
+    b = write_list(tmp_path, "0.mp4 1\n1.mp4 1\n2.mp4 0\n", "b.csv")
+
+    def weights(path, weights=()):
+        opened = sources.open_sources(path, weights)
+        assert [source.name for source, _ in opened] == [a, b][: len(opened)]
+        return [weight for _, weight in opened]
+
+    assert weights(a) == [1]
+    assert weights(f"{a},{b}") == [0.25, 0.75]
+    assert weights(f"{a}, {b}", (3, 1)) == [0.75, 0.25]
+    assert weights(f"{a},{b}", (0.1, 0.3)) == pytest.approx([0.25, 0.75])
+
+
+def test_a_path_with_a_comma_may_be_one_source(tmp_path):
+    make_files(tmp_path, "a,b/0.mp4")
+    ((source, weight),) = sources.open_sources(str(tmp_path / "a,b"))
+    assert (len(source), weight) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    "weights, message",
+    [
+        ((1,), "data.weights has 1 numbers but data.path names 2 sources"),
+        ((1, 2, 3), "data.weights has 3 numbers"),
+        ((1, 0), "must be positive numbers, not 0"),
+        ((-1, 1), "must be positive numbers, not -1"),
+        ((1, float("nan")), "must be positive numbers, not nan"),
+        ((1, float("inf")), "must be positive numbers, not inf"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(tmp_path, weights, message):
+    make_files(tmp_path, "0.mp4")
+    path = write_list(tmp_path, "0.mp4 1\n", "a.csv")
+    with pytest.raises(UserError, match=message):
+        sources.open_sources(f"{path},{path}", weights)
+
+
+def test_nothing_between_commas_is_refused(tmp_path):
+    make_files(tmp_path, "0.mp4")
+    with pytest.raises(UserError, match="nothing between two commas"):
+        sources.open_sources(f"{tmp_path},")
+
+
+class Bucket(MemoryFileSystem):
+    """Stands in for the client of gs://."""
+
+    protocol = "gcs"
+    store: ClassVar[dict] = {}
+    pseudo_dirs: ClassVar[list] = [""]
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return "/" + str(path).removeprefix("gs://").strip("/")
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """Fills gs:// from a dict of contents, in memory."""
+
+    def filesystem(name, **_):
+        assert name in ("gcs", "gs")
+        return Bucket(skip_instance_cache=True)
+
+    monkeypatch.setenv("EPATH_USE_TF", "false")
+    backend.fsspec_backend._get_filesystem.cache_clear()
+    monkeypatch.setattr(fsspec, "filesystem", filesystem)
+    Bucket.store.clear()
+    Bucket.pseudo_dirs[:] = [""]
+
+    def fill(contents):
+        for path, content in contents.items():
+            Bucket().pipe_file(path, content)
+
+    yield fill
+    backend.fsspec_backend._get_filesystem.cache_clear()
+
+
+def test_remote_lists(bucket, tmp_path):
+    bucket(
+        {
+            "gs://b/lists/train.csv": b"a.mp4 1\ngs://c/x.mp4 2\n/local.mp4 3\n",
+            "gs://b/lists/a.mp4": b"video",
+        }
+    )
+    source = sources.open_source("gs://b/lists/train.csv")
+    assert records(source) == [
+        ("gs://b/lists/a.mp4", 1),
+        ("gs://c/x.mp4", 2),
+        ("/local.mp4", 3),
+    ]
+    here = write_list(tmp_path, "gs://b/lists/a.mp4 7\n")
+    assert records(sources.open_source(here)) == [("gs://b/lists/a.mp4", 7)]
+
+
+def test_remote_folders(bucket):
+    bucket(
+        {
+            "gs://b/data/cat/1.mp4": b"v",
+            "gs://b/data/cat/deep/2.jpg": b"v",
+            "gs://b/data/dog/3.mp4": b"v",
+            "gs://b/data/.trash/4.mp4": b"v",
+            "gs://b/data/dog/notes.txt": b"v",
+        }
+    )
+    for path in ("gs://b/data", "gs://b/data/"):
+        assert records(sources.open_source(path)) == [
+            ("gs://b/data/cat/1.mp4", 0),
+            ("gs://b/data/cat/deep/2.jpg", 0),
+            ("gs://b/data/dog/3.mp4", 1),
+        ]
+
+
+def test_remote_trouble_is_told_in_a_line(bucket, monkeypatch):
+    bucket({"gs://b/train.csv": b"a.mp4 1\n"})
+    with pytest.raises(UserError, match="does not exist"):
+        sources.open_source("gs://b/nothing")
+    with pytest.raises(UserError, match="none of the 1 files looked at"):
+        sources.open_source("gs://b/train.csv")
+
+    def refuse(*args, **kwargs):
+        raise RuntimeError("no\ncredentials")
+
+    monkeypatch.setattr(Bucket, "exists", refuse)
+    with pytest.raises(UserError, match="cannot be read: no credentials"):
+        sources.open_source("gs://b/train.csv")
+    backend.fsspec_backend._get_filesystem.cache_clear()
+
+    def missing(*args, **kwargs):
+        raise ImportError("Install gcsfs")
+
+    monkeypatch.setattr(fsspec, "filesystem", missing)
+    with pytest.raises(UserError, match=r"pip install 'vjepa_jax\[gcs\]'"):
+        sources.open_source("gs://b/train.csv")

@@ -259,8 +259,15 @@ def _local_files(root: str) -> Iterable[str]:
 
 
 def _remote_files(root: str) -> Iterable[str]:
-    # One listing of everything below; a walk would ask folder by folder.
-    for path in epath.Path(root).glob("**/*"):
-        entry = str(path).removeprefix(root).lstrip("/")
-        if not any(name.startswith(".") for name in entry.split("/")):
-            yield entry
+    folders = [""]
+    while folders:
+        folder = folders.pop()
+        for path in (epath.Path(root) / folder).iterdir():
+            entry = f"{folder}/{path.name}" if folder else path.name
+            if path.name.startswith("."):
+                continue
+            # Each question is a request: none where the name gives the answer.
+            if path.name.lower().endswith(MEDIA_SUFFIXES):
+                yield entry
+            elif path.is_dir():
+                folders.append(entry)

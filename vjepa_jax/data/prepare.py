@@ -13,6 +13,7 @@ python -m vjepa_jax.data.prepare --data=... --output=gs://bucket/folder -- \
 The same command again goes on where a run was stopped. See docs/data.md.
 """
 
+import logging
 import sys
 
 import tqdm
@@ -52,6 +53,7 @@ def _encode_shards() -> None:
             f"--data={_DATA.value} must be a list file or a folder of videos, which "
             f"{type(source).__name__} is not: what it holds is stored already"
         )
+    logging.getLogger("apache_beam").setLevel(logging.WARNING)
     manifest = encode_shards.prepare(
         source,
         _OUTPUT.value,

@@ -16,6 +16,7 @@ from fractions import Fraction
 
 import av
 import numpy as np
+from av.video.frame import PictureType
 from av.video.reformatter import (
     ColorRange,
     Interpolation,
@@ -107,10 +108,13 @@ def reencode(path: str, encoding: Encoding) -> EncodedVideo:
 
 def output_size(height: int, width: int, short_side: int) -> tuple[int, int]:
     """Returns `(height, width)` after scaling, both even and at least 2."""
-    scale = min(1.0, short_side / min(height, width))
-    if scale == 1:
-        return max(2, height // 2 * 2), max(2, width // 2 * 2)
-    return max(2, 2 * round(height * scale / 2)), max(2, 2 * round(width * scale / 2))
+    short, long = sorted((height, width))
+    if short <= short_side:
+        short, long = max(2, short // 2 * 2), max(2, long // 2 * 2)
+    else:
+        long = 2 * round(long * short_side / short / 2)
+        short = short_side // 2 * 2
+    return (short, long) if height <= width else (long, short)
 
 
 def _open(path: str) -> av.container.InputContainer:
@@ -248,6 +252,8 @@ def _encode(
             convert = convert or _Converter(frame, encoding.short_side)
             converted = convert(frame)
             stream = stream or _add_stream(container, converted, encoding)
+            # The encoder would make a key frame of what was one in the original.
+            converted.pict_type = PictureType.NONE
             converted.time_base = _TIME_BASE
             converted.pts = round(at / _TIME_BASE)
             times.append(at)
