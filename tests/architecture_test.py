@@ -33,6 +33,9 @@ FLOORS = {
     "train_step": 4,
     "checkpoint": 4,
     "data.pipeline": 4,
+    "data.workers": 3.9,
+    "data.bad_videos": 3.9,
+    "data.mixture": 3.5,
     "data.render": 4,
     "train_state": 3,
     "weight_files": 3.5,
@@ -69,6 +72,7 @@ FLOORS = {
     "fit": 1,
     "huggingface": 1,
     "smoke": 1,
+    "saved_config": 0.5,
     "default_config": 0,
     "distributed": 0,
 }

@@ -13,10 +13,10 @@ from vjepa_jax.default_config import (
     UserError,
     get_config,
     mask,
-    restored,
     stream,
     validate,
 )
+from vjepa_jax.saved_config import restored
 from vjepa_jax.train import check_workdir, claim_workdir, train_and_evaluate
 
 

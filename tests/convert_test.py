@@ -11,10 +11,11 @@ import pytest
 
 import vjepa_jax
 from vjepa_jax import build, checkpoint, convert, official, weight_files, weights
-from vjepa_jax.default_config import UserError, restored, validate
+from vjepa_jax.default_config import UserError, validate
 from vjepa_jax.models import positions, registry
 from vjepa_jax.models.encoder import normalise
 from vjepa_jax.models.heads import AttentiveClassifier
+from vjepa_jax.saved_config import restored
 
 FOLDER = pathlib.Path(__file__).parent / "goldens"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.npz"))

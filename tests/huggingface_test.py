@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from vjepa_jax import build, checkpoint, convert, huggingface, load_encoder, official
-from vjepa_jax.default_config import UserError, restored
+from vjepa_jax.default_config import UserError
 from vjepa_jax.models import registry
 from vjepa_jax.models.heads import AttentiveClassifier
 from vjepa_jax.models.positions import Grid
+from vjepa_jax.saved_config import restored
 
 pytestmark = pytest.mark.torch
 

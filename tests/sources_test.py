@@ -308,8 +308,8 @@ def test_a_path_with_a_comma_may_be_one_source(tmp_path):
 @pytest.mark.parametrize(
     "weights, message",
     [
-        ((1,), "data.weights has 1 numbers but data.path names 2 sources"),
-        ((1, 2, 3), "data.weights has 3 numbers"),
+        ((1,), "data.mix_weights has 1 numbers but data.path names 2 sources"),
+        ((1, 2, 3), "data.mix_weights has 3 numbers"),
         ((1, 0), "must be positive numbers, not 0"),
         ((-1, 1), "must be positive numbers, not -1"),
         ((1, float("nan")), "must be positive numbers, not nan"),

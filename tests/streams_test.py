@@ -9,8 +9,8 @@ from vjepa_jax.data.streams import StreamIterator
 class Source:
     """Counts up, as a TrainIterator of one stream would."""
 
-    def __init__(self, start, bad_count, fails=False):
-        self.count, self.bad_count, self.fails = start, bad_count, fails
+    def __init__(self, start, bad_counts, fails=False):
+        self.count, self.bad_counts, self.fails = start, bad_counts, fails
         self.is_closed = False
 
     def __next__(self):
@@ -24,15 +24,19 @@ class Source:
 
 
 def test_a_batch_holds_one_of_every_stream_under_its_name():
-    with StreamIterator({"video": Source(0, 2), "image": Source(10, 3)}) as batches:
+    streams = {
+        "video": Source(0, {"empty": 2}),
+        "image": Source(10, {"empty": 1, "missing": 3}),
+    }
+    with StreamIterator(streams) as batches:
         for step in (1, 2):
             batch = next(batches)
             assert batch == {"video": {"video": step}, "image": {"video": 10 + step}}
-        assert batches.bad_count == 5
+        assert batches.bad_counts == {"empty": 3, "missing": 3}
 
 
 def test_leaving_closes_every_stream_though_one_fails():
-    streams = [Source(0, 0, fails) for fails in (False, True, False)]
+    streams = [Source(0, {}, fails) for fails in (False, True, False)]
     names = ("video", "long", "image")
     with (
         pytest.raises(RuntimeError, match="a worker has died"),

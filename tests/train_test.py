@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from step_setup import abstract_of
 
-from vjepa_jax import checkpoint, cli, default_config, metrics
+from vjepa_jax import checkpoint, cli, default_config, metrics, saved_config
 from vjepa_jax.data import render
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -162,7 +162,7 @@ def steps_of(workdir):
 
 def restore(workdir, step):
     """Return the state of a checkpoint as NumPy arrays."""
-    config = default_config.from_json(json.loads((workdir / "config.json").read_text()))
+    config = saved_config.restored(json.loads((workdir / "config.json").read_text()))
     abstract = abstract_of(config)
     with checkpoint.Checkpointer(str(workdir), every_steps=1, keep=9) as checkpointer:
         assert checkpointer.latest_step() == step

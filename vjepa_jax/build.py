@@ -5,14 +5,11 @@ import math
 import optax
 
 from vjepa_jax import flops, masking, optim
-from vjepa_jax.default_config import ConfigDict, UserError
+from vjepa_jax.default_config import MAIN_STREAM, ConfigDict, UserError
 from vjepa_jax.models import registry
 from vjepa_jax.models.encoder import VideoEncoder
 from vjepa_jax.models.predictor import Predictor
 from vjepa_jax.train_step import SpikeGuard, Stream
-
-# The main stream's name in a batch.
-MAIN_STREAM = "video"
 
 
 def video_shapes(config: ConfigDict) -> dict[str, tuple[int, int, int, int]]:

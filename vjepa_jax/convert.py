@@ -22,11 +22,12 @@ from absl import flags
 
 from vjepa_jax import build, checkpoint, cli, huggingface, official, weight_files
 from vjepa_jax import weights as rules
-from vjepa_jax.default_config import UserError, restored
+from vjepa_jax.default_config import UserError
 from vjepa_jax.models import positions, registry
 from vjepa_jax.models.encoder import VideoEncoder
 from vjepa_jax.models.heads import AttentiveClassifier
 from vjepa_jax.models.predictor import Predictor
+from vjepa_jax.saved_config import restored
 
 TARGETS = ("checkpoint", "official", "huggingface")
 _NO_HINTS = official.Hints()

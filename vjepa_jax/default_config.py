@@ -10,6 +10,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+# The main stream's name in a batch.
+MAIN_STREAM = "video"
+
 
 class UserError(ValueError):
     """Something that the user can mend: the message names the thing and the mend.
@@ -45,12 +48,14 @@ def stream(**fields: Any) -> ConfigDict:
     Crops and flips are those of `config.data`.
     """
     config = ConfigDict()
-    config.path = ""  # folder of videos, or list of `path label` lines
+    config.path = ""  # as data.path
+    config.mix_weights = ()  # as data.mix_weights
     config.batch_size = 0  # clips per update over all devices; 0: as the main stream
     config.weight = 1.0  # of its loss; weights are normalised over streams
     config.num_frames = 16  # frames per clip
-    config.frame_step = 0  # video frames between clip frames; 0: use fps
-    config.fps = 0.0  # clip frames per second of video; 0: use frame_step
+    config.frame_step = 0  # as in data: one of these three
+    config.fps = 0.0
+    config.duration_secs = 0.0
     config.resolution = 224  # side of the clip in pixels
     config.masks = ConfigDict()  # mask types by name
     config.update(fields)
@@ -70,17 +75,40 @@ def get_config() -> ConfigDict:
     config.mesh.fsdp = 1  # devices that split the parameters too; -1 fills
 
     config.data = ConfigDict()
-    config.data.path = ""  # folder of videos, or list of `path label` lines
+    # A folder of videos or images, a list of `path label` lines, a folder of prepared
+    # shards, or tfds:NAME:SPLIT; several with commas between. See docs/data.md.
+    config.data.path = ""
+    config.data.mix_weights = ()  # each one's share of the clips; (): by their lengths
     config.data.num_workers = 8  # decoding processes per stream; 0: in this process
-    config.data.prefetch_batches = 2  # batches decoded ahead by each worker
+    config.data.prefetch_megabytes = 2048.0  # batches decoded ahead, per stream
+    config.data.worker_timeout_secs = 300.0  # longest time at one video
+    config.data.max_bad_fraction = 0.05  # unreadable share that ends the run
+    config.data.accept_change = (
+        False  # continue though the videos are others than before
+    )
     config.data.num_frames = 16  # frames per clip
-    config.data.frame_step = 4  # video frames between clip frames; 0: use fps
-    config.data.fps = 0.0  # clip frames per second of video; 0: use frame_step
+    # One of these three is positive: how far a clip's frames are apart.
+    config.data.frame_step = 4  # in frames of the video
+    config.data.fps = 0.0  # so many a second
+    config.data.duration_secs = 0.0  # all of them together
+    config.data.num_clips = 1  # clips per video, side by side in the batch
+    config.data.sampling = "exact"  # or `official`, whose steps are whole frames
+    config.data.allow_clip_overlap = (
+        False  # of `official`, in videos that are too short
+    )
     config.data.resolution = 224  # side of the clip in pixels
+    config.data.resize = "antialias"  # or `official`, bilinear without a filter
+    config.data.max_pixels = 1 << 25  # of a frame (8K video); larger ones are refused
+    config.data.time_limit_secs = 60.0  # of a processor, for one video
     config.data.crop_scale = (0.3, 1.0)  # (low, high) share of the frame's area
     config.data.crop_aspect_ratio = (0.75, 1.35)  # (low, high) width over height
     config.data.flip_probability = 0.5  # of mirroring a clip, 0..1
-    config.data.max_bad_fraction = 0.05  # unreadable share that ends the run
+    config.data.motion_shift = False  # the crop moves during the clip
+    config.data.color_jitter = (0.0, 0.0, 0.0, 0.0)  # brightness, contrast, ..., hue
+    config.data.grayscale_probability = 0.0  # of a clip without colour, 0..1
+    config.data.rand_augment = ""  # such as rand-m7-n4-mstd0.5-inc1; "": off
+    config.data.erase_probability = 0.0  # of erasing a rectangle, 0..1
+    config.data.erase_mode = "pixel"  # filled with noise, or `const` (the mean)
 
     config.weight = 1.0  # of the main stream's loss among those of all streams
     config.streams = ConfigDict()  # further streams by name, see `stream`
@@ -182,60 +210,6 @@ def get_config() -> ConfigDict:
     return config.lock()
 
 
-# What may differ when a run continues: it changes how the run computes or reports, not
-# what it computes.
-OPERATIONAL = (
-    "mesh.",
-    "checkpoint.",
-    "log.",
-    "data.num_workers",
-    "data.prefetch_batches",
-    "data.max_bad_fraction",
-    "data.path",
-    "world.path",
-    "teacher.step",
-    "optim.max_skipped_in_row",
-    "model.scan_layers",
-    "model.remat",
-    "model.attention",
-)
-
-
-def from_json(data: Any) -> Any:
-    """Undo JSON: dictionaries become ConfigDicts, lists become tuples."""
-    if isinstance(data, dict):
-        return ConfigDict({key: from_json(value) for key, value in data.items()})
-    return tuple(from_json(x) for x in data) if isinstance(data, list) else data
-
-
-def restored(saved: dict[str, Any]) -> ConfigDict:
-    """Return the config of a checkpoint, made by this release or by an earlier one.
-
-    Keys that came later take their defaults, which compute what releases without them
-    computed.
-
-    Args:
-      saved: as JSON gives it.
-    """
-    config = from_json(saved)
-    _fill(config, get_config(), named=("masks", "streams"))
-    for masks in (config.masks, *(s.masks for s in config.streams.values())):
-        for spec in masks.values():
-            _fill(spec, mask())
-    for fields in config.streams.values():
-        _fill(fields, stream(), named=("masks",))
-    return config
-
-
-def _fill(config: ConfigDict, default: ConfigDict, named: tuple[str, ...] = ()) -> None:
-    """Add what is missing; entries of `named` dicts are the user's."""
-    for key, value in default.items():
-        if key not in config:
-            config[key] = ConfigDict() if key in named else value
-        elif isinstance(value, ConfigDict) and key not in named:
-            _fill(config[key], value)
-
-
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return {"a.b.c": value} for a nested dict; lists become tuples."""
     flat: dict[str, Any] = {}
@@ -245,21 +219,6 @@ def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = tuple(value) if isinstance(value, list) else value
     return flat
-
-
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """List the keys, with values, in which two runs would compute different things."""
-    old, new = flatten(old), flatten(new)
-    return [
-        f"{key}: {old.get(key, 'absent')} -> {new.get(key, 'absent')}"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not _is_operational(key)
-    ]
-
-
-def _is_operational(key: str) -> bool:
-    is_path = key.startswith("streams.") and key.endswith(".path")
-    return is_path or key.startswith(OPERATIONAL)
 
 
 def _require(is_met: bool, key: str, value: Any, mend: str) -> None:
@@ -276,7 +235,9 @@ def validate(config: ConfigDict) -> None:
     flat = flatten(config.to_dict())
     positive = (
         "total_steps batch_size accumulate_steps "
-        "data.prefetch_batches model.encoder.patch_size model.encoder.tubelet_size "
+        "data.prefetch_megabytes data.worker_timeout_secs data.num_clips "
+        "data.max_pixels data.time_limit_secs "
+        "model.encoder.patch_size model.encoder.tubelet_size "
         "model.predictor.depth model.predictor.width model.predictor.num_heads "
         "checkpoint.every_steps checkpoint.keep log.every_steps optim.learning_rate "
         "optim.schedule_scale optim.eps optim.max_skipped_in_row "
@@ -295,7 +256,10 @@ def validate(config: ConfigDict) -> None:
     )
     for key in not_negative.split():
         _require(flat[key] >= 0, key, flat[key], "give zero or a positive number")
-    fractions = "ema.start ema.end optim.b1 optim.b2 data.flip_probability"
+    fractions = (
+        "ema.start ema.end optim.b1 optim.b2 data.flip_probability "
+        "data.grayscale_probability data.erase_probability"
+    )
     for key in (*fractions.split(), "data.max_bad_fraction"):
         _require(0 <= flat[key] <= 1, key, flat[key], "give a number from 0 to 1")
     _require_pair("data.crop_scale", flat["data.crop_scale"], 1)
@@ -307,6 +271,9 @@ def validate(config: ConfigDict) -> None:
         "model.predictor.mask_token_per": ("mask", "stream", "run"),
         "optim.schedule": ("cosine", "linear", "wsd"),
         "model.dtype": ("float32", "bfloat16"),
+        "data.sampling": ("exact", "official"),
+        "data.resize": ("antialias", "official"),
+        "data.erase_mode": ("pixel", "const"),
         "model.attention": ("xla",),
         "model.remat": ("none", "full", "dots", "dots_no_batch"),
     }
@@ -356,11 +323,13 @@ def validate(config: ConfigDict) -> None:
 def _validate_stream(
     key: str, clip: ConfigDict, masks: ConfigDict, masks_key: str, model: ConfigDict
 ) -> None:
-    step, fps = clip.frame_step, clip.fps
-    mend = f"set exactly one of {key}.frame_step and {key}.fps to a positive number"
-    _require(
-        step >= 0 and fps >= 0 and bool(step) != bool(fps), f"{key}.fps", fps, mend
+    apart = clip.frame_step, clip.fps, clip.duration_secs
+    mend = (
+        f"set exactly one of {key}.frame_step, {key}.fps and {key}.duration_secs to a "
+        "positive number"
     )
+    is_one = min(apart) >= 0 and sum(x > 0 for x in apart) == 1
+    _require(is_one, f"{key}.fps", clip.fps, mend)
     image = model.image_embed and clip.num_frames == 1
     for name, part, unit in (
         ("resolution", "patch_size", model.encoder.patch_size),

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from vjepa_jax import build, checkpoint
-from vjepa_jax.default_config import UserError, restored
+from vjepa_jax.default_config import UserError
 from vjepa_jax.models.encoder import VideoEncoder, normalise
+from vjepa_jax.saved_config import restored
 
 # video -> float32 features [B, T', H', W', D]
 Encode = Callable[[np.ndarray], np.ndarray]

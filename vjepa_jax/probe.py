@@ -16,10 +16,12 @@ import numpy as np
 from absl import flags
 
 from vjepa_jax import build, checkpoint, cli, metrics
-from vjepa_jax.data import render, sources
-from vjepa_jax.default_config import ConfigDict, UserError, restored
+from vjepa_jax.data import render, sources, streams
+from vjepa_jax.data.pipeline import Reading
+from vjepa_jax.default_config import ConfigDict, UserError
 from vjepa_jax.evals import features, pictures, world
 from vjepa_jax.models.encoder import VideoEncoder
+from vjepa_jax.saved_config import restored
 
 RESULTS_FILE = "results.json"
 
@@ -77,11 +79,9 @@ def probe(config: ConfigDict, workdir: str) -> dict[str, dict[str, float]]:
         "random_init": features.make_encode(encoder, untrained),
         "pixels": features.make_pixel_encode(encoder.patch_size, encoder.tubelet_size),
     }
-    shape = features.ClipShape(
-        run.data.num_frames, run.data.frame_step, run.data.fps, run.data.resolution
-    )
+    reading = streams.make_reading(run.data, run.data)
     splits = world.read_features(
-        encodes, run.world.path, shape, config.batch_size, config.num_workers
+        encodes, run.world.path, reading, config.batch_size, config.num_workers
     )
     columns: dict[str, dict[str, float]] = {}
     for name in encodes:
@@ -97,7 +97,7 @@ def probe(config: ConfigDict, workdir: str) -> dict[str, dict[str, float]]:
         )
     columns["chance"] = world.chance()
     results = {m: {c: columns[c][m] for c in columns} for m in world.MEASURES}
-    _draw(run, workdir, encodes, shape)
+    _draw(run, workdir, encodes, reading)
     seconds = _earlier_seconds(run, workdir)
     seconds["probe"] = time.perf_counter() - began
     path = pathlib.Path(workdir) / RESULTS_FILE
@@ -105,12 +105,12 @@ def probe(config: ConfigDict, workdir: str) -> dict[str, dict[str, float]]:
     return results
 
 
-def _draw(run: ConfigDict, workdir: str, encodes, shape: features.ClipShape) -> None:
+def _draw(run: ConfigDict, workdir: str, encodes, reading: Reading) -> None:
     """Draw curves, masks and features of one clip into the workdir."""
     folder = pathlib.Path(workdir)
     pictures.draw_curves(metrics.read_metrics(workdir), folder / "curves.png")
     listed = sources.open_source(str(pathlib.Path(run.world.path) / "hidden_test.csv"))
-    clip = next(features.read_clips(listed, shape, count=8))
+    clip = next(features.read_clips(listed, reading, count=8))
     encoder, _ = build.make_models(run)
     grid = encoder.grid(clip.shape)
     masks = build.make_masks(run.masks, grid)

@@ -56,6 +56,7 @@ def shrink(config: ConfigDict) -> ConfigDict:
             if key.endswith("_videos"):
                 config.world[key] = 16
         config.data.path = f"{_WORLD}/pretrain.csv"
+        config.data.mix_weights = ()
         config.data.num_workers = 0
         clips = [config.data, *config.streams.values()]
         masks = [config.masks, *(fields.masks for fields in config.streams.values())]
@@ -65,6 +66,7 @@ def shrink(config: ConfigDict) -> ConfigDict:
             clip.num_frames = {1: 1, 16: 4}.get(clip.num_frames, 8)
         for fields in config.streams.values():
             fields.path, fields.batch_size = config.data.path, _BATCH_SIZE
+            fields.mix_weights = ()
         for of_stream in masks:
             for mask in of_stream.values():
                 mask.group_size = 2

@@ -7,7 +7,6 @@ The same command continues an interrupted run. DIR receives `config.json`,
 """
 
 import json
-import os
 import pathlib
 import signal
 import sys
@@ -25,10 +24,11 @@ from vjepa_jax import (
     distributed,
     flops,
     metrics,
+    saved_config,
     sharding,
 )
-from vjepa_jax.data import pipeline, render, sources, streams
-from vjepa_jax.default_config import ConfigDict, UserError
+from vjepa_jax.data import render, streams
+from vjepa_jax.default_config import MAIN_STREAM, ConfigDict, UserError
 from vjepa_jax.train_state import abstract_state, make_init
 from vjepa_jax.train_step import Objective, make_train_step
 
@@ -46,8 +46,8 @@ def check_workdir(config: ConfigDict, workdir: str) -> None:
         old = json.loads(path.read_text())
     except ValueError:
         raise UserError(f"{path} is not JSON: give another --workdir") from None
-    old = default_config.restored(old).to_dict()
-    changed = default_config.differences(old, config.to_dict())
+    old = saved_config.restored(old).to_dict()
+    changed = saved_config.differences(old, config.to_dict())
     if changed:
         raise UserError(
             f"{workdir} holds a run of another config ({'; '.join(changed)}): give "
@@ -117,10 +117,13 @@ def _restore_or_init(
     if step is not None:
         state, position, meta = checkpointer.restore(step, abstract)
         if position["fingerprint"] != fingerprint:
-            raise UserError(
-                "the videos of config.data.path are not those that this run was "
-                "reading: bring them back, or give another --workdir"
-            )
+            if not config.data.accept_change:
+                raise UserError(
+                    "the videos of config.data.path are not those that this run was "
+                    "reading: bring them back, give another --workdir, or continue "
+                    "with the new ones by --config.data.accept_change=True"
+                )
+            _say(f"other videos than before, from step {step} on")
         if meta.get("teacher_step", teacher_step) != teacher_step:
             raise UserError(
                 f"this run learns from step {meta['teacher_step']} of "
@@ -152,7 +155,7 @@ def _load_teacher(config, encoder, predictor, mesh):
             f"config.teacher.path={config.teacher.path} holds no encoder of a run or "
             "of a conversion: give another"
         )
-    trained = default_config.restored(meta["config"])
+    trained = saved_config.restored(meta["config"])
     teacher = build.make_teacher(config, trained, encoder, predictor)
     return teacher, jax.device_put(params, sharding.replicated(mesh)), meta["step"]
 
@@ -176,28 +179,6 @@ def _compile(train_step, args, batch_shapes, shardings, mesh):
     step_fn = jitted.lower(state, batch, *rest).compile()
     _say(f"compiled the step in {time.perf_counter() - began:.0f} s")
     return step_fn
-
-
-def _make_batches(config, stream_sources, start, workdir):
-    """Open the streams at a step; the result is a context manager and an iterator."""
-    shared = {key: value for key, value in config.data.items() if key != "path"}
-    clip_keys = ("num_frames", "frame_step", "fps", "resolution")
-    sizes, iterators = build.batch_sizes(config), {}
-    for number, (name, source) in enumerate(stream_sources.items()):
-        of_stream = {}
-        if name != build.MAIN_STREAM:
-            of_stream = {key: config.streams[name][key] for key in clip_keys}
-        iterators[name] = pipeline.make_train_iterator(
-            source,
-            batch_size=sizes[name],
-            seed=config.seed + number,
-            start_step=start,
-            process_index=distributed.process_index(),
-            process_count=distributed.process_count(),
-            bad_videos_path=_bad_videos_path(workdir, name),
-            **(shared | of_stream),
-        )
-    return streams.StreamIterator(iterators)
 
 
 def train_and_evaluate(config: ConfigDict, workdir: str) -> int | None:
@@ -224,7 +205,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> int | None:
         encoder,
         predictor,
         tx,
-        shapes_of_clips[build.MAIN_STREAM],
+        shapes_of_clips[MAIN_STREAM],
         config.optim.spike_window,
     )
     shapes, shardings = abstract_state(init), sharding.state_shardings(init, mesh)
@@ -248,12 +229,10 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> int | None:
     if config.world.path and distributed.is_main():
         render.render_world(config.world)
     distributed.barrier("rendered")
-    stream_sources = {build.MAIN_STREAM: sources.open_source(config.data.path)}
-    for name, fields in config.streams.items():
-        stream_sources[name] = sources.open_source(fields.path)
-    fingerprint = _fingerprint(config, stream_sources)
-    counts = ", ".join(f"{len(s)} {name}" for name, s in stream_sources.items())
-    grid = encoder.grid(shapes_of_clips[build.MAIN_STREAM])
+    opened = streams.open_sources(config)
+    fingerprint = streams.fingerprint(config, opened)
+    counts = ", ".join(f"{len(s)} {name}" for name, s in opened.items())
+    grid = encoder.grid(shapes_of_clips[MAIN_STREAM])
     _say(
         f"{counts} clips; {config.model.encoder.size} encoder on {grid} tokens; "
         f"{sharding.describe(shapes, shardings)}; mesh {dict(mesh.shape)}\n"
@@ -279,7 +258,15 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> int | None:
         step_fn = _compile(train_step, (state, *extra), batch_shapes, shardings, mesh)
         began -= _earlier_seconds(workdir)
         with (
-            _make_batches(config, stream_sources, start, workdir) as batches,
+            streams.open_streams(
+                config,
+                opened,
+                sizes,
+                start,
+                workdir,
+                distributed.process_index(),
+                distributed.process_count(),
+            ) as batches,
             metrics.MetricWriter(
                 workdir, total_steps=config.total_steps, start_step=start
             ) as writer,
@@ -299,7 +286,9 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> int | None:
                     values = {k: float(v) for k, v in jax.device_get(values).items()}
                 skips.check(step, values)
                 values |= clock.window(step) | metrics.memory_scalars()
-                values["data/bad_videos"] = batches.bad_count
+                bad = batches.bad_counts
+                values["data/bad_videos"] = sum(bad.values())
+                values |= {f"data/bad_{reason}": n for reason, n in bad.items()}
                 values["perf/wall_seconds"] = time.perf_counter() - began
                 writer.write(step, values)
                 checkpointer.check_errors()
@@ -335,7 +324,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> int | None:
                             data={"step": step, "fingerprint": fingerprint},
                             meta={
                                 "config": config.to_dict(),
-                                "video_shape": shapes_of_clips[build.MAIN_STREAM],
+                                "video_shape": shapes_of_clips[MAIN_STREAM],
                                 "teacher_step": teacher_step,
                             },
                             force=is_last,
@@ -379,36 +368,11 @@ class _SkipWatch:
         self._skipped = skipped
 
 
-def _fingerprint(config: ConfigDict, stream_sources) -> str:
-    """Identify what the streams will deliver, for a resumed run to notice a change."""
-    parts = []
-    for name, source in stream_sources.items():
-        of_stream = {} if name == build.MAIN_STREAM else dict(config.streams[name])
-        for key in ("path", "masks", "weight"):
-            of_stream.pop(key, None)
-        sampling = _sampling(config.data) | of_stream
-        parts.append(sources.fingerprint(source, **sampling))
-    return "-".join(parts)
-
-
-def _sampling(data: ConfigDict) -> dict[str, object]:
-    """Return the settings that decide which clips a step sees."""
-    operational = default_config.OPERATIONAL
-    return {k: v for k, v in data.items() if not f"data.{k}".startswith(operational)}
-
-
 def _earlier_seconds(workdir: str) -> float:
     """Return the wall time that the run took before it was interrupted."""
     path = pathlib.Path(workdir) / metrics.FILE
     rows = metrics.read_metrics(str(path)) if path.exists() else []
     return rows[-1]["perf/wall_seconds"] if rows else 0.0
-
-
-def _bad_videos_path(workdir: str, stream: str) -> str:
-    rank = distributed.process_index()
-    of_stream = "" if stream == build.MAIN_STREAM else f"_{stream}"
-    of_rank = f"_{rank}" if rank else ""
-    return os.path.join(workdir, f"bad_videos{of_stream}{of_rank}.jsonl")
 
 
 def main() -> None:

@@ -5,14 +5,14 @@ memory. A still image gives clips of equal frames.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import av
 import numpy as np
 
 from vjepa_jax.data import packets
-from vjepa_jax.data.frames import RESIZES, Box, ClipWriter, as_frame
+from vjepa_jax.data.frames import RESIZES, ClipWriter, Crop, as_frame
 from vjepa_jax.data.media import (
     MAX_PIXELS,
     REASONS,
@@ -42,7 +42,7 @@ def read_clips(
     sampling: Sampling,
     rng: np.random.Generator | None = None,
     size: int,
-    crop: Callable[[int, int], Box],
+    crop: Crop | Sequence[Crop],
     resize: str = "antialias",
     max_pixels: int = MAX_PIXELS,
     time_limit_secs: float = TIME_LIMIT_SECS,
@@ -60,19 +60,21 @@ def read_clips(
       rng: draws the clips' starts; None takes those of an evaluation.
       size: side of the output in pixels, S.
       crop: from the height and width of the displayed frame to a box `(top, left,
-        height, width)` inside it; called once per clip, in the clips' order, after all
-        starts are drawn.
+        height, width)` inside it, or to one for each frame, int `[T, 4]`; called once
+        per clip, in the clips' order, after all starts are drawn. Of several, each
+        gives a view of every clip.
       resize: "antialias" filters where it shrinks; "official" does not, as the official
         code, and takes three times as long.
       max_pixels: larger frames are refused before memory is taken for them.
       time_limit_secs: limit of processor time; a read that blocks is not noticed.
 
     Returns:
-      uint8 `[K, T, S, S, 3]`, RGB.
+      uint8 `[K, T, S, S, 3]`, RGB; K counts the views of a clip, side by side.
 
     Raises:
       DecodeError: the record gives no clip.
     """
+    crops = [crop] if callable(crop) else crop
     if resize not in RESIZES:
         raise ValueError(f"resize must be one of {RESIZES}, not {resize!r}")
     # Further attempts must draw the same clips.
@@ -84,6 +86,7 @@ def read_clips(
         return [
             ClipWriter(sampling.num_frames, size, crop, resize)
             for _ in range(sampling.num_clips)
+            for crop in crops
         ]
 
     path, content, fps = _parts(record)
@@ -277,6 +280,7 @@ def _fill(
 
 def _collector(writers: list[ClipWriter], chosen: np.ndarray) -> packets.OnFrame:
     """Makes the function that takes a frame to its places in the clips `[K, T]`."""
+    num_views = len(writers) // len(chosen)
     places = {}
     for k, numbers in enumerate(chosen.tolist()):
         for slot, number in enumerate(numbers):
@@ -292,6 +296,7 @@ def _collector(writers: list[ClipWriter], chosen: np.ndarray) -> packets.OnFrame
             for writer in writers:
                 writer.start(frame)
         for k, slots in places[number].items():
-            writers[k].put(frame, slots)
+            for writer in writers[k * num_views : (k + 1) * num_views]:
+                writer.put(frame, slots)
 
     return on_frame

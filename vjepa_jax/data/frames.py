@@ -1,5 +1,6 @@
 """Decoded frames are turned, cropped, resized and collected as RGB."""
 
+import functools
 from collections.abc import Callable, Iterable
 from fractions import Fraction
 
@@ -8,6 +9,9 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 
 Box = tuple[int, int, int, int]
+# From the height and width of the displayed frame to one box inside it for all frames
+# of a clip, or to one for each: int [T, 4].
+Crop = Callable[[int, int], Box | np.ndarray]
 
 RESIZES = ("antialias", "official")
 
@@ -27,7 +31,7 @@ class ClipWriter:
         self,
         num_frames: int,
         size: int,
-        crop: Callable[[int, int], Box],
+        crop: Crop,
         resize: str,
     ):
         """Takes the arguments of `decode.read_clips`."""
@@ -43,42 +47,54 @@ class ClipWriter:
             frame = self._to_layout.reformat(
                 frame, width=width, height=height, format=pixel_format, threads=1
             )
-        first, *others = slots
-        self._convert(frame, self.frames[first])
-        for slot in others:
-            self.frames[slot] = self.frames[first]
+        done: dict[Box, int] = {}
+        for slot in slots:
+            box = self._boxes[slot]
+            if box in done:
+                self.frames[slot] = self.frames[done[box]]
+                continue
+            if box not in self._converters:
+                self._converters[box] = self._make_converter(frame, box)
+            self._converters[box](frame, self.frames[slot])
+            done[box] = slot
 
     def start(self, frame: av.VideoFrame) -> None:
-        """Settles box and conversion by the first frame of any clip."""
+        """Settles boxes and layout by the first frame of any clip."""
         self._layout = frame.width, frame.height, frame.format.name
         self._to_layout = VideoReformatter()
         self._turns = round(frame.rotation / 90) % 4
         shape = frame.height, frame.width
-        box = self._crop(*shape[:: -1 if self._turns % 2 else 1])
-        self._box = _stored_box(box, *shape, self._turns)
-        size = self.frames.shape[1]
-        if self._box[2:] == (size, size) or self._resize == "official":
-            self._to_rgb = VideoReformatter()
-            self._convert = self._convert_whole
-        else:
-            self._graph = _crop_and_scale(frame, self._box, size)
-            self._convert = self._convert_cropped
+        boxes = self._crop(*shape[:: -1 if self._turns % 2 else 1])
+        boxes = np.broadcast_to(boxes, (len(self.frames), 4)).tolist()
+        self._boxes = [_stored_box(tuple(b), *shape, self._turns) for b in boxes]
+        self._to_rgb = VideoReformatter()
+        self._converters: dict[Box, Callable[[av.VideoFrame, np.ndarray], None]] = {}
 
-    def _convert_whole(self, frame: av.VideoFrame, out: np.ndarray) -> None:
+    def _make_converter(self, frame: av.VideoFrame, box: Box):
+        size = self.frames.shape[1]
+        if box[2:] == (size, size) or self._resize == "official":
+            return functools.partial(self._convert_whole, box)
+        return functools.partial(
+            self._convert_cropped, _crop_and_scale(frame, box, size)
+        )
+
+    def _convert_whole(self, box: Box, frame: av.VideoFrame, out: np.ndarray) -> None:
         """Cuts the crop out of the RGB frame, pixels being those of a plain decode."""
         # One thread: a pool of them costs more than the conversion of a small frame.
         frame = self._to_rgb.reformat(frame, format="rgb24", threads=1)
         pixels = _plane(frame.planes[0], frame.height, 3 * frame.width)
         pixels = pixels.reshape(frame.height, frame.width, 3)
-        top, left, height, width = self._box
+        top, left, height, width = box
         pixels = np.rot90(pixels[top : top + height, left : left + width], self._turns)
         if pixels.shape != out.shape:
             pixels = resize_bilinear(pixels, len(out))
         out[:] = pixels
 
-    def _convert_cropped(self, frame: av.VideoFrame, out: np.ndarray) -> None:
-        self._graph.vpush(frame)
-        frame = self._graph.vpull()
+    def _convert_cropped(
+        self, graph: av.filter.Graph, frame: av.VideoFrame, out: np.ndarray
+    ) -> None:
+        graph.vpush(frame)
+        frame = graph.vpull()
         for channel, plane in zip((1, 2, 0), frame.planes, strict=True):  # G, B, R
             pixels = _plane(plane, frame.height, frame.width)
             out[..., channel] = np.rot90(pixels, self._turns)

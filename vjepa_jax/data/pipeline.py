@@ -2,23 +2,21 @@
 
 The training stream is a pure function of (seed, step): batches are formed first and
 then dealt out to hosts, nothing is ever filtered out, and a stream started at step k
-continues the unbroken run's, whatever the number of workers. No iterator state needs
-saving but the step.
+continues the unbroken run's, whatever the number of workers and of hosts. No iterator
+state needs saving but the step. A clip depends on (seed, epoch, record) alone.
 
-A file that cannot be read is replaced by another, drawn with the random numbers of its
-own place in the stream. Workers report it inside the batch; `TrainIterator` takes the
-report out again, lists the file, and judges the share of bad files.
+A video that cannot be read is replaced by another of its source, drawn with random
+numbers of the record's own. Workers report it inside the batch; `TrainIterator` takes
+the report out again and keeps account of it (`bad_videos`). A process that dies or
+hangs costs one restart (`workers`).
 
 Workers are spawned, so a program that asks for them needs the usual
-`if __name__ == "__main__"`. A worker that dies raises RuntimeError in the main process;
-one that hangs, on a dead network file system say, blocks it.
+`if __name__ == "__main__"`.
 """
 
 import dataclasses
-import json
-import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -26,109 +24,170 @@ import numpy as np
 from absl import flags, logging
 
 from vjepa_jax.data import decode
-from vjepa_jax.data.sources import VideoList
+from vjepa_jax.data.bad_videos import CODES, REASONS, BadVideos
+from vjepa_jax.data.frames import Crop
+from vjepa_jax.data.mixture import Mixture
+from vjepa_jax.data.records import Record, Source
+from vjepa_jax.data.sampling import Sampling
 from vjepa_jax.data.transforms import ClipTransform, central_box
+from vjepa_jax.data.workers import SupervisedBatches, WorkLog, require_shared_memory
 from vjepa_jax.default_config import UserError
 
-# Files tried for one place in the stream. With a tenth of all files bad, one place in
+# Records tried for one place in the stream. With a tenth of all files bad, one place in
 # 10^16 finds none; a source where this runs out has next to nothing to read.
 _MAX_TRIES = 16
 
-# A share of bad files means something only after this many samples.
-_MIN_SAMPLES_TO_JUDGE = 100
+# Batches that a worker decodes ahead at most: more would only take memory.
+_MAX_BATCHES_AHEAD = 8
 
 Batch = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class _Sampling:
-    """How a clip is cut out of a video; see `decode.clip_indices`."""
+class Reading:
+    """How the clips of a record are decoded; see `decode.read_clips`.
 
-    num_frames: int
-    frame_step: int
-    fps: float
+    Attributes:
+      sampling: which frames.
+      resolution: side of the clips in pixels.
+      resize: "antialias" or "official".
+      max_pixels: pixels of a frame above which a video is refused.
+      time_limit_secs: processor time for one record.
+    """
 
-    def __post_init__(self):
-        # In a worker, where clips are read, it would come too late.
-        decode.check_sampling(self.num_frames, self.frame_step, self.fps)
+    sampling: Sampling
+    resolution: int
+    resize: str = "antialias"
+    max_pixels: int = decode.MAX_PIXELS
+    time_limit_secs: float = decode.TIME_LIMIT_SECS
+
+    def read(
+        self,
+        record: Record,
+        crop: Crop | Sequence[Crop],
+        rng: np.random.Generator | None = None,
+    ) -> np.ndarray:
+        """Reads uint8 `[K, T, S, S, 3]`; see `decode.read_clips`."""
+        return decode.read_clips(
+            record,
+            sampling=self.sampling,
+            rng=rng,
+            size=self.resolution,
+            crop=crop,
+            resize=self.resize,
+            max_pixels=self.max_pixels,
+            time_limit_secs=self.time_limit_secs,
+        )
+
+    def zeros(self, num_views: int = 1) -> np.ndarray:
+        """Returns what stands for the clips of a record that gives none."""
+        size, sampling = self.resolution, self.sampling
+        num_clips = sampling.num_clips * num_views
+        return np.zeros((num_clips, sampling.num_frames, size, size, 3), np.uint8)
 
 
-class _ReadTrainClip(grain.transforms.RandomMap):
-    """Record index -> augmented clip, with a report on files replaced on the way."""
+def _take(source: Source, index: int) -> Record:
+    """Returns a record; raises DecodeError where its storage fails."""
+    try:
+        return source[index]
+    except OSError as error:
+        path = source.path_of(index)
+        raise decode.DecodeError(path, "unreadable", str(error)) from error
+
+
+class _ReadTrainClips(grain.transforms.Map):
+    """Sample -> augmented clips, with a report on records replaced on the way."""
 
     def __init__(
-        self, source: VideoList, sampling: _Sampling, transform: ClipTransform
+        self,
+        source: Mixture,
+        reading: Reading,
+        transform: ClipTransform,
+        seed: int,
+        quarantined: Mapping[int, int],
+        work_log: WorkLog,
     ):
         self._source = source
-        self._sampling = dataclasses.asdict(sampling)
+        self._reading = reading
         self._transform = transform
+        self._seed = seed
+        self._quarantined = quarantined
+        self._work_log = work_log
 
-    def random_map(self, element: int, rng: np.random.Generator) -> Batch:
-        transform = self._transform
+    def map(self, element: int) -> Batch:
+        epoch, index = self._source.split(element)
+        neighbours = self._source.neighbours(index)
+        # A generator of its own, for replacements not to depend on what was drawn from
+        # the other before a video turned out to be bad.
+        of_clip, of_replacement = np.random.SeedSequence(
+            (self._seed, epoch, index)
+        ).spawn(2)
+        replacements = np.random.default_rng(of_replacement)
         tried = np.full(_MAX_TRIES, -1, np.int64)
         reasons = np.full(_MAX_TRIES, -1, np.int8)
-        index = element
         for attempt in range(_MAX_TRIES):
             tried[attempt] = index
-            try:
-                video = decode.read_clip(
-                    self._source[index].path,
-                    **self._sampling,
-                    rng=rng,
-                    size=transform.resolution,
-                    crop=lambda height, width: transform.crop_box(height, width, rng),
-                )
-            except decode.DecodeError as error:
-                reasons[attempt] = decode.REASONS.index(error.reason)
-                index = int(rng.integers(len(self._source)))
-            else:
-                video = transform.maybe_flip(video, rng)
-                break
+            reasons[attempt] = self._quarantined.get(index, -1)
+            if reasons[attempt] < 0:
+                try:
+                    with self._work_log.at(index):
+                        video = self._read(index, np.random.default_rng(of_clip))
+                    break
+                except decode.DecodeError as error:
+                    reasons[attempt] = CODES[error.reason]
+            index = int(replacements.integers(neighbours.start, neighbours.stop))
         else:
             # An exception would reach the main process as text only: let the report,
             # which has no successful try in it, tell.
-            size = transform.resolution
-            video = np.zeros((self._sampling["num_frames"], size, size, 3), np.uint8)
+            video = self._reading.zeros()
         return {"video": video, "tried": tried, "reasons": reasons}
 
+    def _read(self, index: int, rng: np.random.Generator) -> np.ndarray:
+        num_frames = self._reading.sampling.num_frames
 
-class _ReadEvalClip(grain.transforms.Map):
-    """Record index -> centred clip; one of zeros, marked invalid, for a bad file."""
+        def crop(height: int, width: int) -> np.ndarray:
+            return self._transform.crop_boxes(height, width, num_frames, rng)
 
-    def __init__(self, source: VideoList, sampling: _Sampling, resolution: int):
+        clips = self._reading.read(_take(self._source, index), crop, rng)
+        return np.stack([self._transform.augment(clip, rng) for clip in clips])
+
+
+class _ReadEvalClips(grain.transforms.Map):
+    """Record index -> clips of an evaluation; zeros, marked invalid, for a bad file."""
+
+    def __init__(self, source: Source, reading: Reading, views: Sequence[Crop]):
         self._source = source
-        self._sampling = dataclasses.asdict(sampling)
-        self._resolution = resolution
+        self._reading = reading
+        self._views = views
 
     def map(self, element: int) -> Batch:
-        record = self._source[element]
-        size = self._resolution
-        reason = -1
+        reason, label = -1, 0
         try:
-            video = decode.read_clip(
-                record.path, **self._sampling, size=size, crop=central_box
-            )
+            record = _take(self._source, element)
+            label = record.label
+            video = self._reading.read(record, self._views)
         except decode.DecodeError as error:
-            video = np.zeros((self._sampling["num_frames"], size, size, 3), np.uint8)
-            reason = decode.REASONS.index(error.reason)
-        return {"video": video, "index": element, "reason": np.int8(reason)}
+            video = self._reading.zeros(len(self._views))
+            reason = CODES[error.reason]
+        return {
+            "video": video,
+            "label": np.int64(label),
+            "index": np.int64(element),
+            "reason": np.int8(reason),
+        }
 
 
 def make_train_iterator(
-    source: VideoList,
+    source: Mixture,
     *,
+    reading: Reading,
+    transform: ClipTransform,
     batch_size: int,
     seed: int,
     start_step: int = 0,
-    num_frames: int,
-    frame_step: int,
-    fps: float,
-    resolution: int,
-    crop_scale: tuple[float, float],
-    crop_aspect_ratio: tuple[float, float],
-    flip_probability: float,
     num_workers: int,
-    prefetch_batches: int,
+    prefetch_megabytes: float,
+    worker_timeout_secs: float,
     max_bad_fraction: float,
     bad_videos_path: str | None = None,
     process_index: int = 0,
@@ -136,63 +195,89 @@ def make_train_iterator(
 ) -> "TrainIterator":
     """Makes the endless stream of training batches of this process.
 
-    Every epoch is a new permutation of the videos; a video gives one clip per epoch. A
-    batch may span two epochs, so fewer videos than a batch are enough.
+    Every epoch is a new permutation of a source's records; a record gives
+    `reading.sampling.num_clips` clips per epoch, side by side in the batch. A batch may
+    span two epochs, so fewer records than a batch are enough.
 
     Args:
       source: the videos.
-      batch_size: clips per global batch, a multiple of `process_count`.
-      seed: of order, windows, crops and flips.
+      reading: how they are decoded.
+      transform: how clips are cropped and augmented.
+      batch_size: clips per global batch, a multiple of `process_count` times clips per
+        video.
+      seed: of order, windows and augmentations.
       start_step: step of the first batch.
-      num_frames: frames per clip, T.
-      frame_step: see `decode.clip_indices`; 0 to use `fps`.
-      fps: see `decode.clip_indices`; 0 to use `frame_step`.
-      resolution: see `ClipTransform`.
-      crop_scale: see `ClipTransform`.
-      crop_aspect_ratio: see `ClipTransform`.
-      flip_probability: see `ClipTransform`.
-      num_workers: decoding processes; 0 decodes in a thread of this process.
-      prefetch_batches: local batches decoded ahead by each worker, at least 1.
-      max_bad_fraction: share of the files drawn that may be unreadable.
-      bad_videos_path: JSON lines file that unreadable files are listed in; give every
-        process of a run its own.
+      num_workers: decoding processes; 0 decodes in a thread of this process, where
+        nothing can be done about a decode that hangs or crashes.
+      prefetch_megabytes: memory for batches decoded ahead, of all workers together;
+        each has one batch at least and 8 at most.
+      worker_timeout_secs: longest time that a worker may be at one record.
+      max_bad_fraction: share of the videos drawn that may be unreadable.
+      bad_videos_path: JSON lines file that unreadable videos are listed in; give every
+        process of a run its own, `NAME.jsonl` and `NAME_1.jsonl`.
       process_index: this process, in `[0, process_count)`.
       process_count: processes that share each global batch.
 
     Raises:
-      UserError: a value is out of range, or the batch does not divide among the
-        processes.
+      UserError: the batch does not divide among the processes, or /dev/shm is too
+        small.
     """
-    if batch_size % process_count:
-        raise UserError(
-            f"batch_size {batch_size} does not divide among {process_count} processes: "
-            f"take a multiple of {process_count}"
+    num_clips = reading.sampling.num_clips
+    if batch_size % (process_count * num_clips):
+        among = f"{process_count} processes" + (
+            f" of {num_clips} clips per video" if num_clips > 1 else ""
         )
-    read_clip = _ReadTrainClip(
-        source,
-        _Sampling(num_frames, frame_step, fps),
-        ClipTransform(resolution, crop_scale, crop_aspect_ratio, flip_probability),
-    )
-    dataset = (
-        grain.MapDataset.range(len(source))
-        .seed(seed)
-        .shuffle()
-        .repeat()
-        .random_map(read_clip)
-        .batch(batch_size // process_count, drop_remainder=True)
-    )
-    dataset = dataset[start_step * process_count + process_index :: process_count]
+        raise UserError(
+            f"batch_size {batch_size} does not divide among {among}: take a multiple "
+            f"of {process_count * num_clips}"
+        )
+    num_local = batch_size // process_count
+    batch_bytes = num_local // num_clips * reading.zeros().nbytes
+    ahead = prefetch_megabytes * 1e6 / batch_bytes / max(num_workers, 1)
+    ahead = min(max(int(ahead), 1), _MAX_BATCHES_AHEAD)
+    if num_workers:
+        # One more per worker is being made, and one is with whoever asked for it.
+        require_shared_memory((num_workers * (ahead + 1) + 1) * batch_bytes)
+    bad_videos = BadVideos(source, bad_videos_path, max_bad_fraction)
+    quarantined = bad_videos.quarantined()
+    work_log = WorkLog()
+
+    def open_batches(step: int, since: Mapping[int, str]) -> Iterator:
+        read_clips = _ReadTrainClips(
+            source,
+            reading,
+            transform,
+            seed,
+            quarantined | {record: CODES[reason] for record, reason in since.items()},
+            work_log,
+        )
+        dataset = (
+            source.samples(seed)
+            .map(read_clips)
+            .batch(num_local // num_clips, drop_remainder=True)
+        )
+        dataset = dataset[step * process_count + process_index :: process_count]
+        return iter(_decoded_ahead(dataset, num_workers, ahead))
+
+    batches: Iterator
+    if num_workers:
+        batches = SupervisedBatches(
+            open_batches,
+            work_log,
+            start_step=start_step,
+            timeout_secs=worker_timeout_secs,
+            name_of=source.path_of,
+            on_quarantine=bad_videos.add,
+        )
+    else:
+        batches = open_batches(start_step, {})
     return TrainIterator(
-        iter(_decoded_ahead(dataset, num_workers, prefetch_batches)),
-        source=source,
-        start_step=start_step,
-        max_bad_fraction=max_bad_fraction,
-        bad_videos_path=bad_videos_path,
+        batches, bad_videos=bad_videos, start_step=start_step, on_close=work_log.remove
     )
 
 
 def _decoded_ahead(
-    dataset: grain.MapDataset, num_workers: int, prefetch_batches: int
+    dataset: grain.MapDataset, num_workers: int, batches_ahead: int
 ) -> grain.IterDataset:
     if not flags.FLAGS.is_parsed():
         # Grain reads its own flags when it starts workers; tests and notebooks have no
@@ -202,13 +287,13 @@ def _decoded_ahead(
     # not be more than one ahead of them.
     dataset = dataset.to_iter_dataset(
         grain.ReadOptions(
-            num_threads=1, prefetch_buffer_size=1 if num_workers else prefetch_batches
+            num_threads=1, prefetch_buffer_size=1 if num_workers else batches_ahead
         )
     )
     if num_workers:
         dataset = dataset.mp_prefetch(
             grain.MultiprocessingOptions(
-                num_workers=num_workers, per_worker_buffer_size=prefetch_batches
+                num_workers=num_workers, per_worker_buffer_size=batches_ahead
             ),
             worker_init_fn=_leave_interrupts_to_parent,
         )
@@ -233,48 +318,42 @@ class TrainIterator(Iterator):
 
     Attributes:
       step: step of the next batch.
-      bad_count: unreadable files known so far, those of earlier runs included.
 
     Raises (from `next`):
-      UserError: too many of the files are unreadable.
-      RuntimeError: a worker has died.
+      UserError: too many of the videos are unreadable, or workers fail again and again.
     """
 
     def __init__(
         self,
         batches: Iterator,
         *,
-        source: VideoList,
+        bad_videos: BadVideos,
         start_step: int,
-        max_bad_fraction: float,
-        bad_videos_path: str | None,
+        on_close: Callable[[], None],
     ):
         self._batches = batches
-        self._source = source
-        self._max_bad_fraction = max_bad_fraction
-        self._bad_videos_path = bad_videos_path
-        self._drawn = np.zeros(len(source), bool)
-        self._bad = np.zeros(len(source), bool)
-        self._num_samples = 0
-        self._listed = _read_bad_videos(bad_videos_path)
+        self._bad_videos = bad_videos
+        self._on_close = on_close
         self.step = start_step
 
     @property
-    def bad_count(self) -> int:
-        """Unreadable files known so far."""
-        return len(self._listed)
+    def bad_counts(self) -> Mapping[str, int]:
+        """Unreadable videos known so far, by reason."""
+        return self._bad_videos.counts
 
     def __next__(self) -> Batch:
         batch = next(self._batches)
-        self._account(batch["tried"], batch["reasons"])
+        self._bad_videos.account(batch["tried"], batch["reasons"], self.step)
         self.step += 1
-        return {"video": {"video": batch["video"]}}
+        video = batch["video"]
+        return {"video": {"video": video.reshape(-1, *video.shape[2:])}}
 
     def close(self) -> None:
         """Ends the workers; the iterator is of no use afterwards."""
         if self._batches is not None:
             self._batches.close()
             self._batches = None
+            self._on_close()
 
     def __enter__(self) -> "TrainIterator":
         return self
@@ -282,121 +361,58 @@ class TrainIterator(Iterator):
     def __exit__(self, *_) -> None:
         self.close()
 
-    def _account(self, tried: np.ndarray, reasons: np.ndarray) -> None:
-        """Takes note of the files drawn: int64, int8 `[B, _MAX_TRIES]`, -1 for none."""
-        self._num_samples += len(tried)
-        self._drawn[tried[tried >= 0]] = True
-        is_bad = reasons >= 0
-        if not is_bad.any():
-            return
-        self._bad[tried[is_bad]] = True
-        self._list(tried[is_bad], reasons[is_bad])
-        num_bad, num_drawn = int(self._bad.sum()), int(self._drawn.sum())
-        where = f"of {self._source.name!r}" + (
-            f" (listed in {self._bad_videos_path!r})" if self._bad_videos_path else ""
-        )
-        if is_bad.all(axis=1).any():
-            raise UserError(
-                f"{_MAX_TRIES} videos {where} in a row cannot be read: mend or drop "
-                "them"
-            )
-        if (
-            self._num_samples >= _MIN_SAMPLES_TO_JUDGE
-            and num_bad > self._max_bad_fraction * num_drawn
-        ):
-            raise UserError(
-                f"{num_bad} of the {num_drawn} videos {where} drawn so far cannot be "
-                f"read, more than data.max_bad_fraction={self._max_bad_fraction:g} "
-                "allows: mend or drop them, or allow more"
-            )
-
-    def _list(self, indices: np.ndarray, reasons: np.ndarray) -> None:
-        lines = []
-        for index, reason in zip(indices.tolist(), reasons.tolist(), strict=True):
-            path = self._source[index].path
-            if path in self._listed:
-                continue
-            self._listed.add(path)
-            entry = {"path": path, "reason": decode.REASONS[reason], "step": self.step}
-            lines.append(json.dumps(entry) + "\n")
-            logging.warning("Replaced unreadable video %r: %s", path, entry["reason"])
-        if lines and self._bad_videos_path:
-            os.makedirs(os.path.dirname(self._bad_videos_path) or ".", exist_ok=True)
-            with open(self._bad_videos_path, "a") as file:
-                file.writelines(lines)
-
-
-def _read_bad_videos(path: str | None) -> set[str]:
-    """Returns the paths listed; ends a last line that a killed run left unfinished."""
-    if not path or not os.path.exists(path):
-        return set()
-    listed = set()
-    line = ""
-    with open(path, "r+") as file:
-        for line in file:
-            try:
-                listed.add(json.loads(line)["path"])
-            except (ValueError, TypeError, KeyError):
-                continue
-        if line and not line.endswith("\n"):
-            file.write("\n")
-    return listed
-
 
 def read_all(
-    source: VideoList,
+    source: Source,
     *,
+    reading: Reading,
     batch_size: int,
-    num_frames: int,
-    frame_step: int,
-    fps: float,
-    resolution: int,
     num_workers: int,
-    prefetch_batches: int = 2,
+    batches_ahead: int = 2,
+    views: Sequence[Crop] = (central_box,),
     padded: bool = False,
 ) -> Iterator[Batch]:
-    """Reads every video once, in order: the centred clip, centre-cropped.
+    """Reads every video once, in order, as an evaluation does: nothing is drawn.
 
     Args:
       source: the videos.
-      batch_size: clips per batch, B.
-      num_frames: frames per clip, T.
-      frame_step: see `decode.clip_indices`; 0 to use `fps`.
-      fps: see `decode.clip_indices`; 0 to use `frame_step`.
-      resolution: side of the square clips in pixels.
+      reading: how they are decoded.
+      batch_size: videos per batch, B.
       num_workers: decoding processes; 0 decodes in a thread of this process.
-      prefetch_batches: batches decoded ahead by each worker, at least 1.
+      batches_ahead: batches decoded ahead by each worker, at least 1.
+      views: crops of every clip, see `decode.read_clips`; picklable.
       padded: fill the last batch up to `batch_size` with invalid rows, for compiled
         functions of one shape; otherwise the last batch may be smaller.
 
     Yields:
-      `{"video": {"video": uint8 [B, T, H, W, 3]}, "label": int64 [B], "index": int64
-      [B], "valid": bool [B]}`. Rows of unreadable files, which are logged, and of
+      `{"video": {"video": uint8 [B, K, T, H, W, 3]}, "label": int64 [B], "index": int64
+      [B], "valid": bool [B]}`, K being the clips of a video times their views; there is
+      no axis K where it is 1. Rows of unreadable videos, which are logged, and of
       padding are zeros with `valid` False; the padding's index is -1.
     """
-    read_clip = _ReadEvalClip(
-        source, _Sampling(num_frames, frame_step, fps), resolution
+    dataset = grain.MapDataset.range(len(source)).map(
+        _ReadEvalClips(source, reading, views)
     )
-    dataset = grain.MapDataset.range(len(source)).map(read_clip)
     dataset = dataset.batch(batch_size, drop_remainder=False)
-    batches = iter(_decoded_ahead(dataset, num_workers, prefetch_batches))
+    batches = iter(_decoded_ahead(dataset, num_workers, batches_ahead))
     try:
         for batch in batches:
-            video, index = batch["video"], batch["index"].astype(np.int64)
+            video, label, index = (batch[k] for k in ("video", "label", "index"))
             valid = batch["reason"] < 0
             for i in np.flatnonzero(~valid):
                 logging.warning(
                     "Skipped unreadable video %r: %s",
-                    source[index[i]].path,
-                    decode.REASONS[batch["reason"][i]],
+                    source.path_of(int(index[i])),
+                    REASONS[batch["reason"][i]],
                 )
-            label = source.labels[index]
             if padded and len(index) < batch_size:
                 missing = batch_size - len(index)
-                video = np.pad(video, [(0, missing)] + [(0, 0)] * 4)
+                video = np.pad(video, [(0, missing)] + [(0, 0)] * (video.ndim - 1))
                 label = np.pad(label, (0, missing))
                 index = np.pad(index, (0, missing), constant_values=-1)
                 valid = np.pad(valid, (0, missing))
+            if video.shape[1] == 1:
+                video = video[:, 0]
             yield {
                 "video": {"video": video},
                 "label": label,

@@ -62,14 +62,15 @@ def open_sources(
     opened = [open_source(part) for part in paths]
     if len(weights) not in (0, len(paths)):
         raise UserError(
-            f"data.weights has {len(weights)} numbers but data.path names {len(paths)} "
-            "sources: give one for each, or none to draw every video equally often"
+            f"data.mix_weights has {len(weights)} numbers but data.path names "
+            f"{len(paths)} sources: give one for each, or none to draw every video "
+            "equally often"
         )
     for weight in weights:
         if not 0 < weight < math.inf:
             raise UserError(
-                f"data.weights must be positive numbers, not {weight}: leave a source "
-                "out of data.path that should not be drawn"
+                f"data.mix_weights must be positive numbers, not {weight}: leave a "
+                "source out of data.path that should not be drawn"
             )
     weights = weights or [len(source) for source in opened]
     total = sum(weights)

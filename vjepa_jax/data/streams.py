@@ -1,9 +1,153 @@
-"""Several streams of clips, of different shapes, drawn together."""
+"""The streams of a config: what they read, opened at a step and drawn together."""
 
 import contextlib
+import os
+from collections import Counter
 from collections.abc import Iterator, Mapping
 
-from vjepa_jax.data.pipeline import Batch, TrainIterator
+from vjepa_jax import saved_config
+from vjepa_jax.data import pipeline, sources
+from vjepa_jax.data.mixture import Mixture
+from vjepa_jax.data.pipeline import Batch, Reading, TrainIterator
+from vjepa_jax.data.records import digest_of
+from vjepa_jax.data.sampling import Sampling
+from vjepa_jax.data.transforms import ClipTransform
+from vjepa_jax.default_config import MAIN_STREAM, ConfigDict
+
+_TRANSFORM_KEYS = (
+    "crop_scale",
+    "crop_aspect_ratio",
+    "flip_probability",
+    "motion_shift",
+    "color_jitter",
+    "grayscale_probability",
+    "rand_augment",
+    "erase_probability",
+    "erase_mode",
+)
+
+
+def make_reading(data: ConfigDict, clip: ConfigDict) -> Reading:
+    """Make how clips are decoded.
+
+    Args:
+      data: a config's `data`, for what all its streams share.
+      clip: the stream's own fields, `data` itself for the main one.
+
+    Raises:
+      UserError: a value is out of range.
+    """
+    sampling = Sampling(
+        num_frames=clip.num_frames,
+        frame_step=clip.frame_step,
+        fps=clip.fps,
+        duration_secs=clip.duration_secs,
+        num_clips=data.num_clips,
+        rule=data.sampling,
+        allow_clip_overlap=data.allow_clip_overlap,
+    )
+    return Reading(
+        sampling,
+        clip.resolution,
+        data.resize,
+        data.max_pixels,
+        data.time_limit_secs,
+    )
+
+
+def _clips(config: ConfigDict) -> dict[str, ConfigDict]:
+    return {MAIN_STREAM: config.data, **config.streams}
+
+
+def open_sources(config: ConfigDict) -> dict[str, Mixture]:
+    """Open the videos of every stream, the main one first.
+
+    Raises:
+      UserError: a source cannot be opened, or has nothing in it.
+    """
+    return {
+        name: Mixture(sources.open_sources(clip.path, clip.mix_weights))
+        for name, clip in _clips(config).items()
+    }
+
+
+def fingerprint(config: ConfigDict, opened: Mapping[str, Mixture]) -> str:
+    """Identify what the streams will deliver, for a resumed run to notice a change.
+
+    Args:
+      config: of the run.
+      opened: from `open_sources`.
+    """
+    parts = []
+    for name, source in opened.items():
+        settings = _sampling_settings(config.data)
+        if name != MAIN_STREAM:
+            of_stream = dict(config.streams[name])
+            for key in ("path", "masks", "weight"):
+                del of_stream[key]
+            settings |= of_stream
+        parts.append(sources.fingerprint(source, **settings))
+    return digest_of(part.encode() for part in parts)
+
+
+def _sampling_settings(data: ConfigDict) -> dict[str, object]:
+    """Return the settings that decide which clips a step sees."""
+    operational = saved_config.OPERATIONAL
+    return {k: v for k, v in data.items() if not f"data.{k}".startswith(operational)}
+
+
+def open_streams(
+    config: ConfigDict,
+    opened: Mapping[str, Mixture],
+    batch_sizes: Mapping[str, int],
+    start_step: int,
+    workdir: str,
+    process_index: int,
+    process_count: int,
+) -> "StreamIterator":
+    """Open the streams at a step.
+
+    Args:
+      config: of the run.
+      opened: from `open_sources`.
+      batch_sizes: clips per global batch, by stream.
+      start_step: step of the first batch.
+      workdir: folder of the run, for the lists of bad videos.
+      process_index: this process, in `[0, process_count)`.
+      process_count: processes that share each global batch.
+
+    Raises:
+      UserError: see `pipeline.make_train_iterator`.
+    """
+    data, clips, iterators = config.data, _clips(config), {}
+    augmentation = {key: data[key] for key in _TRANSFORM_KEYS}
+    with contextlib.ExitStack() as stack:  # what is open must not outlive a failure
+        for number, (name, source) in enumerate(opened.items()):
+            reading = make_reading(data, clips[name])
+            iterators[name] = pipeline.make_train_iterator(
+                source,
+                reading=reading,
+                transform=ClipTransform(reading.resolution, **augmentation),
+                batch_size=batch_sizes[name],
+                seed=config.seed + number,
+                start_step=start_step,
+                num_workers=data.num_workers,
+                prefetch_megabytes=data.prefetch_megabytes,
+                worker_timeout_secs=data.worker_timeout_secs,
+                max_bad_fraction=data.max_bad_fraction,
+                bad_videos_path=_bad_videos_path(workdir, name, process_index),
+                process_index=process_index,
+                process_count=process_count,
+            )
+            stack.callback(iterators[name].close)
+        stack.pop_all()
+    return StreamIterator(iterators)
+
+
+def _bad_videos_path(workdir: str, stream: str, process_index: int) -> str:
+    of_stream = "" if stream == MAIN_STREAM else f".{stream}"
+    of_process = f"_{process_index}" if process_index else ""
+    return os.path.join(workdir, f"bad_videos{of_stream}{of_process}.jsonl")
 
 
 class StreamIterator(Iterator):
@@ -12,16 +156,17 @@ class StreamIterator(Iterator):
     Close it, or use it as a context manager, to end the workers of all streams.
 
     Attributes:
-      bad_count: unreadable files known so far, over all streams.
+      bad_counts: unreadable videos known so far, by reason, over all streams.
     """
 
     def __init__(self, streams: Mapping[str, TrainIterator]):
+        """Takes the streams by name."""
         self._streams = dict(streams)
 
     @property
-    def bad_count(self) -> int:
-        """Unreadable files known so far."""
-        return sum(stream.bad_count for stream in self._streams.values())
+    def bad_counts(self) -> Mapping[str, int]:
+        """Unreadable videos known so far, by reason."""
+        return sum((Counter(s.bad_counts) for s in self._streams.values()), Counter())
 
     def __next__(self) -> Batch:
         return {name: next(it)["video"] for name, it in self._streams.items()}

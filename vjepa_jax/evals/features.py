@@ -6,22 +6,13 @@ from collections.abc import Callable
 import numpy as np
 
 from vjepa_jax.data import pipeline
-from vjepa_jax.data.sources import VideoList
+from vjepa_jax.data.pipeline import Reading
+from vjepa_jax.data.records import Source
 from vjepa_jax.encode import make_encode as make_grid_encode
 from vjepa_jax.models.encoder import VideoEncoder, token_grid
 
 # uint8 video [B, T, H, W, 3] -> tokens float32 [B, T', S, D]
 Encode = Callable[[np.ndarray], np.ndarray]
-
-
-@dataclasses.dataclass(frozen=True)
-class ClipShape:
-    """How clips are cut out of videos for an evaluation; see `data.decode`."""
-
-    num_frames: int
-    frame_step: int
-    fps: float
-    resolution: int
 
 
 @dataclasses.dataclass
@@ -85,8 +76,8 @@ def make_pixel_encode(patch_size: int, tubelet_size: int, cell: int = 2) -> Enco
 
 def extract(
     encodes: dict[str, Encode],
-    source: VideoList,
-    shape: ClipShape,
+    source: Source,
+    reading: Reading,
     batch_size: int,
     num_workers: int,
 ) -> dict[str, Features]:
@@ -97,7 +88,7 @@ def extract(
     Args:
       encodes: by name.
       source: the videos.
-      shape: how to cut the clips.
+      reading: how to cut the clips.
       batch_size: clips per call of an encode.
       num_workers: decoding processes.
     """
@@ -105,10 +96,10 @@ def extract(
     labels, index = [], []
     batches = pipeline.read_all(
         source,
+        reading=reading,
         batch_size=batch_size,
         num_workers=num_workers,
         padded=True,
-        **dataclasses.asdict(shape),
     )
     for batch in batches:
         valid = batch["valid"]
@@ -125,9 +116,9 @@ def extract(
     }
 
 
-def read_clips(source: VideoList, shape: ClipShape, count: int):
+def read_clips(source: Source, reading: Reading, count: int):
     """Yield uint8 batches [count, T, H, W, 3] of a list's clips, in order."""
     for batch in pipeline.read_all(
-        source, batch_size=count, num_workers=0, **dataclasses.asdict(shape)
+        source, reading=reading, batch_size=count, num_workers=0
     ):
         yield np.array(batch["video"]["video"])

@@ -8,11 +8,12 @@ import pathlib
 
 import numpy as np
 
-from vjepa_jax.data import decode, sources
+from vjepa_jax.data import sources
+from vjepa_jax.data.pipeline import Reading
 from vjepa_jax.data.world import CLASSES
 from vjepa_jax.default_config import UserError
 from vjepa_jax.evals import probes
-from vjepa_jax.evals.features import ClipShape, Encode, Features, extract
+from vjepa_jax.evals.features import Encode, Features, extract
 
 MEASURES = (
     "attentive_accuracy",
@@ -40,17 +41,12 @@ class State:
 
 
 def read_state(
-    path: pathlib.Path, index: np.ndarray, shape: ClipShape, time_steps: int
+    path: pathlib.Path, index: np.ndarray, reading: Reading, time_steps: int
 ) -> State:
     """Read the ground truth of the clips that `extract` cut, from a split's `.npz`."""
     with np.load(path) as truth:
-        frames = decode.clip_indices(
-            truth["position"].shape[1],
-            0.0,
-            num_frames=shape.num_frames,
-            frame_step=shape.frame_step,
-            rng=None,
-        )
+        num_frames = truth["position"].shape[1]
+        (frames,) = reading.sampling.frames(np.arange(num_frames))
 
         def per_step(name):
             main = truth[name][index][:, frames, 0]
@@ -66,7 +62,7 @@ def read_state(
 def read_features(
     encodes: dict[str, Encode],
     world_path: str,
-    shape: ClipShape,
+    reading: Reading,
     batch_size: int,
     num_workers: int,
 ) -> dict[str, dict[str, tuple[Features, State]]]:
@@ -75,7 +71,7 @@ def read_features(
     Raises:
       UserError: the world is not there.
     """
-    if shape.frame_step < 1:
+    if not reading.sampling.frame_step:
         raise UserError("the world's probes need data.frame_step, not data.fps")
     out: dict[str, dict[str, tuple[Features, State]]] = {name: {} for name in encodes}
     for split in _SPLITS:
@@ -86,10 +82,10 @@ def read_features(
                 "vjepa_jax.data.prepare --config=...)"
             )
         source = sources.open_source(str(truth.with_suffix(".csv")))
-        parts = extract(encodes, source, shape, batch_size, num_workers)
+        parts = extract(encodes, source, reading, batch_size, num_workers)
         for name, features in parts.items():
             time_steps = features.tokens.shape[1]
-            state = read_state(truth, features.index, shape, time_steps)
+            state = read_state(truth, features.index, reading, time_steps)
             out[name][split] = features, state
     return out
 

@@ -1,0 +1,116 @@
+"""A source whose records can kill or block the process that reads them.
+
+In a module of its own, since the processes import it.
+"""
+
+import os
+import pathlib
+import signal
+import sys
+import time
+from multiprocessing import shared_memory
+
+import numpy as np
+
+from vjepa_jax.data import pipeline
+from vjepa_jax.data.mixture import Mixture
+from vjepa_jax.data.pipeline import Reading
+from vjepa_jax.data.records import Record, Source
+from vjepa_jax.data.sampling import Sampling
+from vjepa_jax.data.transforms import ClipTransform
+
+# By their names a test finds its own segments among those of other programs.
+if "SHM_PREFIX" in os.environ:
+    shared_memory._SHM_NAME_PREFIX = f"/{os.environ['SHM_PREFIX']}"
+
+
+class FaultySource(Source):
+    """Frames from memory; some records do harm, the first `times` times.
+
+    Attributes:
+      faults: {record: "kill", "hang" or "error"}.
+      times: how often a record does harm, over all processes.
+      folder: where the times are counted.
+      start_fault: whether processes die before they read a record.
+    """
+
+    def __init__(self, num_records, faults, folder, times=1000, start_fault=False):
+        self.name = "faulty"
+        self.labels = np.zeros(num_records, np.int64)
+        self.faults, self.times, self.folder = faults, times, pathlib.Path(folder)
+        self.start_fault = start_fault
+
+    def __setstate__(self, state):
+        if state["start_fault"]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.__dict__.update(state)
+
+    def __len__(self):
+        return len(self.labels)
+
+    def path_of(self, index):
+        return f"record-{index}"
+
+    def digest(self):
+        return "faulty"
+
+    def __getitem__(self, index):
+        fault = self.faults.get(index)
+        marks = self.folder / f"times-{index}"
+        if fault and (marks.stat().st_size if marks.exists() else 0) < self.times:
+            with open(marks, "a") as file:
+                file.write("x")
+            if fault == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            elif fault == "hang":
+                time.sleep(3600)
+            raise ZeroDivisionError("a bug in a reader")
+        rng = np.random.default_rng(index)
+        frames = rng.integers(0, 256, (8, 16, 16, 3), np.uint8)
+        return Record(self.path_of(index), 0, frames, 12.0)
+
+
+def make_iterator(source, **overrides):
+    """Returns the training stream of a source, batches of 4 clips of 4x16x16."""
+    settings = {
+        "reading": Reading(Sampling(4, frame_step=1), 16),
+        "transform": ClipTransform(16),
+        "batch_size": 4,
+        "seed": 0,
+        "num_workers": 2,
+        "prefetch_megabytes": 0.1,
+        "worker_timeout_secs": 100.0,
+        "max_bad_fraction": 0.5,
+    }
+    return pipeline.make_train_iterator(
+        Mixture([(source, 1.0)]), **settings | overrides
+    )
+
+
+def take(num_batches, source, **overrides):
+    """Returns uint8 `[num_batches, B, T, S, S, 3]`."""
+    with make_iterator(source, **overrides) as batches:
+        # Copied, so that no shared memory outlives the iterator.
+        return np.stack(
+            [np.array(next(batches)["video"]["video"]) for _ in range(num_batches)]
+        )
+
+
+def main():
+    """Draws batches and ends as `sys.argv` says: well, by an error, or waiting."""
+    ending, folder = sys.argv[1:]
+    batches = make_iterator(FaultySource(12, {}, folder))
+    for _ in range(3):
+        batch = next(batches)
+    del batch
+    print("drawn", flush=True)
+    if ending == "error":
+        raise ValueError("an error of the program")
+    if ending == "wait":
+        time.sleep(600)
+    if ending == "close":
+        batches.close()
+
+
+if __name__ == "__main__":
+    main()

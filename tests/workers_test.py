@@ -1,0 +1,158 @@
+"""Decoding processes that die or hang, by real ones that do."""
+
+import json
+import multiprocessing
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from unittest import mock
+
+import faulty_sources
+import numpy as np
+import pytest
+from faulty_sources import FaultySource, take
+
+from vjepa_jax.data import pipeline, workers
+from vjepa_jax.default_config import UserError
+
+NUM_RECORDS = 12
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """Six batches of the stream where nothing does harm."""
+    source = FaultySource(NUM_RECORDS, {}, tmp_path_factory.mktemp("plain"))
+    return take(6, source, num_workers=0)
+
+
+def read_list(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_process_that_dies_once_costs_no_batch(tmp_path, plain):
+    source = FaultySource(NUM_RECORDS, {5: "kill"}, tmp_path, times=1)
+    listing = tmp_path / "bad_videos.jsonl"
+    with mock.patch.object(workers.logging, "error") as error:
+        # One process: of two, the other may come to the record first, in a batch that
+        # nobody asks for.
+        batches = take(6, source, bad_videos_path=str(listing), num_workers=1)
+    np.testing.assert_array_equal(batches, plain)
+    assert (tmp_path / "times-5").read_text() == "x"
+    ((message, *arguments),) = (call.args for call in error.call_args_list)
+    assert "crashed on 'record-5' (Worker process" in message % tuple(arguments)
+    assert "exit code -9)" in message % tuple(arguments)
+    assert not listing.exists()
+
+
+@pytest.mark.parametrize(("fault", "reason"), [("kill", "crashed"), ("hang", "hung")])
+def test_a_record_that_does_it_again_is_quarantined(tmp_path, plain, fault, reason):
+    source = FaultySource(NUM_RECORDS, {5: fault}, tmp_path)
+    listing = tmp_path / "bad_videos.jsonl"
+    settings = {"bad_videos_path": str(listing), "worker_timeout_secs": 2.0}
+    batches = take(6, source, **settings)
+    # Twice, by as many of the two processes as came to it.
+    harm = (tmp_path / "times-5").read_text()
+    assert 2 <= len(harm) <= 4
+    (entry,) = read_list(listing)
+    assert (entry["path"], entry["reason"]) == ("record-5", reason)
+    # Two epochs had the record, one clip each; all else is as without harm.
+    differs = (batches != plain).any(axis=(2, 3, 4, 5))
+    assert differs.sum() == 2
+
+    # The same run, continued, knows of it and delivers the same batches.
+    with faulty_sources.make_iterator(source, start_step=3, **settings) as again:
+        assert again.bad_counts == {reason: 1}
+        for step in (3, 4, 5):
+            np.testing.assert_array_equal(next(again)["video"]["video"], batches[step])
+    assert (tmp_path / "times-5").read_text() == harm
+    assert len(read_list(listing)) == 1
+
+
+def test_a_process_killed_from_outside_costs_no_batch(tmp_path, plain):
+    source = FaultySource(NUM_RECORDS, {}, tmp_path)
+    with faulty_sources.make_iterator(source) as batches:
+        for step in range(6):
+            if step == 2:
+                multiprocessing.active_children()[0].kill()
+            np.testing.assert_array_equal(next(batches)["video"]["video"], plain[step])
+
+
+def test_processes_that_die_again_and_again_end_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(workers, "_MAX_RESTARTS", 1)
+    source = FaultySource(NUM_RECORDS, {}, tmp_path, start_fault=True)
+    with (
+        faulty_sources.make_iterator(source, num_workers=1) as batches,
+        pytest.raises(UserError, match=r"while it was at no video .*2 times in a row"),
+    ):
+        next(batches)
+
+
+def test_an_error_of_the_code_is_not_taken_for_a_crash(tmp_path):
+    source = FaultySource(NUM_RECORDS, {5: "error"}, tmp_path)
+    with pytest.raises(ZeroDivisionError, match="a bug in a reader"):
+        take(6, source, num_workers=1)
+
+
+def test_little_shared_memory_is_named_before_the_start(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"MB free .*--shm-size.*prefetch_megabytes"):
+        workers.require_shared_memory(1 << 60, str(tmp_path))
+    workers.require_shared_memory(1 << 60, str(tmp_path / "a system without it"))
+    asked = []
+    monkeypatch.setattr(pipeline, "require_shared_memory", asked.append)
+    source = FaultySource(NUM_RECORDS, {}, tmp_path)
+    clip_bytes = 4 * 16 * 16 * 3
+    for megabytes, ahead in ((1e-9, 1), (5 * 2 * 4 * clip_bytes / 1e6, 5), (1e3, 8)):
+        with faulty_sources.make_iterator(source, prefetch_megabytes=megabytes):
+            assert asked.pop() == (2 * (ahead + 1) + 1) * 4 * clip_bytes
+
+
+def wait_until(condition, timeout_secs=60.0):
+    end = time.monotonic() + timeout_secs
+    while not condition():
+        assert time.monotonic() < end, "timed out"
+        time.sleep(0.1)
+
+
+def members(group):
+    """Returns the processes of a process group that still run."""
+    found = []
+    for stat in pathlib.Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if int(fields[2]) == group and fields[0] != "Z":
+            found.append(int(stat.parent.name))
+    return found
+
+
+@pytest.mark.parametrize("ending", ["close", "return", "error", "wait"])
+def test_nothing_is_left_behind(tmp_path, ending):
+    prefix = f"vj{uuid.uuid4().hex[:6]}"
+    paths = [str(pathlib.Path(__file__).parent), *sys.path]
+    process = subprocess.Popen(
+        [sys.executable, faulty_sources.__file__, ending, str(tmp_path)],
+        env={
+            **os.environ,
+            "SHM_PREFIX": prefix,
+            "PYTHONPATH": os.pathsep.join(paths),
+            "TMPDIR": str(tmp_path),
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout.readline() == "drawn\n", process.stderr.read()
+    if ending == "wait":
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal sends Ctrl-C
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == {"error": 1, "wait": -signal.SIGINT}.get(ending, 0)
+    wait_until(lambda: not members(process.pid))
+    assert not list(pathlib.Path("/dev/shm").glob(f"{prefix}*")), stderr
+    if ending == "close":
+        assert "leaked" not in stderr and "Traceback" not in stderr

@@ -1,0 +1,277 @@
+"""Decoding processes that may hang or die without ending the run.
+
+Every process notes which record it works on. When one dies or takes too long, the note
+names the record; the processes are started again at the step that is due, which gives
+the same batches, since the stream is a pure function of (seed, step). A record that
+does it again is quarantined.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import queue
+import shutil
+import signal
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+from absl import logging
+
+from vjepa_jax.default_config import UserError
+
+# How often a wait for a batch looks after the processes.
+_POLL_SECS = 0.5
+# Importing everything takes a new process seconds, minutes on a very busy machine.
+_START_SECS = 120
+# Restarts without a batch in between that end the run.
+_MAX_RESTARTS = 6
+# Failures of one record that quarantine it: the first may have had another cause, such
+# as another program that took the memory.
+_MAX_FAILURES = 2
+
+
+class Work(NamedTuple):
+    """What a process is at: `record`, -1 for none, and for how long."""
+
+    pid: int
+    record: int
+    secs: float
+
+
+class WorkLog:
+    """A folder in which every process keeps one note, in memory that outlives it.
+
+    Picklable: a process that gets a copy keeps its own note.
+    """
+
+    def __init__(self):
+        """Makes the folder."""
+        self._folder = tempfile.mkdtemp(prefix="vjepa_workers_")
+        self._notes: dict[int, np.ndarray] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leaves out the notes, which belong to this process."""
+        return {"_folder": self._folder, "_notes": {}}
+
+    @contextlib.contextmanager
+    def at(self, record: int) -> Iterator[None]:
+        """Notes that this process is at a record; one at a time."""
+        pid = os.getpid()
+        note = self._notes.get(pid)
+        if note is None:
+            path = os.path.join(self._folder, str(pid))
+            note = np.memmap(path, np.int64, "w+", shape=2)
+            self._notes = {pid: note}
+        note[:] = record, time.monotonic_ns()
+        try:
+            yield
+        finally:
+            note[:] = -1, time.monotonic_ns()
+
+    def read(self) -> list[Work]:
+        """Returns what every process is at."""
+        works = []
+        for name in os.listdir(self._folder):
+            note = np.fromfile(os.path.join(self._folder, name), np.int64)
+            if len(note) == 2:
+                record, began = note.tolist()
+                secs = (time.monotonic_ns() - began) / 1e9
+                works.append(Work(int(name), record, secs))
+        return works
+
+    def clear(self) -> None:
+        """Forgets the processes, which have ended."""
+        for name in os.listdir(self._folder):
+            os.remove(os.path.join(self._folder, name))
+
+    def remove(self) -> None:
+        """Removes the folder."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+class _Failure(Exception):
+    """Processes died or hung: `how`, while at `records`."""
+
+    def __init__(self, how: str, records: set[int], detail: str):
+        super().__init__(detail)
+        self.how, self.records = how, records
+
+
+class _Puller:
+    """Draws from an iterator in a thread, so that a wait for it can end."""
+
+    def __init__(self, batches: Iterator):
+        self._batches = batches
+        self._wanted, self._drawn = queue.SimpleQueue(), queue.SimpleQueue()
+        # A daemon: a thread that waits for a process that hangs must not keep the
+        # program from ending.
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        while self._wanted.get():
+            try:
+                self._drawn.put((next(self._batches), None))
+            except BaseException as error:
+                self._drawn.put((None, error))
+
+    def ask(self) -> None:
+        self._wanted.put(True)
+
+    def wait(self, timeout_secs: float) -> Any:
+        batch, error = self._drawn.get(timeout=timeout_secs)
+        if error is not None:
+            raise error
+        return batch
+
+    def end(self) -> None:
+        self._wanted.put(False)
+
+
+class SupervisedBatches(Iterator):
+    """The batches of processes, which are started again when one of them fails.
+
+    Raises (from `next`):
+      UserError: they fail again and again, and no single record is to blame.
+    """
+
+    def __init__(
+        self,
+        open_batches: Callable[[int, dict[int, str]], Iterator],
+        work_log: WorkLog,
+        *,
+        start_step: int,
+        timeout_secs: float,
+        name_of: Callable[[int], str],
+        on_quarantine: Callable[[int, str, int], None],
+    ):
+        """Starts the processes.
+
+        Args:
+          open_batches: from a step and the records quarantined, with the reason, to the
+            iterator of batches from that step on, which has a method `close`.
+          work_log: in which the processes note their records.
+          start_step: of the first batch.
+          timeout_secs: longest time that a process may be at one record.
+          name_of: a record's name, for messages.
+          on_quarantine: told the record, the reason (`crashed` or `hung`) and the step.
+        """
+        self._open_batches = open_batches
+        self._log = work_log
+        self._step = start_step
+        self._timeout_secs = timeout_secs
+        self._name_of = name_of
+        self._on_quarantine = on_quarantine
+        self._quarantined: dict[int, str] = {}
+        self._failures: Counter[int] = Counter()
+        self._restarts = 0
+        self._batches = self._puller = None
+        self._open()
+
+    def __next__(self) -> Any:
+        while True:
+            try:
+                batch = self._draw()
+            except _Failure as failure:
+                self._start_again(failure)
+            else:
+                self._step += 1
+                self._restarts = 0
+                return batch
+
+    def close(self) -> None:
+        """Ends the processes."""
+        self._close()
+        self._log.remove()
+
+    def _open(self) -> None:
+        self._batches = self._open_batches(self._step, dict(self._quarantined))
+        self._puller = _Puller(self._batches)
+
+    def _close(self, avoid: Collection[int] = ()) -> None:
+        """Ends the processes; those that are at a record to avoid, at once."""
+        if self._batches is not None:
+            self._puller.end()
+            # The others end by themselves and leave no shared memory behind.
+            for work in self._log.read():
+                if work.record >= 0 and (
+                    work.secs > self._timeout_secs or work.record in avoid
+                ):
+                    _kill(work.pid)
+            self._batches.close()
+            self._batches = self._puller = None
+
+    def _draw(self) -> Any:
+        self._puller.ask()
+        began = time.monotonic()
+        while True:
+            try:
+                return self._puller.wait(_POLL_SECS)
+            except queue.Empty:
+                works, limit = self._log.read(), self._timeout_secs
+                records = {w.record for w in works if w.secs > limit} - {-1}
+                if records:
+                    detail = f"took more than {limit:g} s"
+                    raise _Failure("hung", records, detail) from None
+                waited = time.monotonic() - began
+                idle = min((work.secs for work in works), default=waited)
+                if min(waited, idle) > limit + _START_SECS:
+                    detail = f"nothing happened for {waited:.0f} s"
+                    raise _Failure("hung", set(), detail) from None
+            except RuntimeError as error:
+                living = {child.pid for child in multiprocessing.active_children()}
+                dead = [work for work in self._log.read() if work.pid not in living]
+                if "terminated unexpectedly" not in str(error) and not dead:
+                    raise
+                records = {work.record for work in dead if work.record >= 0}
+                detail = str(error).partition(". Search")[0]
+                raise _Failure("crashed", records, detail) from None
+
+    def _start_again(self, failure: _Failure) -> None:
+        names = ", ".join(repr(self._name_of(r)) for r in sorted(failure.records))
+        what = (
+            f"a decoding process {failure.how} "
+            f"{f'on {names}' if names else 'while it was at no video'} ({failure})"
+        )
+        self._restarts += 1
+        for record in failure.records:
+            self._failures[record] += 1
+            if self._failures[record] >= _MAX_FAILURES:
+                self._quarantined[record] = failure.how
+                self._on_quarantine(record, failure.how, self._step)
+        if self._restarts > _MAX_RESTARTS:
+            raise UserError(
+                f"{what}, {self._restarts} times in a row: if memory or /dev/shm "
+                "ran out, lower data.num_workers or data.prefetch_megabytes or enlarge "
+                "them; otherwise drop the videos named"
+            )
+        logging.error("%s: starting the processes again at step %d", what, self._step)
+        self._close(failure.records)
+        self._log.clear()
+        self._open()
+
+
+def _kill(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+def require_shared_memory(num_bytes: int, folder: str = "/dev/shm") -> None:
+    """Refuses to start what would die of a full `folder`, where there is one.
+
+    Raises:
+      UserError: less than `num_bytes` are free.
+    """
+    if not os.path.isdir(folder):
+        return
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes:
+        raise UserError(
+            f"{folder} has {free / 1e6:.0f} MB free and the batches of the decoding "
+            f"processes take {num_bytes / 1e6:.0f} MB: enlarge it (docker run "
+            "--shm-size), or lower data.num_workers or data.prefetch_megabytes"
+        )

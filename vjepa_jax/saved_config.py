@@ -1,0 +1,75 @@
+"""Configs of runs and checkpoints: read back, completed, compared."""
+
+from typing import Any
+
+from vjepa_jax.default_config import ConfigDict, flatten, get_config, mask, stream
+
+# What may differ when a run continues: it changes how the run computes or reports, not
+# what it computes.
+OPERATIONAL = (
+    "mesh.",
+    "checkpoint.",
+    "log.",
+    "data.num_workers",
+    "data.prefetch_megabytes",
+    "data.worker_timeout_secs",
+    "data.max_bad_fraction",
+    "data.accept_change",
+    "data.path",
+    "world.path",
+    "teacher.step",
+    "optim.max_skipped_in_row",
+    "model.scan_layers",
+    "model.remat",
+    "model.attention",
+)
+
+
+def from_json(data: Any) -> Any:
+    """Undo JSON: dictionaries become ConfigDicts, lists become tuples."""
+    if isinstance(data, dict):
+        return ConfigDict({key: from_json(value) for key, value in data.items()})
+    return tuple(from_json(x) for x in data) if isinstance(data, list) else data
+
+
+def restored(saved: dict[str, Any]) -> ConfigDict:
+    """Return the config of a checkpoint, made by this release or by an earlier one.
+
+    Keys that came later take their defaults, which compute what releases without them
+    computed.
+
+    Args:
+      saved: as JSON gives it.
+    """
+    config = from_json(saved)
+    _fill(config, get_config(), named=("masks", "streams"))
+    for masks in (config.masks, *(s.masks for s in config.streams.values())):
+        for spec in masks.values():
+            _fill(spec, mask())
+    for fields in config.streams.values():
+        _fill(fields, stream(), named=("masks",))
+    return config
+
+
+def _fill(config: ConfigDict, default: ConfigDict, named: tuple[str, ...] = ()) -> None:
+    """Add what is missing; entries of `named` dicts are the user's."""
+    for key, value in default.items():
+        if key not in config:
+            config[key] = ConfigDict() if key in named else value
+        elif isinstance(value, ConfigDict) and key not in named:
+            _fill(config[key], value)
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """List the keys, with values, in which two runs would compute different things."""
+    old, new = flatten(old), flatten(new)
+    return [
+        f"{key}: {old.get(key, 'absent')} -> {new.get(key, 'absent')}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not _is_operational(key)
+    ]
+
+
+def _is_operational(key: str) -> bool:
+    is_path = key.startswith("streams.") and key.endswith(".path")
+    return is_path or key.startswith(OPERATIONAL)
