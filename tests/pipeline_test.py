@@ -34,7 +34,7 @@ def source(folder):
     return Mixture(sources.open_sources(str(folder)))
 
 
-def make_list(path, folder, *, bad=()):
+def make_list(path, folder, *, bad=(), name="list.csv"):
     """Lists all videos by name, some of them replaced by broken files."""
     lines = []
     for i in range(NUM_VIDEOS):
@@ -43,8 +43,16 @@ def make_list(path, folder, *, bad=()):
             entry = path / f"bad{i}.mp4"
             entry.write_text("not a video")
         lines.append(f"{entry} {i}\n")
-    (path / "list.csv").write_text("".join(lines))
-    return Mixture(sources.open_sources(str(path / "list.csv")))
+    (path / name).write_text("".join(lines))
+    return Mixture(sources.open_sources(str(path / name)))
+
+
+def make_mixture(path, folder):
+    """Mixes two lists of unequal weights, in which some files are broken."""
+    make_list(path, folder, bad=(2, 5), name="a.csv")
+    make_list(path, folder, bad=(7,), name="b.csv")
+    paths = f"{path / 'a.csv'},{path / 'b.csv'}"
+    return Mixture(sources.open_sources(paths, (0.3, 0.7)))
 
 
 READING = Reading(Sampling(4, frame_step=2), resolution=16)
@@ -149,6 +157,64 @@ def test_hosts_share_the_global_batches(tmp_path, folder, num_workers):
     ]
     assert shares[0].shape[1] == BATCH_SIZE // 2
     np.testing.assert_array_equal(np.concatenate(shares, axis=1), alone[1:])
+
+
+@pytest.mark.parametrize(
+    ("start", "hosts", "num_workers"), [(0, 4, 0), (3, 1, 3), (5, 2, 2), (6, 4, 1)]
+)
+def test_a_mixture_is_the_same_for_any_hosts_and_workers(
+    tmp_path, folder, start, hosts, num_workers
+):
+    mixture = make_mixture(tmp_path, folder)
+    alone = take(8, mixture)
+    shares = [
+        take(
+            8 - start,
+            mixture,
+            start_step=start,
+            process_index=host,
+            process_count=hosts,
+            num_workers=num_workers,
+        )
+        for host in range(hosts)
+    ]
+    np.testing.assert_array_equal(np.concatenate(shares, axis=1), alone[start:])
+
+
+def test_a_bad_video_is_replaced_from_its_own_source(tmp_path, folder):
+    mixture = make_mixture(tmp_path, folder)
+    with make_iterator(mixture) as batches:
+        for _ in range(12):
+            batch = next(batches._batches)
+            for tried, reasons in zip(batch["tried"], batch["reasons"], strict=True):
+                tried = tried[tried >= 0]
+                assert (reasons[: len(tried) - 1] >= 0).all()
+                assert reasons[len(tried) - 1] == -1
+                assert {t < NUM_VIDEOS for t in tried.tolist()} in ({True}, {False})
+
+
+def test_several_clips_of_a_video_lie_side_by_side(source):
+    reading = Reading(Sampling(4, frame_step=1, num_clips=2), resolution=16)
+    batches = take(4, source, reading=reading)
+    assert batches.shape == (4, BATCH_SIZE, 4, 16, 16, 3)
+    with make_iterator(source, reading=reading) as iterator:
+        for batch in batches:
+            raw = next(iterator._batches)
+            assert raw["video"].shape == (BATCH_SIZE // 2, 2, 4, 16, 16, 3)
+            np.testing.assert_array_equal(raw["video"].reshape(batch.shape), batch)
+    with pytest.raises(UserError, match=r"1 processes of 2 clips .*multiple of 2"):
+        make_iterator(source, reading=reading, batch_size=3)
+
+
+def test_a_crop_may_move_during_the_clip(source):
+    still, moving = (
+        take(2, source, transform=ClipTransform(16, motion_shift=shift))
+        for shift in (False, True)
+    )
+    assert (still != moving).any(axis=(2, 3, 4, 5)).all()
+    np.testing.assert_array_equal(
+        take(2, source, transform=ClipTransform(16, motion_shift=True)), moving
+    )
 
 
 def test_batch_must_divide_among_the_processes(source):
@@ -286,6 +352,31 @@ def test_read_all_marks_bad_videos(tmp_path, folder):
     assert np.flatnonzero(~valid).tolist() == [2, 5]
     clips = np.concatenate([batch["video"]["video"] for batch in batches])
     assert not clips[~valid].any() and clips[valid].reshape(9, -1).any(axis=1).all()
+
+
+def upper_left(height, width):
+    return 0, 0, height // 2, width // 2
+
+
+def lower_right(height, width):
+    return height // 2, width // 2, height // 2, width // 2
+
+
+def test_read_all_gives_segments_and_views(tmp_path, folder):
+    source = make_list(tmp_path, folder, bad=(5,))
+    reading = Reading(Sampling(2, frame_step=1, num_clips=3), resolution=16)
+    batches = read_all(source, reading=reading, views=(upper_left, lower_right))
+    clips = np.concatenate([batch["video"]["video"] for batch in batches])
+    assert clips.shape == (NUM_VIDEOS, 6, 2, 16, 16, 3)
+    assert not clips[5].any()
+    plain = video_files.decode_plainly(source.path_of(3))
+    for segment, (frames,) in enumerate(
+        zip(reading.sampling.frames(np.arange(12)), strict=True)
+    ):
+        for view, part in enumerate((slice(0, 16), slice(16, 32))):
+            np.testing.assert_array_equal(
+                clips[3, 2 * segment + view], plain[frames][:, part, part]
+            )
 
 
 def test_read_all_pads_the_last_batch_if_asked(tmp_path, folder):
