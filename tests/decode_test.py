@@ -2,8 +2,11 @@ import dataclasses
 import errno
 import io
 import os
+import struct
+import zlib
 
 import numpy as np
+import PIL.Image
 import pytest
 import video_files
 
@@ -22,14 +25,14 @@ def whole_frame(height, width):
     return 0, 0, height, width
 
 
-def read(path, *, rng=None, num_frames=8, frame_step=1, size=48, crop=whole_frame):
+def read(record, *, num_frames=8, frame_step=1, size=48, crop=whole_frame, **options):
     return decode.read_clip(
-        str(path),
+        record,
         num_frames=num_frames,
         frame_step=frame_step,
-        rng=rng,
         size=size,
         crop=crop,
+        **options,
     )
 
 
@@ -358,21 +361,195 @@ def test_damage_in_the_middle_gives_a_clip(tmp_path, good_bytes):
     np.testing.assert_array_equal(first, again)
 
 
-def test_no_mutation_escapes_as_another_error(tmp_path, good_bytes):
-    rng = np.random.default_rng(0)
-    path = tmp_path / "mutated.mp4"
-    outcomes = set()
-    for _ in range(60):
-        content = bytearray(good_bytes)
+def damaged(content, rng):
+    """Flips bytes, cuts off the end, makes holes or doubles a part."""
+    content = bytearray(content)
+    start, stop = sorted(rng.integers(len(content), size=2).tolist())
+    kind = rng.integers(4)
+    if kind == 0:
         for position in rng.integers(len(content), size=rng.integers(1, 200)):
             content[position] = rng.integers(256)
-        path.write_bytes(content)
-        try:
-            assert read(path, rng=rng).shape == (8, 48, 48, 3)
-            outcomes.add("clip")
-        except decode.DecodeError as error:
-            outcomes.add(error.reason)
-    assert "clip" in outcomes and len(outcomes) > 1
+    elif kind == 1:
+        del content[start:]
+    elif kind == 2:
+        content[start:stop] = bytes(stop - start)
+    else:
+        content[start:start] = content[start:stop]
+    return bytes(content)
+
+
+@pytest.mark.parametrize("name", ["h264.mp4", "hevc.mp4", "vp9.webm", "stream.ts"])
+def test_no_damage_escapes_as_another_error(files, name):
+    rng = np.random.default_rng(len(name))
+    with open(files[name], "rb") as file:
+        content = file.read()
+    outcomes, square = set(), {"size": 32, "crop": whole_frame}
+    for _ in range(40):
+        record = Record("x" + name[-4:], damaged(content, rng))
+        sampling = Sampling(8, fps=float(rng.integers(1, 9)), num_clips=2)
+        for look, options in (
+            (decode.inspect, {"deep": True}),
+            (decode.read_clips, {"sampling": sampling, "rng": rng, **square}),
+        ):
+            try:
+                look(record, **options)
+                outcomes.add("fine")
+            except decode.DecodeError as error:
+                assert error.reason in decode.REASONS
+                outcomes.add(error.reason)
+    assert "fine" in outcomes and len(outcomes) > 1
+
+
+def test_hostile_sizes_are_refused(tmp_path):
+    side = 272
+    path = video_files.write_video(
+        tmp_path / "x.webm", video_files.moving_frames(2, side, side), codec="libvpx"
+    )
+    with open(path, "rb") as file:
+        content = file.read()
+    start_code = b"\x9d\x01\x2a"  # of a key frame of VP8; width and height follow
+    size = struct.pack("<2H", side, side)
+    assert start_code + size in content
+    lying = content.replace(
+        start_code + size, start_code + struct.pack("<2H", 16383, 16383)
+    )
+    # The width and height that Matroska states, of two bytes each.
+    stated = struct.pack(">4H", 0xB082, side, 0xBA82, side)
+    assert stated in content
+    hostile = lying.replace(stated, struct.pack(">4H", 0xB082, 16383, 0xBA82, 16383))
+    for look in (read, decode.inspect):
+        with pytest.raises(decode.DecodeError, match="16383 x 16383") as caught:
+            look(Record("x.webm", hostile))
+        assert caught.value.reason == "too_large"
+        # Where the container states less, the decoder refuses what the frames state.
+        with pytest.raises(decode.DecodeError) as caught:
+            look(Record("x.webm", lying))
+        assert caught.value.reason == "undecodable"
+        look(Record("x.webm", content), max_pixels=side * side)
+        with pytest.raises(decode.DecodeError) as caught:
+            look(Record("x.webm", content), max_pixels=side * side - 1)
+        assert caught.value.reason == "too_large"
+
+
+def test_a_picture_that_is_too_large_is_refused():
+    png = bytearray(encode_image(np.zeros((8, 8, 3), np.uint8), "PNG"))
+    png[16:24] = struct.pack(">2I", 100_000, 100_000)
+    png[29:33] = struct.pack(">I", zlib.crc32(png[12:29]))
+    with pytest.raises(decode.DecodeError):
+        read(Record("x.png", bytes(png)))
+
+
+def test_decoding_that_takes_too_long_is_given_up(files):
+    for look in (decode.inspect, read):
+        with pytest.raises(decode.DecodeError, match=r"over 0 s") as caught:
+            look(files["h264.mp4"], time_limit_secs=0)
+        assert caught.value.reason == "too_slow"
+
+
+def test_videos_without_duration_are_refused(tmp_path, monkeypatch):
+    path = video_files.write_video(tmp_path / "x.mkv", video_files.moving_frames(8))
+
+    class Packet:
+        is_discard = is_keyframe = is_corrupt = False
+        pts, size = 5, 1
+
+    monkeypatch.setattr(
+        media.Media, "packets", lambda *_: iter([Packet(), Packet(), Packet()])
+    )
+    with pytest.raises(decode.DecodeError) as caught:
+        read(path)
+    assert caught.value.reason == "zero_duration"
+
+
+def test_bytes_and_urls_give_the_clips_of_the_file(files, monkeypatch, good_bytes):
+    expected = read(files["h264.mp4"])
+    np.testing.assert_array_equal(read(Record("x", good_bytes)), expected)
+    asked = []
+
+    class Remote:
+        def __init__(self, url):
+            self.url = url
+
+        def open(self, mode):
+            asked.append((self.url, mode))
+            if "nothing" in self.url:
+                raise FileNotFoundError(self.url)
+            return io.BytesIO(good_bytes)
+
+    monkeypatch.setattr(media.epath, "Path", Remote)
+    np.testing.assert_array_equal(read("gs://videos/x.mp4"), expected)
+    assert asked == [("gs://videos/x.mp4", "rb")]
+    with pytest.raises(decode.DecodeError) as caught:
+        read("gs://videos/nothing.mp4")
+    assert caught.value.reason == "missing"
+
+
+def test_frames_in_memory_are_cut_like_a_video():
+    pixels = video_files.moving_frames(40)
+    sampling = Sampling(4, fps=5.0, num_clips=2)
+    clips = decode.read_clips(
+        Record("x", pixels, fps=12.0),
+        sampling=sampling,
+        rng=np.random.default_rng(1),
+        size=30,
+        crop=lambda *_: (5, 9, 30, 30),
+    )
+    wanted = sampling.frames(np.arange(40) / 12, 12.0, np.random.default_rng(1))
+    np.testing.assert_array_equal(clips, pixels[wanted, 5:35, 9:39])
+    info = decode.inspect(Record("x", pixels, fps=12.0))
+    assert info == decode.VideoInfo(40, 48, 48, 12.0, "raw", 40 / 12)
+    with pytest.raises(decode.DecodeError) as caught:
+        read(Record("x", pixels[:0]))
+    assert caught.value.reason == "no_frames"
+
+
+def encode_image(pixels, kind):
+    file = io.BytesIO()
+    PIL.Image.fromarray(pixels).save(file, kind)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("kind, error", [("PNG", 0), ("BMP", 0), ("JPEG", 6)])
+def test_an_image_is_a_clip_of_equal_frames(tmp_path, kind, error):
+    pixels = video_files.moving_frames(1)[0]
+    # To FFmpeg, the name would stand for a numbered series of images.
+    path = tmp_path / f"%03d.{kind.lower()}"
+    path.write_bytes(encode_image(pixels, kind))
+    for record in (str(path), Record("x", path.read_bytes())):
+        for rule in ("exact", "official"):
+            clips = decode.read_clips(
+                record,
+                sampling=Sampling(4, fps=4.0, num_clips=2, rule=rule),
+                size=48,
+                crop=whole_frame,
+            )
+            assert clips.shape == (2, 4, 48, 48, 3)
+            assert (clips == clips[0, 0]).all()
+            assert np.abs(clips[0, 0].astype(int) - pixels).mean() <= error
+    assert decode.inspect(str(path)).frames == 1
+
+
+@pytest.mark.parametrize("name", [*FILES])
+@pytest.mark.parametrize("deep", [False, True])
+def test_inspect_tells_what_a_file_is(files, name, deep):
+    info = decode.inspect(files[name], deep=deep)
+    side = 64 if "hevc" in name else 48
+    assert (info.frames, info.height, info.width) == (40, side, side)
+    assert info.codec == {
+        "vp9.webm": "vp9",
+        "vp8.webm": "vp8",
+        "hevc.mp4": "hevc",
+        "hevc_open_gop.mkv": "hevc",
+        "av1.mp4": "av1",
+        "mpeg4.avi": "mpeg4",
+        "mpeg4.mp4": "mpeg4",
+        "mpeg1.mpg": "mpeg1video",
+        "picture.gif": "gif",
+    }.get(name, "h264")
+    if name != "picture.gif":
+        assert info.duration_secs == pytest.approx(40 / info.fps)
+    if name in ("h264.mp4", "av1.mp4", "stream.ts"):
+        assert info.fps == pytest.approx(12, rel=1e-3)
 
 
 class Failing(io.BytesIO):

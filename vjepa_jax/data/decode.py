@@ -5,6 +5,7 @@ memory. A still image gives clips of equal frames.
 """
 
 import dataclasses
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -171,7 +172,7 @@ def inspect(
         with media.open() as container:
             stream = media.video_stream(container)
             index = packets.read_index(media, container, stream)
-            codec = stream.codec_context.name
+            codec = stream.codec.canonical_name
         shapes = []
 
         def on_frame(frame, number):
@@ -191,8 +192,8 @@ def inspect(
 
 
 def _parts(record: Any) -> tuple[str, bytes | np.ndarray | None, float | None]:
-    if isinstance(record, str):
-        return record, None, None
+    if isinstance(record, str | os.PathLike):
+        return os.fspath(record), None, None
     return record.path, record.media, record.fps
 
 

@@ -17,7 +17,7 @@ RESIZES = ("antialias", "official")
 
 # Colours, mostly stored at half the resolution, are brought straight to the size of the
 # output. Without these flags the scaler halves them once more and rounds darker.
-_SCALER_FLAGS = "bilinear+accurate_rnd+full_chroma_int"
+_SCALER_FLAGS = "bilinear+accurate_rnd+full_chroma_int+full_chroma_inp"
 
 
 class ClipWriter:
@@ -114,41 +114,60 @@ def _crop_and_scale(frame: av.VideoFrame, box: Box, size: int) -> av.filter.Grap
     """Makes the scaler work on the crop alone, from the stored pixels to planes of RGB.
 
     Where colours are stored at half the resolution, a crop at an odd place has its
-    first colours half outside; the scaler is told so. At an odd width or height they
-    are stretched over one pixel more or less: by under one pixel at the far edge.
+    first colours half outside; the scaler is told so. At an odd width or height it
+    stretches them over one pixel more; half a pixel's shift spreads this error over
+    both edges.
     """
     top, left, height, width = box
+    layout = frame.format
+    steps = [
+        max(1, round(1024 / chroma(1024)))
+        for chroma in (layout.chroma_width, layout.chroma_height)
+    ]
     graph = av.filter.Graph()
     graph.threads = 1
     nodes = [
         graph.add(
             "buffer",
-            f"video_size={frame.width}x{frame.height}:pix_fmt={frame.format.name}:"
+            f"video_size={frame.width}x{frame.height}:pix_fmt={layout.name}:"
             f"time_base=1/1:colorspace={int(frame.colorspace)}:"
             f"range={int(frame.color_range)}",
-        ),
+        )
+    ]
+    if max(steps) > 1 and (
+        len(frame.planes) < 3 or (left % steps[0] and layout.components[0].bits > 8)
+    ):
+        # The crop filter counts bytes and would cut colours in the middle.
+        nodes += [graph.add("scale", f"flags={_SCALER_FLAGS}"), _as_planes(graph)]
+        steps = [1, 1]
+    nodes += [
         graph.add("crop", f"{width}:{height}:{left}:{top}:exact=1"),
         graph.add(
             "scale",
             f"{size}:{size}:flags={_SCALER_FLAGS}:"
-            f"in_h_chr_pos={_chroma_position(0, left, frame.format.chroma_width)}:"
-            f"in_v_chr_pos={_chroma_position(128, top, frame.format.chroma_height)}",
+            f"in_h_chr_pos={_chroma_position(0, steps[0], left, width)}:"
+            f"in_v_chr_pos={_chroma_position(128, steps[1], top, height)}",
         ),
-        graph.add("format", "gbrp"),
+        _as_planes(graph),
         graph.add("buffersink"),
     ]
     graph.link_nodes(*nodes).configure()
     return graph
 
 
-def _chroma_position(base: int, start: int, chroma: Callable[[int], int]) -> int:
+def _as_planes(graph: av.filter.Graph) -> av.filter.context.FilterContext:
+    return graph.add("format", "gbrp")
+
+
+def _chroma_position(base: int, step: int, start: int, length: int) -> int:
     """Where the first colour of a crop lies, in 1/256 pixels.
 
-    `base` is its place in a whole frame: at the left pixel of two, and between the
-    upper and the lower, as H.264 and its kin have it.
+    `base` is its place in a whole frame with a colour for every two pixels: at the left
+    one, and between the upper and the lower, as H.264 and its kin have it.
     """
-    step = max(1, round(1024 / chroma(1024)))
-    return max(-512, base * (step > 1) - 256 * (start % step))
+    if step == 1:
+        return 0
+    return max(-512, base - 256 * (start % step) + 128 * (length % 2))
 
 
 def _plane(plane: av.video.plane.VideoPlane, height: int, row_bytes: int) -> np.ndarray:

@@ -121,6 +121,8 @@ class Media:
         self.probed = False
         self._file = file
         self._max_pixels = max_pixels
+        # The decoder counts rows and columns of padding, too.
+        self._codec_options = {"max_pixels": str(2 * max_pixels + (1 << 16))}
 
     def read(self, size: int) -> bytes:
         """Reads up to `size` bytes."""
@@ -154,7 +156,7 @@ class Media:
         Raises:
           DecodeError: this is no container, or one of hostile size.
         """
-        options = {"max_pixels": str(self._max_pixels)}
+        options = dict(self._codec_options)
         if not probe:
             options |= {"probesize": "32", "skip_frame": "all"}
         self.seek(0)
@@ -200,7 +202,7 @@ class Media:
             if other is not stream:
                 other.discard = av.stream.Discard.all
         # The header may lie: the decoder refuses larger frames before it allocates.
-        context.options = {"max_pixels": str(self._max_pixels)}
+        context.options = self._codec_options
         # Threads cost more than they give while each core has its own clip to decode.
         context.thread_type = "NONE"
         context.thread_count = 1
