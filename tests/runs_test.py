@@ -259,3 +259,16 @@ def test_a_student_continues_with_the_step_of_its_teacher(folder, first):
         train_and_evaluate(config, str(workdir))
     config.teacher.step = step
     assert train_and_evaluate(config, str(workdir)) is None
+
+
+def test_other_videos_than_before_are_refused_or_accepted(folder, first, capsys):
+    workdir = folder / "moved"
+    shutil.copytree(folder / "first", workdir)
+    (folder / "fewer.csv").write_text("0.mp4 0\n1.mp4 0\n")
+    config = make_config(folder, total_steps=2)
+    config.data.path = str(folder / "fewer.csv")
+    with pytest.raises(UserError, match=r"bring them back.*data.accept_change=True"):
+        train_and_evaluate(config, str(workdir))
+    config.data.accept_change = True
+    assert train_and_evaluate(config, str(workdir)) is None
+    assert "other videos than before, from step 2 on" in capsys.readouterr().err
