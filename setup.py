@@ -31,6 +31,7 @@ setup(
         "numpy>=2.0",
         "optax>=0.2.8,<0.3",
         "orbax-checkpoint>=0.11.33,<0.13",
+        "pillow>=12,<14",
         "safetensors>=0.5",
         "scikit-learn>=1.5",
         "tensorboardX>=2.6.2",
@@ -49,6 +50,7 @@ setup(
         "prepare": ["apache-beam>=2.70,<3"],
         # TFDS imports importlib_resources without asking for it.
         "tfds": ["tensorflow-datasets>=4.9.10,<5", "importlib_resources"],
+        "bench": ["decord==0.6.0", "torchcodec==0.17.0"],  # peers of benchmarks/data.py
         "gcs": ["etils[epath-gcs]>=1.9"],  # lists, videos and outputs at gs://
         # Official weights are pickles of PyTorch; transformers is the tests' oracle.
         "torch": ["torch==2.13.0", "transformers>=5.23,<6"],
