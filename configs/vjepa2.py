@@ -16,9 +16,10 @@ Source: the official configs `train/vit*16/{pretrain-256px-16f,cooldown-*}`.
 hours are of one chip at 40 % of its bf16 peak, an estimate: none was run here in full.
 
 Differences from the official code: token counts are static, the mean of what its
-trimming leaves in its batch per device (24; in the cooldown 12, for ViT-g 6). One list
-of videos: several with weights (0.335 Kinetics-710, 0.1 SSv2, 0.565 HowTo100M) and the
-paper's images are not offered yet. The predictor has 10 mask tokens as the released
+trimming leaves in its batch per device (24; in the cooldown 12, for ViT-g 6). Frames
+are chosen by exact time and resized with a filter: `--config.data.sampling=official
+--config.data.resize=official` for the official rules. The paper's images are left out.
+The predictor has 10 mask tokens as the released
 weights, the files say 6; one is used. ViT-g's state is split over 8 devices.
 Differences from the paper: the files of ViT-L and H (3000 updates), and the cooldown of
 ViT-g at 256² (120), hold left-overs; updates are the paper's. Cooldown schedules are
@@ -29,7 +30,8 @@ Command; a cooldown continues from a pretraining run (`--config.init.path=WORKDI
 `:vitl16,smoke` is the variant's small form, which needs no data:
 
     python -m vjepa_jax.train --config=configs/vjepa2.py:vitl16 --workdir=DIR \
-        --config.data.path=LIST_OR_FOLDER
+        --config.data.path=k710.csv,ssv2.csv,howto100m.csv \
+        --config.data.mix_weights=0.335,0.1,0.565
 """
 
 from vjepa_jax import smoke
