@@ -64,7 +64,7 @@ def read_clips(
         height, width)` inside it; called once per clip, in the clips' order, after all
         starts are drawn.
       resize: "antialias" filters where it shrinks; "official" does not, as the official
-        code, and takes three times as long.
+        code, and takes a third longer.
       max_pixels: larger frames are refused before memory is taken for them.
       time_limit_secs: limit of processor time; a read that blocks is not noticed.
 
