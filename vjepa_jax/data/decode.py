@@ -65,7 +65,7 @@ def read_clips(
         per clip, in the clips' order, after all starts are drawn. Of several, each
         gives a view of every clip.
       resize: "antialias" filters where it shrinks; "official" does not, as the official
-        code, and takes three times as long.
+        code, and takes a third longer.
       max_pixels: larger frames are refused before memory is taken for them.
       time_limit_secs: limit of processor time; a read that blocks is not noticed.
 
