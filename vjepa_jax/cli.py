@@ -11,12 +11,16 @@ from vjepa_jax.default_config import UserError
 EXIT_USER_ERROR = 2
 
 
-def define_config_flag() -> flags.FlagHolder:
-    """Define `--config=FILE.py[:argument]` with overrides `--config.key=value`."""
+def define_config_flag(is_required: bool = True) -> flags.FlagHolder:
+    """Define `--config=FILE.py[:argument]` with overrides `--config.key=value`.
+
+    Where it is not required, its value may be None.
+    """
     holder = config_flags.DEFINE_config_file(
         "config", None, "File with get_config(), e.g. configs/world_tiny.py"
     )
-    flags.mark_flag_as_required("config")
+    if is_required:
+        flags.mark_flag_as_required("config")
     return holder
 
 
@@ -29,8 +33,9 @@ def fail(message: str) -> None:
 def _parse_flags(argv: list[str]) -> list[str]:
     try:
         rest = flags.FLAGS(argv)
-        if "config" in flags.FLAGS:
-            flags.FLAGS["config"].value.keys()  # a file that failed to load shows here
+        config = "config" in flags.FLAGS and flags.FLAGS["config"].value
+        if config:
+            config.keys()  # a file that failed to load shows here
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as e:
         # The config file's own mistakes and unknown keys arrive as these.
         message = " ".join(str(e.args[0] if e.args else e).split())

@@ -1,0 +1,413 @@
+"""Look at every video before a run does: which give clips, and why others do not.
+
+    python -m vjepa_jax.data.check --data=LIST_OR_FOLDER [--deep]
+        [--output=FILE.jsonl] [--config=configs/vjepa.py]
+
+Reads each video's packets and one clip of it, with --deep every frame. With --config
+the clips are those of the config, and the report says how many host cores its step
+needs. FILE gets one line per video: path, frames, width, height, fps, codec, error.
+An interrupted run leaves FILE.partial, from which the same command continues.
+
+Exit code 1: the share of unreadable videos is above --max_bad_fraction.
+"""
+
+import collections
+import contextlib
+import json
+import math
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+
+import tqdm
+from absl import flags
+
+from vjepa_jax import cli, default_config, flops
+from vjepa_jax.data import sources, survey
+from vjepa_jax.data.transforms import ClipTransform
+from vjepa_jax.default_config import ConfigDict, UserError
+
+EXIT_TOO_MANY_BAD = 1
+EXIT_INTERRUPTED = 130
+
+# The share of a chip's peak that a step is assumed to reach. Few do: whoever feeds this
+# feeds them all.
+ASSUMED_MFU = 0.5
+CHIPS = {"v5e": "TPU v5e", "v5p": "TPU v5p", "H200": "NVIDIA H200"}
+
+_TIMEOUT_SECS, _DEEP_TIMEOUT_SECS = 60.0, 600.0
+_JSON_FIELDS = ("path", "frames", "width", "height", "fps", "codec", "error")
+_LENGTHS_SECS = (0, 1, 2, 5, 10, 20, 60, 300, 1800)
+_MAX_ROWS = 16
+_MAX_LISTED = 20
+_BAR = 40
+
+
+class Output:
+    """JSON lines about videos: FILE once it is complete, until then FILE.partial.
+
+    The partial file starts with a line about what was asked for. Its other lines are
+    those of FILE in order of examination, each with the index of its video.
+
+    Attributes:
+      partial_path: path of the partial file.
+      done: findings of an interrupted run by index; they lack `clip_secs`.
+    """
+
+    def __init__(self, path: str, asked_for: str):
+        """Opens the files.
+
+        Args:
+          path: FILE.
+          asked_for: identifies the videos and how they are looked at.
+
+        Raises:
+          UserError: FILE cannot be written, or the partial file is of something else.
+        """
+        self.partial_path = path + ".partial"
+        self.done = {}
+        self._path = path
+        try:
+            os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+            if os.path.isdir(path):
+                raise IsADirectoryError(f"{path} is a folder")
+            self._file = open(self.partial_path, "a+")  # noqa: SIM115
+        except OSError as error:
+            raise UserError(f"--output={path} cannot be written: {error}") from None
+        wanted = {"asked_for": asked_for}
+        self._file.seek(0)
+        header = self._file.readline()
+        if not header.endswith("\n"):
+            self._file.truncate(0)
+            self._write(wanted)
+        elif header != json.dumps(wanted) + "\n":
+            raise UserError(
+                f"{self.partial_path} is of other videos, or was made with another "
+                "--deep: delete it, or give another --output"
+            )
+        else:
+            self._read_done(len(header))
+
+    def _read_done(self, end: int) -> None:
+        for line in self._file:
+            if not line.endswith("\n"):  # a killed run was writing it
+                break
+            end += len(line)
+            fields = json.loads(line)
+            index = fields.pop("index")
+            self.done[index] = survey.Finding(**fields)
+        self._file.truncate(end)
+
+    def _write(self, fields: dict) -> None:
+        self._file.write(json.dumps(fields) + "\n")
+        self._file.flush()
+
+    def add(self, index: int, finding: survey.Finding) -> None:
+        """Appends to the partial file."""
+        self._write({"index": index} | _json_fields(finding))
+
+    def finish(self) -> None:
+        """Writes FILE, in the order of the videos, and removes the partial file."""
+        self._file.seek(0)
+        self._file.readline()
+        lines = sorted(
+            (fields.pop("index"), json.dumps(fields))
+            for fields in map(json.loads, self._file)
+        )
+        temporary = self._path + ".tmp"
+        with open(temporary, "w") as file:
+            file.writelines(line + "\n" for _, line in lines)
+        os.replace(temporary, self._path)
+        self._file.close()
+        os.remove(self.partial_path)
+
+
+def _json_fields(finding: survey.Finding) -> dict:
+    return {name: getattr(finding, name) for name in _JSON_FIELDS}
+
+
+class Summary:
+    """What the findings come to.
+
+    Attributes:
+      num_videos: videos looked at.
+      num_bad: unreadable ones.
+    """
+
+    def __init__(self, window_frames: int, window_secs: float):
+        """Takes the length of a clip's window in frames or else, if 0, in seconds."""
+        self.num_videos = self.num_bad = 0
+        self._window_frames = window_frames
+        self._window_secs = window_secs
+        self._num_short = 0
+        self._counts = collections.defaultdict(collections.Counter)
+        self._bad = []
+        self._clip_secs = []
+
+    @property
+    def clips_per_second(self) -> float | None:
+        """Clips that a core decodes per second; None if that was not measured."""
+        total = math.fsum(self._clip_secs)
+        return len(self._clip_secs) / total if total else None
+
+    def add(self, finding: survey.Finding) -> None:
+        """Takes note of one video."""
+        self.num_videos += 1
+        if finding.error is not None:
+            self.num_bad += 1
+            self._counts["reason"][finding.error] += 1
+            if len(self._bad) < _MAX_LISTED:
+                self._bad.append(finding)
+            return
+        secs = finding.frames / finding.fps if finding.fps else None
+        self._counts["codec"][finding.codec] += 1
+        self._counts["size"][f"{finding.width}x{finding.height}"] += 1
+        self._counts["fps"]["unknown" if secs is None else f"{finding.fps:.4g}"] += 1
+        self._counts["length"][_length_bin(secs)] += 1
+        self._num_short += (
+            finding.frames < self._window_frames
+            if self._window_frames
+            else secs is not None and secs < self._window_secs
+        )
+        if finding.clip_secs is not None:
+            self._clip_secs.append(finding.clip_secs)
+
+    def lines(self) -> Iterator[str]:
+        """Yields the report: totals, histograms and the first unreadable videos."""
+        num_good = self.num_videos - self.num_bad
+        yield f"{self.num_videos} videos: {num_good} readable, {self.num_bad} not"
+        for title in ("reason", "codec", "size", "fps"):
+            counts = self._counts[title].most_common()
+            if len(counts) > _MAX_ROWS:
+                others = sum(count for _, count in counts[_MAX_ROWS - 1 :])
+                counts[_MAX_ROWS - 1 :] = [("others", others)]
+            yield from _histogram(title, counts)
+        lengths = sorted(self._counts["length"].items())
+        yield from _histogram("length", [(name, n) for (_, name), n in lengths])
+        if self._num_short:
+            yield (
+                f"{self._num_short} videos are shorter than a clip: their last frame "
+                "is repeated"
+            )
+        if self._bad:
+            yield f"\nunreadable, the first {len(self._bad)} of {self.num_bad}"
+        for finding in self._bad:
+            detail = finding.detail and f" ({finding.detail})"
+            yield f"  {finding.path}: {finding.error}{detail}"
+
+
+def _length_bin(secs: float | None) -> tuple[float, str]:
+    if secs is None:
+        return math.inf, "unknown"
+    i = sum(secs >= low for low in _LENGTHS_SECS)
+    low, high = _LENGTHS_SECS[i - 1], (*_LENGTHS_SECS, None)[i]
+    return low, f"{low} to {high} s" if high else f"from {low} s"
+
+
+def _histogram(title: str, counts: Sequence[tuple[str, int]]) -> Iterator[str]:
+    total = sum(count for _, count in counts)
+    if total:
+        yield f"\n{title:<16} {'videos':>9}  share"
+    for name, count in counts:
+        bar = "#" * math.ceil(_BAR * count / total)
+        yield f"  {name:<14} {count:>9} {count / total:6.1%} {bar}"
+
+
+def clips_per_second(flops_per_clip: float, chip: str) -> float:
+    """Clips per second that a chip of `CHIPS` trains on at `ASSUMED_MFU`."""
+    return ASSUMED_MFU * flops.peak_flops(CHIPS[chip]) / flops_per_clip
+
+
+def flops_per_clip(config: ConfigDict) -> float:
+    """FLOPs of an update per clip of the main stream, those of all streams included.
+
+    A teacher is counted as if it had the size of the encoder.
+    """
+    # It brings JAX, which the workers, who import this module, do without.
+    from vjepa_jax import build
+
+    encoder, predictor = build.make_models(config)
+    streams = build.make_streams(config, encoder)
+    return build.step_flops(config, encoder, predictor, streams) / config.batch_size
+
+
+def _need(config: ConfigDict, rate: float) -> Iterator[str]:
+    per_clip = flops_per_clip(config)
+    yield (
+        f"\nto keep a chip busy with this config ({per_clip / 1e12:.3g} TFLOP per clip "
+        f"at {ASSUMED_MFU:.0%} of peak)"
+    )
+    yield "  chip    clips/s   host cores"
+    for chip in CHIPS:
+        wanted = clips_per_second(per_clip, chip)
+        yield f"  {chip:<6} {wanted:8.1f} {wanted / rate:12.1f}"
+
+
+def _print(lines: Iterable[str]) -> None:
+    for line in lines:  # a path may have bytes that are not UTF-8
+        print(line.encode(errors="backslashreplace").decode())
+
+
+def check(
+    config: ConfigDict,
+    *,
+    deep: bool,
+    output_path: str | None,
+    num_workers: int,
+    timeout_secs: float,
+    with_need: bool,
+) -> float:
+    """Examines the videos of `config.data`; reports on stdout, progress on stderr.
+
+    Args:
+      config: of a run; its clips are the ones that are read.
+      deep: decode every frame.
+      output_path: JSON lines file; None for none.
+      num_workers: processes.
+      timeout_secs: processor time for decoding one video. A worker that gives no answer
+        in twice that is killed.
+      with_need: report what the config's step needs.
+
+    Returns:
+      Share of unreadable videos.
+
+    Raises:
+      UserError: the source or the output is not there.
+      KeyboardInterrupt: after a report on what was done by then.
+    """
+    data = config.data
+    source = sources.open_source(data.path)
+    transform = ClipTransform(
+        data.resolution,
+        data.crop_scale,
+        data.crop_aspect_ratio,
+        data.flip_probability,
+    )
+    sampling = {key: data[key] for key in ("num_frames", "frame_step", "fps")}
+    examine = survey.Examination(
+        **sampling, transform=transform, deep=deep, time_limit_secs=timeout_secs
+    )
+    output = None
+    if output_path:
+        output = Output(output_path, sources.fingerprint(source, deep=deep))
+    done = output.done if output else {}
+    summary = Summary(
+        (data.num_frames - 1) * data.frame_step + 1 if data.frame_step else 0,
+        data.num_frames / data.fps if data.fps else 0.0,
+    )
+    if done:
+        print(
+            f"{output.partial_path} has {len(done)} of {len(source)} videos already",
+            file=sys.stderr,
+        )
+    for finding in done.values():
+        summary.add(finding)
+    findings = survey.survey(
+        source,
+        examine,
+        (index for index in range(len(source)) if index not in done),
+        num_workers=num_workers,
+        timeout_secs=2 * timeout_secs,
+    )
+    try:
+        with (
+            contextlib.closing(findings),
+            tqdm.tqdm(
+                total=len(source), initial=len(done), unit="video", disable=None
+            ) as progress,
+        ):
+            for index, finding in findings:
+                summary.add(finding)
+                if output:
+                    output.add(index, finding)
+                progress.set_postfix(unreadable=summary.num_bad, refresh=False)
+                progress.update()
+    except KeyboardInterrupt:
+        _print(summary.lines())
+        kept = ""
+        if output:
+            kept = f"; {output.partial_path} has them, the same command continues"
+        print(
+            f"interrupted after {summary.num_videos} of {len(source)} videos{kept}",
+            file=sys.stderr,
+        )
+        raise
+    if output:
+        output.finish()
+    _print(_report(source, config, summary, with_need))
+    return summary.num_bad / summary.num_videos
+
+
+def _report(
+    source: sources.VideoList, config: ConfigDict, summary: Summary, with_need: bool
+) -> Iterator[str]:
+    yield source.name
+    yield from summary.lines()
+    rate, data = summary.clips_per_second, config.data
+    if rate is None:
+        return
+    step = f"step {data.frame_step}" if data.frame_step else f"{data.fps:g} per second"
+    yield (
+        f"\n{rate:.1f} clips/s per core ({data.num_frames} frames, {step}, "
+        f"{data.resolution} pixels; processor time)"
+    )
+    if with_need:
+        yield from _need(config, rate)
+
+
+def main() -> None:
+    """Run the command line."""
+    config = _CONFIG.value or default_config.get_config()
+    if _DATA.value:
+        config.data.path = _DATA.value
+    if not config.data.path:
+        raise UserError("--data is not set: give a folder of videos or a list file")
+    default_config.validate(config)
+    limit = _MAX_BAD_FRACTION.value
+    if limit is None:
+        limit = config.data.max_bad_fraction
+    default_secs = _DEEP_TIMEOUT_SECS if _DEEP.value else _TIMEOUT_SECS
+    try:
+        share = check(
+            config,
+            deep=_DEEP.value,
+            output_path=_OUTPUT.value,
+            num_workers=_WORKERS.value or os.cpu_count(),
+            timeout_secs=_TIMEOUT.value or default_secs,
+            with_need=_CONFIG.value is not None,
+        )
+    except KeyboardInterrupt:
+        sys.exit(EXIT_INTERRUPTED)
+    if share > limit:
+        print(
+            f"{share:.1%} of the videos are unreadable, more than {limit:.1%}: mend or "
+            "drop them, or allow more with --max_bad_fraction",
+            file=sys.stderr,
+        )
+        sys.exit(EXIT_TOO_MANY_BAD)
+
+
+if __name__ == "__main__":
+    _CONFIG = cli.define_config_flag(is_required=False)
+    _DATA = flags.DEFINE_string(
+        "data", None, "Folder of videos or list of `path label` lines; or the config's"
+    )
+    _DEEP = flags.DEFINE_bool("deep", False, "Decode every frame")
+    _OUTPUT = flags.DEFINE_string("output", None, "JSON lines file to write")
+    _WORKERS = flags.DEFINE_integer(
+        "workers", None, "Processes; default: one per core", lower_bound=1
+    )
+    _TIMEOUT = flags.DEFINE_float(
+        "timeout_secs",
+        None,
+        f"Time for one video; default {_TIMEOUT_SECS:g}, deep {_DEEP_TIMEOUT_SECS:g}",
+        lower_bound=0.001,
+    )
+    _MAX_BAD_FRACTION = flags.DEFINE_float(
+        "max_bad_fraction",
+        None,
+        "Share of unreadable videos that is no failure; default: the config's, 0.05",
+        lower_bound=0,
+        upper_bound=1,
+    )
+    cli.run(main)
