@@ -11,15 +11,12 @@ from vjepa_jax.default_config import UserError
 EXIT_USER_ERROR = 2
 
 
-def define_config_flag(is_required: bool = True) -> flags.FlagHolder:
-    """Define `--config=FILE.py[:argument]` with overrides `--config.key=value`.
-
-    Where it is not required, its value may be None.
-    """
+def define_config_flag(required: bool = True) -> flags.FlagHolder:
+    """Define `--config=FILE.py[:argument]` with overrides `--config.key=value`."""
     holder = config_flags.DEFINE_config_file(
         "config", None, "File with get_config(), e.g. configs/world_tiny.py"
     )
-    if is_required:
+    if required:
         flags.mark_flag_as_required("config")
     return holder
 
@@ -33,9 +30,8 @@ def fail(message: str) -> None:
 def _parse_flags(argv: list[str]) -> list[str]:
     try:
         rest = flags.FLAGS(argv)
-        config = "config" in flags.FLAGS and flags.FLAGS["config"].value
-        if config:
-            config.keys()  # a file that failed to load shows here
+        if "config" in flags.FLAGS and flags.FLAGS["config"].present:
+            flags.FLAGS["config"].value.keys()  # a file that failed to load shows here
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as e:
         # The config file's own mistakes and unknown keys arrive as these.
         message = " ".join(str(e.args[0] if e.args else e).split())
