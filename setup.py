@@ -20,12 +20,14 @@ setup(
     install_requires=[
         *PAIRS,
         "absl-py>=2.1",
+        "array-record>=0.8.1,<0.9",
         "av>=18,<19",  # 19 took `metadata_errors` from av.open
         "chex>=0.1.90",
         "etils[epath]>=1.9",
         "grain>=0.2.16,<0.3",
         "matplotlib>=3.9",
         "ml_collections>=1.1,<2",
+        "msgpack>=1.0",
         "numpy>=2.0",
         "optax>=0.2.8,<0.3",
         "orbax-checkpoint>=0.11.33,<0.13",
@@ -43,6 +45,11 @@ setup(
             'jax[cuda12]>=0.10.2,<0.11; python_version < "3.12"',
             'jax[cuda12]>=0.11.2,<0.13; python_version >= "3.12"',
         ],
+        # Video shards are written by a Beam job; Dataflow also wants apache-beam[gcp].
+        "prepare": ["apache-beam>=2.70,<3"],
+        # TFDS imports importlib_resources without asking for it.
+        "tfds": ["tensorflow-datasets>=4.9.10,<5", "importlib_resources"],
+        "gcs": ["etils[epath-gcs]>=1.9"],  # lists, videos and outputs at gs://
         # Official weights are pickles of PyTorch; transformers is the tests' oracle.
         "torch": ["torch==2.13.0", "transformers>=5.23,<6"],
         "test": [

@@ -1,175 +1,86 @@
-"""Which videos there are: a list file or a folder as a random-access `VideoList`."""
+"""Where the videos come from: `data.path` opened as a random-access source.
 
-import dataclasses
-import hashlib
+| `data.path` | opens |
+|---|---|
+| a text file | a list of `path label` lines (`file_lists`) |
+| a `.npy` file | a list of paths (`file_lists`) |
+| a folder | the videos and images in it (`file_lists`) |
+| a folder of prepared shards | their records (`shards`) |
+| `tfds:NAME:SPLIT[@DIR]` | a prepared TFDS dataset (`tfds_source`) |
+| several of these, with commas between | a mixture |
+
+Files, folders and the entries of lists may be remote (`gs://`).
+"""
+
 import json
+import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-import numpy as np
+from etils import epath
 
+from vjepa_jax.data import shards, tfds_source
+from vjepa_jax.data.file_lists import MEDIA_SUFFIXES, VideoList, is_remote
+from vjepa_jax.data.records import Record, Source, digest_of
 from vjepa_jax.default_config import UserError
 
-VIDEO_SUFFIXES = (
-    ".mp4",
-    ".webm",
-    ".mkv",
-    ".avi",
-    ".mov",
-    ".m4v",
-    ".mpg",
-    ".mpeg",
-    ".ts",
-    ".3gp",
-    ".gif",
-)
+__all__ = [
+    "Record",
+    "Source",
+    "VideoList",
+    "fingerprint",
+    "open_source",
+    "open_sources",
+]
 
 _MAX_FILES_LOOKED_AT = 1000
+_MAX_REMOTE_FILES_LOOKED_AT = 20
 
 
-@dataclasses.dataclass(frozen=True)
-class Record:
-    """One video.
+def open_sources(
+    path: str, weights: Sequence[float] = ()
+) -> list[tuple[Source, float]]:
+    """Opens one source or a mixture, written with commas between the paths.
 
-    Attributes:
-      path: absolute path of the file.
-      label: class of the video; 0 where there are no classes.
+    A path that exists as it stands is one source, whatever commas are in it.
+
+    Args:
+      path: `data.path`.
+      weights: expected share of the samples for each source, positive, in any unit;
+        empty to draw every record equally often, which is by length.
+
+    Returns:
+      Sources and their weights, which sum to 1.
+
+    Raises:
+      UserError: a source cannot be opened, or the weights do not fit.
     """
-
-    path: str
-    label: int
-
-
-class VideoList(Sequence):
-    """Videos in a fixed order.
-
-    Picklable, and compact, since every worker process gets a copy: the paths are one
-    bytes object instead of a Python string each.
-
-    Attributes:
-      name: the list file or folder that the videos come from, for messages.
-      root: folder that relative entries are resolved against.
-      labels: int64 `[len(self)]`.
-    """
-
-    def __init__(
-        self, name: str, root: str, entries: Iterable[str], labels: Iterable[int]
-    ):
-        """Takes the paths as listed, absolute or relative to `root`."""
-        encoded = [os.fsencode(entry) for entry in entries]
-        self.name = name
-        self.root = root
-        self.labels = np.array(labels, np.int64)
-        self._entries = b"".join(encoded)
-        self._ends = np.cumsum([len(entry) for entry in encoded], dtype=np.int64)
-        if len(self.labels) != len(encoded):
-            raise ValueError(f"{len(encoded)} entries but {len(self.labels)} labels")
-
-    def __len__(self) -> int:
-        """Returns the number of videos."""
-        return len(self._ends)
-
-    def __getitem__(self, index: int) -> Record:
-        """Returns the video at `index`, which may count from the end."""
-        index = range(len(self))[index]
-        path = os.path.join(self.root, self.entry(index))
-        return Record(path, int(self.labels[index]))
-
-    def entry(self, index: int) -> str:
-        """Returns the path at `index` as listed, which does not depend on `root`."""
-        start = int(self._ends[index - 1]) if index else 0
-        return os.fsdecode(self._entries[start : int(self._ends[index])])
-
-    @classmethod
-    def from_list_file(cls, path: str) -> "VideoList":
-        """Reads a text file with one `path label` per line.
-
-        The official formats: the label is an integer and the last field; fields are
-        separated by white space, or by `::`. Paths may hold spaces and may stand in
-        double quotes. Relative paths are resolved against the list file's folder. Blank
-        lines are skipped.
-
-        Raises:
-          UserError: a line is not of this form; names file and line.
-        """
-        path = os.path.abspath(path)
-        entries, labels = [], []
-        with open(path, encoding="utf-8-sig", errors="surrogateescape") as lines:
-            for number, line in enumerate(lines, start=1):
-                line = line.strip()
-                if not line:
-                    continue
-                entry, label = _split(line)
-                if entry is None:
-                    raise UserError(
-                        f"{path}:{number}: expected 'path label' with a whole number "
-                        f"as label, found {_shortened(line)!r}; videos without a class "
-                        "take the label 0"
-                    )
-                entries.append(entry)
-                labels.append(label)
-        return cls(path, os.path.dirname(path), entries, labels)
-
-    @classmethod
-    def from_folder(cls, path: str) -> "VideoList":
-        """Finds the videos in a folder and all folders below, in sorted order.
-
-        If all of them lie in sub folders of `path`, these are the classes: labels count
-        the first-level sub folders with videos in them, in sorted order. Otherwise all
-        labels are 0. Hidden files and folders are skipped.
-        """
-        root = os.path.abspath(path)
-        # Sorted by components, so that the order of files follows that of the classes.
-        entries = sorted(_videos_below(root), key=lambda entry: entry.split(os.sep))
-        classes = [entry.split(os.sep, 1)[0] for entry in entries]
-        if any(os.sep not in entry for entry in entries):
-            labels = [0] * len(entries)
-        else:
-            label_of = {name: i for i, name in enumerate(sorted(set(classes)))}
-            labels = [label_of[name] for name in classes]
-        return cls(root, root, entries, labels)
+    one = "," not in path or _exists(path)
+    paths = [path] if one else [part.strip() for part in path.split(",")]
+    if not one and not all(paths):
+        raise UserError(f"data.path {path!r} has nothing between two commas")
+    opened = [open_source(part) for part in paths]
+    if len(weights) not in (0, len(paths)):
+        raise UserError(
+            f"data.weights has {len(weights)} numbers but data.path names {len(paths)} "
+            "sources: give one for each, or none to draw every video equally often"
+        )
+    for weight in weights:
+        if not 0 < weight < math.inf:
+            raise UserError(
+                f"data.weights must be positive numbers, not {weight}: leave a source "
+                "out of data.path that should not be drawn"
+            )
+    weights = weights or [len(source) for source in opened]
+    total = sum(weights)
+    return [(s, float(w / total)) for s, w in zip(opened, weights, strict=True)]
 
 
-def _split(line: str) -> tuple[str | None, int]:
-    for fields in (line.rsplit("::", maxsplit=1), line.rsplit(maxsplit=1)):
-        if len(fields) < 2:
-            continue
-        entry = fields[0].strip()
-        if len(entry) > 1 and entry[0] == entry[-1] == '"':
-            entry = entry[1:-1].replace('""', '"')
-        try:
-            label = int(fields[1])
-        except ValueError:
-            continue
-        # A zero byte cannot be in a path: this is no text file.
-        if entry and "\0" not in entry:
-            return entry, label
-    return None, 0
+def open_source(path: str) -> Source:
+    """Opens what one path names and checks that there is something in it.
 
-
-def _shortened(line: str) -> str:
-    return line if len(line) <= 100 else line[:97] + "..."
-
-
-def _videos_below(root: str) -> Iterable[str]:
-    visited = set()
-    for folder, folders, files in os.walk(root, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in visited:  # a link to a folder above would never end
-            folders.clear()
-            continue
-        visited.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in files:
-            if name.lower().endswith(VIDEO_SUFFIXES) and not name.startswith("."):
-                yield os.path.relpath(os.path.join(folder, name), root)
-
-
-def open_source(path: str) -> VideoList:
-    """Opens a folder of videos or a list file and checks that there is something in it.
-
-    Of a list, up to 1000 evenly spaced files are looked for, to notice a wrong folder
-    before the first step.
+    Of a list, up to 1000 evenly spaced files are looked for, 20 if remote, to notice a
+    wrong folder before the first step.
 
     Raises:
       UserError: nothing is there, or nothing that could be trained on.
@@ -179,59 +90,96 @@ def open_source(path: str) -> VideoList:
             "data.path is not set: give a folder of videos or a list file with one "
             "'path label' per line"
         )
-    if not os.path.exists(path):
+    if path.startswith(tfds_source.PREFIX):
+        return tfds_source.open_tfds(path)
+    if not _exists(path):
         raise UserError(f"data.path {path!r} does not exist")
-    if os.path.isdir(path):
-        source = VideoList.from_folder(path)
-        if not len(source):
-            raise UserError(
-                f"no videos in folder {path!r} or below; known suffixes: "
-                + " ".join(VIDEO_SUFFIXES)
-            )
-        return source
-    if path.lower().endswith(VIDEO_SUFFIXES):
+    if _is_folder(path):
+        return _open_folder(path)
+    if path.lower().endswith(MEDIA_SUFFIXES):
         raise UserError(
-            f"data.path {path!r} is a video; give its folder, or a list file with one "
-            "'path label' per line"
+            f"data.path {path!r} is a single video or image; give its folder, or a "
+            "list file with one 'path label' per line"
         )
-    source = VideoList.from_list_file(path)
+    if path.endswith(shards.SUFFIX):
+        raise UserError(f"data.path {path!r} is a single shard; give its folder")
+    is_array = path.lower().endswith(".npy")
+    read = VideoList.from_array_file if is_array else VideoList.from_list_file
+    source = _asked(path, read)
     if not len(source):
         raise UserError(f"list file {path!r} has no entries")
     _check_that_files_exist(source)
     return source
 
 
+def _open_folder(path: str) -> Source:
+    if shards.is_shard_folder(path):
+        return shards.ShardSource(path)
+    source = _asked(path, VideoList.from_folder)
+    if not len(source):
+        raise UserError(
+            f"no videos or images in folder {path!r} or below; known suffixes: "
+            + " ".join(MEDIA_SUFFIXES)
+        )
+    return source
+
+
+def _exists(path: str) -> bool:
+    if not is_remote(path):
+        return os.path.exists(path)
+    return _asked(path, lambda path: epath.Path(path).exists())
+
+
+def _is_folder(path: str) -> bool:
+    if not is_remote(path):
+        return os.path.isdir(path)
+    return _asked(path, lambda path: epath.Path(path).is_dir())
+
+
+def _asked(path: str, question):
+    """Puts what a remote store has to say about a path into one line."""
+    if not is_remote(path):
+        return question(path)
+    try:
+        return question(path)
+    except UserError:
+        raise
+    except ImportError as error:
+        raise UserError(
+            f"{path!r} needs a client of its store ({error}); for gs:// it comes with "
+            "pip install 'vjepa_jax[gcs]'"
+        ) from error
+    except Exception as error:  # the clients' errors have no base in common
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{path!r} cannot be read: {reason}") from error
+
+
 def _check_that_files_exist(source: VideoList) -> None:
-    num_looked_at = min(len(source), _MAX_FILES_LOOKED_AT)
+    limit = (
+        _MAX_REMOTE_FILES_LOOKED_AT
+        if is_remote(source.path_of(0))
+        else _MAX_FILES_LOOKED_AT
+    )
+    num_looked_at = min(len(source), limit)
     for i in range(num_looked_at):
-        if os.path.exists(source[i * len(source) // num_looked_at].path):
+        if _exists(source.path_of(i * len(source) // num_looked_at)):
             return
     raise UserError(
         f"none of the {num_looked_at} files looked at of {source.name!r} exist, the "
-        f"first being {source[0].path!r}; relative paths are resolved against the "
+        f"first being {source.path_of(0)!r}; relative paths are resolved against the "
         f"list's folder {source.root!r}: mend the paths or move the list"
     )
 
 
-def fingerprint(source: VideoList, **sampling) -> str:
+def fingerprint(source: Source, **sampling) -> str:
     """Identifies a data stream, for the checkpoint to notice that it has changed.
 
-    Paths count as listed, so that a dataset may be moved with its list.
-
     Args:
-      source: the videos.
+      source: the videos; a moved copy counts as the same.
       **sampling: whatever else the stream depends on; JSON values and tuples.
 
     Returns:
-      SHA-256 of paths, labels and sampling, in hexadecimal digits.
+      SHA-256 of the source's digest and of the sampling, in hexadecimal digits.
     """
-    digest = hashlib.sha256()
-    for part in (
-        source._entries,
-        source._ends.astype("<i8").tobytes(),
-        source.labels.astype("<i8").tobytes(),
-        json.dumps(sampling, sort_keys=True).encode(),
-    ):
-        digest.update(len(part).to_bytes(8, "little"))
-        digest.update(part)
-    return digest.hexdigest()
+    settings = json.dumps(sampling, sort_keys=True)
+    return digest_of((source.digest().encode(), settings.encode()))

@@ -1,0 +1,392 @@
+"""Encodes a list of videos into shards, as an Apache Beam pipeline.
+
+The unit of work is a shard: it is written under a temporary name, renamed when whole,
+and noted in a `.json` beside it, written last. A run that was stopped goes on with the
+shards that are missing. Everything that a worker needs lies in the output folder, so
+that the pipeline itself is a few numbers for any count of videos.
+"""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import functools
+import io
+import json
+import math
+import os
+import shutil
+import tempfile
+import threading
+import uuid
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import tqdm
+from absl import logging
+from etils import epath
+
+from vjepa_jax.data import shards
+from vjepa_jax.data.decode import DecodeError
+from vjepa_jax.data.file_lists import VideoList, is_remote
+from vjepa_jax.data.reencode import Encoding, reencode
+from vjepa_jax.default_config import UserError
+
+_JOB = f"{shards.MANIFEST}.part"
+_INPUTS = "inputs.npz"
+
+# A shard is what a stopped run loses of each worker's time; too many are slow to open.
+_MAX_RECORDS_PER_SHARD = 512
+_MIN_RECORDS_PER_SHARD = 16
+_NUM_SHARDS_TO_SPREAD = 64
+
+# The part of Beam's DirectRunner that runs in Python; what DirectRunner tries first
+# downloads a binary.
+_LOCAL_RUNNER = "apache_beam.runners.portability.fn_api_runner.FnApiRunner"
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What is prepared and how; two runs of one job share their shards.
+
+    Attributes:
+      source: the list or folder, for messages.
+      inputs: digest of its paths and labels.
+      num_inputs: videos in it.
+      num_shards: files that they are spread over, in order.
+      encoding: of the videos.
+    """
+
+    source: str
+    inputs: str
+    num_inputs: int
+    num_shards: int
+    encoding: Encoding
+
+    def to_json(self) -> dict:
+        """Returns the beginning of the manifest."""
+        fields = dataclasses.asdict(self)
+        return {
+            "format": shards.FORMAT,
+            "source": fields["source"],
+            "inputs": fields["inputs"],
+            "num_inputs": fields["num_inputs"],
+            "num_shards": fields["num_shards"],
+            "settings": fields["encoding"],
+        }
+
+    @classmethod
+    def from_json(cls, content: dict) -> "Job":
+        """Reads `to_json`'s fields; raises KeyError or TypeError if there are none."""
+        return cls(
+            content["source"],
+            content["inputs"],
+            content["num_inputs"],
+            content["num_shards"],
+            Encoding(**content["settings"]),
+        )
+
+    @property
+    def key(self) -> str:
+        """Identifies what the shards depend on; not where the source lies."""
+        content = {k: v for k, v in self.to_json().items() if k != "source"}
+        return shards.digest_of([json.dumps(content, sort_keys=True).encode()])
+
+    def shard_names(self) -> list[str]:
+        """Returns the names of all shards, without suffixes."""
+        return [shards.shard_name(i, self.num_shards) for i in range(self.num_shards)]
+
+    def inputs_of(self, shard: int) -> range:
+        """Returns which of the inputs go into a shard."""
+        start, stop = (
+            i * self.num_inputs // self.num_shards for i in (shard, shard + 1)
+        )
+        return range(start, stop)
+
+
+def default_num_shards(num_inputs: int) -> int:
+    """Returns 64 shards for 1000 to 33000 videos, fewer for fewer, more for more."""
+    spread = min(math.ceil(num_inputs / _MIN_RECORDS_PER_SHARD), _NUM_SHARDS_TO_SPREAD)
+    return max(1, spread, math.ceil(num_inputs / _MAX_RECORDS_PER_SHARD))
+
+
+def prepare(
+    source: VideoList,
+    output: str,
+    encoding: Encoding,
+    *,
+    num_shards: int = 0,
+    max_bad_fraction: float = 0.05,
+    beam_options: Sequence[str] = (),
+) -> dict:
+    """Writes what is missing of the shards of `source` in the folder `output`.
+
+    Args:
+      source: the videos and images.
+      output: a local or remote folder; made if missing.
+      encoding: how to encode them.
+      num_shards: 0 chooses by the number of videos.
+      max_bad_fraction: share of the videos that may fail.
+      beam_options: of Beam, as on its command lines; by default the shards are spread
+        over the cores of this machine.
+
+    Returns:
+      The manifest.
+
+    Raises:
+      UserError: the folder holds other shards, or too many videos failed.
+    """
+    folder = epath.Path(output)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"--output={output} is not a folder") from None
+    previous = _previous_job(folder)
+    if not num_shards:
+        num_shards = (
+            previous.num_shards if previous else default_num_shards(len(source))
+        )
+    # No shard without a video, which would be a file for nothing.
+    num_shards = min(num_shards, len(source))
+    job = Job(source.name, source.digest(), len(source), num_shards, encoding)
+    if previous is not None:
+        _check_same(output, previous, job)
+    content = io.BytesIO()
+    np.savez(content, root=np.array(os.fsencode(source.root)), **source.to_arrays())
+    _write(folder / _INPUTS, content.getvalue())
+    _write(folder / _JOB, json.dumps(job.to_json(), indent=1).encode())
+    _run(job, output, beam_options)
+    manifest = _finish(job, folder, max_bad_fraction)
+    for leftover in (*folder.glob(".shard-*.part"), folder / _INPUTS, folder / _JOB):
+        leftover.unlink(missing_ok=True)
+    return manifest
+
+
+def _previous_job(folder: epath.Path) -> Job | None:
+    for name in (shards.MANIFEST, _JOB):
+        path = folder / name
+        if path.exists():
+            try:
+                return Job.from_json(json.loads(path.read_text()))
+            except (ValueError, KeyError, TypeError):
+                raise UserError(
+                    f"{str(path)!r} is not of this program's shards: give another "
+                    "--output"
+                ) from None
+    return None
+
+
+def _check_same(output: str, previous: Job, job: Job) -> None:
+    if previous.key == job.key:
+        return
+    if (previous.inputs, previous.num_inputs) != (job.inputs, job.num_inputs):
+        difference = (
+            f"of other videos ({previous.num_inputs} of {previous.source!r}, now "
+            f"{job.num_inputs} of {job.source!r})"
+        )
+    else:
+        old, new = (
+            {"num_shards": j.num_shards, **dataclasses.asdict(j.encoding)}
+            for j in (previous, job)
+        )
+        difference = "made with " + ", ".join(
+            f"{key}={old[key]}, not {new[key]}" for key in old if old[key] != new[key]
+        )
+    raise UserError(
+        f"--output={output} holds shards {difference}: give another --output, or "
+        "remove the folder"
+    )
+
+
+def _write(path: epath.Path, content: bytes) -> None:
+    """Writes a file that appears under its name when whole."""
+    temporary = path.parent / f".{path.name}-{uuid.uuid4().hex}.part"
+    temporary.write_bytes(content)
+    temporary.replace(path)
+
+
+def _run(job: Job, output: str, beam_options: Sequence[str]) -> None:
+    try:
+        import apache_beam as beam
+        from apache_beam.options.pipeline_options import PipelineOptions
+    except ImportError as error:
+        raise UserError(
+            f"preparing shards needs Apache Beam ({error}): pip install "
+            "'vjepa_jax[prepare]'"
+        ) from error
+    options = PipelineOptions(_with_defaults(beam_options))
+    with _progress(job, output), beam.Pipeline(options=options) as pipeline:
+        numbers = pipeline | beam.Create(range(job.num_shards), reshuffle=True)
+        _ = numbers | beam.Map(functools.partial(encode_shard, output, job.key))
+
+
+def _with_defaults(beam_options: Sequence[str]) -> list[str]:
+    given = {option.split("=", 1)[0]: option for option in beam_options}
+    runner = given.get("--runner", "--runner=DirectRunner").removeprefix("--runner=")
+    if runner != "DirectRunner":
+        return list(beam_options)
+    defaults = {
+        "--direct_running_mode": "multi_processing",
+        "--direct_num_workers": "0",  # one per core
+        "--default_sdk_harness_log_level": "WARNING",
+    }
+    return [
+        f"--runner={_LOCAL_RUNNER}",
+        *(f"{key}={value}" for key, value in defaults.items() if key not in given),
+        *(option for key, option in given.items() if key != "--runner"),
+    ]
+
+
+@contextlib.contextmanager
+def _progress(job: Job, output: str) -> Iterator[None]:
+    """Shows how many shards are complete; workers have no other way to tell."""
+    stop = threading.Event()
+    names = {f"{name}.json" for name in job.shard_names()}
+
+    def watch():
+        with tqdm.tqdm(total=len(names), desc="preparing", unit=" shards") as bar:
+            while not stop.wait(5.0):
+                bar.update(_count() - bar.n)
+            bar.update(_count() - bar.n)
+
+    def _count() -> int:
+        return sum(path.name in names for path in epath.Path(output).iterdir())
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+@functools.lru_cache(maxsize=1)
+def _read_job(output: str, key: str) -> tuple[Job, VideoList]:
+    """Reads what to do, once per process."""
+    folder = epath.Path(output)
+    job = Job.from_json(json.loads((folder / _JOB).read_text()))
+    if job.key != key:
+        raise RuntimeError(f"another job has begun in {output}")
+    with np.load(io.BytesIO((folder / _INPUTS).read_bytes())) as arrays:
+        root = os.fsdecode(arrays["root"].item())
+        return job, VideoList.from_arrays(job.source, root, arrays)
+
+
+def encode_shard(output: str, key: str, shard: int) -> None:
+    """Writes one shard unless it is there: what a Beam worker does.
+
+    Args:
+      output: folder with the job's description.
+      key: `Job.key`.
+      shard: number of the shard.
+    """
+    job, source = _read_job(output, key)
+    folder, name = epath.Path(output), shards.shard_name(shard, job.num_shards)
+    path = folder / f"{name}{shards.SUFFIX}"
+    note = _read_note(folder, name, key)
+    if note is not None and shards.checksum(str(path)) == note["sha256"]:
+        return
+    records, failures = [], []
+
+    def encoded() -> Iterator[shards.VideoRecord]:
+        for index in job.inputs_of(shard):
+            record = source[index]
+            try:
+                video = reencode(record.path, job.encoding)
+            except DecodeError as error:
+                logging.warning("Cannot prepare %s", error)
+                failures.append({"path": record.path, "reason": error.reason})
+                continue
+            records.append([source.entry(index), record.label, video.num_frames])
+            yield shards.VideoRecord(
+                video=video.content,
+                label=record.label,
+                id=source.entry(index),
+                path=record.path,
+                fps=video.fps,
+                num_frames=video.num_frames,
+                width=video.width,
+                height=video.height,
+            )
+
+    with _written_whole(path) as temporary:
+        shards.write_shard(temporary, encoded())
+        note = {
+            "job": key,
+            "num_bytes": os.path.getsize(temporary),
+            "sha256": shards.checksum(temporary),
+            "records": records,
+            "failures": failures,
+        }
+    _write(folder / f"{name}.json", json.dumps(note).encode())
+
+
+@contextlib.contextmanager
+def _written_whole(path: epath.Path) -> Iterator[str]:
+    """Gives a local name to write to; the file then appears at `path`, all at once."""
+    part = path.parent / f".{path.name}-{uuid.uuid4().hex}.part"
+    if not is_remote(str(path)):
+        try:
+            yield str(part)
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+        return
+    with tempfile.TemporaryDirectory() as scratch:  # ArrayRecord writes local files
+        local = os.path.join(scratch, path.name)
+        yield local
+        with open(local, "rb") as source, part.open("wb") as target:
+            shutil.copyfileobj(source, target, 1 << 22)
+        part.replace(path)
+
+
+def _read_note(folder: epath.Path, name: str, key: str) -> dict | None:
+    """Returns the note of a shard that is complete, judged by the file's size."""
+    try:
+        note = json.loads((folder / f"{name}.json").read_text())
+        size = (folder / f"{name}{shards.SUFFIX}").stat().length
+    except (FileNotFoundError, ValueError):
+        return None
+    return note if (note["job"], note["num_bytes"]) == (key, size) else None
+
+
+def _finish(job: Job, folder: epath.Path, max_bad_fraction: float) -> dict:
+    """Writes failures, index and, last, the manifest."""
+    names = job.shard_names()
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:  # remote reads wait
+        notes = list(pool.map(lambda name: _read_note(folder, name, job.key), names))
+    missing = [name for name, note in zip(names, notes, strict=True) if note is None]
+    if missing:
+        raise RuntimeError(f"the pipeline ended without the shard {missing[0]}")
+    failures = [failure for note in notes for failure in note["failures"]]
+    lines = "".join(json.dumps(failure) + "\n" for failure in failures)
+    _write(folder / shards.FAILURES, lines.encode())
+    listed = f"{len(failures)} of {job.num_inputs} videos failed, listed in " + repr(
+        str(folder / shards.FAILURES)
+    )
+    if len(failures) == job.num_inputs:
+        raise UserError(f"{listed}: not one could be prepared")
+    if len(failures) > max_bad_fraction * job.num_inputs:
+        raise UserError(
+            f"{listed}, more than --max_bad_fraction={max_bad_fraction:g} allows: "
+            "allow more and run again, which keeps what is done; or mend them, remove "
+            "the .json of their shards, and run again"
+        )
+    records = (record for note in notes for record in note["records"])
+    manifest = {
+        **job.to_json(),
+        "num_records": job.num_inputs - len(failures),
+        "num_failures": len(failures),
+        "index": shards.write_index(str(folder), records),
+        "shards": [
+            {
+                "name": name,
+                "num_records": len(note["records"]),
+                "num_bytes": note["num_bytes"],
+                "sha256": note["sha256"],
+            }
+            for name, note in zip(names, notes, strict=True)
+        ],
+    }
+    _write(folder / shards.MANIFEST, json.dumps(manifest, indent=1).encode())
+    return manifest
