@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from vjepa_jax import default_config
 from vjepa_jax.data import check, decode, sources, survey
+from vjepa_jax.data.sampling import Sampling
 from vjepa_jax.data.sources import Record
 from vjepa_jax.data.transforms import ClipTransform
 from vjepa_jax.default_config import UserError
@@ -45,7 +46,7 @@ def bad_folder(tmp_path_factory):
 def test_every_kind_of_file_has_its_outcome(bad_folder, deep):
     folder, cases = bad_folder
     source = sources.open_source(str(folder / "list.csv"))
-    examine = survey.Examination(16, 4, 0.0, ClipTransform(32), deep, 30)
+    examine = survey.Examination(Sampling(16, 4), ClipTransform(32), deep, 30)
     findings = dict(
         survey.survey(
             source, examine, range(len(source)), num_workers=2, timeout_secs=60
@@ -112,7 +113,7 @@ def test_folder_under_the_limit_and_needs_of_a_config(tmp_path):
     [
         ([], "--data is not set"),
         (["--data=nowhere"], "'nowhere' does not exist"),
-        (["--data={folder}"], "no videos in folder"),
+        (["--data={folder}"], "no videos"),
         (["--data={list}", "--output={folder}"], "cannot be written"),
         (["--data={list}", "--workers=0"], "workers"),
         (["--data={list}", "--config=nowhere.py"], "nowhere.py"),
@@ -138,13 +139,16 @@ class Names(list):
     def __init__(self, paths):
         super().__init__(Record(path, 0) for path in paths)
 
+    def path_of(self, index):
+        return super().__getitem__(index).path
+
 
 class BrokenNames(Names):
     """A source that cannot give its second record."""
 
     def __getitem__(self, index):
         if index == 1:
-            raise RuntimeError("damaged")
+            raise OSError("damaged")
         return super().__getitem__(index)
 
 
@@ -206,8 +210,8 @@ def test_records_that_cannot_be_had_are_named():
             BrokenNames(["good"] * 3), act, range(3), num_workers=1, timeout_secs=60
         )
     )
-    assert [found[i].error for i in range(3)] == [None, survey.CRASHED, None]
-    assert found[1].path == "names[1]" and "damaged" in found[1].detail
+    assert [found[i].error for i in range(3)] == [None, "unreadable", None]
+    assert found[1].path == "good" and "damaged" in found[1].detail
 
 
 def test_closing_ends_workers_that_hang():
@@ -325,8 +329,7 @@ def test_output_of_other_videos_is_refused(tmp_path):
 @given(rng=st.randoms(use_true_random=False), in_frames=st.booleans())
 def test_summary_counts(rng, in_frames):
     findings = [some_finding(rng) for _ in range(rng.randint(1, 60))]
-    window = (61, 0.0) if in_frames else (0, 2.0)
-    summary = check.Summary(*window)
+    summary = check.Summary(Sampling(16, 4) if in_frames else Sampling(16, fps=7.5))
     for finding in findings:
         summary.add(finding)
     good = [finding for finding in findings if not finding.error]
@@ -366,3 +369,21 @@ def test_need_grows_with_the_model_and_the_chip():
     rates = [check.clips_per_second(large, chip) for chip in ("v5e", "v5p", "H200")]
     assert rates == sorted(rates)
     assert check.clips_per_second(base, "v5e") * base == pytest.approx(197e12 / 2)
+
+
+def test_several_sources_are_looked_at_together(tmp_path):
+    paths = []
+    for i, names in enumerate([("a", "b"), ("c",), ("d", "e", "f")]):
+        paths.append(tmp_path / f"{i}.csv")
+        paths[-1].write_text("".join(f"{name}.mp4 {ord(name)}\n" for name in names))
+        (tmp_path / f"{names[0]}.mp4").touch()
+    joined = ",".join(map(str, paths))
+    together = survey.Together([s for s, _ in sources.open_sources(joined)])
+    expected = [f"{tmp_path}/{name}.mp4" for name in "abcdef"]
+    assert [record.path for record in together] == expected
+    assert [together.path_of(i) for i in range(-6, 0)] == expected
+    assert together.labels.tolist() == [ord(name) for name in "abcdef"]
+    done = run(f"--data={joined}", f"--output={tmp_path}/o.jsonl", "--workers=1")
+    assert done.returncode == check.EXIT_TOO_MANY_BAD, done.stderr
+    errors = ["empty", "missing", "empty", "empty", "missing", "missing"]
+    assert [line["error"] for line in read_lines(tmp_path / "o.jsonl")] == errors

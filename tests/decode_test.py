@@ -1,14 +1,21 @@
 import dataclasses
 import errno
+import io
+import os
 
 import numpy as np
 import pytest
 import video_files
-from hypothesis import given
-from hypothesis import strategies as st
 
-from vjepa_jax.data import decode
-from vjepa_jax.default_config import UserError
+from vjepa_jax.data import decode, media, packets
+from vjepa_jax.data.sampling import Sampling
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    path: str
+    media: bytes | np.ndarray | None = None
+    fps: float | None = None
 
 
 def whole_frame(height, width):
@@ -26,87 +33,10 @@ def read(path, *, rng=None, num_frames=8, frame_step=1, size=48, crop=whole_fram
     )
 
 
-sampling_cases = st.fixed_dictionaries(
-    {
-        "num_video_frames": st.integers(1, 400),
-        "video_fps": st.floats(1, 120),
-        "num_frames": st.integers(1, 64),
-        "seed": st.none() | st.integers(0, 2**32),
-    }
-)
-
-
-def rng_of(seed):
-    return None if seed is None else np.random.default_rng(seed)
-
-
-@given(sampling_cases, st.integers(1, 8))
-def test_frames_are_a_step_apart_until_the_video_ends(case, step):
-    n, num_frames = case["num_video_frames"], case["num_frames"]
-    indices = decode.clip_indices(
-        n,
-        case["video_fps"],
-        num_frames=num_frames,
-        frame_step=step,
-        rng=rng_of(case["seed"]),
-    )
-    assert indices.shape == (num_frames,) and indices.dtype == np.int64
-    assert indices[0] >= 0 and indices[-1] < n
-    span = (num_frames - 1) * step + 1
-    if n >= span:
-        assert (np.diff(indices) == step).all()
-        if case["seed"] is None:
-            assert abs(indices[0] - (n - 1 - indices[-1])) <= 1
-    else:
-        np.testing.assert_array_equal(
-            indices, np.minimum(np.arange(num_frames) * step, n - 1)
-        )
-
-
-@given(sampling_cases, st.floats(0.5, 60))
-def test_frame_rate_is_kept_to_half_a_frame(case, fps):
-    n = case["num_video_frames"]
-    indices = decode.clip_indices(
-        n,
-        case["video_fps"],
-        num_frames=case["num_frames"],
-        fps=fps,
-        rng=rng_of(case["seed"]),
-    )
-    assert indices[0] >= 0 and indices[-1] < n
-    assert (np.diff(indices) >= 0).all()
-    exact = indices[0] + np.arange(case["num_frames"]) * case["video_fps"] / fps
-    inside = indices < n - 1
-    assert np.abs(indices - exact)[inside].max(initial=0) <= 0.5 + 1e-6
-
-
-def test_every_window_is_drawn():
-    rng = np.random.default_rng(0)
-    starts = {
-        int(decode.clip_indices(10, 30.0, num_frames=4, frame_step=2, rng=rng)[0])
-        for _ in range(200)
-    }
-    assert starts == {0, 1, 2, 3}
-
-
-@pytest.mark.parametrize("step, fps", [(0, 0.0), (2, 4.0), (-1, 0.0), (0, -4.0)])
-def test_step_and_rate_exclude_each_other(files, step, fps):
-    with pytest.raises(UserError, match=r"one of data\.frame_step and data\.fps"):
-        decode.clip_indices(10, 30.0, num_frames=4, frame_step=step, fps=fps)
-    # Bad numbers must not pass for a bad file.
-    with pytest.raises(UserError):
-        decode.read_clip(
-            files["h264.mp4"],
-            num_frames=4,
-            frame_step=step,
-            fps=fps,
-            size=48,
-            crop=whole_frame,
-        )
-
-
 VFR_STAMPS = np.cumsum([40, 40, 200, 33, 67, 40, 10, 90] * 5).tolist()
 LATE_STAMPS = [5000 + 80 * i for i in range(40)]
+
+X265 = "keyint=10:log-level=error:pools=none"
 
 FILES = {
     "h264.mp4": {},
@@ -117,6 +47,17 @@ FILES = {
     "vfr.mp4": {"stamps": VFR_STAMPS, "codec_options": {"g": "10"}},
     "late.mkv": {"stamps": LATE_STAMPS, "codec_options": {"g": "10"}},
     "stream.ts": {"codec_options": {"g": "10"}},
+    "hevc.mp4": {
+        "codec": "libx265",
+        "codec_options": {"x265-params": X265 + ":bframes=3"},
+    },
+    "hevc_open_gop.mkv": {
+        "codec": "libx265",
+        "codec_options": {"x265-params": X265 + ":open-gop=1"},
+    },
+    "av1.mp4": {"codec": "libsvtav1", "codec_options": {"preset": "12", "g": "10"}},
+    "ten_bits.mp4": {"pix_fmt": "yuv420p10le", "codec_options": {"g": "10"}},
+    "full_range.mp4": {"pix_fmt": "yuvj420p", "codec_options": {"g": "10"}},
     "vp9.webm": {"codec": "libvpx-vp9", "codec_options": {"cpu-used": "8", "g": "10"}},
     "vp8.webm": {
         "codec": "libvpx",
@@ -132,9 +73,12 @@ FILES = {
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("videos")
-    frames = video_files.moving_frames(40)
+    # x265 writes beyond its memory where frames are smaller than its largest block.
+    frames = {side: video_files.moving_frames(40, side, side) for side in (48, 64)}
     return {
-        name: video_files.write_video(folder / name, frames, **options)
+        name: video_files.write_video(
+            folder / name, frames[64 if "hevc" in name else 48], **options
+        )
         for name, options in FILES.items()
     }
 
@@ -142,16 +86,18 @@ def files(tmp_path_factory):
 def assert_clips_match_plain_decode(path):
     plain = video_files.decode_plainly(path)
     for seed in range(6):
-        step = 1 + seed % 4
-        clip = read(path, rng=np.random.default_rng(seed), frame_step=step)
-        wanted = decode.clip_indices(
-            len(plain),
-            None,
-            num_frames=8,
-            frame_step=step,
+        sampling = Sampling(8, frame_step=1 + 2 * seed)
+        clips = decode.read_clips(
+            path,
+            sampling=sampling,
             rng=np.random.default_rng(seed),
+            size=plain.shape[1],
+            crop=whole_frame,
         )
-        np.testing.assert_array_equal(clip, plain[wanted], err_msg=f"seed {seed}")
+        wanted = sampling.frames(
+            np.arange(len(plain)), None, np.random.default_rng(seed)
+        )
+        np.testing.assert_array_equal(clips, plain[wanted], err_msg=f"seed {seed}")
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -161,55 +107,99 @@ def test_frames_are_those_of_a_plain_decode(files, name):
 
 @pytest.mark.parametrize("name", FILES)
 def test_large_files_are_sought_in(files, name, monkeypatch):
-    monkeypatch.setattr(decode, "_MAX_HELD_BYTES", 0)
+    monkeypatch.setattr(packets, "_MAX_HELD_BYTES", 0)
     assert_clips_match_plain_decode(files[name])
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_files_whose_index_fails_are_counted(files, name, monkeypatch):
-    monkeypatch.setattr(decode, "_decode_indexed", lambda *args: False)
+    monkeypatch.setattr(packets, "decode_indexed", lambda *args: False)
     assert_clips_match_plain_decode(files[name])
 
 
 @pytest.mark.parametrize("name", sorted(set(FILES) - {"mpeg4.avi", "vp8.webm"}))
 def test_no_file_is_decoded_from_the_start_without_need(files, name, monkeypatch):
-    monkeypatch.setattr(decode, "_decode_counted", None)
+    monkeypatch.setattr(packets, "decode_counted", None)
     assert_clips_match_plain_decode(files[name])
 
 
-def test_decoding_starts_at_the_last_key_frame_before_the_clip(tmp_path, monkeypatch):
+def test_only_packets_on_the_way_to_a_frame_are_decoded(tmp_path, monkeypatch):
     path = video_files.write_video(
         tmp_path / "x.mp4",
         video_files.moving_frames(60),
-        codec_options={"g": "10", "bf": "3", "sc_threshold": "0"},
+        codec_options={"g": "10", "bf": "0", "sc_threshold": "0"},
     )
-    starts = []
+    ways = []
+    decode_indexed = packets.decode_indexed
 
-    class Packets(list):
-        def __getitem__(self, part):
-            starts.append(part.start)
-            return super().__getitem__(part)
+    def recorded(media, container, stream, index, wanted, on_frame):
+        ways.append([(s.start, s.stop) for s in packets._spans(index, wanted)])
+        return decode_indexed(media, container, stream, index, wanted, on_frame)
 
-    index = decode._index
+    monkeypatch.setattr(packets, "decode_indexed", recorded)
+    # The middle windows start at frames 0, 10, 29 and 2.
+    for num_frames, step, expected in [
+        (60, 1, [(0, 59)]),
+        (40, 1, [(10, 49)]),
+        (2, 1, [(20, 30)]),
+        (4, 18, [(0, 2), (20, 20), (30, 38), (50, 56)]),
+    ]:
+        read(path, num_frames=num_frames, frame_step=step)
+        assert ways.pop() == expected
 
-    def recorded(*args):
-        found = index(*args)
-        return dataclasses.replace(found, packets=Packets(found.packets))
 
-    monkeypatch.setattr(decode, "_index", recorded)
-    for num_frames, first in [(60, 0), (22, 10), (20, 20), (2, 20)]:
-        read(path, num_frames=num_frames)
-        assert starts.pop() == first
-
-
-def test_frame_rate_comes_from_the_time_stamps(files):
+def test_frames_are_chosen_by_their_time(files):
     plain = video_files.decode_plainly(files["vfr.mp4"])
-    mean_fps = 39 / (VFR_STAMPS[-1] - VFR_STAMPS[0]) * 1000
-    clip = decode.read_clip(
-        files["vfr.mp4"], num_frames=6, fps=5.0, size=48, crop=whole_frame
+    times = (np.array(VFR_STAMPS) - VFR_STAMPS[0]) / 1000
+    sampling = Sampling(6, fps=5.0)
+    clip = decode.read_clips(
+        files["vfr.mp4"], sampling=sampling, size=48, crop=whole_frame
     )
-    wanted = decode.clip_indices(40, mean_fps, num_frames=6, fps=5.0)
+    wanted = sampling.frames(times)
     np.testing.assert_array_equal(clip, plain[wanted])
+    assert (np.abs(np.diff(times[wanted[0]]) - 0.2) < 0.2).all()
+
+
+@pytest.mark.parametrize("name", ["h264.mp4", "vp9.webm", "stream.ts"])
+def test_the_official_rule_steps_by_the_stated_frame_rate(files, name):
+    plain = video_files.decode_plainly(files[name])
+    clip = decode.read_clips(
+        files[name],
+        sampling=Sampling(6, fps=5, rule="official"),
+        size=48,
+        crop=whole_frame,
+    )
+    # ceil(12) // 5 = 2
+    np.testing.assert_array_equal(clip[0], plain[[0, 2, 4, 7, 9, 11]])
+    with pytest.raises(decode.DecodeError) as caught:
+        decode.read_clips(
+            files[name],
+            sampling=Sampling(6, fps=13, rule="official"),
+            size=48,
+            crop=whole_frame,
+        )
+    assert caught.value.reason == "low_frame_rate"
+
+
+@pytest.mark.parametrize("held_bytes", [packets._MAX_HELD_BYTES, 0])
+def test_several_clips_come_from_one_pass(files, monkeypatch, held_bytes):
+    monkeypatch.setattr(packets, "_MAX_HELD_BYTES", held_bytes)
+    plain = video_files.decode_plainly(files["b_frames.mp4"])
+    sampling = Sampling(5, frame_step=2, num_clips=3)
+    corners = iter([(0, 0), (3, 5), (8, 8)])
+    clips = decode.read_clips(
+        files["b_frames.mp4"],
+        sampling=sampling,
+        rng=np.random.default_rng(7),
+        size=40,
+        crop=lambda *_: (*next(corners), 40, 40),
+    )
+    wanted = sampling.frames(np.arange(40), None, np.random.default_rng(7))
+    for clip, numbers, (top, left) in zip(
+        clips, wanted, [(0, 0), (3, 5), (8, 8)], strict=True
+    ):
+        expected = plain[numbers, top : top + 40, left : left + 40]
+        np.testing.assert_array_equal(clip, expected)
 
 
 @pytest.mark.parametrize("num_frames", [1, 5])
@@ -242,14 +232,14 @@ def test_rotation_is_applied(tmp_path):
     assert np.abs(halved - means).mean() < 6
 
 
-@pytest.mark.parametrize("held_bytes", [decode._MAX_HELD_BYTES, 0])
+@pytest.mark.parametrize("held_bytes", [packets._MAX_HELD_BYTES, 0])
 def test_frames_hidden_by_an_edit_list_do_not_count(tmp_path, monkeypatch, held_bytes):
     path = video_files.write_trimmed_video(
         tmp_path / "trimmed.mp4", video_files.moving_frames(40), num_hidden=5
     )
     assert len(video_files.decode_plainly(path)) == 35
-    monkeypatch.setattr(decode, "_MAX_HELD_BYTES", held_bytes)
-    monkeypatch.setattr(decode, "_decode_counted", None)
+    monkeypatch.setattr(packets, "_MAX_HELD_BYTES", held_bytes)
+    monkeypatch.setattr(packets, "decode_counted", None)
     assert_clips_match_plain_decode(path)
 
 
@@ -300,6 +290,13 @@ def make_bad_file(path, kind, good_bytes):
         path.write_text("this is not a video\n" * 100)
     elif kind == "sound":
         video_files.write_sound(path)
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "playlist":
+        path.write_text("ffconcat version 1.0\nfile good.mp4\n")
+        path.with_name("good.mp4").write_bytes(good_bytes)
     elif kind == "folder":
         path.mkdir()
     elif kind == "half":
@@ -316,7 +313,10 @@ def make_bad_file(path, kind, good_bytes):
         ("empty", "empty"),
         ("text", "not_a_video"),
         ("sound", "no_video_stream"),
-        ("folder", "unreadable"),
+        ("folder", "not_a_file"),
+        ("pipe", "not_a_file"),
+        ("device", "not_a_file"),
+        ("playlist", "not_a_video"),
         ("half", "not_a_video"),
         ("noise", "undecodable"),
     ],
@@ -375,52 +375,47 @@ def test_no_mutation_escapes_as_another_error(tmp_path, good_bytes):
     assert "clip" in outcomes and len(outcomes) > 1
 
 
-def fail_with(monkeypatch, code, times, *, file_system_fails):
-    """Makes decoding fail some times; returns how often it was waited for."""
-    decode_indexed, waits = decode._decode_indexed, []
-    failures = [OSError(code, "failed")] * times
+class Failing(io.BytesIO):
+    """A file that fails where the frames are, if there is an error to fail with."""
 
-    def failing(*args):
-        if failures:
-            raise failures.pop()
-        return decode_indexed(*args)
+    def __init__(self, content, error):
+        super().__init__(content)
+        self.error = error
 
-    monkeypatch.setattr(decode, "_decode_indexed", failing)
-    monkeypatch.setattr(decode, "_fails_to_read", lambda path: file_system_fails)
-    monkeypatch.setattr(decode.time, "sleep", waits.append)
+    def read(self, *args):
+        if self.error and self.tell() > 1000:
+            raise self.error
+        return super().read(*args)
+
+
+def fail_with(monkeypatch, content, errors):
+    """Makes reading fail once with each error; returns how long was waited."""
+    waits = []
+    monkeypatch.setattr(
+        media,
+        "_open_file",
+        lambda *_: Failing(content, errors.pop() if errors else None),
+    )
+    monkeypatch.setattr(media, "_READ_BYTES", 1000)
+    monkeypatch.setattr(media.time, "sleep", waits.append)
     return waits
 
 
-@pytest.mark.parametrize(
-    "times, file_system_fails, waits", [(1, False, [0]), (3, True, [0.5, 2.0, 8.0])]
-)
-def test_passing_io_errors_do_not_change_the_clip(
-    files, monkeypatch, times, file_system_fails, waits
-):
-    path = files["h264.mp4"]
-    expected = read(path, rng=np.random.default_rng(3))
-    waited = fail_with(
-        monkeypatch, errno.ESTALE, times, file_system_fails=file_system_fails
-    )
-    clip = read(path, rng=np.random.default_rng(3))
-    np.testing.assert_array_equal(clip, expected)
-    assert waited == waits
+def test_passing_io_errors_do_not_change_the_clip(monkeypatch, good_bytes):
+    record = Record("x.mp4", good_bytes)
+    options = {"sampling": Sampling(8, frame_step=1), "size": 48, "crop": whole_frame}
+    expected = decode.read_clips(record, rng=np.random.default_rng(3), **options)
+    errors = [OSError(errno.ESTALE, "stale"), ConnectionError("reset"), KeyError("x")]
+    waits = fail_with(monkeypatch, good_bytes, errors)
+    clips = decode.read_clips("x.mp4", rng=np.random.default_rng(3), **options)
+    np.testing.assert_array_equal(clips, expected)
+    assert waits == [0.5, 2.0, 8.0]
 
 
-@pytest.mark.parametrize(
-    "file_system_fails, reason, num_waits",
-    [(False, "undecodable", 1), (True, "unreadable", 3)],
-)
-def test_lasting_io_errors_make_a_bad_file(
-    files, monkeypatch, file_system_fails, reason, num_waits
-):
-    waited = fail_with(monkeypatch, errno.EIO, 99, file_system_fails=file_system_fails)
+@pytest.mark.parametrize("code, num_waits", [(errno.EIO, 3), (errno.EACCES, 0)])
+def test_lasting_io_errors_make_a_bad_file(monkeypatch, good_bytes, code, num_waits):
+    waits = fail_with(monkeypatch, good_bytes, [OSError(code, "no")] * 99)
     with pytest.raises(decode.DecodeError) as caught:
-        read(files["h264.mp4"])
-    assert caught.value.reason == reason
-    assert len(waited) == num_waits
-
-
-def test_unreadable_files_are_told_by_reading_them(files, tmp_path):
-    assert not decode._fails_to_read(files["h264.mp4"])
-    assert decode._fails_to_read(str(tmp_path))
+        read("x.mp4")
+    assert caught.value.reason == "unreadable"
+    assert len(waits) == num_waits

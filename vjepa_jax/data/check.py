@@ -24,6 +24,7 @@ from absl import flags
 
 from vjepa_jax import cli, default_config, flops
 from vjepa_jax.data import sources, survey
+from vjepa_jax.data.sampling import Sampling
 from vjepa_jax.data.transforms import ClipTransform
 from vjepa_jax.default_config import ConfigDict, UserError
 
@@ -134,11 +135,12 @@ class Summary:
       num_bad: unreadable ones.
     """
 
-    def __init__(self, window_frames: int, window_secs: float):
-        """Takes the length of a clip's window in frames or else, if 0, in seconds."""
+    def __init__(self, sampling: Sampling):
+        """Takes how clips are sampled, to tell which videos are too short."""
         self.num_videos = self.num_bad = 0
-        self._window_frames = window_frames
-        self._window_secs = window_secs
+        spacing_secs, steps = sampling.spacing_secs, sampling.num_frames - 1
+        self._window_frames = 1 + steps * sampling.frame_step
+        self._window_secs = None if spacing_secs is None else steps * spacing_secs
         self._num_short = 0
         self._counts = collections.defaultdict(collections.Counter)
         self._bad = []
@@ -164,11 +166,10 @@ class Summary:
         self._counts["size"][f"{finding.width}x{finding.height}"] += 1
         self._counts["fps"]["unknown" if secs is None else f"{finding.fps:.4g}"] += 1
         self._counts["length"][_length_bin(secs)] += 1
-        self._num_short += (
-            finding.frames < self._window_frames
-            if self._window_frames
-            else secs is not None and secs < self._window_secs
-        )
+        if self._window_secs is None:
+            self._num_short += finding.frames < self._window_frames
+        else:
+            self._num_short += secs is not None and secs < self._window_secs
         if finding.clip_secs is not None:
             self._clip_secs.append(finding.clip_secs)
 
@@ -276,25 +277,20 @@ def check(
       KeyboardInterrupt: after a report on what was done by then.
     """
     data = config.data
-    source = sources.open_source(data.path)
+    source = survey.Together([s for s, _ in sources.open_sources(data.path)])
     transform = ClipTransform(
         data.resolution,
         data.crop_scale,
         data.crop_aspect_ratio,
         data.flip_probability,
     )
-    sampling = {key: data[key] for key in ("num_frames", "frame_step", "fps")}
-    examine = survey.Examination(
-        **sampling, transform=transform, deep=deep, time_limit_secs=timeout_secs
-    )
+    sampling = Sampling(data.num_frames, data.frame_step, data.fps)
+    examine = survey.Examination(sampling, transform, deep, timeout_secs)
     output = None
     if output_path:
         output = Output(output_path, sources.fingerprint(source, deep=deep))
     done = output.done if output else {}
-    summary = Summary(
-        (data.num_frames - 1) * data.frame_step + 1 if data.frame_step else 0,
-        data.num_frames / data.fps if data.fps else 0.0,
-    )
+    summary = Summary(sampling)
     if done:
         print(
             f"{output.partial_path} has {len(done)} of {len(source)} videos already",
@@ -339,7 +335,7 @@ def check(
 
 
 def _report(
-    source: sources.VideoList, config: ConfigDict, summary: Summary, with_need: bool
+    source: sources.Source, config: ConfigDict, summary: Summary, with_need: bool
 ) -> Iterator[str]:
     yield source.name
     yield from summary.lines()
@@ -388,7 +384,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    _CONFIG = cli.define_config_flag(is_required=False)
+    _CONFIG = cli.define_config_flag(required=False)
     _DATA = flags.DEFINE_string(
         "data", None, "Folder of videos or list of `path label` lines; or the config's"
     )

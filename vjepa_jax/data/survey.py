@@ -18,7 +18,8 @@ from multiprocessing import connection as connections
 import numpy as np
 
 from vjepa_jax.data import decode
-from vjepa_jax.data.sources import Record
+from vjepa_jax.data.records import Record, Source, digest_of
+from vjepa_jax.data.sampling import Sampling
 from vjepa_jax.data.transforms import ClipTransform
 
 CRASHED = "crashed"  # the process that examined it died, or met an error of its own
@@ -60,15 +61,13 @@ class Examination:
     """Looks at a video's packets, then reads one clip of it as in training; picklable.
 
     Attributes:
-      num_frames, frame_step, fps: see `decode.clip_indices`.
+      sampling: of the clip, or clips.
       transform: crop and size of the clip.
       deep: decode every frame as well.
       time_limit_secs: processor time that decoding may take.
     """
 
-    num_frames: int
-    frame_step: int
-    fps: float
+    sampling: Sampling
     transform: ClipTransform
     deep: bool
     time_limit_secs: float
@@ -82,14 +81,13 @@ class Examination:
                 record, deep=self.deep, time_limit_secs=self.time_limit_secs
             )
             start_secs = time.process_time()
-            decode.read_clip(
-                record.path,
-                num_frames=self.num_frames,
-                frame_step=self.frame_step,
-                fps=self.fps,
+            clips = decode.read_clips(
+                record,
+                sampling=self.sampling,
                 rng=rng,
                 size=self.transform.resolution,
                 crop=lambda height, width: self.transform.crop_box(height, width, rng),
+                time_limit_secs=self.time_limit_secs,
             )
         except decode.DecodeError as error:
             # Of what the system says, not the path, which is there already.
@@ -102,12 +100,47 @@ class Examination:
             height=info.height,
             fps=info.fps,
             codec=info.codec,
-            clip_secs=time.process_time() - start_secs,
+            clip_secs=(time.process_time() - start_secs) / len(clips),
         )
 
 
+class Together(Source):
+    """The records of several sources, one after the other."""
+
+    def __init__(self, opened: Sequence[Source]):
+        """Takes at least one source."""
+        self.name = ",".join(source.name for source in opened)
+        self.labels = np.concatenate([source.labels for source in opened])
+        self._sources = list(opened)
+        self._ends = np.cumsum([len(source) for source in opened])
+
+    def __len__(self) -> int:
+        """Returns the number of records."""
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: int) -> Record:
+        """Returns the record at `index`, which may count from the end."""
+        source, index = self._locate(index)
+        return source[index]
+
+    def path_of(self, index: int) -> str:
+        """Returns the `path` of a record without reading it."""
+        source, index = self._locate(index)
+        return source.path_of(index)
+
+    def digest(self) -> str:
+        """Identifies all sources and their order."""
+        return digest_of(source.digest().encode() for source in self._sources)
+
+    def _locate(self, index: int) -> tuple[Source, int]:
+        index = range(len(self))[index]
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        source = self._sources[number]
+        return source, index - int(self._ends[number]) + len(source)
+
+
 def survey(
-    source: Sequence[Record],
+    source: Source,
     examine: Examine,
     indices: Iterable[int],
     *,
@@ -167,7 +200,7 @@ def survey(
                     have_crashed.add(index)
                     queue.appendleft(index)
                 elif index is not None:
-                    path = _path_of(source, index)
+                    path = source.path_of(index)
                     yield index, Finding(path, error=error, detail=cause)
     finally:
         for worker in workers:
@@ -184,7 +217,7 @@ class _Worker:
       is_starting: it has not said yet that it is ready.
     """
 
-    def __init__(self, source: Sequence[Record], examine: Examine):
+    def __init__(self, source: Source, examine: Examine):
         # A server that has imported this module forks, so that workers start in no
         # time. A fork of this process, which may have threads, could deadlock.
         context = multiprocessing.get_context("forkserver")
@@ -240,9 +273,7 @@ class _Worker:
         return "it was killed"
 
 
-def _work(
-    connection: connections.Connection, source: Sequence[Record], examine: Examine
-) -> None:
+def _work(connection: connections.Connection, source: Source, examine: Examine) -> None:
     """Examines what it is given, until the other side closes the connection."""
     # A terminal sends Ctrl-C to all processes; the parent decides what follows.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -253,13 +284,8 @@ def _work(
             try:
                 finding = examine(source[index])
             except Exception as error:
-                path = _path_of(source, index)
-                finding = Finding(path, error=CRASHED, detail=repr(error))
+                # A source that holds the videos itself may be damaged.
+                reason = "unreadable" if isinstance(error, OSError) else CRASHED
+                path = source.path_of(index)
+                finding = Finding(path, error=reason, detail=repr(error))
             connection.send(finding)
-
-
-def _path_of(source: Sequence[Record], index: int) -> str:
-    try:
-        return source[index].path
-    except Exception:  # a source that holds the videos itself may be damaged
-        return f"{source.name}[{index}]"

@@ -1,0 +1,191 @@
+"""Which frames of a video make its clips; numbers only, nothing is read here."""
+
+import dataclasses
+import math
+
+import numpy as np
+
+from vjepa_jax.default_config import UserError
+
+RULES = ("exact", "official")
+
+# Frames half-way between two others are decided by this and not by rounding.
+_TIE_SECS = 1e-6
+
+
+class LowFrameRateError(ValueError):
+    """The official rule's whole step is 0: the video has too few frames a second."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How clips are cut out of a video in time; picklable.
+
+    Exactly one of `frame_step`, `fps` and `duration_secs` says how far apart the frames
+    of a clip are; the others are 0.
+
+    The rule "exact": with `frame_step`, frames are exactly that far apart. Otherwise
+    frame `i` of a clip is the one shown nearest to `i / fps` seconds after the first,
+    the later of two equally near, by the video's own time stamps, so that 30 frames per
+    second to 4 takes steps of 7 and 8, and a variable frame rate does no harm. A clip
+    may start at every frame from which it fits; clip `k` of `num_clips` draws from the
+    `k`-th equal part of these starts, or takes the middle one. Only a video shorter
+    than a clip is padded, with its last frame.
+
+    The rule "official" is that of the official code (`src/datasets/video_dataset.py`):
+    the step is whole, `ceil(average fps) // fps` or `int(duration_secs * ceil(average
+    fps) / num_frames)`; the video is split into `num_clips` parts of equal length and
+    one clip comes from each, at the part's start or at random; its frames are
+    `linspace(start, start + num_frames * step, num_frames)` rounded down, whose mean
+    step is a little larger: 4.27 for 16 frames with step 4. A part shorter than a clip
+    is sampled from its start and padded with its last frame; with `allow_clip_overlap`,
+    clips then reach over into each other's parts instead.
+
+    Attributes:
+      num_frames: frames per clip, T.
+      frame_step: distance of a clip's frames in video frames.
+      fps: frames of a clip per second of video.
+      duration_secs: seconds of video in a clip; `fps = num_frames / duration_secs`.
+      num_clips: clips per video, K.
+      rule: one of `RULES`.
+      allow_clip_overlap: of the official rule alone.
+    """
+
+    num_frames: int
+    frame_step: int = 0
+    fps: float = 0.0
+    duration_secs: float = 0.0
+    num_clips: int = 1
+    rule: str = "exact"
+    allow_clip_overlap: bool = False
+
+    def __post_init__(self):
+        """Refuses values out of range; the UserError names the config key."""
+        for name in ("num_frames", "num_clips"):
+            if getattr(self, name) < 1:
+                raise UserError(
+                    f"data.{name} must be at least 1, not {getattr(self, name)}"
+                )
+        spacing = {
+            name: getattr(self, name) for name in ("frame_step", "fps", "duration_secs")
+        }
+        # Written so that a value that is not a number is refused as well.
+        if not (
+            all(0 <= value < math.inf for value in spacing.values())
+            and sum(value > 0 for value in spacing.values()) == 1
+        ):
+            raise UserError(
+                "one of data.frame_step, data.fps and data.duration_secs must be "
+                "positive and the others 0, not "
+                + ", ".join(f"{value:g}" for value in spacing.values())
+            )
+        if self.rule not in RULES:
+            raise UserError(
+                f"data.sampling must be one of {', '.join(RULES)}, not {self.rule!r}"
+            )
+        if self.allow_clip_overlap and self.rule != "official":
+            raise UserError(
+                "data.allow_clip_overlap belongs to data.sampling='official'; the rule "
+                f"{self.rule!r} lets clips overlap where a video is short of frames"
+            )
+
+    @property
+    def spacing_secs(self) -> float | None:
+        """Seconds between a clip's frames; None if they are a step apart."""
+        if self.frame_step:
+            return None
+        return 1 / self.fps if self.fps else self.duration_secs / self.num_frames
+
+    def frames(
+        self,
+        times: np.ndarray,
+        average_fps: float | None = None,
+        rng: np.random.Generator | None = None,
+    ) -> np.ndarray:
+        """Chooses the frames of every clip.
+
+        Args:
+          times: float `[n]`, when each frame is shown, in seconds and increasing; n is
+            at least 1.
+          average_fps: frame rate by which the official rule steps, as the container
+            states it; None if unknown.
+          rng: draws the starts; None takes the middle ones, or by the official rule
+            each part's first.
+
+        Returns:
+          int64 `[K, T]`, not decreasing along T, in `[0, n)`.
+
+        Raises:
+          LowFrameRateError: the official rule finds a step of 0.
+        """
+        if len(times) == 1:  # a still image is shown all the time
+            return np.zeros((self.num_clips, self.num_frames), np.int64)
+        if self.rule == "official":
+            return self._official_frames(len(times), average_fps, rng)
+        return self._exact_frames(np.asarray(times, np.float64), rng)
+
+    def _exact_frames(
+        self, times: np.ndarray, rng: np.random.Generator | None
+    ) -> np.ndarray:
+        if self.frame_step:
+            # Every frame counts for one, whenever it is shown.
+            times = np.arange(len(times), dtype=np.float64)
+        spacing = self.frame_step or self.spacing_secs
+        offsets = np.arange(self.num_frames) * spacing
+        between = (times[1:] + times[:-1]) / 2
+        # The last frame stays as long as the others do on average.
+        end = times[-1] + (times[-1] - times[0]) / (len(times) - 1) / 2
+        num_starts = np.searchsorted(times, end - offsets[-1] - _TIE_SECS)
+        num_starts = max(1, int(num_starts))
+        clips = []
+        for k in range(self.num_clips):
+            low = min(k * num_starts // self.num_clips, num_starts - 1)
+            high = max((k + 1) * num_starts // self.num_clips, low + 1)
+            start = (low + high - 1) // 2 if rng is None else rng.integers(low, high)
+            wanted = times[start] + offsets + _TIE_SECS
+            clips.append(np.searchsorted(between, wanted, side="right"))
+        return np.array(clips, np.int64)
+
+    def _official_frames(
+        self, num: int, average_fps: float | None, rng: np.random.Generator | None
+    ) -> np.ndarray:
+        step = self._official_step(average_fps)
+        clip_len = self.num_frames * step
+        part_len = num // self.num_clips
+        clips = []
+        for k in range(self.num_clips):
+            if part_len > clip_len:
+                end = clip_len if rng is None else rng.integers(clip_len, part_len)
+                frames = np.linspace(end - clip_len, end, self.num_frames)
+                frames = np.minimum(frames, end - 1).astype(np.int64) + k * part_len
+            elif not self.allow_clip_overlap:
+                frames = self._official_padded(part_len, step) + k * part_len
+            else:
+                shift = 0
+                if num > clip_len:
+                    shift = (num - clip_len) // (self.num_clips - 1)
+                frames = self._official_padded(min(clip_len, num) - 1, step) + k * shift
+            clips.append(frames)
+        # With fewer frames than clips, parts are empty and their frames are at -1,
+        # which decord takes for the last.
+        return np.array(clips) % num
+
+    def _official_padded(self, length: int, step: int) -> np.ndarray:
+        frames = np.full(self.num_frames, length - 1, np.int64)
+        num = length // step
+        frames[:num] = np.minimum(np.linspace(0, length, num), length - 1)
+        return frames
+
+    def _official_step(self, average_fps: float | None) -> int:
+        if self.frame_step:
+            return self.frame_step
+        video_fps = math.ceil(average_fps or 0)
+        if self.fps:
+            step = int(video_fps // self.fps)
+        else:
+            step = int(self.duration_secs * video_fps / self.num_frames)
+        if step < 1:
+            raise LowFrameRateError(
+                f"{video_fps} frames per second are too few for steps of whole frames"
+            )
+        return step
