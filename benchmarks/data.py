@@ -1,6 +1,6 @@
 """Measure the way from video files to clips, beside decord and torchcodec.
 
-    pip install -e '.[bench]'        # torchcodec also wants FFmpeg's shared libraries
+    pip install -e '.[bench,prepare]'   # torchcodec also wants FFmpeg's libraries
     python benchmarks/data.py [--quick] [--folder=runs/data_bench]
 
 Makes its videos: textures with the spectrum of photographs, moving over each other,
@@ -19,6 +19,7 @@ import multiprocessing
 import os
 import pathlib
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,10 +29,11 @@ import numpy as np
 
 from vjepa_jax import default_config
 from vjepa_jax.data import check, decode, pipeline, sources
+from vjepa_jax.data.sampling import Sampling
 from vjepa_jax.data.transforms import ClipTransform
 
 NUM_FRAMES, FRAME_STEP, SIZE = 16, 4, 224
-TRANSFORM = ClipTransform(SIZE)
+SAMPLING, TRANSFORM = Sampling(NUM_FRAMES, FRAME_STEP), ClipTransform(SIZE)
 FPS = 30
 
 # Amplitudes fall with this power of the frequency, which makes files as large as those
@@ -159,22 +161,20 @@ def make_set(folder: pathlib.Path, of: VideoSet, secs: float) -> list[str]:
 def _draw(seed: int, num_frames: int, height: int, width: int):
     """Returns the clip that all decoders read: frame numbers and crop box."""
     rng = np.random.default_rng(seed)
-    indices = decode.clip_indices(
-        num_frames, FPS, num_frames=NUM_FRAMES, frame_step=FRAME_STEP, rng=rng
-    )
+    (indices,) = SAMPLING.frames(np.arange(num_frames) / FPS, FPS, rng)
     return indices.tolist(), TRANSFORM.crop_box(height, width, rng)
 
 
 def _read_ours(videos: Sequence, video: int, seed: int) -> np.ndarray:
     rng = np.random.default_rng(seed)
-    return decode.read_clip(
+    (clip,) = decode.read_clips(
         videos[video],
-        num_frames=NUM_FRAMES,
-        frame_step=FRAME_STEP,
+        sampling=SAMPLING,
         rng=rng,
         size=SIZE,
         crop=lambda height, width: TRANSFORM.crop_box(height, width, rng),
     )
+    return clip
 
 
 def _resized(frames, box) -> np.ndarray:
@@ -204,7 +204,7 @@ def _read_decord(paths: Sequence[str], video: int, seed: int) -> np.ndarray:
 
 @functools.cache
 def _shape_of(path: str) -> tuple[int, int, int]:
-    info = decode.inspect(sources.Record(path, 0))
+    info = decode.inspect(path)
     return info.frames, info.height, info.width
 
 
@@ -331,12 +331,12 @@ def compare_decoders(
 
 def compare_shards(folder: pathlib.Path, paths: list[str], num_rounds: int) -> float:
     """Compares prepared shards with their 720p originals; returns their clips/s."""
-    from vjepa_jax.data import encode_shards, reencode, shards
-
-    prepared = str(folder / "shards" / pathlib.Path(paths[0]).parent.name)
-    source = sources.open_source(str(pathlib.Path(paths[0]).parent))
-    encode_shards.prepare(source, prepared, reencode.Encoding(), num_shards=1)
-    records = shards.ShardSource(prepared)
+    originals = pathlib.Path(paths[0]).parent
+    prepared = folder / "shards" / originals.name
+    command = [sys.executable, "-m", "vjepa_jax.data.prepare"]
+    command += [f"--data={originals}", f"--output={prepared}"]
+    subprocess.run(command, check=True, stdout=sys.stderr)
+    records = sources.open_source(str(prepared))
     readers = {
         "originals": functools.partial(_read_ours, paths),
         "shards": functools.partial(_read_ours, records),
@@ -450,20 +450,26 @@ def main() -> None:
     parser.add_argument(
         "--folder", type=pathlib.Path, default=pathlib.Path("runs/data_bench")
     )
-    parser.add_argument("--quick", action="store_true", help="a minute, rough numbers")
+    parser.add_argument(
+        "--quick", action="store_true", help="few short videos, rough numbers"
+    )
     options = parser.parse_args()
     secs, num_rounds, num_clips = (4, 3, 100) if options.quick else (10, 11, 2000)
-    num_videos = 2 if options.quick else None
 
     import torch  # for the peers' resizing
 
     torch.set_num_threads(1)
-    paths_of = {of: make_set(options.folder, of, secs)[:num_videos] for of in SETS}
+    paths_of = {}
+    for of in SETS:
+        if options.quick:
+            of = dataclasses.replace(of, num_videos=1)
+        paths_of[of] = make_set(options.folder, of, secs)
+    kinetics, hd = ([*paths_of.values()][SETS.index(of)] for of in (KINETICS, HD))
     rates = compare_decoders(paths_of, num_rounds)
-    shards = compare_shards(options.folder, paths_of[HD], num_rounds)
+    shards = compare_shards(options.folder, hd, num_rounds)
     rates["shards of 720p"] = shards
-    compare_workers(paths_of[KINETICS], 3, num_batches=4 if options.quick else 20)
-    print_memory(paths_of[KINETICS], num_clips)
+    compare_workers(kinetics, 3, num_batches=4 if options.quick else 20)
+    print_memory(kinetics, num_clips)
     print_cores(rates)
 
 
