@@ -50,7 +50,8 @@ setup(
         "prepare": ["apache-beam>=2.70,<3"],
         # TFDS imports importlib_resources without asking for it.
         "tfds": ["tensorflow-datasets>=4.9.10,<5", "importlib_resources"],
-        "bench": ["decord==0.6.0", "torchcodec==0.17.0"],  # peers of benchmarks/data.py
+        # Peers of benchmarks/data.py; torchcodec also wants FFmpeg's libraries.
+        "bench": ["decord==0.6.0", "torch==2.13.0", "torchcodec==0.17.0"],
         "gcs": ["etils[epath-gcs]>=1.9"],  # lists, videos and outputs at gs://
         # Official weights are pickles of PyTorch; transformers is the tests' oracle.
         "torch": ["torch==2.13.0", "transformers>=5.23,<6"],

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import grain
 import numpy as np
 
-from vjepa_jax.data.records import Record, Source, digest_of
+from vjepa_jax.data.records import Joined, Source, digest_of
 
 # Grain deals sources in a fixed cycle, to which a stride over hosts is not blind: with
 # weights of 1 to 1 and two hosts, each would see one source alone. Within windows of so
@@ -13,59 +13,23 @@ from vjepa_jax.data.records import Record, Source, digest_of
 _WINDOW = 4096
 
 
-class Mixture(Source):
-    """Several sources as one; a single one is a mixture of itself.
-
-    Records are numbered through, one source after the other.
+class Mixture(Joined):
+    """Several sources as one, to be drawn from; a single one is a mixture of itself.
 
     Attributes:
-      sources: what is mixed.
       weights: each source's expected share of the samples, on every host; over any
         4096 consecutive samples of the global stream it is exact but for rounding.
-      name: those of the sources.
     """
 
     def __init__(self, parts: Sequence[tuple[Source, float]]):
         """Takes sources, none of them empty, with their weights."""
-        self.sources = [source for source, _ in parts]
+        super().__init__([source for source, _ in parts])
         self.weights = [weight for _, weight in parts]
-        self.name = ", ".join(source.name for source in self.sources)
-        self._ends = np.cumsum([len(source) for source in self.sources])
-
-    @property
-    def labels(self) -> np.ndarray:
-        """Labels as the sources number them; some read all their records for that."""
-        return np.concatenate([source.labels for source in self.sources])
-
-    def __len__(self) -> int:
-        """Returns the number of records of all sources together."""
-        return int(self._ends[-1])
-
-    def __getitem__(self, index: int) -> Record:
-        """Returns a record; raises OSError where its storage fails."""
-        source, position = self._locate(range(len(self))[index])
-        return source[position]
-
-    def path_of(self, index: int) -> str:
-        """Returns the `path` of a record without reading it."""
-        source, position = self._locate(range(len(self))[index])
-        return source.path_of(position)
 
     def digest(self) -> str:
         """Identifies the sources, their order and their weights."""
         shares = np.array(self.weights, "<f8").tobytes()
-        return digest_of([*(s.digest().encode() for s in self.sources), shares])
-
-    def neighbours(self, index: int) -> range:
-        """Returns the records of the source that a record is of."""
-        part = int(np.searchsorted(self._ends, index, side="right"))
-        end = int(self._ends[part])
-        return range(end - len(self.sources[part]), end)
-
-    def _locate(self, index: int) -> tuple[Source, int]:
-        span = self.neighbours(index)
-        part = int(np.searchsorted(self._ends, index, side="right"))
-        return self.sources[part], index - span.start
+        return digest_of([super().digest().encode(), shares])
 
     def samples(self, seed: int) -> grain.MapDataset:
         """Returns the endless stream of samples, each a number.

@@ -52,6 +52,55 @@ class Source(Sequence[Record]):
         """Identifies content and order, in hexadecimal digits; true to a moved copy."""
 
 
+class Joined(Source):
+    """The records of several sources, numbered through, one source after the other.
+
+    Attributes:
+      sources: the sources.
+      name: all of theirs.
+    """
+
+    def __init__(self, sources: Sequence[Source]):
+        """Takes at least one source."""
+        self.sources = list(sources)
+        self.name = ", ".join(source.name for source in self.sources)
+        self._ends = np.cumsum([len(source) for source in self.sources])
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Labels as the sources number them; some read all their records for that."""
+        return np.concatenate([source.labels for source in self.sources])
+
+    def __len__(self) -> int:
+        """Returns the number of records of all sources together."""
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: int) -> Record:
+        """Returns a record; raises OSError where its storage fails."""
+        source, position = self._locate(range(len(self))[index])
+        return source[position]
+
+    def path_of(self, index: int) -> str:
+        """Returns the `path` of a record without reading it."""
+        source, position = self._locate(range(len(self))[index])
+        return source.path_of(position)
+
+    def digest(self) -> str:
+        """Identifies the sources and their order."""
+        return digest_of(source.digest().encode() for source in self.sources)
+
+    def neighbours(self, index: int) -> range:
+        """Returns the records of the source that a record is of."""
+        part = int(np.searchsorted(self._ends, index, side="right"))
+        end = int(self._ends[part])
+        return range(end - len(self.sources[part]), end)
+
+    def _locate(self, index: int) -> tuple[Source, int]:
+        part = int(np.searchsorted(self._ends, index, side="right"))
+        start = int(self._ends[part]) - len(self.sources[part])
+        return self.sources[part], index - start
+
+
 def digest_of(parts: Iterable[bytes]) -> str:
     """Returns the SHA-256 of several byte strings and of where each ends."""
     digest = hashlib.sha256()

@@ -1,0 +1,246 @@
+"""Look at every video before a run does: which give clips, and why others do not.
+
+    python -m vjepa_jax.data.check --data=LIST_OR_FOLDER [--deep]
+        [--output=FILE.jsonl] [--config=configs/vjepa.py]
+
+Reads each video's packets and one clip of it, with --deep every frame. With --config
+the clips are those of the config, and the report says how many host cores its step
+needs. FILE gets one line per video: path, frames, width, height, fps, codec, error.
+An interrupted run leaves FILE.partial, from which the same command continues.
+
+Exit code 1: the share of unreadable videos is above --max_bad_fraction.
+"""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterable, Iterator
+
+import tqdm
+from absl import flags
+
+from vjepa_jax import cli, default_config, flops
+from vjepa_jax.data import sources, survey
+from vjepa_jax.data.findings import Output, Summary
+from vjepa_jax.data.records import Joined
+from vjepa_jax.data.sampling import Sampling
+from vjepa_jax.data.transforms import ClipTransform
+from vjepa_jax.default_config import ConfigDict, UserError
+
+EXIT_TOO_MANY_BAD = 1
+EXIT_INTERRUPTED = 130
+
+# The share of a chip's peak that a step is assumed to reach. Few do: whoever feeds this
+# feeds them all.
+ASSUMED_MFU = 0.5
+CHIPS = {"v5e": "TPU v5e", "v5p": "TPU v5p", "H200": "NVIDIA H200"}
+
+_TIMEOUT_SECS, _DEEP_TIMEOUT_SECS = 60.0, 600.0
+
+
+def clips_per_second(flops_per_clip: float, chip: str) -> float:
+    """Clips per second that a chip of `CHIPS` trains on at `ASSUMED_MFU`."""
+    return ASSUMED_MFU * flops.peak_flops(CHIPS[chip]) / flops_per_clip
+
+
+def flops_per_clip(config: ConfigDict) -> float:
+    """FLOPs of an update per clip of the main stream, those of all streams included.
+
+    A teacher is counted as if it had the size of the encoder.
+    """
+    # It brings JAX, which the workers, who import this module, do without.
+    from vjepa_jax import build
+
+    encoder, predictor = build.make_models(config)
+    streams = build.make_streams(config, encoder)
+    return build.step_flops(config, encoder, predictor, streams) / config.batch_size
+
+
+def _need(config: ConfigDict, rate: float) -> Iterator[str]:
+    per_clip = flops_per_clip(config)
+    yield (
+        f"\nto keep a chip busy with this config ({per_clip / 1e12:.3g} TFLOP per clip "
+        f"at {ASSUMED_MFU:.0%} of peak)"
+    )
+    yield "  chip    clips/s   host cores"
+    for chip in CHIPS:
+        wanted = clips_per_second(per_clip, chip)
+        yield f"  {chip:<6} {wanted:8.1f} {wanted / rate:12.1f}"
+
+
+def _print(lines: Iterable[str]) -> None:
+    for line in lines:  # a path may have bytes that are not UTF-8
+        print(line.encode(errors="backslashreplace").decode())
+
+
+def check(
+    config: ConfigDict,
+    *,
+    deep: bool,
+    output_path: str | None,
+    num_workers: int,
+    timeout_secs: float,
+    with_need: bool,
+) -> float:
+    """Examines the videos of `config.data`; reports on stdout, progress on stderr.
+
+    Args:
+      config: of a run; its clips are the ones that are read.
+      deep: decode every frame.
+      output_path: JSON lines file; None for none.
+      num_workers: processes.
+      timeout_secs: processor time for decoding one video. A worker that gives no answer
+        in twice that is killed.
+      with_need: report what the config's step needs.
+
+    Returns:
+      Share of unreadable videos.
+
+    Raises:
+      UserError: the source or the output is not there.
+      KeyboardInterrupt: after a report on what was done by then.
+    """
+    data = config.data
+    source = Joined([source for source, _ in sources.open_sources(data.path)])
+    transform = ClipTransform(
+        data.resolution,
+        data.crop_scale,
+        data.crop_aspect_ratio,
+        data.flip_probability,
+    )
+    sampling = Sampling(
+        data.num_frames,
+        data.frame_step,
+        data.fps,
+        data.duration_secs,
+        data.num_clips,
+        data.sampling,
+        data.allow_clip_overlap,
+    )
+    examine = survey.Examination(sampling, transform, deep, timeout_secs)
+    output = None
+    if output_path:
+        output = Output(output_path, sources.fingerprint(source, deep=deep))
+    done = output.done if output else {}
+    summary = Summary(sampling)
+    if done:
+        print(
+            f"{output.partial_path} has {len(done)} of {len(source)} videos already",
+            file=sys.stderr,
+        )
+    for finding in done.values():
+        summary.add(finding)
+    findings = survey.survey(
+        source,
+        examine,
+        (index for index in range(len(source)) if index not in done),
+        num_workers=num_workers,
+        timeout_secs=2 * timeout_secs,
+    )
+    try:
+        with (
+            contextlib.closing(findings),
+            tqdm.tqdm(
+                total=len(source), initial=len(done), unit="video", disable=None
+            ) as progress,
+        ):
+            for index, finding in findings:
+                summary.add(finding)
+                if output:
+                    output.add(index, finding)
+                progress.set_postfix(unreadable=summary.num_bad, refresh=False)
+                progress.update()
+    except KeyboardInterrupt:
+        _print(summary.lines())
+        kept = ""
+        if output:
+            kept = f"; {output.partial_path} has them, the same command continues"
+        print(
+            f"interrupted after {summary.num_videos} of {len(source)} videos{kept}",
+            file=sys.stderr,
+        )
+        raise
+    if output:
+        output.finish()
+    _print(_report(source, config, summary, with_need))
+    return summary.num_bad / summary.num_videos
+
+
+def _report(
+    source: sources.Source, config: ConfigDict, summary: Summary, with_need: bool
+) -> Iterator[str]:
+    yield source.name
+    yield from summary.lines()
+    rate, data = summary.clips_per_second, config.data
+    if rate is None:
+        return
+    apart = {
+        "frame_step": f"step {data.frame_step}",
+        "fps": f"{data.fps:g} per second",
+        "duration_secs": f"{data.duration_secs:g} s",
+    }
+    (step,) = (words for key, words in apart.items() if data[key])
+    yield (
+        f"\n{rate:.1f} clips/s per core ({data.num_frames} frames, {step}, "
+        f"{data.resolution} pixels; processor time)"
+    )
+    if with_need:
+        yield from _need(config, rate)
+
+
+def main() -> None:
+    """Run the command line."""
+    config = _CONFIG.value or default_config.get_config()
+    if _DATA.value:
+        config.data.path = _DATA.value
+    if not config.data.path:
+        raise UserError("--data is not set: give a folder of videos or a list file")
+    default_config.validate(config)
+    limit = _MAX_BAD_FRACTION.value
+    if limit is None:
+        limit = config.data.max_bad_fraction
+    default_secs = _DEEP_TIMEOUT_SECS if _DEEP.value else _TIMEOUT_SECS
+    try:
+        share = check(
+            config,
+            deep=_DEEP.value,
+            output_path=_OUTPUT.value,
+            num_workers=_WORKERS.value or os.cpu_count(),
+            timeout_secs=_TIMEOUT.value or default_secs,
+            with_need=_CONFIG.value is not None,
+        )
+    except KeyboardInterrupt:
+        sys.exit(EXIT_INTERRUPTED)
+    if share > limit:
+        print(
+            f"{share:.1%} of the videos are unreadable, more than {limit:.1%}: mend or "
+            "drop them, or allow more with --max_bad_fraction",
+            file=sys.stderr,
+        )
+        sys.exit(EXIT_TOO_MANY_BAD)
+
+
+if __name__ == "__main__":
+    _CONFIG = cli.define_config_flag(required=False)
+    _DATA = flags.DEFINE_string(
+        "data", None, "Folder of videos or list of `path label` lines; or the config's"
+    )
+    _DEEP = flags.DEFINE_bool("deep", False, "Decode every frame")
+    _OUTPUT = flags.DEFINE_string("output", None, "JSON lines file to write")
+    _WORKERS = flags.DEFINE_integer(
+        "workers", None, "Processes; default: one per core", lower_bound=1
+    )
+    _TIMEOUT = flags.DEFINE_float(
+        "timeout_secs",
+        None,
+        f"Time for one video; default {_TIMEOUT_SECS:g}, deep {_DEEP_TIMEOUT_SECS:g}",
+        lower_bound=0.001,
+    )
+    _MAX_BAD_FRACTION = flags.DEFINE_float(
+        "max_bad_fraction",
+        None,
+        "Share of unreadable videos that is no failure; default: the config's, 0.05",
+        lower_bound=0,
+        upper_bound=1,
+    )
+    cli.run(main)
