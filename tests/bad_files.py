@@ -220,7 +220,7 @@ def _media(content: bytes) -> tuple[int, int]:
     return content.index(b"mdat") + 4, content.index(b"moov") - 4
 
 
-@_case("zeroed_hole.mp4", GOOD, "undecodable")
+@_case("zeroed_hole.mp4", GOOD, "undecodable", deep=("undecodable",))
 def _zeroed_hole(path):
     content = bytearray(_write(path))
     start, end = _media(content)
@@ -229,7 +229,7 @@ def _zeroed_hole(path):
     path.write_bytes(content)
 
 
-@_case("flipped_bits.mp4", GOOD, "undecodable")
+@_case("flipped_bits.mp4", GOOD, "undecodable", deep=("undecodable",))
 def _flipped_bits(path):
     content = bytearray(_write(path))
     start, end = _media(content)

@@ -1,6 +1,7 @@
 import json
 import multiprocessing
 
+import bad_files
 import numpy as np
 import pytest
 import video_files
@@ -296,6 +297,25 @@ def test_too_many_bad_videos_end_the_run(tmp_path, folder):
 def test_allowed_share_of_bad_videos_does_not_end_the_run(tmp_path, folder):
     source = make_list(tmp_path, folder, bad=(2, 5))
     take(36, source, max_bad_fraction=0.2)
+
+
+def test_every_kind_of_bad_file_costs_itself_alone(tmp_path):
+    cases = bad_files.make_all(tmp_path / "files")
+    source = Mixture(sources.open_sources(str(tmp_path / "files" / "list.csv")))
+    listing = tmp_path / "bad_videos.jsonl"
+    num_batches = -(-2 * len(cases) // BATCH_SIZE)  # two epochs
+    batches = take(
+        num_batches,
+        source,
+        num_workers=1,
+        max_bad_fraction=1.0,
+        bad_videos_path=str(listing),
+    )
+    assert batches.shape == (num_batches, BATCH_SIZE, 4, 16, 16, 3)
+    reasons = {entry["path"]: entry["reason"] for entry in read_lines(listing)}
+    assert len(reasons) > 15
+    for path, case in cases.items():
+        assert reasons.get(path, bad_files.GOOD) in case.outcomes, path
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
