@@ -14,8 +14,9 @@ hours are of one chip at 40 % of its bf16 peak, an estimate: none was run here i
 Differences from the official code: token counts are static, the mean of what its
 trimming leaves in its batch per device (24; 10 at 384²). As there, schedules are 1.25
 times as long as the run, so that the last update has a rate of 7.5e-5 and a weight
-decay of 0.366 (the paper says so; the start of a run prints them). One list of videos:
-several with weights are not offered yet (VideoMix2M has none).
+decay of 0.366 (the paper says so; the start of a run prints them). Crops are resized
+with a filter, and frame steps are exact: `--config.data.resize=official
+--config.data.sampling=official` for the official rules.
 
 Command; `:vitl16,smoke` is the variant's small form, which needs no data:
 

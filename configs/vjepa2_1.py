@@ -27,9 +27,8 @@ are then not trained, as in the released weights.
 Differences from the official code: videos and images are in one update on all devices,
 not on one half of them each. Token counts are static, the mean of what its trimming
 leaves in its batch per device; those of the cooldown (24 videos, 72 images) are a guess
-from the totals. One list of videos and one of images: several with weights (as V-JEPA
-2's, and ImageNet) are not offered yet. The states of ViT-g and G are split over 8
-devices.
+from the totals. Frames are chosen by exact time and resized with a filter
+(`data.sampling`, `data.resize`). The states of ViT-g and G are split over 8 devices.
 Differences from the paper: its 135 000 updates are taken (the files say 300 000);
 128 clips and 2304 images per update there; a peak rate of 5.25e-4, not 6e-4; a context
 weight of 0.7 for images; a cooldown at 64 x 384² and images of 512², to be had with
@@ -42,9 +41,10 @@ run (`--config.init.path=WORKDIR`); `:vitg16,smoke` is the variant's small form,
 needs no data, run or teacher:
 
     python -m vjepa_jax.train --config=configs/vjepa2_1.py:vitg16 --workdir=DIR \
-        --config.data.path=VIDEOS --config.streams.image.path=IMAGES.csv
+        --config.data.path=VIDEOS --config.streams.image.path=IMAGES
 
-Images are listed, a line `path label` each; folders of them are not read yet.
+Both may be folders, lists, shards or TFDS datasets, several of them with weights
+(`data.mix_weights`, `streams.image.mix_weights`).
 """
 
 from ml_collections import ConfigDict
