@@ -1,5 +1,8 @@
 r"""The synthetic world, longer: three times the updates of the demo, twice its videos.
 
+Cost: 25 minutes on two CPU cores. Result, three seeds: linear probe with 16 labels per
+class 76.4 % (random-init 15.4 %), position while occluded R² 0.61 (0.21).
+
 Command:
 
     python -m vjepa_jax.train --config=configs/world_small.py --workdir=runs/small
