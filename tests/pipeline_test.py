@@ -10,7 +10,7 @@ from vjepa_jax.data import bad_videos, pipeline, sources
 from vjepa_jax.data.mixture import Mixture
 from vjepa_jax.data.pipeline import Reading
 from vjepa_jax.data.sampling import Sampling
-from vjepa_jax.data.transforms import ClipTransform
+from vjepa_jax.data.transforms import ClipTransform, make_views
 from vjepa_jax.default_config import UserError
 
 NUM_VIDEOS = 11
@@ -374,29 +374,25 @@ def test_read_all_marks_bad_videos(tmp_path, folder):
     assert not clips[~valid].any() and clips[valid].reshape(9, -1).any(axis=1).all()
 
 
-def upper_left(height, width):
-    return 0, 0, height // 2, width // 2
-
-
-def lower_right(height, width):
-    return height // 2, width // 2, height // 2, width // 2
-
-
-def test_read_all_gives_segments_and_views(tmp_path, folder):
-    source = make_list(tmp_path, folder, bad=(5,))
-    reading = Reading(Sampling(2, frame_step=1, num_clips=3), resolution=16)
-    batches = read_all(source, reading=reading, views=(upper_left, lower_right))
-    clips = np.concatenate([batch["video"]["video"] for batch in batches])
-    assert clips.shape == (NUM_VIDEOS, 6, 2, 16, 16, 3)
-    assert not clips[5].any()
-    plain = video_files.decode_plainly(source.path_of(3))
-    for segment, (frames,) in enumerate(
-        zip(reading.sampling.frames(np.arange(12)), strict=True)
-    ):
-        for view, part in enumerate((slice(0, 16), slice(16, 32))):
-            np.testing.assert_array_equal(
-                clips[3, 2 * segment + view], plain[frames][:, part, part]
-            )
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_read_all_gives_segments_and_views(tmp_path, num_workers):
+    frames = video_files.moving_frames(12, height=32, width=64)
+    video_files.write_video(tmp_path / "good.mp4", frames)
+    (tmp_path / "bad.mp4").write_text("not a video")
+    source = sources.open_source(str(tmp_path))
+    reading = Reading(Sampling(2, frame_step=1, num_clips=3), resolution=32)
+    (batch,) = read_all(
+        source, reading=reading, views=make_views(3), num_workers=num_workers
+    )
+    clips = batch["video"]["video"]
+    assert clips.shape == (2, 9, 2, 32, 32, 3)
+    assert batch["valid"].tolist() == [False, True] and not clips[0].any()
+    plain = video_files.decode_plainly(source[1].path)
+    segments = reading.sampling.frames(np.arange(12))
+    views = [slice(0, 32), slice(16, 48), slice(32, 64)]
+    for i, clip in enumerate(clips[1]):
+        expected = plain[segments[i // 3]][:, :, views[i % 3]]
+        np.testing.assert_array_equal(clip, expected)
 
 
 def test_read_all_pads_the_last_batch_if_asked(tmp_path, folder):

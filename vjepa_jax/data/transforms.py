@@ -6,7 +6,9 @@ cuts them out and resizes them. What changes colours or shapes afterwards is in
 """
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 
 import numpy as np
 
@@ -112,6 +114,18 @@ def spatial_views(height: int, width: int, num_views: int) -> list[Box]:
     if height > width:
         return [(start, 0, side, side) for start in starts]
     return [(0, start, side, side) for start in starts]
+
+
+def make_views(num_views: int) -> tuple[Callable[[int, int], Box], ...]:
+    """Returns a crop for each of `spatial_views`, as `pipeline.read_all` takes them."""
+    return tuple(
+        functools.partial(_view, num_views=num_views, view=view)
+        for view in range(num_views)
+    )
+
+
+def _view(height: int, width: int, *, num_views: int, view: int) -> Box:
+    return spatial_views(height, width, num_views)[view]
 
 
 def _centred(height: int, width: int, crop_height: int, crop_width: int) -> Box:
