@@ -30,6 +30,7 @@ import numpy as np
 from vjepa_jax import default_config
 from vjepa_jax.data import check, decode, pipeline, sources
 from vjepa_jax.data.mixture import Mixture
+from vjepa_jax.data.reading import Reading
 from vjepa_jax.data.sampling import Sampling
 from vjepa_jax.data.transforms import ClipTransform
 
@@ -367,7 +368,7 @@ def compare_workers(paths: list[str], num_rounds: int, num_batches: int) -> None
         for num_workers in (1, 2):
             with pipeline.make_train_iterator(
                 source,
-                reading=pipeline.Reading(SAMPLING, SIZE),
+                reading=Reading(SAMPLING, SIZE),
                 transform=TRANSFORM,
                 batch_size=batch_size,
                 seed=i,

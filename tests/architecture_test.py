@@ -34,6 +34,8 @@ FLOORS = {
     "train_step": 4,
     "checkpoint": 4,
     "data.pipeline": 4,
+    "data.read_all": 4,
+    "data.reading": 3.95,
     "data.workers": 3.9,
     "data.bad_videos": 3.9,
     "data.mixture": 3.5,

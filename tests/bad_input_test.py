@@ -339,7 +339,9 @@ def test_config_of_an_earlier_release_takes_the_defaults_of_new_keys(config):
     del saved["masks"]["short"], saved["masks"]["long"]["token"]
     del saved["streams"]["image"]["weight"]
     del saved["streams"]["image"]["masks"]["one"]["mode"]
+    saved["data"]["prefetch_batches"] = 2  # which later releases do without
     found = restored(saved)
+    assert "prefetch_batches" not in found.data
     default = get_config()
     assert found.teacher.step == -1
     assert found.model.predictor.mlp == ""

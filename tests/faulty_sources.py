@@ -14,7 +14,7 @@ import numpy as np
 
 from vjepa_jax.data import pipeline
 from vjepa_jax.data.mixture import Mixture
-from vjepa_jax.data.pipeline import Reading
+from vjepa_jax.data.reading import Reading
 from vjepa_jax.data.records import Record, Source
 from vjepa_jax.data.sampling import Sampling
 from vjepa_jax.data.transforms import ClipTransform
@@ -28,7 +28,7 @@ class FaultySource(Source):
     """Frames from memory; some records do harm, the first `times` times.
 
     Attributes:
-      faults: {record: "kill", "hang" or "error"}.
+      faults: {record: "kill", "hang", "error" or "runtime"}.
       times: how often a record does harm, over all processes.
       folder: where the times are counted.
       start_fault: whether processes die before they read a record.
@@ -64,7 +64,8 @@ class FaultySource(Source):
                 os.kill(os.getpid(), signal.SIGKILL)
             elif fault == "hang":
                 time.sleep(3600)
-            raise ZeroDivisionError("a bug in a reader")
+            kinds = {"error": ZeroDivisionError, "runtime": NotImplementedError}
+            raise kinds[fault]("a bug in a reader")
         rng = np.random.default_rng(index)
         frames = rng.integers(0, 256, (8, 16, 16, 3), np.uint8)
         return Record(self.path_of(index), 0, frames, 12.0)
@@ -102,6 +103,17 @@ def main():
     batches = make_iterator(FaultySource(12, {}, folder))
     for _ in range(3):
         batch = next(batches)
+    if ending == "full":
+        counts = [0]
+        while counts[-8:] != counts[-1:] * 8 or not counts[-1]:
+            time.sleep(0.25)
+            names = os.listdir("/dev/shm")
+            prefix = os.environ["SHM_PREFIX"]
+            counts.append(sum(name.startswith(prefix) for name in names))
+        # A batch is three arrays: clips, records tried, and reasons.
+        print(counts[-1] / 3, batches.shared_bytes / batch["video"]["video"].nbytes)
+        batches.close()
+        return
     del batch
     print("drawn", flush=True)
     if ending == "error":

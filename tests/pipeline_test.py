@@ -7,8 +7,9 @@ import pytest
 import video_files
 
 from vjepa_jax.data import bad_videos, pipeline, sources
+from vjepa_jax.data import read_all as read_all_module
 from vjepa_jax.data.mixture import Mixture
-from vjepa_jax.data.pipeline import Reading
+from vjepa_jax.data.reading import Reading
 from vjepa_jax.data.sampling import Sampling
 from vjepa_jax.data.transforms import ClipTransform, make_views
 from vjepa_jax.default_config import UserError
@@ -194,6 +195,15 @@ def test_a_bad_video_is_replaced_from_its_own_source(tmp_path, folder):
                 assert {t < NUM_VIDEOS for t in tried.tolist()} in ({True}, {False})
 
 
+def test_a_source_without_a_good_video_is_replaced_by_the_others(tmp_path, folder):
+    make_list(tmp_path, folder, bad=range(NUM_VIDEOS), name="a.csv")
+    make_list(tmp_path, folder, name="b.csv")
+    paths = f"{tmp_path / 'a.csv'},{tmp_path / 'b.csv'}"
+    mixture = Mixture(sources.open_sources(paths, (0.1, 0.9)))
+    batches = take(12, mixture, max_bad_fraction=1.0)
+    assert batches.reshape(12 * BATCH_SIZE, -1).any(axis=1).all()
+
+
 def test_several_clips_of_a_video_lie_side_by_side(source):
     reading = Reading(Sampling(4, frame_step=1, num_clips=2), resolution=16)
     batches = take(4, source, reading=reading)
@@ -323,7 +333,7 @@ def test_nothing_readable_ends_the_run_at_once(tmp_path, folder, num_workers):
     source = make_list(tmp_path, folder, bad=range(NUM_VIDEOS))
     with (
         make_iterator(source, num_workers=num_workers) as batches,
-        pytest.raises(UserError, match=r"16 videos of .*list\.csv.* cannot be read"),
+        pytest.raises(UserError, match=r"11 videos of .*list\.csv.* cannot be read"),
     ):
         next(batches)
 
@@ -343,7 +353,7 @@ def read_all(source, **overrides):
         "batch_size": BATCH_SIZE,
         "num_workers": 0,
     }
-    return list(pipeline.read_all(source, **{**kwargs, **overrides}))
+    return list(read_all_module.read_all(source, **{**kwargs, **overrides}))
 
 
 def concatenate(batches, key):

@@ -4,11 +4,13 @@ import json
 import multiprocessing
 import os
 import pathlib
+import queue
 import signal
 import subprocess
 import sys
 import time
 import uuid
+from collections import Counter
 from unittest import mock
 
 import faulty_sources
@@ -17,6 +19,8 @@ import pytest
 from faulty_sources import FaultySource, take
 
 from vjepa_jax.data import pipeline, workers
+from vjepa_jax.data.bad_videos import CODES, BadVideos
+from vjepa_jax.data.mixture import Mixture
 from vjepa_jax.default_config import UserError
 
 NUM_RECORDS = 12
@@ -91,10 +95,76 @@ def test_processes_that_die_again_and_again_end_the_run(tmp_path, monkeypatch):
         next(batches)
 
 
-def test_an_error_of_the_code_is_not_taken_for_a_crash(tmp_path):
-    source = FaultySource(NUM_RECORDS, {5: "error"}, tmp_path)
-    with pytest.raises(ZeroDivisionError, match="a bug in a reader"):
+@pytest.mark.parametrize(
+    ("fault", "error"), [("error", ZeroDivisionError), ("runtime", NotImplementedError)]
+)
+def test_an_error_of_the_code_is_not_taken_for_a_crash(tmp_path, fault, error):
+    source = FaultySource(NUM_RECORDS, {5: fault}, tmp_path)
+    with pytest.raises(error, match="a bug in a reader"):
         take(6, source, num_workers=1)
+
+
+def test_closing_does_not_wait_for_a_process_that_hangs(tmp_path, monkeypatch):
+    monkeypatch.setattr(workers, "_END_SECS", 2)
+    faults = dict.fromkeys(range(NUM_RECORDS), "hang")
+    source = FaultySource(NUM_RECORDS, faults, tmp_path)
+    batches = faulty_sources.make_iterator(source, num_workers=1)
+    supervised = batches._batches
+    supervised._puller.ask()  # starts the process, as `next` would
+    wait_until(lambda: any(work.record >= 0 for work in supervised._log.read()))
+    began = time.monotonic()
+    batches.close()
+    assert time.monotonic() - began < 30
+    wait_until(lambda: not multiprocessing.active_children())
+
+
+def test_all_processes_hanging_at_once_is_no_records_fault(tmp_path, plain):
+    source = FaultySource(NUM_RECORDS, dict.fromkeys((1, 4), "hang"), tmp_path)
+    log = workers.WorkLog()
+    works = [workers.Work(1, 1, 9.0), workers.Work(2, 4, 9.0)]
+    quarantined = []
+    supervised = workers.SupervisedBatches(
+        lambda step, since: iter(()),
+        log,
+        start_step=0,
+        timeout_secs=5.0,
+        name_of=source.path_of,
+        on_quarantine=lambda *args: quarantined.append(args),
+    )
+    supervised._puller = mock.Mock(wait=mock.Mock(side_effect=queue.Empty))
+    for records, pids in (
+        ({1, 4}, works),
+        ({1}, [works[0], works[1]._replace(secs=1)]),
+    ):
+        with (
+            mock.patch.object(log, "read", lambda pids=pids: pids),
+            pytest.raises(workers._Failure) as caught,
+        ):
+            supervised._draw()
+        assert caught.value.records == (set() if len(records) > 1 else records)
+    log.remove()
+
+
+def test_every_process_reads_the_quarantine_of_all(tmp_path):
+    source = Mixture([(FaultySource(NUM_RECORDS, {}, tmp_path), 1.0)])
+    path = str(tmp_path / "bad_videos.jsonl")
+    for process in range(3):
+        account = BadVideos(source, path, 1.0, process)
+        account.add(process, "missing", 0)
+        account.add(process + 3, "hung" if process else "crashed", 0)
+        account.add(process, "hung", 4)  # known as missing, but no less dangerous
+        account.add(process, "empty", 5)
+        assert account.counts == Counter(hung=1 + (process > 0), crashed=process == 0)
+    (tmp_path / "bad_videos_1.jsonl").chmod(0o400)
+    with open(tmp_path / "bad_videos_2.jsonl", "a") as file:
+        file.write('{"path": "rec')
+    half = (tmp_path / "bad_videos_2.jsonl").read_bytes()
+    for process in range(4):
+        quarantined = BadVideos(source, path, 1.0, process).quarantined()
+        assert set(quarantined) == {0, 1, 2, 3, 4, 5}
+        assert quarantined[3] == CODES["crashed"] and quarantined[4] == CODES["hung"]
+        mine = (tmp_path / "bad_videos_2.jsonl").read_bytes()
+        assert mine == (half if process < 2 else half + b"\n")
 
 
 def test_little_shared_memory_is_named_before_the_start(tmp_path, monkeypatch):
@@ -105,9 +175,10 @@ def test_little_shared_memory_is_named_before_the_start(tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "require_shared_memory", asked.append)
     source = FaultySource(NUM_RECORDS, {}, tmp_path)
     clip_bytes = 4 * 16 * 16 * 3
-    for megabytes, ahead in ((1e-9, 1), (5 * 2 * 4 * clip_bytes / 1e6, 5), (1e3, 8)):
+    # Two processes, each with as many batches again in a thread of this one.
+    for megabytes, ahead in ((1e-9, 1), (5 * 4 * 4 * clip_bytes / 1e6, 5), (1e3, 8)):
         with faulty_sources.make_iterator(source, prefetch_megabytes=megabytes):
-            assert asked.pop() == (2 * (ahead + 1) + 1) * 4 * clip_bytes
+            assert asked.pop() == (4 * (ahead + 1) + 1) * 4 * clip_bytes
 
 
 def wait_until(condition, timeout_secs=60.0):
@@ -130,23 +201,37 @@ def members(group):
     return found
 
 
-@pytest.mark.parametrize("ending", ["close", "return", "error", "wait"])
-def test_nothing_is_left_behind(tmp_path, ending):
+def start_program(folder, ending):
+    """Returns a process that draws batches, and the prefix of its shared memory."""
     prefix = f"vj{uuid.uuid4().hex[:6]}"
     paths = [str(pathlib.Path(__file__).parent), *sys.path]
     process = subprocess.Popen(
-        [sys.executable, faulty_sources.__file__, ending, str(tmp_path)],
+        [sys.executable, faulty_sources.__file__, ending, str(folder)],
         env={
             **os.environ,
             "SHM_PREFIX": prefix,
             "PYTHONPATH": os.pathsep.join(paths),
-            "TMPDIR": str(tmp_path),
+            "TMPDIR": str(folder),
         },
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
+    return process, prefix
+
+
+def test_batches_take_the_memory_that_was_asked_for(tmp_path):
+    process, _ = start_program(tmp_path, "full")
+    stdout, stderr = process.communicate(timeout=100)
+    assert process.returncode == 0, stderr
+    found, foreseen = map(float, stdout.split())
+    assert foreseen - 4 <= found <= foreseen
+
+
+@pytest.mark.parametrize("ending", ["close", "return", "error", "wait"])
+def test_nothing_is_left_behind(tmp_path, ending):
+    process, prefix = start_program(tmp_path, ending)
     assert process.stdout.readline() == "drawn\n", process.stderr.read()
     if ending == "wait":
         os.killpg(process.pid, signal.SIGINT)  # as a terminal sends Ctrl-C
@@ -154,5 +239,6 @@ def test_nothing_is_left_behind(tmp_path, ending):
     assert process.returncode == {"error": 1, "wait": -signal.SIGINT}.get(ending, 0)
     wait_until(lambda: not members(process.pid))
     assert not list(pathlib.Path("/dev/shm").glob(f"{prefix}*")), stderr
+    assert not list(tmp_path.glob("vjepa_workers_*"))
     if ending == "close":
         assert "leaked" not in stderr and "Traceback" not in stderr

@@ -17,7 +17,7 @@ from absl import flags
 
 from vjepa_jax import build, checkpoint, cli, metrics
 from vjepa_jax.data import render, sources, streams
-from vjepa_jax.data.pipeline import Reading
+from vjepa_jax.data.reading import Reading
 from vjepa_jax.default_config import ConfigDict, UserError
 from vjepa_jax.evals import features, pictures, world
 from vjepa_jax.models.encoder import VideoEncoder

@@ -25,6 +25,10 @@ OPERATIONAL = (
 )
 
 
+# Of earlier releases, without a successor that computes anything else.
+_REMOVED = ("data.prefetch_batches",)
+
+
 def from_json(data: Any) -> Any:
     """Undo JSON: dictionaries become ConfigDicts, lists become tuples."""
     if isinstance(data, dict):
@@ -42,6 +46,10 @@ def restored(saved: dict[str, Any]) -> ConfigDict:
       saved: as JSON gives it.
     """
     config = from_json(saved)
+    for name in _REMOVED:
+        part, key = name.rsplit(".", 1)
+        if part in config and key in config[part]:
+            del config[part][key]
     _fill(config, get_config(), named=("masks", "streams"))
     for masks in (config.masks, *(s.masks for s in config.streams.values())):
         for spec in masks.values():

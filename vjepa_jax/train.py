@@ -43,10 +43,9 @@ def check_workdir(config: ConfigDict, workdir: str) -> None:
             raise UserError(f"--workdir={workdir} is not a folder: give another")
         return
     try:
-        old = json.loads(path.read_text())
-    except ValueError:
-        raise UserError(f"{path} is not JSON: give another --workdir") from None
-    old = saved_config.restored(old).to_dict()
+        old = saved_config.restored(json.loads(path.read_text())).to_dict()
+    except (ValueError, TypeError, AttributeError, KeyError):
+        raise UserError(f"{path} is no config: give another --workdir") from None
     changed = saved_config.differences(old, config.to_dict())
     if changed:
         raise UserError(

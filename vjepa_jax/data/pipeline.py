@@ -9,90 +9,27 @@ A video that cannot be read is replaced by another of its source, drawn with ran
 numbers of the record's own. Workers report it inside the batch; `TrainIterator` takes
 the report out again and keeps account of it (`bad_videos`). A process that dies or
 hangs costs one restart (`workers`).
-
-Workers are spawned, so a program that asks for them needs the usual
-`if __name__ == "__main__"`.
 """
 
-import dataclasses
-import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
 
 import grain
 import numpy as np
-from absl import flags, logging
 
 from vjepa_jax.data import decode
-from vjepa_jax.data.bad_videos import CODES, REASONS, BadVideos
-from vjepa_jax.data.frames import Crop
+from vjepa_jax.data.bad_videos import CODES, BadVideos
 from vjepa_jax.data.mixture import Mixture
-from vjepa_jax.data.records import Record, Source
-from vjepa_jax.data.sampling import Sampling
-from vjepa_jax.data.transforms import ClipTransform, central_box
+from vjepa_jax.data.reading import Batch, Reading, decoded_ahead, shared_bytes, take
+from vjepa_jax.data.transforms import ClipTransform
 from vjepa_jax.data.workers import SupervisedBatches, WorkLog, require_shared_memory
 from vjepa_jax.default_config import UserError
 
-# Records tried for one place in the stream. With a tenth of all files bad, one place in
-# 10^16 finds none; a source where this runs out has next to nothing to read.
-_MAX_TRIES = 16
+# Records tried for one place in the stream, the first half of them of the same source.
+# With half of all files bad, one place in 10^19 finds none.
+_MAX_TRIES = 64
 
 # Batches that a worker decodes ahead at most: more would only take memory.
 _MAX_BATCHES_AHEAD = 8
-
-Batch = dict[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Reading:
-    """How the clips of a record are decoded; see `decode.read_clips`.
-
-    Attributes:
-      sampling: which frames.
-      resolution: side of the clips in pixels.
-      resize: "antialias" or "official".
-      max_pixels: pixels of a frame above which a video is refused.
-      time_limit_secs: processor time for one record.
-    """
-
-    sampling: Sampling
-    resolution: int
-    resize: str = "antialias"
-    max_pixels: int = decode.MAX_PIXELS
-    time_limit_secs: float = decode.TIME_LIMIT_SECS
-
-    def read(
-        self,
-        record: Record,
-        crop: Crop | Sequence[Crop],
-        rng: np.random.Generator | None = None,
-    ) -> np.ndarray:
-        """Reads uint8 `[K, T, S, S, 3]`; see `decode.read_clips`."""
-        return decode.read_clips(
-            record,
-            sampling=self.sampling,
-            rng=rng,
-            size=self.resolution,
-            crop=crop,
-            resize=self.resize,
-            max_pixels=self.max_pixels,
-            time_limit_secs=self.time_limit_secs,
-        )
-
-    def zeros(self, num_views: int = 1) -> np.ndarray:
-        """Returns what stands for the clips of a record that gives none."""
-        size, sampling = self.resolution, self.sampling
-        num_clips = sampling.num_clips * num_views
-        return np.zeros((num_clips, sampling.num_frames, size, size, 3), np.uint8)
-
-
-def _take(source: Source, index: int) -> Record:
-    """Returns a record; raises DecodeError where its storage fails."""
-    try:
-        return source[index]
-    except OSError as error:
-        path = source.path_of(index)
-        raise decode.DecodeError(path, "unreadable", str(error)) from error
 
 
 class _ReadTrainClips(grain.transforms.Map):
@@ -115,17 +52,17 @@ class _ReadTrainClips(grain.transforms.Map):
         self._work_log = work_log
 
     def map(self, element: int) -> Batch:
-        epoch, index = self._source.split(element)
-        neighbours = self._source.neighbours(index)
+        epoch, drawn = self._source.split(element)
         # A generator of its own, for replacements not to depend on what was drawn from
         # the other before a video turned out to be bad.
         of_clip, of_replacement = np.random.SeedSequence(
-            (self._seed, epoch, index)
+            (self._seed, epoch, drawn)
         ).spawn(2)
-        replacements = np.random.default_rng(of_replacement)
         tried = np.full(_MAX_TRIES, -1, np.int64)
         reasons = np.full(_MAX_TRIES, -1, np.int8)
-        for attempt in range(_MAX_TRIES):
+        for attempt, index in enumerate(
+            self._candidates(drawn, np.random.default_rng(of_replacement))
+        ):
             tried[attempt] = index
             reasons[attempt] = self._quarantined.get(index, -1)
             if reasons[attempt] < 0:
@@ -135,12 +72,27 @@ class _ReadTrainClips(grain.transforms.Map):
                     break
                 except decode.DecodeError as error:
                     reasons[attempt] = CODES[error.reason]
-            index = int(replacements.integers(neighbours.start, neighbours.stop))
         else:
             # An exception would reach the main process as text only: let the report,
             # which has no successful try in it, tell.
             video = self._reading.zeros()
         return {"video": video, "tried": tried, "reasons": reasons}
+
+    def _candidates(self, index: int, rng: np.random.Generator) -> Iterator[int]:
+        """Yields records, each once: the one drawn, some of its source, some of any."""
+        tried = {index}
+        yield index
+        everything = range(len(self._source))
+        for span, most in (
+            (self._source.neighbours(index), _MAX_TRIES // 2),
+            (everything, _MAX_TRIES),
+        ):
+            while len(tried) < min(most, len(span)):
+                index = int(rng.integers(span.start, span.stop))
+                while index in tried:
+                    index = span[(index + 1 - span.start) % len(span)]
+                tried.add(index)
+                yield index
 
     def _read(self, index: int, rng: np.random.Generator) -> np.ndarray:
         num_frames = self._reading.sampling.num_frames
@@ -148,33 +100,8 @@ class _ReadTrainClips(grain.transforms.Map):
         def crop(height: int, width: int) -> np.ndarray:
             return self._transform.crop_boxes(height, width, num_frames, rng)
 
-        clips = self._reading.read(_take(self._source, index), crop, rng)
+        clips = self._reading.read(take(self._source, index), crop, rng)
         return np.stack([self._transform.augment(clip, rng) for clip in clips])
-
-
-class _ReadEvalClips(grain.transforms.Map):
-    """Record index -> clips of an evaluation; zeros, marked invalid, for a bad file."""
-
-    def __init__(self, source: Source, reading: Reading, views: Sequence[Crop]):
-        self._source = source
-        self._reading = reading
-        self._views = views
-
-    def map(self, element: int) -> Batch:
-        reason, label = -1, 0
-        try:
-            record = _take(self._source, element)
-            label = record.label
-            video = self._reading.read(record, self._views)
-        except decode.DecodeError as error:
-            video = self._reading.zeros(len(self._views))
-            reason = CODES[error.reason]
-        return {
-            "video": video,
-            "label": np.int64(label),
-            "index": np.int64(element),
-            "reason": np.int8(reason),
-        }
 
 
 def make_train_iterator(
@@ -210,11 +137,11 @@ def make_train_iterator(
       num_workers: decoding processes; 0 decodes in a thread of this process, where
         nothing can be done about a decode that hangs or crashes.
       prefetch_megabytes: memory for batches decoded ahead, of all workers together;
-        each has one batch at least and 8 at most.
+        each has two batches at least and 16 at most.
       worker_timeout_secs: longest time that a worker may be at one record.
       max_bad_fraction: share of the videos drawn that may be unreadable.
-      bad_videos_path: JSON lines file that unreadable videos are listed in; give every
-        process of a run its own, `NAME.jsonl` and `NAME_1.jsonl`.
+      bad_videos_path: JSON lines file that unreadable videos are listed in; further
+        processes of a run have `NAME_1.jsonl` and so on beside it.
       process_index: this process, in `[0, process_count)`.
       process_count: processes that share each global batch.
 
@@ -233,12 +160,12 @@ def make_train_iterator(
         )
     num_local = batch_size // process_count
     batch_bytes = num_local // num_clips * reading.zeros().nbytes
-    ahead = prefetch_megabytes * 1e6 / batch_bytes / max(num_workers, 1)
+    # Grain keeps as many again in a thread per worker.
+    ahead = prefetch_megabytes * 1e6 / batch_bytes / max(2 * num_workers, 1)
     ahead = min(max(int(ahead), 1), _MAX_BATCHES_AHEAD)
-    if num_workers:
-        # One more per worker is being made, and one is with whoever asked for it.
-        require_shared_memory((num_workers * (ahead + 1) + 1) * batch_bytes)
-    bad_videos = BadVideos(source, bad_videos_path, max_bad_fraction)
+    needed = shared_bytes(num_workers, ahead, batch_bytes)
+    require_shared_memory(needed)
+    bad_videos = BadVideos(source, bad_videos_path, max_bad_fraction, process_index)
     quarantined = bad_videos.quarantined()
     work_log = WorkLog()
 
@@ -257,7 +184,7 @@ def make_train_iterator(
             .batch(num_local // num_clips, drop_remainder=True)
         )
         dataset = dataset[step * process_count + process_index :: process_count]
-        return iter(_decoded_ahead(dataset, num_workers, ahead))
+        return iter(decoded_ahead(dataset, num_workers, ahead, work_log))
 
     batches: Iterator
     if num_workers:
@@ -272,41 +199,12 @@ def make_train_iterator(
     else:
         batches = open_batches(start_step, {})
     return TrainIterator(
-        batches, bad_videos=bad_videos, start_step=start_step, on_close=work_log.remove
+        batches,
+        bad_videos=bad_videos,
+        start_step=start_step,
+        shared_bytes=needed,
+        on_close=work_log.remove,
     )
-
-
-def _decoded_ahead(
-    dataset: grain.MapDataset, num_workers: int, batches_ahead: int
-) -> grain.IterDataset:
-    if not flags.FLAGS.is_parsed():
-        # Grain reads its own flags when it starts workers; tests and notebooks have no
-        # command line.
-        flags.FLAGS.mark_as_parsed()
-    # A worker's batches wait in the queue to the main process, so that its thread need
-    # not be more than one ahead of them.
-    dataset = dataset.to_iter_dataset(
-        grain.ReadOptions(
-            num_threads=1, prefetch_buffer_size=1 if num_workers else batches_ahead
-        )
-    )
-    if num_workers:
-        dataset = dataset.mp_prefetch(
-            grain.MultiprocessingOptions(
-                num_workers=num_workers, per_worker_buffer_size=batches_ahead
-            ),
-            worker_init_fn=_leave_interrupts_to_parent,
-        )
-    return dataset
-
-
-def _leave_interrupts_to_parent(worker_index: int, worker_count: int) -> None:
-    """Ignores Ctrl-C, which a terminal sends to every process of the job.
-
-    A worker that died of it would end the run before the state is saved.
-    """
-    del worker_index, worker_count
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class TrainIterator(Iterator):
@@ -318,6 +216,7 @@ class TrainIterator(Iterator):
 
     Attributes:
       step: step of the next batch.
+      shared_bytes: what its batches take in /dev/shm, at most.
 
     Raises (from `next`):
       UserError: too many of the videos are unreadable, or workers fail again and again.
@@ -329,12 +228,14 @@ class TrainIterator(Iterator):
         *,
         bad_videos: BadVideos,
         start_step: int,
+        shared_bytes: int,
         on_close: Callable[[], None],
     ):
         self._batches = batches
         self._bad_videos = bad_videos
         self._on_close = on_close
         self.step = start_step
+        self.shared_bytes = shared_bytes
 
     @property
     def bad_counts(self) -> Mapping[str, int]:
@@ -360,64 +261,3 @@ class TrainIterator(Iterator):
 
     def __exit__(self, *_) -> None:
         self.close()
-
-
-def read_all(
-    source: Source,
-    *,
-    reading: Reading,
-    batch_size: int,
-    num_workers: int,
-    batches_ahead: int = 2,
-    views: Sequence[Crop] = (central_box,),
-    padded: bool = False,
-) -> Iterator[Batch]:
-    """Reads every video once, in order, as an evaluation does: nothing is drawn.
-
-    Args:
-      source: the videos.
-      reading: how they are decoded.
-      batch_size: videos per batch, B.
-      num_workers: decoding processes; 0 decodes in a thread of this process.
-      batches_ahead: batches decoded ahead by each worker, at least 1.
-      views: crops of every clip, see `decode.read_clips`; picklable.
-      padded: fill the last batch up to `batch_size` with invalid rows, for compiled
-        functions of one shape; otherwise the last batch may be smaller.
-
-    Yields:
-      `{"video": {"video": uint8 [B, K, T, H, W, 3]}, "label": int64 [B], "index": int64
-      [B], "valid": bool [B]}`, K being the clips of a video times their views; there is
-      no axis K where it is 1. Rows of unreadable videos, which are logged, and of
-      padding are zeros with `valid` False; the padding's index is -1.
-    """
-    dataset = grain.MapDataset.range(len(source)).map(
-        _ReadEvalClips(source, reading, views)
-    )
-    dataset = dataset.batch(batch_size, drop_remainder=False)
-    batches = iter(_decoded_ahead(dataset, num_workers, batches_ahead))
-    try:
-        for batch in batches:
-            video, label, index = (batch[k] for k in ("video", "label", "index"))
-            valid = batch["reason"] < 0
-            for i in np.flatnonzero(~valid):
-                logging.warning(
-                    "Skipped unreadable video %r: %s",
-                    source.path_of(int(index[i])),
-                    REASONS[batch["reason"][i]],
-                )
-            if padded and len(index) < batch_size:
-                missing = batch_size - len(index)
-                video = np.pad(video, [(0, missing)] + [(0, 0)] * (video.ndim - 1))
-                label = np.pad(label, (0, missing))
-                index = np.pad(index, (0, missing), constant_values=-1)
-                valid = np.pad(valid, (0, missing))
-            if video.shape[1] == 1:
-                video = video[:, 0]
-            yield {
-                "video": {"video": video},
-                "label": label,
-                "index": index,
-                "valid": valid,
-            }
-    finally:
-        batches.close()

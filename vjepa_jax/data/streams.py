@@ -8,10 +8,12 @@ from collections.abc import Iterator, Mapping
 from vjepa_jax import saved_config
 from vjepa_jax.data import pipeline, sources
 from vjepa_jax.data.mixture import Mixture
-from vjepa_jax.data.pipeline import Batch, Reading, TrainIterator
+from vjepa_jax.data.pipeline import TrainIterator
+from vjepa_jax.data.reading import Batch, Reading
 from vjepa_jax.data.records import digest_of
 from vjepa_jax.data.sampling import Sampling
 from vjepa_jax.data.transforms import ClipTransform
+from vjepa_jax.data.workers import require_shared_memory
 from vjepa_jax.default_config import MAIN_STREAM, ConfigDict
 
 _TRANSFORM_KEYS = (
@@ -135,25 +137,26 @@ def open_streams(
                 prefetch_megabytes=data.prefetch_megabytes,
                 worker_timeout_secs=data.worker_timeout_secs,
                 max_bad_fraction=data.max_bad_fraction,
-                bad_videos_path=_bad_videos_path(workdir, name, process_index),
+                bad_videos_path=_bad_videos_path(workdir, name),
                 process_index=process_index,
                 process_count=process_count,
             )
             stack.callback(iterators[name].close)
+        # Each has looked for itself, and found what all of them share.
+        require_shared_memory(sum(it.shared_bytes for it in iterators.values()))
         stack.pop_all()
     return StreamIterator(iterators)
 
 
-def _bad_videos_path(workdir: str, stream: str, process_index: int) -> str:
+def _bad_videos_path(workdir: str, stream: str) -> str:
     of_stream = "" if stream == MAIN_STREAM else f".{stream}"
-    of_process = f"_{process_index}" if process_index else ""
-    return os.path.join(workdir, f"bad_videos{of_stream}{of_process}.jsonl")
+    return os.path.join(workdir, f"bad_videos{of_stream}.jsonl")
 
 
 class StreamIterator(Iterator):
     """Yields `{stream: {"video": uint8 [B, T, H, W, 3]}}`, one batch of each stream.
 
-    Close it, or use it as a context manager, to end the workers of all streams.
+    Use it as a context manager, to end the workers of all streams.
 
     Attributes:
       bad_counts: unreadable videos known so far, by reason, over all streams.

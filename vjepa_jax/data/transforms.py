@@ -117,7 +117,7 @@ def spatial_views(height: int, width: int, num_views: int) -> list[Box]:
 
 
 def make_views(num_views: int) -> tuple[Callable[[int, int], Box], ...]:
-    """Returns a crop for each of `spatial_views`, as `pipeline.read_all` takes them."""
+    """Returns a crop for each of `spatial_views`, as `data.read_all` takes them."""
     return tuple(
         functools.partial(_view, num_views=num_views, view=view)
         for view in range(num_views)

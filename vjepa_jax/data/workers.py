@@ -15,6 +15,7 @@ import signal
 import tempfile
 import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
@@ -26,6 +27,8 @@ from vjepa_jax.default_config import UserError
 
 # How often a wait for a batch looks after the processes.
 _POLL_SECS = 0.5
+# Processes that do not end by themselves within this time are killed.
+_END_SECS = 10
 # Importing everything takes a new process seconds, minutes on a very busy machine.
 _START_SECS = 120
 # Restarts without a batch in between that end the run.
@@ -53,25 +56,35 @@ class WorkLog:
         """Makes the folder."""
         self._folder = tempfile.mkdtemp(prefix="vjepa_workers_")
         self._notes: dict[int, np.ndarray] = {}
+        # At the latest when this process ends; a copy in another one does not remove.
+        self._remove = weakref.finalize(self, shutil.rmtree, self._folder, True)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leaves out the notes, which belong to this process."""
         return {"_folder": self._folder, "_notes": {}}
 
+    def begin(self) -> None:
+        """Makes this process known, at no record."""
+        path = os.path.join(self._folder, str(os.getpid()))
+        self._notes = {os.getpid(): np.memmap(path, np.int64, "w+", shape=2)}
+        self._note(-1)
+
     @contextlib.contextmanager
     def at(self, record: int) -> Iterator[None]:
         """Notes that this process is at a record; one at a time."""
-        pid = os.getpid()
-        note = self._notes.get(pid)
-        if note is None:
-            path = os.path.join(self._folder, str(pid))
-            note = np.memmap(path, np.int64, "w+", shape=2)
-            self._notes = {pid: note}
-        note[:] = record, time.monotonic_ns()
+        if os.getpid() not in self._notes:
+            self.begin()
+        self._note(record)
         try:
             yield
         finally:
-            note[:] = -1, time.monotonic_ns()
+            self._note(-1)
+
+    def _note(self, record: int) -> None:
+        note = self._notes[os.getpid()]
+        # The time first: a reader in between must not find the record with an old one.
+        note[1] = time.monotonic_ns()
+        note[0] = record
 
     def read(self) -> list[Work]:
         """Returns what every process is at."""
@@ -91,7 +104,7 @@ class WorkLog:
 
     def remove(self) -> None:
         """Removes the folder."""
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._remove()
 
 
 class _Failure(Exception):
@@ -192,17 +205,23 @@ class SupervisedBatches(Iterator):
         self._batches = self._open_batches(self._step, dict(self._quarantined))
         self._puller = _Puller(self._batches)
 
-    def _close(self, avoid: Collection[int] = ()) -> None:
-        """Ends the processes; those that are at a record to avoid, at once."""
+    def _close(self, avoid: Collection[int] = (), at_once: bool = False) -> None:
+        """Ends the processes; those that are at a record to avoid, or all, at once."""
         if self._batches is not None:
             self._puller.end()
             # The others end by themselves and leave no shared memory behind.
             for work in self._log.read():
-                if work.record >= 0 and (
-                    work.secs > self._timeout_secs or work.record in avoid
-                ):
+                is_stuck = work.secs > self._timeout_secs or work.record in avoid
+                if at_once or (work.record >= 0 and is_stuck):
                     _kill(work.pid)
-            self._batches.close()
+            # Grain waits for a process that hangs for as long as it does.
+            ending = threading.Thread(target=self._batches.close, daemon=True)
+            ending.start()
+            ending.join(_END_SECS)
+            if ending.is_alive():
+                for work in self._log.read():
+                    _kill(work.pid)
+                ending.join(_END_SECS)
             self._batches = self._puller = None
 
     def _draw(self) -> Any:
@@ -215,6 +234,9 @@ class SupervisedBatches(Iterator):
                 works, limit = self._log.read(), self._timeout_secs
                 records = {w.record for w in works if w.secs > limit} - {-1}
                 if records:
+                    if 1 < len(works) == len(records):
+                        # All of them at once: the file system, rather than any record.
+                        records = set()
                     detail = f"took more than {limit:g} s"
                     raise _Failure("hung", records, detail) from None
                 waited = time.monotonic() - began
@@ -223,10 +245,10 @@ class SupervisedBatches(Iterator):
                     detail = f"nothing happened for {waited:.0f} s"
                     raise _Failure("hung", set(), detail) from None
             except RuntimeError as error:
+                if "terminated unexpectedly" not in str(error):  # in Grain's words
+                    raise
                 living = {child.pid for child in multiprocessing.active_children()}
                 dead = [work for work in self._log.read() if work.pid not in living]
-                if "terminated unexpectedly" not in str(error) and not dead:
-                    raise
                 records = {work.record for work in dead if work.record >= 0}
                 detail = str(error).partition(". Search")[0]
                 raise _Failure("crashed", records, detail) from None
@@ -250,7 +272,7 @@ class SupervisedBatches(Iterator):
                 "them; otherwise drop the videos named"
             )
         logging.error("%s: starting the processes again at step %d", what, self._step)
-        self._close(failure.records)
+        self._close(failure.records, at_once=not failure.records)
         self._log.clear()
         self._open()
 

@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from vjepa_jax.data import pipeline
-from vjepa_jax.data.pipeline import Reading
+from vjepa_jax.data.read_all import read_all
+from vjepa_jax.data.reading import Reading
 from vjepa_jax.data.records import Source
 from vjepa_jax.encode import make_encode as make_grid_encode
 from vjepa_jax.models.encoder import VideoEncoder, token_grid
@@ -94,7 +94,7 @@ def extract(
     """
     tokens: dict[str, list[np.ndarray]] = {name: [] for name in encodes}
     labels, index = [], []
-    batches = pipeline.read_all(
+    batches = read_all(
         source,
         reading=reading,
         batch_size=batch_size,
@@ -118,7 +118,5 @@ def extract(
 
 def read_clips(source: Source, reading: Reading, count: int):
     """Yield uint8 batches [count, T, H, W, 3] of a list's clips, in order."""
-    for batch in pipeline.read_all(
-        source, reading=reading, batch_size=count, num_workers=0
-    ):
+    for batch in read_all(source, reading=reading, batch_size=count, num_workers=0):
         yield np.array(batch["video"]["video"])

@@ -9,7 +9,7 @@ import pathlib
 import numpy as np
 
 from vjepa_jax.data import sources
-from vjepa_jax.data.pipeline import Reading
+from vjepa_jax.data.reading import Reading
 from vjepa_jax.data.world import CLASSES
 from vjepa_jax.default_config import UserError
 from vjepa_jax.evals import probes

@@ -1,0 +1,130 @@
+"""Every video once, in order, as evaluations read them: nothing is drawn."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import grain
+import numpy as np
+from absl import logging
+
+from vjepa_jax.data import decode
+from vjepa_jax.data.bad_videos import CODES, REASONS
+from vjepa_jax.data.frames import Crop
+from vjepa_jax.data.reading import Batch, Reading, decoded_ahead, shared_bytes, take
+from vjepa_jax.data.records import Source
+from vjepa_jax.data.transforms import central_box
+from vjepa_jax.data.workers import SupervisedBatches, WorkLog, require_shared_memory
+
+
+class _ReadEvalClips(grain.transforms.Map):
+    """Record index -> clips of an evaluation; zeros, marked invalid, for a bad file."""
+
+    def __init__(
+        self,
+        source: Source,
+        reading: Reading,
+        views: Sequence[Crop],
+        quarantined: Mapping[int, str],
+        work_log: WorkLog,
+    ):
+        self._source = source
+        self._reading = reading
+        self._views = views
+        self._quarantined = quarantined
+        self._work_log = work_log
+
+    def map(self, element: int) -> Batch:
+        label, video = 0, self._reading.zeros(len(self._views))
+        reason = CODES.get(self._quarantined.get(int(element), ""), -1)
+        if reason < 0:
+            try:
+                with self._work_log.at(int(element)):
+                    record = take(self._source, element)
+                    label = record.label
+                    video = self._reading.read(record, self._views)
+            except decode.DecodeError as error:
+                reason = CODES[error.reason]
+        return {
+            "video": video,
+            "label": np.int64(label),
+            "index": np.int64(element),
+            "reason": np.int8(reason),
+        }
+
+
+def read_all(
+    source: Source,
+    *,
+    reading: Reading,
+    batch_size: int,
+    num_workers: int,
+    batches_ahead: int = 2,
+    worker_timeout_secs: float = 300.0,
+    views: Sequence[Crop] = (central_box,),
+    padded: bool = False,
+) -> Iterator[Batch]:
+    """Reads every video once, in order, as an evaluation does: nothing is drawn.
+
+    Args:
+      source: the videos.
+      reading: how they are decoded.
+      batch_size: videos per batch, B.
+      num_workers: decoding processes; 0 decodes in a thread of this process.
+      batches_ahead: batches decoded ahead by each worker, at least 1.
+      worker_timeout_secs: longest time that a worker may be at one record.
+      views: crops of every clip, see `decode.read_clips`; picklable.
+      padded: fill the last batch up to `batch_size` with invalid rows, for compiled
+        functions of one shape; otherwise the last batch may be smaller.
+
+    Yields:
+      `{"video": {"video": uint8 [B, K, T, H, W, 3]}, "label": int64 [B], "index": int64
+      [B], "valid": bool [B]}`, K being the clips of a video times their views; there is
+      no axis K where it is 1. Rows of unreadable videos, which are logged, and of
+      padding are zeros with `valid` False; the padding's index is -1.
+    """
+    work_log = WorkLog()
+
+    def open_batches(step: int, quarantined: Mapping[int, str]) -> Iterator:
+        read_clips = _ReadEvalClips(source, reading, views, quarantined, work_log)
+        dataset = grain.MapDataset.range(len(source)).map(read_clips)
+        dataset = dataset.batch(batch_size, drop_remainder=False)[step:]
+        return iter(decoded_ahead(dataset, num_workers, batches_ahead, work_log))
+
+    if num_workers:
+        batch_bytes = batch_size * reading.zeros(len(views)).nbytes
+        require_shared_memory(shared_bytes(num_workers, batches_ahead, batch_bytes))
+        batches = SupervisedBatches(
+            open_batches,
+            work_log,
+            start_step=0,
+            timeout_secs=worker_timeout_secs,
+            name_of=source.path_of,
+            on_quarantine=lambda record, reason, step: None,
+        )
+    else:
+        batches = open_batches(0, {})
+    try:
+        for batch in batches:
+            video, label, index = (batch[k] for k in ("video", "label", "index"))
+            valid = batch["reason"] < 0
+            for i in np.flatnonzero(~valid):
+                logging.warning(
+                    "Skipped unreadable video %r: %s",
+                    source.path_of(int(index[i])),
+                    REASONS[batch["reason"][i]],
+                )
+            if padded and len(index) < batch_size:
+                missing = batch_size - len(index)
+                video = np.pad(video, [(0, missing)] + [(0, 0)] * (video.ndim - 1))
+                label = np.pad(label, (0, missing))
+                index = np.pad(index, (0, missing), constant_values=-1)
+                valid = np.pad(valid, (0, missing))
+            if video.shape[1] == 1:
+                video = video[:, 0]
+            yield {
+                "video": {"video": video},
+                "label": label,
+                "index": index,
+                "valid": valid,
+            }
+    finally:
+        batches.close()

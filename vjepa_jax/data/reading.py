@@ -1,0 +1,130 @@
+"""How records become clips, and how processes decode them ahead; for all streams.
+
+Workers are spawned, so a program that asks for them needs the usual
+`if __name__ == "__main__"`.
+"""
+
+import dataclasses
+import functools
+import signal
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags
+
+from vjepa_jax.data import decode
+from vjepa_jax.data.frames import Crop
+from vjepa_jax.data.records import Record, Source
+from vjepa_jax.data.sampling import Sampling
+from vjepa_jax.data.workers import WorkLog
+
+Batch = dict[str, Any]
+
+# Between attempts to get a record from its storage, which may fail for a moment; a
+# replacement would make the stream depend on the state of a network.
+_RETRY_WAITS_SECS = (0.5, 2.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """How the clips of a record are decoded; see `decode.read_clips`.
+
+    Attributes:
+      sampling: which frames.
+      resolution: side of the clips in pixels.
+      resize: "antialias" or "official".
+      max_pixels: pixels of a frame above which a video is refused.
+      time_limit_secs: processor time for one record.
+    """
+
+    sampling: Sampling
+    resolution: int
+    resize: str = "antialias"
+    max_pixels: int = decode.MAX_PIXELS
+    time_limit_secs: float = decode.TIME_LIMIT_SECS
+
+    def read(
+        self,
+        record: Record,
+        crop: Crop | Sequence[Crop],
+        rng: np.random.Generator | None = None,
+    ) -> np.ndarray:
+        """Reads uint8 `[K, T, S, S, 3]`; see `decode.read_clips`."""
+        return decode.read_clips(
+            record,
+            sampling=self.sampling,
+            rng=rng,
+            size=self.resolution,
+            crop=crop,
+            resize=self.resize,
+            max_pixels=self.max_pixels,
+            time_limit_secs=self.time_limit_secs,
+        )
+
+    def zeros(self, num_views: int = 1) -> np.ndarray:
+        """Returns what stands for the clips of a record that gives none."""
+        size, sampling = self.resolution, self.sampling
+        num_clips = sampling.num_clips * num_views
+        return np.zeros((num_clips, sampling.num_frames, size, size, 3), np.uint8)
+
+
+def take(source: Source, index: int) -> Record:
+    """Returns a record; raises DecodeError where its storage fails."""
+    waits_secs = [*_RETRY_WAITS_SECS]
+    while True:
+        try:
+            return source[index]
+        except OSError as error:
+            if not waits_secs:
+                path = source.path_of(index)
+                raise decode.DecodeError(path, "unreadable", str(error)) from error
+        time.sleep(waits_secs.pop(0))
+
+
+def shared_bytes(num_workers: int, batches_ahead: int, batch_bytes: int) -> int:
+    """Returns what workers' batches take in /dev/shm.
+
+    Of each worker's queue and of the thread that empties it, one batch more than is
+    buffered is under way; one is with whoever asked for it.
+    """
+    if not num_workers:
+        return 0
+    return (2 * num_workers * (batches_ahead + 1) + 1) * batch_bytes
+
+
+def decoded_ahead(
+    dataset: grain.MapDataset, num_workers: int, batches_ahead: int, work_log: WorkLog
+) -> grain.IterDataset:
+    if not flags.FLAGS.is_parsed():
+        # Grain reads its own flags when it starts workers; tests and notebooks have no
+        # command line.
+        flags.FLAGS.mark_as_parsed()
+    # A worker's batches wait in the queue to the main process, so that its thread need
+    # not be more than one ahead of them.
+    dataset = dataset.to_iter_dataset(
+        grain.ReadOptions(
+            num_threads=1, prefetch_buffer_size=1 if num_workers else batches_ahead
+        )
+    )
+    if num_workers:
+        dataset = dataset.mp_prefetch(
+            grain.MultiprocessingOptions(
+                num_workers=num_workers, per_worker_buffer_size=batches_ahead
+            ),
+            worker_init_fn=functools.partial(_start_worker, work_log),
+        )
+    return dataset
+
+
+def _start_worker(work_log: WorkLog, worker_index: int, worker_count: int) -> None:
+    """Makes the process known, and deaf to Ctrl-C.
+
+    A terminal sends that to every process of the job, and a worker that died of it
+    would end the run before the state is saved.
+    """
+    del worker_index, worker_count
+    work_log.begin()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
