@@ -324,11 +324,18 @@ def test_damaged_arrays_of_paths_are_a_users_error(tmp_path, kind):
     assert num_refused
 
 
-def test_a_damaged_array_asks_for_no_more_memory_than_it_has(tmp_path):
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pickle.LONG_BINPUT,  # the bytes that follow index the table of known objects
+        pickle.BYTEARRAY8 + (1 << 26).to_bytes(8, "little"),
+    ],
+)
+def test_damaged_arrays_ask_for_no_more_memory_than_they_have(tmp_path, damage):
     whole = npy_bytes(array_of_paths("objects"))
-    # The element's bytes become an index of the table of known objects.
     place = whole.index(b"folder") - 2
-    (tmp_path / "list.npy").write_bytes(whole[:place] + b"r" + whole[place + 1 :])
+    damaged = whole[:place] + damage + whole[place + len(damage) :]
+    (tmp_path / "list.npy").write_bytes(damaged)
     tracemalloc.start()
     with pytest.raises(UserError, match="array of paths: it is damaged"):
         sources.VideoList.from_array_file(str(tmp_path / "list.npy"))

@@ -274,8 +274,15 @@ class _StringUnpickler(pickle._Unpickler):
 
     No array is made: NumPy's own `__setstate__` crashes the process on damaged files.
     And this is the unpickler in Python: the one in C allocates a table as long as the
-    largest index in the file, which in a damaged one is gigabytes.
+    largest index in the file, which in a damaged one is gigabytes. For the same reason
+    it takes no bytearrays, which are allocated before their bytes are looked for.
     """
+
+    dispatch = {  # noqa: RUF012, of the base class
+        code: load
+        for code, load in pickle._Unpickler.dispatch.items()
+        if code != pickle.BYTEARRAY8[0]
+    }
 
     def strings(self) -> list:
         """Returns the elements; not all need be strings.
