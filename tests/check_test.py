@@ -114,7 +114,7 @@ def test_folder_under_the_limit_and_needs_of_a_config(tmp_path):
     "arguments, message",
     [
         ([], "--data is not set"),
-        (["--data=nowhere"], "'nowhere' does not exist"),
+        (["--data=nowhere"], "error: --data 'nowhere' does not exist"),
         (["--data={folder}"], "no videos"),
         (["--data={list}", "--output={folder}"], "cannot be written"),
         (["--data={list}", "--workers=0"], "workers"),
@@ -350,15 +350,55 @@ def test_summary_counts(rng, in_frames):
         for f in good
         if (f.frames < 61 if in_frames else f.fps and f.frames / f.fps < 2)
     ]
-    assert (f"{len(short)} videos are shorter" in text) == bool(short)
+    says = "1 video is" if len(short) == 1 else f"{len(short)} videos are"
+    assert (f"\n\n{says} shorter than a clip" in text) == bool(short)
     lengths = text.partition("\nlength")[2].partition("\n\nunreadable")[0]
-    counts = [int(line[16:27]) for line in lengths.splitlines()[1:] if line[:2] == "  "]
+    counts = [int(line[18:29]) for line in lengths.splitlines()[1:] if line[:2] == "  "]
     assert sum(counts) == len(good)
     if good:
         seconds = sum(finding.clip_secs for finding in good)
         assert summary.clips_per_second == pytest.approx(len(good) / seconds)
     else:
         assert summary.clips_per_second is None
+
+
+def test_rows_of_the_summary_stand_in_columns():
+    summary = Summary(Sampling(16, 4))
+    reasons = (*decode.REASONS, survey.CRASHED, survey.TIMED_OUT)
+    for reason in reasons:
+        summary.add(survey.Finding(f"/videos/{reason}.mp4", error=reason))
+    lines = list(summary.lines())
+    rows = lines[2 : 2 + len(reasons)]
+    assert {line.index(" 1 ") for line in rows} == {lines[1].rindex("s ") - 2}
+
+
+def test_a_summary_of_one_video():
+    summary = Summary(Sampling(16, 4))
+    summary.add(survey.Finding("a", 9, 64, 48, 30.0, "h264", clip_secs=0.1))
+    lines = list(summary.lines())
+    assert lines[0] == "1 video: 1 readable, 0 not"
+    assert lines[-1] == "\n1 video is shorter than a clip: its last frame is repeated"
+
+
+def test_unreadable_videos_are_listed_with_what_the_reason_does_not_tell():
+    summary = Summary(Sampling(16, 4))
+    for reason, detail in [
+        ("empty", "Invalid argument"),
+        ("missing", "No such file or directory"),
+        ("unreadable", "Permission denied"),
+        ("no_frames", ""),
+    ]:
+        summary.add(survey.Finding(f"{reason}.mp4", error=reason, detail=detail))
+    assert list(summary.lines())[-5:] == [
+        "\nunreadable",
+        "  empty.mp4: empty",
+        "  missing.mp4: missing",
+        "  unreadable.mp4: unreadable (Permission denied)",
+        "  no_frames.mp4: no_frames",
+    ]
+    for _ in range(30):
+        summary.add(survey.Finding("more.mp4", error="empty"))
+    assert "\nunreadable, the first 20 of 34" in list(summary.lines())
 
 
 def test_need_grows_with_the_model_and_the_chip():

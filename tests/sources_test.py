@@ -1,11 +1,15 @@
+import errno
 import io
 import os
 import pickle
+import random
+import tracemalloc
 from typing import ClassVar
 
 import fsspec
 import numpy as np
 import pytest
+from etils import epath
 from etils.epath import backend
 from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given
@@ -86,7 +90,11 @@ def test_file_names_in_other_encodings_are_found(tmp_path):
 
 @pytest.mark.parametrize(
     "line",
-    ["path label", "a.mp4", "a.mp4 1.5", "a.mp4,3", " 3", "::3", "a\0b.mp4 3"],
+    [
+        *("path label", "a.mp4", "a.mp4 1.5", "a.mp4,3", " 3", "::3", "a\0b.mp4 3"),
+        *("a.mp4 99999999999999999999", f"a.mp4::{2**63}", f"a.mp4 {-(2**63) - 1} "),
+        *(f"a.mp4 {10**20} 3", f"a.mp4 {'9' * 5000}", f"a.mp4 {'9' * 5000} 3"),
+    ],
 )
 def test_bad_lines_are_named(tmp_path, line):
     path = write_list(tmp_path, f"a.mp4 0\n\n{line}\n")
@@ -239,13 +247,101 @@ def test_of_further_columns_the_first_number_is_the_label(tmp_path, line, entry,
     assert relative_records(source, tmp_path) == [(entry, label)]
 
 
-@pytest.mark.parametrize("dtype", [object, str])
+def test_labels_have_64_bits(tmp_path):
+    labels = [2**63 - 1, -(2**63)]
+    path = write_list(tmp_path, "".join(f"a.mp4 {label}\n" for label in labels))
+    assert sources.VideoList.from_list_file(path).labels.tolist() == labels
+
+
+@pytest.mark.parametrize("dtype", [object, str, ">U40"])
 def test_arrays_of_paths(tmp_path, dtype):
     make_files(tmp_path, "b.mp4")
     names = ["a \\ 'quoted' é.mp4", "b.mp4", "/elsewhere/c.mp4"]
     np.save(tmp_path / "list.npy", np.array(names, dtype), allow_pickle=True)
     source = sources.open_source(str(tmp_path / "list.npy"))
     assert records(source) == [(str(tmp_path / name), 0) for name in names]
+
+
+@pytest.mark.parametrize("order", "<>")
+def test_arrays_of_numpy_strings_as_objects(tmp_path, order):
+    names = ["a é 日本.mp4", "b.mp4"]
+    array = np.empty(2, object)
+    array[:] = [np.array(name, f"{order}U20")[()] for name in names]
+    np.save(tmp_path / "list.npy", array, allow_pickle=True)
+    source = sources.VideoList.from_array_file(str(tmp_path / "list.npy"))
+    assert records(source) == [(str(tmp_path / name), 0) for name in names]
+
+
+@pytest.mark.parametrize("protocol", [3, 4, 5])
+def test_arrays_saved_by_other_versions_of_numpy(tmp_path, protocol):
+    names = ["a é.mp4", "b.mp4", "a é.mp4"]
+    array = np.array([*names, np.str_("c.mp4")], object)
+    with open(tmp_path / "list.npy", "wb") as file:
+        np.lib.format.write_array_header_1_0(
+            file, np.lib.format.header_data_from_array_1_0(array)
+        )
+        pickled = pickle.dumps(array, protocol)
+        if protocol == 3:
+            pickled = pickled.replace(b"cnumpy._core.", b"cnumpy.core.")
+        file.write(pickled)
+    source = sources.VideoList.from_array_file(str(tmp_path / "list.npy"))
+    expected = [(str(tmp_path / name), 0) for name in [*names, "c.mp4"]]
+    assert records(source) == expected
+
+
+def npy_bytes(array):
+    content = io.BytesIO()
+    np.save(content, array, allow_pickle=True)
+    return content.getvalue()
+
+
+def array_of_paths(kind):
+    names = [f"folder {i % 3}/vidéo_{i}.mp4" for i in range(30)]
+    array = np.array(names, str if kind == "str" else object)
+    if kind == "numpy strings":
+        array[:] = [np.str_(name) for name in names]
+    return array
+
+
+# NumPy's own reader crashes the process on such files.
+@pytest.mark.parametrize("kind", ["objects", "numpy strings", "str"])
+def test_damaged_arrays_of_paths_are_a_users_error(tmp_path, kind):
+    whole = npy_bytes(array_of_paths(kind))
+    path = tmp_path / "list.npy"
+    num_refused = 0
+    for _ in range(500):
+        content = bytearray(whole)
+        content[random.randrange(len(whole))] ^= random.randrange(1, 256)
+        path.write_bytes(content)
+        try:
+            source = sources.VideoList.from_array_file(str(path))
+        except UserError as error:
+            assert str(error).startswith(f"{path} is no .npy array of paths: ")
+            assert "\n" not in str(error) and len(str(error)) < 200 + len(str(path))
+            num_refused += 1
+        else:
+            assert all("\0" not in record.path for record in source)
+    assert num_refused
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pickle.LONG_BINPUT,  # the bytes that follow index the table of known objects
+        pickle.BYTEARRAY8 + (1 << 26).to_bytes(8, "little"),
+    ],
+)
+def test_damaged_arrays_ask_for_no_more_memory_than_they_have(tmp_path, damage):
+    whole = npy_bytes(array_of_paths("objects"))
+    place = whole.index(b"folder") - 2
+    damaged = whole[:place] + damage + whole[place + len(damage) :]
+    (tmp_path / "list.npy").write_bytes(damaged)
+    tracemalloc.start()
+    with pytest.raises(UserError, match="array of paths: it is damaged"):
+        sources.VideoList.from_array_file(str(tmp_path / "list.npy"))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 20
 
 
 class Evil:
@@ -258,7 +354,11 @@ class Evil:
     [
         (np.arange(3), "one-dimensional array of strings"),
         (np.array([["a", "b"]]), "one-dimensional array of strings"),
-        (np.array(["a", 3], object), "one-dimensional array of strings"),
+        (np.array(["a", 3], object), "entry 1 has the type int, not str"),
+        (np.array(["a", np.int32(3)], object), "holds a value of type i4"),
+        (np.array(["a", ""]), "entry 1 cannot be a path: ''"),
+        (np.array(["a\0b"], object), "entry 0 cannot be a path"),
+        (np.array(["\ud800"], object), "surrogates not allowed"),
         (np.array(["a", Evil()], object), "holds posix.mkdir, not only strings"),
     ],
 )
@@ -269,12 +369,42 @@ def test_other_arrays_are_refused(tmp_path, array, message):
 
 
 def test_files_that_are_no_arrays_are_refused(tmp_path):
-    whole = io.BytesIO()
-    np.save(whole, np.array(["a", "b"], object), allow_pickle=True)
-    for content in (b"", b"text 1", whole.getvalue()[:-4], whole.getvalue()[:60]):
+    whole = npy_bytes(np.array(["a", "b"], object))
+    for content in (b"", b"text 1", whole[:-4], whole[:60]):
         (tmp_path / "list.npy").write_bytes(content)
         with pytest.raises(UserError, match=r"list\.npy is no \.npy array of paths"):
             sources.open_source(str(tmp_path / "list.npy"))
+
+
+def test_what_the_file_system_refuses_is_told_in_a_line(tmp_path, monkeypatch):
+    make_files(tmp_path, "a.mp4")
+    path = write_list(tmp_path, "a.mp4 1\n")
+
+    def refuse(self):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
+
+    monkeypatch.setattr(type(epath.Path(path)), "read_bytes", refuse)
+    for name in ("train.csv", "list.npy"):
+        (tmp_path / name).touch()
+        with pytest.raises(UserError, match=f"{name}' cannot be read: Permission"):
+            sources.open_source(str(tmp_path / name))
+
+
+def test_a_folder_that_may_not_be_listed_is_refused(tmp_path, monkeypatch):
+    make_files(tmp_path, "data/a.mp4", "data/lost+found/b.mp4")
+    scandir = os.scandir
+
+    def refuse_some(path):
+        if str(path) in refused:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse_some)
+    refused = [f"{tmp_path}/data/lost+found"]
+    assert len(sources.open_source(f"{tmp_path}/data")) == 1
+    refused = [f"{tmp_path}/data"]
+    with pytest.raises(UserError, match="data' cannot be read: Permission denied"):
+        sources.open_source(f"{tmp_path}/data")
 
 
 def test_images_count_beside_videos(tmp_path):

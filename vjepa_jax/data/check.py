@@ -209,6 +209,11 @@ def main() -> None:
             timeout_secs=_TIMEOUT.value or default_secs,
             with_need=_CONFIG.value is not None,
         )
+    except UserError as error:
+        message = str(error)
+        if _DATA.value and message.startswith("data.path"):  # not what was set here
+            message = "--data" + message.removeprefix("data.path")
+        raise UserError(message) from error
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
     if share > limit:

@@ -27,12 +27,7 @@ VIDEO_SUFFIXES = (
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 MEDIA_SUFFIXES = VIDEO_SUFFIXES + IMAGE_SUFFIXES
 
-# All that the pickle of an array of strings may call; a list file is data, not code.
-_ARRAY_GLOBALS = {
-    (f"numpy.{package}.multiarray", name)
-    for package in ("core", "_core")
-    for name in ("_reconstruct", "scalar")
-} | {("numpy", "ndarray"), ("numpy", "dtype")}
+_LABELS = np.iinfo(np.int64)
 
 
 def is_remote(path: str) -> bool:
@@ -133,8 +128,8 @@ class VideoList(Source):
                 if entry is None:
                     raise UserError(
                         f"{path}:{number}: expected 'path label' with a whole number "
-                        f"as label, found {_shortened(line)!r}; videos without a class "
-                        "take the label 0"
+                        "of at most 64 bits as label, found "
+                        f"{_shortened(line)!r}; videos without a class take the label 0"
                     )
                 entries.append(entry)
                 labels.append(label)
@@ -147,21 +142,16 @@ class VideoList(Source):
         Relative paths are resolved against the file's folder. All labels are 0.
 
         Raises:
-          UserError: the file is none, or not of strings.
+          UserError: the file is damaged, or not of strings that can be paths.
         """
         path, root = _located(path)
+        content = epath.Path(path).read_bytes()
         try:
-            entries = _read_array(epath.Path(path).read_bytes())
-        except (ValueError, TypeError, EOFError, pickle.UnpicklingError) as error:
-            raise UserError(
-                f"{path} is no .npy array of paths: {_shortened(str(error))}"
-            ) from None
-        if entries.ndim != 1 or not all(isinstance(entry, str) for entry in entries):
-            raise UserError(
-                f"{path} should be a one-dimensional array of strings, not "
-                f"{entries.dtype} of shape {entries.shape}"
-            )
-        return cls(path, root, entries.tolist(), np.zeros(len(entries), np.int64))
+            entries = _read_array(content)
+            return cls(path, root, entries, [0] * len(entries))
+        except Exception as error:  # a damaged file may fail in any of the steps
+            reason = _shortened(str(error)) or type(error).__name__
+            raise UserError(f"{path} is no .npy array of paths: {reason}") from error
 
     @classmethod
     def from_folder(cls, path: str) -> "VideoList":
@@ -198,12 +188,14 @@ def _split(line: str) -> tuple[str | None, int]:
         entry = fields[0].strip()
         try:
             label = int(fields[1])
+            first, *others = entry.split(separator)
+            if others and all(other.strip().isdecimal() for other in others):
+                # Further columns: the official code takes the first two.
+                entry, label = first.strip(), int(others[0])
         except ValueError:
             continue
-        first, *others = entry.split(separator)
-        if others and all(other.strip().isdecimal() for other in others):
-            # Further columns: the official code takes the first two.
-            entry, label = first.strip(), int(others[0])
+        if not _LABELS.min <= label <= _LABELS.max:
+            continue
         if len(entry) > 1 and entry[0] == entry[-1] == '"':
             entry = entry[1:-1].replace('""', '"')
         # A zero byte cannot be in a path: this is no text file.
@@ -217,7 +209,7 @@ def _shortened(line: str) -> str:
     return line if len(line) <= 100 else line[:97] + "..."
 
 
-def _read_array(content: bytes) -> np.ndarray:
+def _read_array(content: bytes) -> list[str]:
     stream = io.BytesIO(content)
     version = np.lib.format.read_magic(stream)
     read_header = {
@@ -227,26 +219,100 @@ def _read_array(content: bytes) -> np.ndarray:
     if read_header is None:
         raise ValueError(f"version {version} of the format")
     shape, _, dtype = read_header(stream)
-    if not dtype.hasobject:
-        return np.load(io.BytesIO(content), allow_pickle=False).astype(object)
-    array = _ArrayUnpickler(stream).load()
-    if not isinstance(array, np.ndarray) or array.shape != shape:
-        raise ValueError("the content does not match the header")
-    return array
+    if len(shape) != 1 or dtype.kind not in "OU":
+        raise ValueError(
+            f"{dtype} of shape {shape}, not a one-dimensional array of strings"
+        )
+    if dtype.hasobject:
+        entries = _StringUnpickler(stream).strings()
+    else:
+        entries = np.load(io.BytesIO(content), allow_pickle=False).tolist()
+    if len(entries) != shape[0]:
+        raise ValueError(f"{len(entries)} entries where the header says {shape[0]}")
+    for index, entry in enumerate(entries):
+        if not isinstance(entry, str):
+            raise ValueError(
+                f"entry {index} has the type {type(entry).__name__}, not str"
+            )
+        if not entry or "\0" in entry:
+            raise ValueError(f"entry {index} cannot be a path: {entry!r}")
+    return entries
 
 
-class _ArrayUnpickler(pickle.Unpickler):
-    """Reads arrays of Python strings and nothing that could run code."""
+class _Pickled:
+    """Stands for an array or a dtype in a pickle: what it would have been made of."""
+
+    def __init__(self, *arguments):
+        self.arguments = arguments
+        self.state = ()
+
+    def __setstate__(self, state):
+        self.state = state
+
+
+def _unpickle_scalar(dtype: _Pickled, content: bytes) -> str:
+    (kind, *_), (_, order, *_) = dtype.arguments, dtype.state
+    if not kind.startswith("U"):
+        raise pickle.UnpicklingError(f"holds a value of type {kind}, not only strings")
+    codec = {"<": "utf-32-le", ">": "utf-32-be"}[order]
+    return content.decode(codec).rstrip("\0")
+
+
+# All that the pickle of an array of strings may call; a list file is data, not code.
+_STAND_INS = {
+    ("numpy", "ndarray"): _Pickled,
+    ("numpy", "dtype"): _Pickled,
+} | {
+    (f"numpy.{package}.multiarray", name): stand_in
+    for package in ("core", "_core")
+    for name, stand_in in (("_reconstruct", _Pickled), ("scalar", _unpickle_scalar))
+}
+
+
+class _StringUnpickler(pickle._Unpickler):
+    """Reads the strings out of a pickled array, and nothing that could run code.
+
+    No array is made: NumPy's own `__setstate__` crashes the process on damaged files.
+    And this is the unpickler in Python: the one in C allocates a table as long as the
+    largest index in the file, which in a damaged one is gigabytes. For the same reason
+    it takes no bytearrays, which are allocated before their bytes are looked for.
+    """
+
+    dispatch = {  # noqa: RUF012, of the base class
+        code: load
+        for code, load in pickle._Unpickler.dispatch.items()
+        if code != pickle.BYTEARRAY8[0]
+    }
+
+    def strings(self) -> list:
+        """Returns the elements; not all need be strings.
+
+        Raises:
+          UnpicklingError: the pickle is damaged, or of something else.
+        """
+        try:
+            *_, elements = self.load().state
+            return list(elements)
+        except pickle.UnpicklingError:
+            raise
+        except Exception as error:
+            raise pickle.UnpicklingError(f"it is damaged ({error!r})") from error
 
     def find_class(self, module: str, name: str):
-        if (module, name) not in _ARRAY_GLOBALS:
+        """Returns a stand-in for what the array is made by."""
+        if (module, name) not in _STAND_INS:
             raise pickle.UnpicklingError(f"holds {module}.{name}, not only strings")
-        return super().find_class(module, name)
+        return _STAND_INS[module, name]
 
 
 def _local_files(root: str) -> Iterable[str]:
     visited = set()
-    for folder, folders, files in os.walk(root, followlinks=True):
+
+    def refuse(error: OSError) -> None:
+        if error.filename == root:  # below, some may be others' (lost+found)
+            raise error
+
+    for folder, folders, files in os.walk(root, followlinks=True, onerror=refuse):
         real = os.path.realpath(folder)
         if real in visited:  # a link to a folder above would never end
             folders.clear()

@@ -14,7 +14,9 @@ _JSON_FIELDS = ("path", "frames", "width", "height", "fps", "codec", "error")
 _LENGTHS_SECS = (0, 1, 2, 5, 10, 20, 60, 300, 1800)
 _MAX_ROWS = 16
 _MAX_LISTED = 20
+_NAME_WIDTH = 16
 _BAR = 40
+_TOLD_BY_REASON = ("empty", "missing")  # what the system says is the same once more
 
 
 class Output:
@@ -149,7 +151,8 @@ class Summary:
     def lines(self) -> Iterator[str]:
         """Yields the report: totals, histograms and the first unreadable videos."""
         num_good = self.num_videos - self.num_bad
-        yield f"{self.num_videos} videos: {num_good} readable, {self.num_bad} not"
+        videos = "1 video" if self.num_videos == 1 else f"{self.num_videos} videos"
+        yield f"{videos}: {num_good} readable, {self.num_bad} not"
         for title in ("reason", "codec", "size", "fps"):
             counts = self._counts[title].most_common()
             if len(counts) > _MAX_ROWS:
@@ -158,15 +161,20 @@ class Summary:
             yield from _histogram(title, counts)
         lengths = sorted(self._counts["length"].items())
         yield from _histogram("length", [(name, n) for (_, name), n in lengths])
-        if self._num_short:
+        if self._num_short == 1:
+            yield "\n1 video is shorter than a clip: its last frame is repeated"
+        elif self._num_short:
             yield (
-                f"{self._num_short} videos are shorter than a clip: their last frame "
+                f"\n{self._num_short} videos are shorter than a clip: their last frame "
                 "is repeated"
             )
         if self._bad:
-            yield f"\nunreadable, the first {len(self._bad)} of {self.num_bad}"
+            cut = self.num_bad > len(self._bad)
+            first = f", the first {len(self._bad)} of {self.num_bad}" if cut else ""
+            yield f"\nunreadable{first}"
         for finding in self._bad:
-            detail = finding.detail and f" ({finding.detail})"
+            is_told = finding.error in _TOLD_BY_REASON or not finding.detail
+            detail = "" if is_told else f" ({finding.detail})"
             yield f"  {finding.path}: {finding.error}{detail}"
 
 
@@ -181,7 +189,7 @@ def _length_bin(secs: float | None) -> tuple[float, str]:
 def _histogram(title: str, counts: Sequence[tuple[str, int]]) -> Iterator[str]:
     total = sum(count for _, count in counts)
     if total:
-        yield f"\n{title:<16} {'videos':>9}  share"
+        yield f"\n{title:<{_NAME_WIDTH + 2}} {'videos':>9}  share"
     for name, count in counts:
         bar = "#" * math.ceil(_BAR * count / total)
-        yield f"  {name:<14} {count:>9} {count / total:6.1%} {bar}"
+        yield f"  {name:<{_NAME_WIDTH}} {count:>9} {count / total:6.1%} {bar}"

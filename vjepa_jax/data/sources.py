@@ -138,20 +138,21 @@ def _is_folder(path: str) -> bool:
 
 
 def _asked(path: str, question):
-    """Puts what a remote store has to say about a path into one line."""
-    if not is_remote(path):
-        return question(path)
+    """Puts what a file system or a remote store says about a path into one line."""
     try:
         return question(path)
     except UserError:
         raise
-    except ImportError as error:
-        raise UserError(
-            f"{path!r} needs a client of its store ({error}); for gs:// it comes with "
-            "pip install 'vjepa_jax[gcs]'"
-        ) from error
     except Exception as error:  # the clients' errors have no base in common
-        reason = " ".join(str(error).split()) or type(error).__name__
+        if not is_remote(path) and not isinstance(error, OSError):
+            raise
+        if isinstance(error, ImportError):
+            raise UserError(
+                f"{path!r} needs a client of its store ({error}); for gs:// it comes "
+                "with pip install 'vjepa_jax[gcs]'"
+            ) from error
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        reason = reason or type(error).__name__
         raise UserError(f"{path!r} cannot be read: {reason}") from error
 
 
