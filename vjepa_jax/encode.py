@@ -119,7 +119,6 @@ def load_encoder(
       dtype: of the computation, `float32` or `bfloat16`; None as the config says.
       all_levels: V-JEPA 2.1: the features of all its levels, in the channels, instead
         of the last one's.
-
       out_layers: blocks, counted from 0, whose outputs are given instead, each through
         the last layer norm, side by side in the channels.
 

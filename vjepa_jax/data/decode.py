@@ -225,8 +225,11 @@ def _fill_from_frames(
     sampling: Sampling,
     rng: np.random.Generator | None,
 ) -> None:
-    if not len(pixels):
+    if not pixels.size:
         raise DecodeError(path, "no_frames")
+    if pixels.ndim != 4 or pixels.shape[-1] != 3 or pixels.dtype != np.uint8:
+        detail = f"{pixels.dtype} {pixels.shape}, not uint8 [T, H, W, 3]"
+        raise DecodeError(path, "not_a_video", detail)
     times = _even_times(len(pixels), fps, sampling)
     chosen = _choose(path, sampling, rng, times, fps)
     on_frame = _collector(writers, chosen)

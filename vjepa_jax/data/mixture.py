@@ -17,8 +17,8 @@ class Mixture(Joined):
     """Several sources as one, to be drawn from; a single one is a mixture of itself.
 
     Attributes:
-      weights: each source's expected share of the samples, on every host; over any
-        4096 consecutive samples of the global stream it is exact but for rounding.
+      weights: each source's expected share of the samples, on every host; in each
+        block of 4096 samples of the global stream it is exact but for rounding.
     """
 
     def __init__(self, parts: Sequence[tuple[Source, float]]):

@@ -101,7 +101,11 @@ class _ReadTrainClips(grain.transforms.Map):
             return self._transform.crop_boxes(height, width, num_frames, rng)
 
         clips = self._reading.read(take(self._source, index), crop, rng)
-        return np.stack([self._transform.augment(clip, rng) for clip in clips])
+        for number, clip in enumerate(clips):
+            augmented = self._transform.augment(clip, rng)
+            if augmented is not clip:  # a clip has megabytes to copy
+                clips[number] = augmented
+        return clips
 
 
 def make_train_iterator(

@@ -117,9 +117,13 @@ class TfdsSource(Source):
           OSError: the files are damaged or gone.
         """
         index = range(len(self))[index]
-        example = self._features.deserialize_example_np(
-            self._raw(index), decoders=self._decoders
-        )
+        try:
+            example = self._features.deserialize_example_np(
+                self._data[index], decoders=self._decoders
+            )
+        # What Riegeli, protocol buffers and decoders raise on damaged files.
+        except (RuntimeError, ValueError, LookupError, TypeError) as error:
+            raise OSError(f"{self.path_of(index)}: {error}") from error
         media = example[self._media]
         if self._kind == "frames":
             media = np.asarray(media)
@@ -150,7 +154,7 @@ class TfdsSource(Source):
         only = tfds.features.FeaturesDict({self._label: self._features[self._label]})
         return np.array(
             [
-                only.deserialize_example_np(self._raw(i))[self._label]
+                only.deserialize_example_np(self._data[i])[self._label]
                 for i in range(len(self))
             ],
             np.int64,
@@ -166,12 +170,6 @@ class TfdsSource(Source):
         used = [self._media, self._label, self._fps]
         parts = [info.full_name, str(self._data.split), splits, used]
         return digest_of([json.dumps(parts, sort_keys=True).encode()])
-
-    def _raw(self, index: int) -> bytes:
-        try:
-            return self._data[index]
-        except RuntimeError as error:
-            raise OSError(f"{self.path_of(index)}: {error}") from error
 
 
 def _choose_media(name: str, features) -> tuple[str, str]:
