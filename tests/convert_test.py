@@ -202,6 +202,51 @@ def test_exported_probe_is_read_as_the_same_family(tmp_path):
     assert again.meta["classifier"]["blocks_on_query"]
 
 
+@pytest.mark.parametrize("names", [("verb", "noun", "action"), ("action",)])
+def test_probe_of_action_anticipation(rng, names):
+    """Its queries do not see each other: as many probes of one query, in one."""
+    golden = Golden("vjepa2_probe")
+    content = golden.content["classifier"]
+    (prefix,) = {name.partition("pooler.")[0] for name in content if "pooler" in name}
+    width = golden.meta["embed_dim"]
+    queries = rng.normal(size=(1, len(names), width)).astype(np.float32)
+    state = {name: value for name, value in content.items() if "linear" not in name}
+    state[f"{prefix}pooler.query_tokens"] = queries
+    singles = []
+    for i, name in enumerate(names):
+        weight = rng.normal(size=(5 + i, width)).astype(np.float32)
+        bias = rng.normal(size=5 + i).astype(np.float32)
+        state[f"{prefix}{name}_classifier.weight"] = weight
+        state[f"{prefix}{name}_classifier.bias"] = bias
+        single = {
+            f"{prefix}pooler.query_tokens": queries[:, i : i + 1],
+            f"{prefix}linear.weight": weight,
+            f"{prefix}linear.bias": bias,
+        }
+        kept = {n: v for n, v in content.items() if "linear" not in n}
+        singles.append({"classifiers": [kept | single]})
+    hints = official.Hints(num_heads=golden.meta["num_heads"])
+
+    def run(content):
+        source = weight_files.split(content, "golden")
+        converted = convert.import_source(source, hints)
+        fields = json.loads(json.dumps(converted.meta["classifier"]))  # as stored
+        model = AttentiveClassifier(**fields)
+        params = {"params": converted.target["0"]}
+        return converted, jax.jit(model.apply)(params, golden.arrays["x"])
+
+    converted, logits = run({"classifiers": [state]})
+    assert set(logits) == set(names)
+    for name, single in zip(names, singles, strict=True):
+        np.testing.assert_allclose(logits[name], run(single)[1], atol=1e-5)
+    parts = convert.export_parts({"target": converted.target}, converted.meta)
+    (exported,) = parts["classifiers"]
+    wanted = weights.strip_prefixes(state)
+    assert set(exported) == set(wanted)
+    for name, value in exported.items():
+        assert value.tobytes() == wanted[name].tobytes(), name
+
+
 def test_gated_mlp_of_the_encoder_alone():
     golden = Golden("vjepa2_swiglu_nonsquare")
     predictor = weights.strip_prefixes(golden.content["predictor"])

@@ -197,7 +197,13 @@ def predictor_config(predictor: Any) -> dict[str, Any]:
 
 
 def classifier_config(num_classes: int, depth: int, **_: Any) -> dict[str, Any]:
-    """Return what `config.json` says about an `AttentiveClassifier` of those fields."""
+    """Return what `config.json` says about an `AttentiveClassifier` of those fields.
+
+    Raises:
+      UserError: it has several outputs.
+    """
+    if not num_classes:
+        raise UserError("transformers has no probe of several outputs (EK100)")
     labels = {str(i): f"LABEL_{i}" for i in range(num_classes)}
     return {
         "architectures": ["VJEPA2ForVideoClassification"],

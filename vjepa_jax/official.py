@@ -32,6 +32,8 @@ _PREDICTOR_HEADS = {
     ACTION_FAMILY: {1024: 16},
 }
 _PROBE_HEADS = 16  # of every official probe
+# Of a probe of action anticipation (EK100), in the order of its queries.
+_ANTICIPATED = ("verb", "noun", "action")
 # Mask tokens of the public files: V-JEPA has one for each of its two mask types.
 _TOKENS = {2: "vjepa", 10: "vjepa2"}
 _FRAMES, _RESOLUTION = 16, 256  # of a clip, where the weights do not say
@@ -233,15 +235,20 @@ def action_predictor_fields(state: State, hints: Hints) -> dict[str, Any]:
 
 def classifier_fields(state: State, hints: Hints) -> dict[str, Any]:
     """Return the fields of `heads.AttentiveClassifier`, see `make_config`."""
-    if "action_classifier.weight" in state:
-        raise UserError("probes of action anticipation (EK100) are not supported")
     width = _need(state, "pooler.query_tokens", "probe", 3).shape[-1]
     published = {s.width: _PROBE_HEADS for s in registry.SIZES.values() if s.depth > 11}
     cross = "pooler.cross_attention_block"
     # Only V-JEPA 1's cross-attention has, and never uses, an output projection.
     is_first = any(f"{cross}.{n}.weight" in state for n in ("xattn.proj", "proj"))
+    outputs = {
+        name: len(_need(state, f"{name}_classifier.weight", "probe", 2))
+        for name in _ANTICIPATED
+        if f"{name}_classifier.weight" in state
+    }
+    num_classes = 0 if outputs else len(_need(state, "linear.weight", "probe", 2))
     return {
-        "num_classes": len(_need(state, "linear.weight", "probe", 2)),
+        "num_classes": num_classes,
+        "outputs": tuple(outputs.items()),
         "num_heads": _heads(width, hints.num_heads, published, "num_heads"),
         "depth": 1 + count(state, "pooler.blocks"),
         "blocks_on_query": is_first,

@@ -161,7 +161,9 @@ def classifier_rules(model: AttentiveClassifier) -> list[Rule]:
         rules += _linear("fc1", f"{cross}.mlp.fc1") + _linear("fc2", f"{cross}.mlp.fc2")
     if model.depth > 1:
         rules += _stack("pooler.blocks", model.depth - 1, "gelu")
-    return rules + _linear("linear", "linear")
+    for name, _ in model.outputs:
+        rules += _linear(f"{name}_linear", f"{name}_classifier")
+    return rules if model.outputs else rules + _linear("linear", "linear")
 
 
 # What official state dicts hold and we have no parameter for, with the reason.

@@ -25,6 +25,8 @@ class AttentiveClassifier(nn.Module):
         alone (V-JEPA 1); otherwise they come first and see all tokens (V-JEPA 2). The
         former's attention has parameters of an output projection that nothing computes
         with, as in the official files.
+      outputs: (name, classes) of several linear layers, each with a learned query of
+        its own, instead of the one of `num_classes` (V-JEPA 2's action anticipation).
       complete_block: False leaves cross-attention without norms, residuals and MLP.
     """
 
@@ -33,10 +35,11 @@ class AttentiveClassifier(nn.Module):
     depth: int = 1
     blocks_on_query: bool = False
     complete_block: bool = True
+    outputs: tuple[tuple[str, int], ...] = ()
 
     @nn.compact
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        """Map tokens [B, N, D] to logits [B, num_classes]."""
+    def __call__(self, tokens: jax.Array) -> jax.Array | dict[str, jax.Array]:
+        """Map tokens [B, N, D] to logits [B, num_classes], of `outputs` by name."""
         width = tokens.shape[-1]
 
         def blocks(x):
@@ -55,17 +58,23 @@ class AttentiveClassifier(nn.Module):
         x = tokens if self.blocks_on_query else blocks(tokens)
         x = self._cross_attend(x)
         x = blocks(x) if self.blocks_on_query else x
-        return _dense(self.num_classes, "linear")(x[:, 0])
+        if not self.outputs:
+            return _dense(self.num_classes, "linear")(x[:, 0])
+        return {
+            name: _dense(num_classes, f"{name}_linear")(x[:, i])
+            for i, (name, num_classes) in enumerate(self.outputs)
+        }
 
     def _cross_attend(self, tokens: jax.Array) -> jax.Array:
         batch, count, width = tokens.shape
-        query = self.param("query", nn.initializers.normal(0.02), (1, 1, width))
+        num = len(self.outputs) or 1
+        query = self.param("query", nn.initializers.normal(0.02), (1, num, width))
         y = _norm("norm1")(tokens) if self.complete_block else tokens
         kv = _dense(2 * width, "kv")(y)
         k, v = jnp.split(kv.reshape(batch, count, 2 * self.num_heads, -1), 2, axis=2)
-        q = _dense(width, "q")(query).reshape(1, 1, self.num_heads, -1)
+        q = _dense(width, "q")(query).reshape(1, num, self.num_heads, -1)
         q = jnp.broadcast_to(q, (batch, *q.shape[1:]))
-        y = attention(q, k, v).reshape(batch, 1, width)
+        y = attention(q, k, v).reshape(batch, num, width)
         if self.blocks_on_query and self.is_initializing():
             _dense(width, "proj")(y)
         if not self.complete_block:
