@@ -3,21 +3,15 @@ import json
 import subprocess
 import sys
 
-import av
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from video_files import (
     decode_plainly,
     moving_frames,
-    write_rotated_video,
-    write_sound,
     write_video,
 )
 
 from vjepa_jax.data import encode_shards, reencode, shards, sources
-from vjepa_jax.data.decode import DecodeError
 from vjepa_jax.default_config import UserError
 
 # One process, no servers: what is tested here does not depend on the runner.
@@ -35,157 +29,6 @@ def psnr(a, b):
 
 def encode(path, **settings):
     return reencode.reencode(str(path), reencode.Encoding(**settings))
-
-
-@pytest.mark.parametrize("codec", ["libx264", "libx265", "libvpx-vp9", "mpeg4"])
-def test_videos_of_the_same_size_stay_close(tmp_path, codec):
-    path = write_video(tmp_path / "a.mkv", moving_frames(30, 96, 128), codec=codec)
-    video = encode(path)
-    assert (video.num_frames, video.width, video.height) == (30, 128, 96)
-    assert video.fps == pytest.approx(12, rel=1e-3)
-    original = decode_plainly(path)
-    # A frame off by one would cost 15 dB.
-    assert psnr(decoded(video.content), original) > 36
-
-
-@pytest.mark.parametrize(
-    "pix_fmt, colours",
-    [("yuv444p", 5), ("yuv420p", 1), ("yuvj420p", 5), ("yuv420p10le", 1)],
-)
-def test_colours_survive(tmp_path, pix_fmt, colours):
-    options = {"colorspace": str(colours)}
-    path = write_video(
-        tmp_path / "a.mkv", moving_frames(5), pix_fmt=pix_fmt, codec_options=options
-    )
-    original = decode_plainly(path)
-    assert psnr(decoded(encode(path, crf=5).content), original) > 30
-
-
-def test_key_frames_keep_the_pace_and_nothing_is_reordered(tmp_path):
-    frames = moving_frames(40)
-    frames[17:] = 255 - frames[17:]  # a cut, which makes no key frame
-    path = write_video(tmp_path / "a.mp4", frames)
-    with av.open(io.BytesIO(encode(path, gop=8).content)) as container:
-        packets = [packet for packet in container.demux() if packet.size]
-        assert len(container.streams) == 1
-    keys = [i for i, packet in enumerate(packets) if packet.is_keyframe]
-    assert keys == [0, 8, 16, 24, 32]
-    assert all(packet.pts == packet.dts for packet in packets)
-
-
-def test_times_survive(tmp_path):
-    stamps = [500, 520, 600, 601, 900, 1700]
-    path = write_video(tmp_path / "a.mkv", moving_frames(6), stamps=stamps)
-    video = encode(path)
-    with av.open(io.BytesIO(video.content)) as container:
-        times = [frame.time for frame in container.decode(video=0)]
-    np.testing.assert_allclose(times, (np.array(stamps) - 500) / 1000, atol=1e-4)
-    assert video.fps == pytest.approx(5 / 1.2)
-
-
-def test_rotation_is_applied(tmp_path):
-    path = write_rotated_video(tmp_path / "a.mp4", moving_frames(6, 48, 80))
-    video = encode(path)
-    assert (video.width, video.height) == (48, 80)
-    with av.open(path) as container:
-        turns = round(next(container.decode(video=0)).rotation / 90)
-    upright = np.rot90(decode_plainly(path), turns, axes=(1, 2))
-    assert psnr(decoded(video.content), upright) > 36
-
-
-@pytest.mark.parametrize(
-    "size, short_side, expected",
-    [
-        ((64, 96), 32, (32, 48)),
-        ((96, 64), 32, (48, 32)),
-        ((64, 96), 64, (64, 96)),
-        ((63, 97), 320, (62, 96)),  # cut, not scaled
-        ((90, 130), 35, (34, 50)),
-    ],
-)
-def test_sizes(tmp_path, size, short_side, expected):
-    frames = moving_frames(3, *size)
-    path = write_video(tmp_path / "a.mkv", frames, pix_fmt="yuv444p")
-    video = encode(path, short_side=short_side)
-    assert (video.height, video.width) == expected
-    if short_side == 320:
-        original = decode_plainly(path)[:, : expected[0], : expected[1]]
-        assert psnr(decoded(video.content), original) > 30
-
-
-@given(
-    height=st.integers(1, 9000),
-    width=st.integers(1, 9000),
-    short_side=st.integers(2, 1000),
-)
-def test_sizes_are_even_and_never_larger(height, width, short_side):
-    new_height, new_width = reencode.output_size(height, width, short_side)
-    assert new_height % 2 == new_width % 2 == 0
-    assert 2 <= new_height <= max(2, height) and 2 <= new_width <= max(2, width)
-    assert min(new_height, new_width) <= short_side
-
-
-@pytest.mark.parametrize("fps, kept", [(6, range(0, 24, 2)), (4, range(0, 24, 3))])
-def test_frames_are_left_out_evenly(tmp_path, fps, kept):
-    path = write_video(tmp_path / "a.mp4", moving_frames(24))
-    video = encode(path, fps=fps)
-    assert video.fps == pytest.approx(fps, rel=1e-3)
-    original = decode_plainly(path)[list(kept)]
-    assert psnr(decoded(video.content), original) > 36
-
-
-@pytest.mark.parametrize("fps", [12, 30, 0])
-def test_no_frame_is_made_up(tmp_path, fps):
-    path = write_video(tmp_path / "a.mp4", moving_frames(9))
-    assert encode(path, fps=fps).num_frames == 9
-
-
-def test_images_become_videos_of_one_frame(tmp_path):
-    path = tmp_path / "a.png"
-    with av.open(str(path), "w", format="image2") as container:
-        stream = container.add_stream("png", rate=1)
-        stream.height, stream.width, stream.pix_fmt = 40, 60, "rgb24"
-        frame = moving_frames(1, 40, 60)[0]
-        container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, "rgb24")))
-    video = encode(path)
-    assert (video.num_frames, video.width, video.height) == (1, 60, 40)
-    assert psnr(decoded(video.content), decode_plainly(str(path))) > 30
-
-
-def test_why_a_video_fails(tmp_path):
-    (tmp_path / "empty.mp4").touch()
-    (tmp_path / "text.mp4").write_text("no video" * 1000)
-    write_sound(tmp_path / "sound.mp4")
-    for name, reason in [
-        ("nowhere.mp4", "missing"),
-        ("empty.mp4", "empty"),
-        ("text.mp4", "not_a_video"),
-        ("sound.mp4", "no_video_stream"),
-    ]:
-        with pytest.raises(DecodeError) as caught:
-            encode(tmp_path / name)
-        assert caught.value.reason == reason
-
-
-def test_hostile_sizes_and_long_decodes_are_refused(tmp_path, monkeypatch):
-    path = write_video(tmp_path / "a.mp4", moving_frames(9))
-    monkeypatch.setattr(reencode, "_TIME_LIMIT_SECS", -1.0)
-    with pytest.raises(DecodeError) as caught:
-        encode(path)
-    assert caught.value.reason == "too_slow"
-    monkeypatch.setattr(reencode, "_MAX_PIXELS", 100)
-    with pytest.raises(DecodeError) as caught:
-        encode(path)
-    assert caught.value.reason == "too_large"
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [{"short_side": 1}, {"gop": 0}, {"crf": 52}, {"fps": -1}, {"fps": float("nan")}],
-)
-def test_settings_out_of_range_are_refused(settings):
-    with pytest.raises(UserError, match=f"--{next(iter(settings))} must"):
-        reencode.Encoding(**settings)
 
 
 def test_every_input_has_one_shard():
