@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Callable
 from multiprocessing import connection as connections
+from multiprocessing import resource_tracker
 from typing import Any
 
 CRASHED = "crashed"  # the process died, or met an error of its own
@@ -46,7 +47,14 @@ class Child:
         self._process = context.Process(
             target=_work, args=(other_end, function, state), daemon=True
         )
-        self._process.start()
+        # A terminal sends Ctrl-C to all processes; the parent decides what follows. The
+        # server is started here and inherits that, and its children from it.
+        resource_tracker.ensure_running()  # which would lift the block
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            self._process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         other_end.close()
         self.item = None
         self.deadline = time.monotonic() + _START_TIMEOUT_SECS
@@ -64,6 +72,10 @@ class Child:
         # Where it is dead, receiving will tell.
         with contextlib.suppress(OSError):
             self.connection.send(item)
+
+    def wait(self) -> bool:
+        """Waits until there is something to receive; False if its time is over."""
+        return self.connection.poll(max(0.0, self.deadline - time.monotonic()))
 
     def receive(self) -> Any:
         """Returns the result, after which it is idle; None if it has just started.
@@ -95,8 +107,6 @@ class Child:
 
 def _work(connection: connections.Connection, function: Callable, state: tuple) -> None:
     """Works on what it is given, until the other side closes the connection."""
-    # A terminal sends Ctrl-C to all processes; the parent decides what follows.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     with contextlib.suppress(EOFError, OSError):
         connection.send(None)
         while True:
