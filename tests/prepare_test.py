@@ -1,23 +1,30 @@
+import functools
 import io
 import json
+import os
+import pathlib
+import shutil
+import signal
 import subprocess
 import sys
+import time
 
-import av
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from video_files import (
     decode_plainly,
     moving_frames,
-    write_rotated_video,
-    write_sound,
     write_video,
 )
 
-from vjepa_jax.data import encode_shards, reencode, shards, sources
-from vjepa_jax.data.decode import DecodeError
+from vjepa_jax.data import (
+    beam_job,
+    encode_shards,
+    encoders,
+    reencode,
+    shards,
+    sources,
+)
 from vjepa_jax.default_config import UserError
 
 # One process, no servers: what is tested here does not depend on the runner.
@@ -31,161 +38,6 @@ def decoded(content):
 def psnr(a, b):
     error = np.mean((a.astype(np.float64) - b) ** 2)
     return 10 * np.log10(255**2 / error)
-
-
-def encode(path, **settings):
-    return reencode.reencode(str(path), reencode.Encoding(**settings))
-
-
-@pytest.mark.parametrize("codec", ["libx264", "libx265", "libvpx-vp9", "mpeg4"])
-def test_videos_of_the_same_size_stay_close(tmp_path, codec):
-    path = write_video(tmp_path / "a.mkv", moving_frames(30, 96, 128), codec=codec)
-    video = encode(path)
-    assert (video.num_frames, video.width, video.height) == (30, 128, 96)
-    assert video.fps == pytest.approx(12, rel=1e-3)
-    original = decode_plainly(path)
-    # A frame off by one would cost 15 dB.
-    assert psnr(decoded(video.content), original) > 36
-
-
-@pytest.mark.parametrize(
-    "pix_fmt, colours",
-    [("yuv444p", 5), ("yuv420p", 1), ("yuvj420p", 5), ("yuv420p10le", 1)],
-)
-def test_colours_survive(tmp_path, pix_fmt, colours):
-    options = {"colorspace": str(colours)}
-    path = write_video(
-        tmp_path / "a.mkv", moving_frames(5), pix_fmt=pix_fmt, codec_options=options
-    )
-    original = decode_plainly(path)
-    assert psnr(decoded(encode(path, crf=5).content), original) > 30
-
-
-def test_key_frames_keep_the_pace_and_nothing_is_reordered(tmp_path):
-    frames = moving_frames(40)
-    frames[17:] = 255 - frames[17:]  # a cut, which makes no key frame
-    path = write_video(tmp_path / "a.mp4", frames)
-    with av.open(io.BytesIO(encode(path, gop=8).content)) as container:
-        packets = [packet for packet in container.demux() if packet.size]
-        assert len(container.streams) == 1
-    keys = [i for i, packet in enumerate(packets) if packet.is_keyframe]
-    assert keys == [0, 8, 16, 24, 32]
-    assert all(packet.pts == packet.dts for packet in packets)
-
-
-def test_times_survive(tmp_path):
-    stamps = [500, 520, 600, 601, 900, 1700]
-    path = write_video(tmp_path / "a.mkv", moving_frames(6), stamps=stamps)
-    video = encode(path)
-    with av.open(io.BytesIO(video.content)) as container:
-        times = [frame.time for frame in container.decode(video=0)]
-    np.testing.assert_allclose(times, (np.array(stamps) - 500) / 1000, atol=1e-4)
-    assert video.fps == pytest.approx(5 / 1.2)
-
-
-def test_rotation_is_applied(tmp_path):
-    path = write_rotated_video(tmp_path / "a.mp4", moving_frames(6, 48, 80))
-    video = encode(path)
-    assert (video.width, video.height) == (48, 80)
-    with av.open(path) as container:
-        turns = round(next(container.decode(video=0)).rotation / 90)
-    upright = np.rot90(decode_plainly(path), turns, axes=(1, 2))
-    assert psnr(decoded(video.content), upright) > 36
-
-
-@pytest.mark.parametrize(
-    "size, short_side, expected",
-    [
-        ((64, 96), 32, (32, 48)),
-        ((96, 64), 32, (48, 32)),
-        ((64, 96), 64, (64, 96)),
-        ((63, 97), 320, (62, 96)),  # cut, not scaled
-        ((90, 130), 35, (34, 50)),
-    ],
-)
-def test_sizes(tmp_path, size, short_side, expected):
-    frames = moving_frames(3, *size)
-    path = write_video(tmp_path / "a.mkv", frames, pix_fmt="yuv444p")
-    video = encode(path, short_side=short_side)
-    assert (video.height, video.width) == expected
-    if short_side == 320:
-        original = decode_plainly(path)[:, : expected[0], : expected[1]]
-        assert psnr(decoded(video.content), original) > 30
-
-
-@given(
-    height=st.integers(1, 9000),
-    width=st.integers(1, 9000),
-    short_side=st.integers(2, 1000),
-)
-def test_sizes_are_even_and_never_larger(height, width, short_side):
-    new_height, new_width = reencode.output_size(height, width, short_side)
-    assert new_height % 2 == new_width % 2 == 0
-    assert 2 <= new_height <= max(2, height) and 2 <= new_width <= max(2, width)
-    assert min(new_height, new_width) <= short_side
-
-
-@pytest.mark.parametrize("fps, kept", [(6, range(0, 24, 2)), (4, range(0, 24, 3))])
-def test_frames_are_left_out_evenly(tmp_path, fps, kept):
-    path = write_video(tmp_path / "a.mp4", moving_frames(24))
-    video = encode(path, fps=fps)
-    assert video.fps == pytest.approx(fps, rel=1e-3)
-    original = decode_plainly(path)[list(kept)]
-    assert psnr(decoded(video.content), original) > 36
-
-
-@pytest.mark.parametrize("fps", [12, 30, 0])
-def test_no_frame_is_made_up(tmp_path, fps):
-    path = write_video(tmp_path / "a.mp4", moving_frames(9))
-    assert encode(path, fps=fps).num_frames == 9
-
-
-def test_images_become_videos_of_one_frame(tmp_path):
-    path = tmp_path / "a.png"
-    with av.open(str(path), "w", format="image2") as container:
-        stream = container.add_stream("png", rate=1)
-        stream.height, stream.width, stream.pix_fmt = 40, 60, "rgb24"
-        frame = moving_frames(1, 40, 60)[0]
-        container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, "rgb24")))
-    video = encode(path)
-    assert (video.num_frames, video.width, video.height) == (1, 60, 40)
-    assert psnr(decoded(video.content), decode_plainly(str(path))) > 30
-
-
-def test_why_a_video_fails(tmp_path):
-    (tmp_path / "empty.mp4").touch()
-    (tmp_path / "text.mp4").write_text("no video" * 1000)
-    write_sound(tmp_path / "sound.mp4")
-    for name, reason in [
-        ("nowhere.mp4", "missing"),
-        ("empty.mp4", "empty"),
-        ("text.mp4", "not_a_video"),
-        ("sound.mp4", "no_video_stream"),
-    ]:
-        with pytest.raises(DecodeError) as caught:
-            encode(tmp_path / name)
-        assert caught.value.reason == reason
-
-
-def test_hostile_sizes_and_long_decodes_are_refused(tmp_path, monkeypatch):
-    path = write_video(tmp_path / "a.mp4", moving_frames(9))
-    monkeypatch.setattr(reencode, "_TIME_LIMIT_SECS", -1.0)
-    with pytest.raises(DecodeError) as caught:
-        encode(path)
-    assert caught.value.reason == "too_slow"
-    monkeypatch.setattr(reencode, "_MAX_PIXELS", 100)
-    with pytest.raises(DecodeError) as caught:
-        encode(path)
-    assert caught.value.reason == "too_large"
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [{"short_side": 1}, {"gop": 0}, {"crf": 52}, {"fps": -1}, {"fps": float("nan")}],
-)
-def test_settings_out_of_range_are_refused(settings):
-    with pytest.raises(UserError, match=f"--{next(iter(settings))} must"):
-        reencode.Encoding(**settings)
 
 
 def test_every_input_has_one_shard():
@@ -244,6 +96,7 @@ def test_a_folder_becomes_shards(folder):
         json.loads, (folder / "out/failures.jsonl").read_text().splitlines()
     )
     assert failure["reason"] == "not_a_video" and failure["path"].endswith("bad.mp4")
+    assert "Invalid data" in failure["detail"]
     assert shards.verify(str(folder / "out")) == 6
     names = [name for name in contents(folder) if ".part" in name or "inputs" in name]
     assert not names
@@ -257,9 +110,9 @@ def test_a_stopped_run_goes_on_with_what_is_missing(folder, monkeypatch):
         begun.append(path)
         if len(begun) == 4:
             raise KeyboardInterrupt
-        return reencode.reencode(path, encoding)
+        return encoders.reencode_apart(path, encoding)
 
-    monkeypatch.setattr(encode_shards, "reencode", stopped)
+    monkeypatch.setattr(encode_shards, "reencode_apart", stopped)
     with pytest.raises(BaseException):  # noqa: B017 Beam wraps some of them
         prepare(folder)
     with pytest.raises(UserError, match="not complete"):
@@ -269,9 +122,9 @@ def test_a_stopped_run_goes_on_with_what_is_missing(folder, monkeypatch):
 
     def counted(path, encoding):
         begun.append(path)
-        return reencode.reencode(path, encoding)
+        return encoders.reencode_apart(path, encoding)
 
-    monkeypatch.setattr(encode_shards, "reencode", counted)
+    monkeypatch.setattr(encode_shards, "reencode_apart", counted)
     prepare(folder)
     assert 0 < len(done) < 3 and 0 < len(begun) < 7
     resumed = contents(folder)
@@ -307,16 +160,74 @@ def test_other_settings_or_videos_are_refused(folder):
 
 
 @pytest.mark.beam
+def test_the_same_names_elsewhere_are_other_videos(folder):
+    prepare(folder)
+    before = contents(folder)
+    shutil.copytree(folder / "in", folder / "in2")
+    source = sources.open_source(str(folder / "in2"))
+    with pytest.raises(UserError, match=r"in', whose list is that of .*in2"):
+        encode_shards.prepare(source, str(folder / "out"), reencode.Encoding())
+    assert contents(folder) == before
+    # Nor where only the notes are left to tell.
+    (folder / "out" / shards.MANIFEST).unlink()
+    with pytest.raises(UserError, match=r"shard-.*\.json' is of other shards"):
+        encode_shards.prepare(source, str(folder / "out"), reencode.Encoding())
+
+
+@pytest.mark.beam
+def test_a_damaged_manifest_is_written_again(folder):
+    """Whatever says that it is damaged gives the mend that helps."""
+    prepare(folder)
+    before, path = contents(folder), folder / "out" / shards.MANIFEST
+    for damage in (before[shards.MANIFEST][:40], b"[]", None):
+        path.unlink()
+        if damage is not None:
+            path.write_bytes(damage)
+        for look in (sources.open_source, shards.verify):
+            with pytest.raises(UserError, match=r"run vjepa_jax\.data\.prepare"):
+                look(str(folder / "out"))
+        prepare(folder, num_shards=0)
+        assert contents(folder) == before
+
+
+@pytest.mark.beam
+def test_damaged_notes_have_their_shards_written_again(folder):
+    prepare(folder)
+    before = contents(folder)
+    for number, note in enumerate(("{}", "[]", "cut")):
+        name = shards.shard_name(number, 3)
+        (folder / "out" / f"{name}.json").write_text(note)
+    prepare(folder)
+    assert contents(folder) == before
+
+
+@pytest.mark.beam
+def test_mended_failures_are_tried_again(folder):
+    prepare(folder)
+    write_video(folder / "in/b/bad.mp4", moving_frames(5))
+    assert prepare(folder)["num_failures"] == 1
+    manifest = prepare(folder, retry_failures=True)
+    assert (manifest["num_records"], manifest["num_failures"]) == (7, 0)
+    assert not (folder / "out" / shards.FAILURES).read_bytes()
+    assert shards.verify(str(folder / "out")) == 7
+
+
+@pytest.mark.beam
 def test_too_many_failures_end_the_run_but_lose_nothing(folder):
     with pytest.raises(UserError, match="1 of 7 videos failed, listed in") as caught:
         prepare(folder, max_bad_fraction=0.1)
     assert "--max_bad_fraction=0.1" in str(caught.value)
+    assert "--retry_failures" in str(caught.value)
     kept = contents(folder)
     assert shards.MANIFEST not in kept and kept["failures.jsonl"]
     prepare(folder)
     for name, content in contents(folder).items():
         if name.endswith(shards.SUFFIX):
             assert content == kept[name]
+    # A folder that was finished is so no more.
+    with pytest.raises(UserError, match="1 of 7 videos failed"):
+        prepare(folder, max_bad_fraction=0.1)
+    assert shards.MANIFEST not in contents(folder)
 
 
 @pytest.mark.beam
@@ -329,6 +240,40 @@ def test_foreign_folders_are_left_alone(folder):
     source = sources.open_source(str(folder / "in"))
     with pytest.raises(UserError, match="is not a folder"):
         encode_shards.prepare(source, str(folder / "file"), reencode.Encoding())
+    with pytest.raises(UserError, match="--output=/proc/foo cannot be made"):
+        encode_shards.prepare(source, "/proc/foo", reencode.Encoding())
+
+
+@pytest.mark.beam
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--runner=NoSuchRunner"], "refuses .* Unexpected pipeline runner"),
+        (["--direct_num_workers=abc"], "refuses .* invalid int value: 'abc'"),
+        (["--nonsense=3"], "no option --nonsense"),
+        (["--direct_running_mode=multi_processing"], "is of no use"),
+        (["--runner=DataflowRunner"], "refuses .* temp_location"),
+    ],
+)
+def test_wrong_beam_options_are_told_in_a_line(options, message, capfd):
+    pytest.importorskip("apache_beam", reason="Beam is missing")
+    with pytest.raises(UserError, match=message) as caught:
+        beam_job.run(print, range(3), options)
+    assert "\n" not in str(caught.value)
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.beam
+@pytest.mark.parametrize("runner", [[], ["--runner", "DirectRunner"]])
+def test_every_number_is_worked_on(tmp_path, runner):
+    pytest.importorskip("apache_beam", reason="Beam is missing")
+    touch = functools.partial(touch_in, str(tmp_path))
+    beam_job.run(touch, range(9), [*runner, "--direct_num_workers=3"])
+    assert {path.name for path in tmp_path.iterdir()} == set(map(str, range(9)))
+
+
+def touch_in(folder, number):
+    (pathlib.Path(folder) / str(number)).touch(exist_ok=False)
 
 
 def command(*arguments):
@@ -336,7 +281,7 @@ def command(*arguments):
 
 
 @pytest.mark.beam
-def test_the_command_spreads_over_processes(folder):
+def test_the_command_says_little(folder):
     pytest.importorskip("apache_beam", reason="Beam is missing")
     arguments = [f"--data={folder / 'in'}", f"--output={folder / 'out'}"]
     arguments += ["--num_shards=2", "--max_bad_fraction=0.5"]
@@ -347,11 +292,55 @@ def test_the_command_spreads_over_processes(folder):
         timeout=120,
     )
     assert ended.returncode == 0, ended.stderr
-    assert "6 videos in 2 shards" in ended.stderr
+    *progress, last = ended.stderr.splitlines()
+    assert last.startswith("6 videos in 2 shards") and "--retry_failures" in last
+    assert all(line.startswith("preparing: ") for line in progress if line)
     ended = subprocess.run(
         command("--verify", arguments[1]), capture_output=True, text=True, timeout=60
     )
     assert "6 records" in ended.stderr and ended.returncode == 0
+
+
+def wait_for(is_so):
+    deadline = time.monotonic() + 60
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.beam
+def test_an_interrupt_ends_the_command_and_its_processes(tmp_path):
+    pytest.importorskip("apache_beam", reason="Beam is missing")
+    write_video(tmp_path / "a.mp4", moving_frames(40))
+    (tmp_path / "list.csv").write_text("a.mp4 0\n" * 5000)  # more than a minute
+    process = subprocess.Popen(
+        command(f"--data={tmp_path / 'list.csv'}", f"--output={tmp_path / 'out'}"),
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+    def is_some_shard_begun():
+        return any((tmp_path / "out").glob(".shard-*.part"))
+
+    def are_all_gone():
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            return True
+        return False
+
+    try:
+        wait_for(is_some_shard_begun)
+        os.killpg(process.pid, signal.SIGINT)  # what a terminal does
+        _, err = process.communicate(timeout=20)
+        wait_for(are_all_gone)
+    finally:
+        if not are_all_gone():
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 130
+    assert err.splitlines()[-1].startswith("interrupted; the same command goes on")
+    assert "Traceback" not in err
 
 
 @pytest.mark.parametrize(
@@ -360,7 +349,10 @@ def test_the_command_spreads_over_processes(folder):
         ([], "nothing to prepare"),
         (["--data=x"], "--output is not set"),
         (["--data=/nowhere/at/all", "--output=x"], "does not exist"),
-        (["--verify", "--output=/nowhere/at/all"], "not complete"),
+        (["--verify", "--output=/nowhere/at/all"], "does not exist"),
+        (["--data=a,b", "--output=y"], "names one list or folder"),
+        (["--data=x", "--output=y", "--max_bad_fraction=nan"], "must lie in 0..1"),
+        (["--data=x", "--output=y", "--max_bad_fraction=1.5"], "must lie in 0..1"),
         (["--data=x", "--output=y", "--crf=90"], "--crf must lie in 0..51"),
     ],
 )

@@ -235,7 +235,14 @@ def test_other_folders_with_a_manifest_are_no_shards(tmp_path):
     for content in ("", "[]", "{}", '{"format": 3}', '{"format": "other"}'):
         (tmp_path / shards.MANIFEST).write_text(content)
         assert not shards.is_shard_folder(str(tmp_path))
+        with pytest.raises(UserError):
+            shards.read_manifest(str(tmp_path))
     assert not shards.is_shard_folder(str(tmp_path / "nowhere"))
+    # With a shard beside it, it is a damaged one.
+    (tmp_path / f"{NAME}{shards.SUFFIX}").touch()
+    assert shards.is_shard_folder(str(tmp_path))
+    with pytest.raises(UserError, match="does not exist"):
+        shards.verify(str(tmp_path / "nowhere"))
 
 
 def test_remote_shards_are_refused_with_the_mend():

@@ -14,6 +14,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
 import threading
@@ -22,13 +23,12 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import tqdm
-from absl import logging
 from etils import epath
 
-from vjepa_jax.data import shards
-from vjepa_jax.data.decode import DecodeError
+from vjepa_jax.data import beam_job, shards
+from vjepa_jax.data.encoders import Failure, end_children, reencode_apart
 from vjepa_jax.data.file_lists import VideoList, is_remote
-from vjepa_jax.data.reencode import Encoding, reencode
+from vjepa_jax.data.reencode import Encoding
 from vjepa_jax.default_config import UserError
 
 _JOB = f"{shards.MANIFEST}.part"
@@ -36,12 +36,8 @@ _INPUTS = "inputs.npz"
 
 # A shard is what a stopped run loses of each worker's time; too many are slow to open.
 _MAX_RECORDS_PER_SHARD = 512
-_MIN_RECORDS_PER_SHARD = 16
+_MIN_RECORDS_PER_SHARD = 4
 _NUM_SHARDS_TO_SPREAD = 64
-
-# The part of Beam's DirectRunner that runs in Python; what DirectRunner tries first
-# downloads a binary.
-_LOCAL_RUNNER = "apache_beam.runners.portability.fn_api_runner.FnApiRunner"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,9 +83,9 @@ class Job:
 
     @property
     def key(self) -> str:
-        """Identifies what the shards depend on; not where the source lies."""
-        content = {k: v for k, v in self.to_json().items() if k != "source"}
-        return shards.digest_of([json.dumps(content, sort_keys=True).encode()])
+        """Identifies what the shards depend on, but for the bytes of the videos."""
+        content = json.dumps(self.to_json(), sort_keys=True)
+        return shards.digest_of([content.encode()])
 
     def shard_names(self) -> list[str]:
         """Returns the names of all shards, without suffixes."""
@@ -104,7 +100,7 @@ class Job:
 
 
 def default_num_shards(num_inputs: int) -> int:
-    """Returns 64 shards for 1000 to 33000 videos, fewer for fewer, more for more."""
+    """Returns 64 shards for 250 to 33000 videos, fewer for fewer, more for more."""
     spread = min(math.ceil(num_inputs / _MIN_RECORDS_PER_SHARD), _NUM_SHARDS_TO_SPREAD)
     return max(1, spread, math.ceil(num_inputs / _MAX_RECORDS_PER_SHARD))
 
@@ -116,6 +112,7 @@ def prepare(
     *,
     num_shards: int = 0,
     max_bad_fraction: float = 0.05,
+    retry_failures: bool = False,
     beam_options: Sequence[str] = (),
 ) -> dict:
     """Writes what is missing of the shards of `source` in the folder `output`.
@@ -126,53 +123,103 @@ def prepare(
       encoding: how to encode them.
       num_shards: 0 chooses by the number of videos.
       max_bad_fraction: share of the videos that may fail.
-      beam_options: of Beam, as on its command lines; by default the shards are spread
-        over the cores of this machine.
+      retry_failures: write shards anew that lack a video.
+      beam_options: see `beam_job.run`.
 
     Returns:
       The manifest.
 
     Raises:
-      UserError: the folder holds other shards, or too many videos failed.
+      UserError: the folder holds other shards, cannot be written, or too many videos
+        failed.
     """
     folder = epath.Path(output)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise UserError(f"--output={output} is not a folder") from None
+    except OSError as error:
+        raise UserError(f"--output={output} cannot be made: {error}") from None
     previous = _previous_job(folder)
     if not num_shards:
         num_shards = (
-            previous.num_shards if previous else default_num_shards(len(source))
+            previous.num_shards
+            if previous
+            else _num_noted_shards(folder) or default_num_shards(len(source))
         )
     # No shard without a video, which would be a file for nothing.
     num_shards = min(num_shards, len(source))
     job = Job(source.name, source.digest(), len(source), num_shards, encoding)
     if previous is not None:
         _check_same(output, previous, job)
+    else:
+        _check_notes(folder, job)
     content = io.BytesIO()
     np.savez(content, root=np.array(os.fsencode(source.root)), **source.to_arrays())
-    _write(folder / _INPUTS, content.getvalue())
-    _write(folder / _JOB, json.dumps(job.to_json(), indent=1).encode())
-    _run(job, output, beam_options)
-    manifest = _finish(job, folder, max_bad_fraction)
-    for leftover in (*folder.glob(".shard-*.part"), folder / _INPUTS, folder / _JOB):
+    try:
+        shards.write_whole(folder / _INPUTS, content.getvalue())
+        shards.write_whole(folder / _JOB, json.dumps(job.to_json(), indent=1).encode())
+    except OSError as error:
+        raise UserError(f"--output={output} cannot be written: {error}") from None
+    # Until all is there once more; a run may end at any time.
+    (folder / shards.MANIFEST).unlink(missing_ok=True)
+    if retry_failures:
+        for name, note in zip(job.shard_names(), _notes(job, folder), strict=True):
+            if note and note["failures"]:
+                (folder / f"{name}.json").unlink()
+    try:
+        with _progress(job, output):
+            beam_job.run(
+                functools.partial(encode_shard, output, job.key),
+                range(job.num_shards),
+                beam_options,
+            )
+    finally:
+        end_children()
+    for leftover in (*folder.glob(".*-*.part"), folder / _INPUTS):
         leftover.unlink(missing_ok=True)
+    manifest = _finish(job, folder, max_bad_fraction)
+    (folder / _JOB).unlink()
     return manifest
 
 
 def _previous_job(folder: epath.Path) -> Job | None:
+    """Returns what the folder was made by; None if nothing says so."""
     for name in (shards.MANIFEST, _JOB):
         path = folder / name
-        if path.exists():
-            try:
-                return Job.from_json(json.loads(path.read_text()))
-            except (ValueError, KeyError, TypeError):
+        try:
+            return Job.from_json(json.loads(path.read_text()))
+        except FileNotFoundError:
+            continue
+        except (ValueError, KeyError, TypeError):
+            if not _num_noted_shards(folder):
                 raise UserError(
                     f"{str(path)!r} is not of this program's shards: give another "
                     "--output"
                 ) from None
     return None
+
+
+def _num_noted_shards(folder: epath.Path) -> int:
+    """Returns how many shards there are to be, by the name of a note; 0: no note."""
+    for path in folder.glob("shard-*.json"):
+        if match := re.fullmatch(r"shard-\d+-of-(\d+)\.json", path.name):
+            return int(match[1])
+    return 0
+
+
+def _check_notes(folder: epath.Path, job: Job) -> None:
+    """Refuses shards of another job where only their notes are left to tell."""
+    for path in folder.glob("shard-*.json"):
+        try:
+            is_of_job = json.loads(path.read_text())["job"] == job.key
+        except (ValueError, KeyError, TypeError):
+            continue  # a damaged one, whose shard will be written anew
+        if not is_of_job:
+            raise UserError(
+                f"{str(path)!r} is of other shards: give the --data and the flags that "
+                "they were made with, or another --output, or remove the folder"
+            )
 
 
 def _check_same(output: str, previous: Job, job: Job) -> None:
@@ -182,6 +229,11 @@ def _check_same(output: str, previous: Job, job: Job) -> None:
         difference = (
             f"of other videos ({previous.num_inputs} of {previous.source!r}, now "
             f"{job.num_inputs} of {job.source!r})"
+        )
+    elif previous.source != job.source:
+        difference = (
+            f"of {previous.source!r}, whose list is that of {job.source!r}, but the "
+            "videos may be others"
         )
     else:
         old, new = (
@@ -195,45 +247,6 @@ def _check_same(output: str, previous: Job, job: Job) -> None:
         f"--output={output} holds shards {difference}: give another --output, or "
         "remove the folder"
     )
-
-
-def _write(path: epath.Path, content: bytes) -> None:
-    """Writes a file that appears under its name when whole."""
-    temporary = path.parent / f".{path.name}-{uuid.uuid4().hex}.part"
-    temporary.write_bytes(content)
-    temporary.replace(path)
-
-
-def _run(job: Job, output: str, beam_options: Sequence[str]) -> None:
-    try:
-        import apache_beam as beam
-        from apache_beam.options.pipeline_options import PipelineOptions
-    except ImportError as error:
-        raise UserError(
-            f"preparing shards needs Apache Beam ({error}): pip install "
-            "'vjepa_jax[prepare]'"
-        ) from error
-    options = PipelineOptions(_with_defaults(beam_options))
-    with _progress(job, output), beam.Pipeline(options=options) as pipeline:
-        numbers = pipeline | beam.Create(range(job.num_shards), reshuffle=True)
-        _ = numbers | beam.Map(functools.partial(encode_shard, output, job.key))
-
-
-def _with_defaults(beam_options: Sequence[str]) -> list[str]:
-    given = {option.split("=", 1)[0]: option for option in beam_options}
-    runner = given.get("--runner", "--runner=DirectRunner").removeprefix("--runner=")
-    if runner != "DirectRunner":
-        return list(beam_options)
-    defaults = {
-        "--direct_running_mode": "multi_processing",
-        "--direct_num_workers": "0",  # one per core
-        "--default_sdk_harness_log_level": "WARNING",
-    }
-    return [
-        f"--runner={_LOCAL_RUNNER}",
-        *(f"{key}={value}" for key, value in defaults.items() if key not in given),
-        *(option for key, option in given.items() if key != "--runner"),
-    ]
 
 
 @contextlib.contextmanager
@@ -291,11 +304,9 @@ def encode_shard(output: str, key: str, shard: int) -> None:
     def encoded() -> Iterator[shards.VideoRecord]:
         for index in job.inputs_of(shard):
             record = source[index]
-            try:
-                video = reencode(record.path, job.encoding)
-            except DecodeError as error:
-                logging.warning("Cannot prepare %s", error)
-                failures.append({"path": record.path, "reason": error.reason})
+            video = reencode_apart(record.path, job.encoding)
+            if isinstance(video, Failure):
+                failures.append({"path": record.path, **dataclasses.asdict(video)})
                 continue
             records.append([source.entry(index), record.label, video.num_frames])
             yield shards.VideoRecord(
@@ -318,7 +329,7 @@ def encode_shard(output: str, key: str, shard: int) -> None:
             "records": records,
             "failures": failures,
         }
-    _write(folder / f"{name}.json", json.dumps(note).encode())
+    shards.write_whole(folder / f"{name}.json", json.dumps(note).encode())
 
 
 @contextlib.contextmanager
@@ -345,32 +356,41 @@ def _read_note(folder: epath.Path, name: str, key: str) -> dict | None:
     try:
         note = json.loads((folder / f"{name}.json").read_text())
         size = (folder / f"{name}{shards.SUFFIX}").stat().length
-    except (FileNotFoundError, ValueError):
+        is_complete = (note["job"], note["num_bytes"]) == (key, size)
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
-    return note if (note["job"], note["num_bytes"]) == (key, size) else None
+    return note if is_complete else None
+
+
+def _notes(job: Job, folder: epath.Path) -> list[dict | None]:
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:  # remote reads wait
+        return list(
+            pool.map(lambda name: _read_note(folder, name, job.key), job.shard_names())
+        )
 
 
 def _finish(job: Job, folder: epath.Path, max_bad_fraction: float) -> dict:
     """Writes failures, index and, last, the manifest."""
-    names = job.shard_names()
-    with concurrent.futures.ThreadPoolExecutor(16) as pool:  # remote reads wait
-        notes = list(pool.map(lambda name: _read_note(folder, name, job.key), names))
+    names, notes = job.shard_names(), _notes(job, folder)
     missing = [name for name, note in zip(names, notes, strict=True) if note is None]
     if missing:
         raise RuntimeError(f"the pipeline ended without the shard {missing[0]}")
     failures = [failure for note in notes for failure in note["failures"]]
     lines = "".join(json.dumps(failure) + "\n" for failure in failures)
-    _write(folder / shards.FAILURES, lines.encode())
+    shards.write_whole(folder / shards.FAILURES, lines.encode())
     listed = f"{len(failures)} of {job.num_inputs} videos failed, listed in " + repr(
         str(folder / shards.FAILURES)
     )
     if len(failures) == job.num_inputs:
-        raise UserError(f"{listed}: not one could be prepared")
+        raise UserError(
+            f"{listed}: not one could be prepared; mend them and run again with "
+            "--retry_failures"
+        )
     if len(failures) > max_bad_fraction * job.num_inputs:
         raise UserError(
             f"{listed}, more than --max_bad_fraction={max_bad_fraction:g} allows: "
-            "allow more and run again, which keeps what is done; or mend them, remove "
-            "the .json of their shards, and run again"
+            "allow more, or mend them and add --retry_failures, and run again, which "
+            "keeps what is done"
         )
     records = (record for note in notes for record in note["records"])
     manifest = {
@@ -388,5 +408,6 @@ def _finish(job: Job, folder: epath.Path, max_bad_fraction: float) -> dict:
             for name, note in zip(names, notes, strict=True)
         ],
     }
-    _write(folder / shards.MANIFEST, json.dumps(manifest, indent=1).encode())
+    content = json.dumps(manifest, indent=1).encode()
+    shards.write_whole(folder / shards.MANIFEST, content)
     return manifest

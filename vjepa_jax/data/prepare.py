@@ -13,16 +13,22 @@ python -m vjepa_jax.data.prepare --data=... --output=gs://bucket/folder -- \
 The same command again goes on where a run was stopped. See docs/data.md.
 """
 
-import logging
+import multiprocessing
+import os
+import signal
 import sys
+import threading
 
 import tqdm
 from absl import flags
 
 from vjepa_jax import cli
 from vjepa_jax.data import encode_shards, render, shards, sources
+from vjepa_jax.data.file_lists import is_remote
 from vjepa_jax.data.reencode import Encoding
 from vjepa_jax.default_config import UserError, validate
+
+EXIT_INTERRUPTED = 130
 
 _DEFAULTS = Encoding()
 
@@ -47,26 +53,63 @@ def main() -> None:
 
 def _encode_shards() -> None:
     encoding = Encoding(_SHORT_SIDE.value, _GOP.value, _CRF.value, _FPS.value)
-    source = sources.open_source(_DATA.value)
+    max_bad_fraction, path = _MAX_BAD_FRACTION.value, _DATA.value
+    if not 0 <= max_bad_fraction <= 1:  # not a number either
+        raise UserError(f"--max_bad_fraction must lie in 0..1, not {max_bad_fraction}")
+    if "," in path and not is_remote(path) and not os.path.exists(path):
+        raise UserError(
+            f"--data={path} does not exist; it names one list or folder: prepare "
+            "several one after the other, each with its own --output"
+        )
+    source = sources.open_source(path)
     if not isinstance(source, sources.VideoList):
         raise UserError(
             f"--data={_DATA.value} must be a list file or a folder of videos, which "
             f"{type(source).__name__} is not: what it holds is stored already"
         )
-    logging.getLogger("apache_beam").setLevel(logging.WARNING)
+    _end_on_interrupt()
     manifest = encode_shards.prepare(
         source,
         _OUTPUT.value,
         encoding,
         num_shards=_NUM_SHARDS.value,
-        max_bad_fraction=_MAX_BAD_FRACTION.value,
+        max_bad_fraction=max_bad_fraction,
+        retry_failures=_RETRY_FAILURES.value,
         beam_options=_BEAM_OPTIONS,
     )
+    failed = f"{manifest['num_failures']} failed"
+    if manifest["num_failures"]:
+        failed += f", see {shards.FAILURES}; --retry_failures tries them again"
     print(
         f"{manifest['num_records']} videos in {manifest['num_shards']} shards in "
-        f"{_OUTPUT.value}; {manifest['num_failures']} failed",
+        f"{_OUTPUT.value}; {failed}",
         file=sys.stderr,
     )
+
+
+def _end_on_interrupt() -> None:
+    """Has Ctrl-C end this process at once, wherever its main thread is.
+
+    Beam would end after the shards that its threads are at, with a long traceback.
+    """
+    readable, writable = os.pipe()
+    os.set_blocking(writable, False)
+    signal.set_wakeup_fd(writable)
+    signal.signal(signal.SIGINT, lambda signum, frame: None)
+
+    def end():
+        os.read(readable, 1)
+        for child in multiprocessing.active_children():
+            child.kill()
+        print(
+            "\ninterrupted; the same command goes on (a job that runs elsewhere, such "
+            "as on Dataflow, does so by itself)",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(EXIT_INTERRUPTED)
+
+    threading.Thread(target=end, daemon=True).start()
 
 
 def _render_world() -> None:
@@ -110,6 +153,9 @@ if __name__ == "__main__":
     )
     _MAX_BAD_FRACTION = flags.DEFINE_float(
         "max_bad_fraction", 0.05, "Share of the videos that may fail"
+    )
+    _RETRY_FAILURES = flags.DEFINE_bool(
+        "retry_failures", False, "Write shards anew that lack a video"
     )
     _VERIFY = flags.DEFINE_bool(
         "verify", False, "Compare the shards in --output with their checksums"

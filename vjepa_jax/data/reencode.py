@@ -9,8 +9,6 @@ preset `medium` takes four times as long as `veryfast` for as many bytes and 0.4
 import dataclasses
 import io
 import math
-import os
-import time
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
 
@@ -22,27 +20,18 @@ from av.video.reformatter import (
     Interpolation,
     VideoReformatter,
 )
-from etils import epath
 
-from vjepa_jax.data.decode import DecodeError
-from vjepa_jax.data.file_lists import is_remote
+from vjepa_jax.data.media import DecodeError, Media, read_media
 from vjepa_jax.default_config import UserError
 
+TIME_LIMIT_SECS = 3600.0  # for one video, of processor time
+
 _MAX_PIXELS = 1 << 26  # of a source's frame: 8192 x 8192
-_TIME_LIMIT_SECS = 3600.0  # for one video, of processor time
-_REMOTE_WAITS_SECS = (0.5, 2.0, 8.0)
-_STILL_FPS = 25  # given to a video of one frame, which has no rate
+_DEFAULT_FPS = 25  # given to a video of one frame, which has no rate
 _TIME_BASE = Fraction(1, 90000)  # of stored times; whole for all common rates
 
-_AV_ERRORS = (
-    av.FFmpegError,
-    ArithmeticError,
-    LookupError,
-    MemoryError,
-    OSError,
-    RuntimeError,
-    ValueError,
-)
+# More than an H.264 decoder holds back to put frames in order.
+_MAX_LATE_FRAMES = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,23 +76,27 @@ class EncodedVideo:
 def reencode(path: str, encoding: Encoding) -> EncodedVideo:
     """Encodes a local or remote video or image anew, without sound.
 
-    Every frame that the decoder gives is kept with its time (with `encoding.fps`, those
-    nearest to whole multiples of its inverse), turned as the container says, and
-    scaled where the short side is too long. Odd sides lose a row or a column. Colours
-    keep their matrix and become 8-bit, limited-range 4:2:0. The pixel aspect ratio is
-    dropped, since `decode` applies none.
+    Frames keep their times (with `encoding.fps`, those nearest to whole multiples of
+    its inverse are kept), are turned as the container says, and scaled where the short
+    side is too long. Of a damaged stream, packets that the decoder refuses and frames
+    that come out too late for their time are left out. Odd sides lose a row or a
+    column. Colours keep their matrix and become 8-bit, limited-range 4:2:0. The pixel
+    aspect ratio is dropped, since `decode` applies none.
 
     Raises:
-      DecodeError: the source gives no frame.
+      DecodeError: the source gives no frame, or all at the same time.
     """
-    deadline = time.thread_time() + _TIME_LIMIT_SECS
-    try:
-        with _open(path) as container:
-            frames = _frames(path, container, deadline)
-            frames = _thinned(_timed(frames), encoding.fps)
-            return _encode(path, frames, encoding)
-    except _AV_ERRORS as error:
-        raise DecodeError(path, "undecodable", str(error)) from error
+
+    def work(media: Media) -> EncodedVideo:
+        with media.open(probe=True) as container:
+            stream = media.video_stream(container)
+            interval = 1 / (stream.average_rate or stream.guessed_rate or _DEFAULT_FPS)
+            frames = _timed(_frames(media, container, stream), interval, media.path)
+            return _encode(_thinned(frames, encoding.fps), encoding)
+
+    return read_media(
+        path, None, work, max_pixels=_MAX_PIXELS, time_limit_secs=TIME_LIMIT_SECS
+    )
 
 
 def output_size(height: int, width: int, short_side: int) -> tuple[int, int]:
@@ -117,97 +110,58 @@ def output_size(height: int, width: int, short_side: int) -> tuple[int, int]:
     return (short, long) if height <= width else (long, short)
 
 
-def _open(path: str) -> av.container.InputContainer:
-    source = path
-    if is_remote(path):
-        source = io.BytesIO(_read_remote(path))
-    try:
-        if not (os.path.getsize(path) if source is path else source.getbuffer().nbytes):
-            raise DecodeError(path, "empty")
-        return av.open(source, metadata_errors="ignore")
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise DecodeError(path, "missing") from error
-    except (PermissionError, IsADirectoryError) as error:
-        raise DecodeError(path, "unreadable", str(error)) from error
-    except av.InvalidDataError as error:
-        raise DecodeError(path, "not_a_video") from error
-
-
-def _read_remote(path: str) -> bytes:
-    for wait_secs in (*_REMOTE_WAITS_SECS, None):
-        try:
-            return epath.Path(path).read_bytes()
-        except FileNotFoundError as error:
-            raise DecodeError(path, "missing") from error
-        except Exception as error:  # the clients' errors have no base in common
-            if wait_secs is None:
-                raise DecodeError(path, "unreadable", str(error)) from error
-            time.sleep(wait_secs)
-    raise AssertionError("the last attempt returns or raises")
-
-
 def _frames(
-    path: str, container: av.container.InputContainer, deadline: float
+    media: Media, container: av.container.InputContainer, stream: av.VideoStream
 ) -> Iterator[av.VideoFrame]:
     """Yields what the decoder gives; packets that it refuses are passed over."""
-    stream = container.streams.best("video")
-    if (
-        stream is None
-        or stream.codec_context is None
-        or stream.disposition & av.stream.Disposition.attached_pic  # cover art
-    ):
-        raise DecodeError(path, "no_video_stream")
-    width, height = stream.codec_context.width, stream.codec_context.height
-    if width * height > _MAX_PIXELS:
-        raise DecodeError(path, "too_large", f"{width}x{height}")
-    for other in container.streams:
-        if other is not stream:
-            other.discard = av.stream.Discard.all
-    stream.thread_type = "NONE"  # every core has a video of its own
-    flush, refused, count = None, None, 0
-    packets = (packet for packet in container.demux(stream) if not packet.is_corrupt)
-    for packet in packets:
-        if not packet.size:  # in the middle of a stream it would flush too early
-            flush = packet
-            continue
-        if time.thread_time() > deadline:
-            raise DecodeError(path, "too_slow", f"over {_TIME_LIMIT_SECS:g} s")
+    refused, is_empty = None, True
+    for packet in media.packets(container, stream):
         try:
             frames = packet.decode()
         except av.FFmpegError as error:
             refused = error
             continue
-        count += len(frames)
+        is_empty = is_empty and not frames
         yield from frames
-    if flush is not None:
-        try:
-            frames = flush.decode()
-        except av.FFmpegError as error:
-            refused, frames = error, []
-        count += len(frames)
-        yield from frames
-    if not count:
-        if refused is not None:
-            raise DecodeError(path, "undecodable", str(refused)) from refused
-        raise DecodeError(path, "no_frames")
+    if is_empty and refused is not None:
+        raise DecodeError(media.path, "undecodable", str(refused)) from refused
+    if is_empty:
+        raise DecodeError(media.path, "no_frames")
 
 
 def _timed(
-    frames: Iterable[av.VideoFrame],
+    frames: Iterable[av.VideoFrame], interval: Fraction, path: str
 ) -> Iterator[tuple[Fraction, av.VideoFrame]]:
-    """Pairs frames with their times in seconds from the first, always increasing."""
-    first, last, step = None, None, 1 / Fraction(_STILL_FPS)
+    """Pairs frames with their times in seconds from the first, always increasing.
+
+    Frames without a time come `interval` after the one before. Those whose time is past
+    already are left out, unless they go on for so long that the clock has been set
+    back, as where recordings were joined.
+
+    Raises:
+      DecodeError: there are several frames, all at the same time.
+    """
+    start = last = None
+    num_frames = num_late = 0
+    is_still = True
     for frame in frames:
-        at = None if frame.pts is None else frame.pts * frame.time_base
-        if last is None:
-            first, at = at or Fraction(0), Fraction(0)
-        elif at is None or at - first <= last:
-            at = last + step  # at the pace of the two before
-        else:
-            at -= first
-            step = at - last
-        last = at
+        num_frames += 1
+        at = due = Fraction(0) if last is None else last + interval
+        if frame.pts is not None:
+            stamp = frame.pts * frame.time_base
+            if start is None:
+                start = stamp - due
+            at = stamp - start
+        is_still = is_still and not at
+        if last is not None and at <= last:
+            num_late += at < last
+            if num_late <= _MAX_LATE_FRAMES:
+                continue
+            start, at = stamp - due, due
+        last, num_late = at, 0
         yield at, frame
+    if num_frames > 1 and is_still:
+        raise DecodeError(path, "zero_duration")
 
 
 def _thinned(
@@ -241,9 +195,7 @@ def _thinned(
 
 
 def _encode(
-    path: str,
-    timed: Iterator[tuple[Fraction, av.VideoFrame]],
-    encoding: Encoding,
+    timed: Iterator[tuple[Fraction, av.VideoFrame]], encoding: Encoding
 ) -> EncodedVideo:
     content = io.BytesIO()
     convert, stream, times = None, None, []
@@ -258,10 +210,8 @@ def _encode(
             converted.pts = round(at / _TIME_BASE)
             times.append(at)
             container.mux(stream.encode(converted))
-        if stream is None:
-            raise DecodeError(path, "no_frames")
         container.mux(stream.encode())
-    fps = (len(times) - 1) / times[-1] if len(times) > 1 else _STILL_FPS
+    fps = (len(times) - 1) / times[-1] if len(times) > 1 else _DEFAULT_FPS
     return EncodedVideo(
         content=content.getvalue(),
         num_frames=len(times),

@@ -19,6 +19,7 @@ import io
 import json
 import os
 import threading
+import uuid
 from collections.abc import Iterable
 
 import msgpack
@@ -97,6 +98,13 @@ def write_shard(path: str, records: Iterable[VideoRecord]) -> None:
         writer.close()
 
 
+def write_whole(path: epath.Path, content: bytes) -> None:
+    """Writes a local or remote file that appears under its name when whole."""
+    temporary = path.parent / f".{path.name}-{uuid.uuid4().hex}.part"
+    temporary.write_bytes(content)
+    temporary.replace(path)
+
+
 def checksum(path: str) -> str:
     """Returns the SHA-256 of a file, local or remote, in hexadecimal digits."""
     digest = hashlib.sha256()
@@ -127,7 +135,7 @@ def write_index(
     }
     content = io.BytesIO()
     np.savez(content, **arrays)
-    (epath.Path(folder) / INDEX).write_bytes(content.getvalue())
+    write_whole(epath.Path(folder) / INDEX, content.getvalue())
     return {
         "sha256": hashlib.sha256(content.getvalue()).hexdigest(),
         "digest": digest_of(array.tobytes() for array in arrays.values()),
@@ -140,9 +148,11 @@ def is_shard_folder(path: str) -> bool:
     if (folder / f"{MANIFEST}.part").exists():
         return True
     try:
-        return _parse(folder / MANIFEST)["format"].startswith(_FORMAT_NAME)
+        if _parse(folder / MANIFEST)["format"].startswith(_FORMAT_NAME):
+            return True
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False  # none, or somebody else's
+        pass  # none, a damaged one, or somebody else's
+    return any(folder.glob(f"shard-*{SUFFIX}"))
 
 
 def read_manifest(path: str) -> dict:
@@ -151,6 +161,8 @@ def read_manifest(path: str) -> dict:
     Raises:
       UserError: there is none, or one of another version.
     """
+    if not epath.Path(path).exists():
+        raise UserError(f"{path!r} does not exist")
     manifest = epath.Path(path) / MANIFEST
     if not manifest.exists():
         raise UserError(
@@ -159,13 +171,14 @@ def read_manifest(path: str) -> dict:
         )
     try:
         content = _parse(manifest)
-    except ValueError as error:
+        found = content.get("format")
+    except (ValueError, AttributeError) as error:
         raise UserError(
             f"{str(manifest)!r} is damaged ({error}): run vjepa_jax.data.prepare again"
         ) from error
-    if content.get("format") != FORMAT:
+    if found != FORMAT:
         raise UserError(
-            f"{str(manifest)!r} has the format {content.get('format')!r}; this version "
+            f"{str(manifest)!r} has the format {found!r}; this version "
             f"reads {FORMAT!r}: prepare the videos again"
         )
     return content

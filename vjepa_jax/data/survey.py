@@ -6,11 +6,7 @@ on.
 """
 
 import collections
-import contextlib
 import dataclasses
-import math
-import multiprocessing
-import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing import connection as connections
@@ -18,16 +14,10 @@ from multiprocessing import connection as connections
 import numpy as np
 
 from vjepa_jax.data import decode
+from vjepa_jax.data.children import CRASHED, TIMED_OUT, Child
 from vjepa_jax.data.records import Record, Source
 from vjepa_jax.data.sampling import Sampling
 from vjepa_jax.data.transforms import ClipTransform
-
-CRASHED = "crashed"  # the process that examined it died, or met an error of its own
-TIMED_OUT = "timed_out"  # the process that examined it gave no answer
-
-# To import this module and to receive the source; no video is involved yet.
-_START_TIMEOUT_SECS = 300
-_END_TIMEOUT_SECS = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,9 +121,9 @@ def survey(
       RuntimeError: a worker cannot be started.
     """
     queue, have_crashed = collections.deque(indices), set()
-    workers = [_Worker(source, examine) for _ in range(num_workers)]
+    workers = [Child(_examine, source, examine) for _ in range(num_workers)]
     try:
-        while queue or any(worker.index is not None for worker in workers):
+        while queue or any(worker.item is not None for worker in workers):
             for worker in workers:
                 if queue and worker.is_idle:
                     worker.give(queue.popleft(), timeout_secs)
@@ -143,7 +133,7 @@ def survey(
                 max(0.0, deadline - time.monotonic()),
             )
             for i, worker in enumerate(workers):
-                index, error = worker.index, ""
+                index, error = worker.item, ""
                 if worker.connection in ready:
                     try:
                         finding = worker.receive()
@@ -160,7 +150,7 @@ def survey(
                 cause = worker.end() if error == CRASHED else worker.kill()
                 if worker.is_starting:
                     raise RuntimeError(f"a worker could not start: {error} ({cause})")
-                workers[i] = _Worker(source, examine)
+                workers[i] = Child(_examine, source, examine)
                 if error == CRASHED and index is not None and index not in have_crashed:
                     have_crashed.add(index)
                     queue.appendleft(index)
@@ -172,85 +162,10 @@ def survey(
             worker.kill()
 
 
-class _Worker:
-    """A process that examines one video at a time.
-
-    Attributes:
-      connection: becomes readable when there is something to `receive`.
-      index: of the video that it examines; None if there is none.
-      deadline: time of the monotonic clock after which it is late.
-      is_starting: it has not said yet that it is ready.
-    """
-
-    def __init__(self, source: Source, examine: Examine):
-        # A server that has imported this module forks, so that workers start in no
-        # time. A fork of this process, which may have threads, could deadlock.
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__])
-        self.connection, other_end = context.Pipe()
-        self._process = context.Process(
-            target=_work, args=(other_end, source, examine), daemon=True
-        )
-        self._process.start()
-        other_end.close()
-        self.index = None
-        self.deadline = time.monotonic() + _START_TIMEOUT_SECS
-        self.is_starting = True
-
-    @property
-    def is_idle(self) -> bool:
-        """It waits for a video."""
-        return self.index is None and not self.is_starting
-
-    def give(self, index: int, timeout_secs: float) -> None:
-        """Has it examine a video."""
-        self.index = index
-        self.deadline = time.monotonic() + timeout_secs
-        # Where it is dead, receiving will tell.
-        with contextlib.suppress(OSError):
-            self.connection.send(index)
-
-    def receive(self) -> Finding | None:
-        """Returns its finding, after which it is idle; None if it has just started.
-
-        Raises:
-          EOFError, OSError: it is dead.
-        """
-        finding = self.connection.recv()
-        self.index, self.deadline, self.is_starting = None, math.inf, False
-        return finding
-
-    def end(self) -> str:
-        """Waits for one that is about to end, and says why it did."""
-        self._process.join(_END_TIMEOUT_SECS)
-        code = self._process.exitcode
-        self.kill()
-        if code is None:
-            return "it hung while ending"
-        return signal.strsignal(-code) if code < 0 else f"exit code {code}"
-
-    def kill(self) -> str:
-        """Ends it, whatever it does, and says so."""
-        self._process.kill()
-        # One that waits for a dead network file system may outlive even that.
-        self._process.join(_END_TIMEOUT_SECS)
-        self.connection.close()
-        return "it was killed"
-
-
-def _work(connection: connections.Connection, source: Source, examine: Examine) -> None:
-    """Examines what it is given, until the other side closes the connection."""
-    # A terminal sends Ctrl-C to all processes; the parent decides what follows.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with contextlib.suppress(EOFError, OSError):
-        connection.send(None)
-        while True:
-            index = connection.recv()
-            try:
-                finding = examine(source[index])
-            except Exception as error:
-                # A source that holds the videos itself may be damaged.
-                reason = "unreadable" if isinstance(error, OSError) else CRASHED
-                path = source.path_of(index)
-                finding = Finding(path, error=reason, detail=repr(error))
-            connection.send(finding)
+def _examine(source: Source, examine: Examine, index: int) -> Finding:
+    try:
+        return examine(source[index])
+    except Exception as error:
+        # A source that holds the videos itself may be damaged.
+        reason = "unreadable" if isinstance(error, OSError) else CRASHED
+        return Finding(source.path_of(index), error=reason, detail=repr(error))
