@@ -339,7 +339,7 @@ def test_an_interrupt_ends_the_command_and_its_processes(tmp_path):
         if not are_all_gone():
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 130
-    assert err.splitlines()[-1].startswith("interrupted; the same command goes on")
+    assert "\ninterrupted; the same command goes on" in f"\n{err}", err
     assert "Traceback" not in err
 
 
