@@ -4,6 +4,12 @@ The variables must be set before jax is first imported, hence the imports' order
 """
 
 import os
+import signal
+
+# A job in the background of a shell ignores Ctrl-C; the programs that tests interrupt
+# must not inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
