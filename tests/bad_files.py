@@ -11,12 +11,12 @@ import os
 import pathlib
 import struct
 import sys
-import zlib
 from collections.abc import Callable
 
 import av
 import numpy as np
 import video_files
+from hostile_sizes import png, sample_entry, with_frame_side
 
 GOOD = "good"
 
@@ -341,31 +341,23 @@ def _huge_in_container(path):
     content = bytearray(_write(path))
     # Width and height of the sample entry; the frames themselves are as before.
     side = _REFUSED_SIDE
-    struct.pack_into(">HH", content, _sample_entry(content) + 28, side, side)
+    struct.pack_into(">HH", content, sample_entry(content) + 28, side, side)
     path.write_bytes(content)
 
 
 @_case("huge_in_stream.mp4", "too_large", "undecodable")
 def _huge_in_stream(path):
-    path.write_bytes(_with_frame_side(_write_baseline(path), _REFUSED_SIDE))
+    path.write_bytes(with_frame_side(_write_baseline(path), _REFUSED_SIDE))
 
 
 @_case("as_huge_as_accepted.mp4", "too_large", "undecodable")
 def _as_huge_as_accepted(path):
-    path.write_bytes(_with_frame_side(_write_baseline(path), _ACCEPTED_SIDE))
+    path.write_bytes(with_frame_side(_write_baseline(path), _ACCEPTED_SIDE))
 
 
 @_case("bomb.png", "too_large", "undecodable", is_found=False)
 def _bomb_png(path):
-    side = _ACCEPTED_SIDE
-    header = struct.pack(">2I5B", side, side, 1, 0, 0, 0, 0)  # one bit per pixel
-    rows = zlib.compress(bytes((1 + side // 8) * side), 9)
-    with open(path, "wb") as file:
-        file.write(b"\x89PNG\r\n\x1a\n")
-        for kind, data in ((b"IHDR", header), (b"IDAT", rows), (b"IEND", b"")):
-            checksum = zlib.crc32(kind + data)
-            file.write(struct.pack(">I", len(data)) + kind + data)
-            file.write(struct.pack(">I", checksum))
+    path.write_bytes(png(_ACCEPTED_SIDE))
 
 
 @_case("bomb.gif", "too_large", "undecodable")
@@ -376,74 +368,9 @@ def _bomb_gif(path):
     path.write_bytes(content)
 
 
-def _sample_entry(content: bytes) -> int:
-    """Returns where it starts; the file's first box has the same word in it."""
-    return content.index(b"avc1", content.index(b"stsd"))
-
-
 def _write_baseline(path) -> bytes:
     """Writes H.264 whose parameters have none of the later profiles' fields."""
     return _write(path, codec_options={"profile": "baseline", "g": "6"})
-
-
-def _with_frame_side(content: bytes, side: int) -> bytes:
-    """Changes the frame size in the H.264 parameters of an MP4, `moov` at its end."""
-    boxes = (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"stsd", b"avcC")
-    # The set follows version, profile, level, two counts and its own length.
-    start = content.index(b"avcC") + 4 + 6
-    (old_length,) = struct.unpack_from(">H", content, start)
-    old = content[start + 2 : start + 2 + old_length]
-    new = _sized_parameters(old, side // 16)
-    changed = bytearray(content)
-    changed[start : start + 2 + old_length] = struct.pack(">H", len(new)) + new
-    for place in (*map(content.index, boxes), _sample_entry(content)):
-        at = place - 4
-        (length,) = struct.unpack_from(">I", content, at)
-        struct.pack_into(">I", changed, at, length + len(new) - old_length)
-    return bytes(changed)
-
-
-def _sized_parameters(parameters: bytes, num_blocks: int) -> bytes:
-    """Rewrites an H.264 baseline sequence parameter set for square frames.
-
-    Args:
-      parameters: the set, from its header byte on.
-      num_blocks: side in macroblocks of 16 pixels.
-    """
-    # Header, profile, constraints, level: 4 bytes. What follows are Exp-Golomb codes.
-    # 00 00 03 stands for 00 00, lest it look like a start code.
-    plain = parameters.replace(b"\0\0\3", b"\0\0")
-    bits = "".join(f"{byte:08b}" for byte in plain[4:])
-    position = 0
-
-    def read() -> int:
-        nonlocal position
-        zeros = bits.index("1", position) - position
-        code = int(bits[position + zeros : position + 2 * zeros + 1], 2)
-        position += 2 * zeros + 1
-        return code - 1
-
-    def code(value: int) -> str:
-        digits = f"{value + 1:b}"
-        return "0" * (len(digits) - 1) + digits
-
-    kept = [read() for _ in range(3)]  # id, bits of frame numbers, kind of order
-    if kept[2] == 0:
-        kept.append(read())
-    kept.append(read())  # reference frames
-    written = "".join(map(code, kept))
-    written += bits[position]  # gaps allowed
-    position += 1
-    read(), read()  # width and height
-    written += code(num_blocks - 1) * 2
-    # No fields, 8x8 inference, neither cropping nor usability information; the end.
-    written += "1" + "1" + "0" + "0" + "1"
-    written += "0" * (-len(written) % 8)
-    data = int(written, 2).to_bytes(len(written) // 8, "big")
-    for last in range(4):
-        pattern = b"\0\0" + bytes([last])
-        data = data.replace(pattern, b"\0\0\3" + bytes([last]))
-    return plain[:4] + data
 
 
 # Not files.

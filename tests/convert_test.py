@@ -1,57 +1,26 @@
 """Weights of official files become ours and go back; nothing is lost or guessed."""
 
-import json
-import pathlib
 import subprocess
 import sys
 
 import jax
 import numpy as np
 import pytest
+from official_files import NAMES, Golden
 
 import vjepa_jax
 from vjepa_jax import build, checkpoint, convert, official, weight_files, weights
 from vjepa_jax.default_config import UserError, validate
 from vjepa_jax.models import positions, registry
 from vjepa_jax.models.encoder import normalise
-from vjepa_jax.models.heads import AttentiveClassifier
 from vjepa_jax.saved_config import restored
 
-FOLDER = pathlib.Path(__file__).parent / "goldens"
-NAMES = sorted(path.stem for path in FOLDER.glob("*.npz"))
 FAMILIES = {
     "vjepa1_train": "vjepa",
     "vjepa2_train": "vjepa2",
     "vjepa2_swiglu_nonsquare": "vjepa2",
     "vjepa2_1_image": "vjepa2_1",
 }
-
-
-class Golden:
-    """What the official code computed, and its weights as one of its files has them."""
-
-    def __init__(self, name):
-        with np.load(FOLDER / f"{name}.npz") as file:
-            self.arrays = {key: file[key] for key in file.files}
-        self.meta = json.loads(str(self.arrays["__meta__"]))
-        self.content = {}
-        for key, value in self.arrays.items():
-            part, _, short = key.partition("/")
-            if short:
-                self.content.setdefault(part, {})[short] = value
-        heads = self.meta["num_heads"]
-        self.hints = official.Hints("", heads, self.meta.get("predictor_heads", heads))
-
-    def eval_clips(self):
-        rng = np.random.default_rng(self.meta["clip_seed"] * 1000 + 999)
-        clips = rng.standard_normal(self.meta["eval_clip_shape"], dtype=np.float32)
-        return clips.transpose(0, 2, 3, 4, 1)
-
-    def source(self, key=""):
-        return weight_files.split(self.content, "x.pt", key)
-
-    def converted(self, key=""):
-        return convert.import_source(self.source(key), self.hints)
 
 
 def assert_same_arrays(parts, content):
@@ -178,73 +147,6 @@ def test_outputs_of_chosen_blocks(folders, encode, rng):
 def test_video_that_cannot_be_encoded(encode, shape, dtype, match):
     with pytest.raises(UserError, match=match):
         encode(np.zeros(shape, dtype))
-
-
-def test_probe_has_no_encoder(tmp_path):
-    golden = Golden("vjepa2_probe")
-    convert.save(golden.converted(), str(tmp_path / "probe"))
-    with pytest.raises(UserError, match="holds a probe, not an encoder"):
-        vjepa_jax.load_encoder(str(tmp_path / "probe"))
-    models, meta = checkpoint.restore_models(str(tmp_path / "probe"))
-    model = AttentiveClassifier(**meta["classifier"])
-    params = {"params": models["target"]["0"]}
-    logits = jax.jit(model.apply)(params, golden.arrays["x"])
-    np.testing.assert_allclose(logits, golden.arrays["y"], atol=1e-4)
-
-
-def test_exported_probe_is_read_as_the_same_family(tmp_path):
-    """V-JEPA's probe is told from V-JEPA 2's by a layer that nothing uses."""
-    pytest.importorskip("torch")
-    convert.save(Golden("vjepa1_probe").converted(), str(tmp_path / "probe"))
-    file = str(tmp_path / "probe.pt")
-    convert.export_official(str(tmp_path / "probe"), file)
-    again = convert.convert(file, str(tmp_path / "again"), official.Hints(num_heads=4))
-    assert again.meta["classifier"]["blocks_on_query"]
-
-
-@pytest.mark.parametrize("names", [("verb", "noun", "action"), ("action",)])
-def test_probe_of_action_anticipation(rng, names):
-    """Its queries do not see each other: as many probes of one query, in one."""
-    golden = Golden("vjepa2_probe")
-    content = golden.content["classifier"]
-    (prefix,) = {name.partition("pooler.")[0] for name in content if "pooler" in name}
-    width = golden.meta["embed_dim"]
-    queries = rng.normal(size=(1, len(names), width)).astype(np.float32)
-    state = {name: value for name, value in content.items() if "linear" not in name}
-    state[f"{prefix}pooler.query_tokens"] = queries
-    singles = []
-    for i, name in enumerate(names):
-        weight = rng.normal(size=(5 + i, width)).astype(np.float32)
-        bias = rng.normal(size=5 + i).astype(np.float32)
-        state[f"{prefix}{name}_classifier.weight"] = weight
-        state[f"{prefix}{name}_classifier.bias"] = bias
-        single = {
-            f"{prefix}pooler.query_tokens": queries[:, i : i + 1],
-            f"{prefix}linear.weight": weight,
-            f"{prefix}linear.bias": bias,
-        }
-        kept = {n: v for n, v in content.items() if "linear" not in n}
-        singles.append({"classifiers": [kept | single]})
-    hints = official.Hints(num_heads=golden.meta["num_heads"])
-
-    def run(content):
-        source = weight_files.split(content, "golden")
-        converted = convert.import_source(source, hints)
-        fields = json.loads(json.dumps(converted.meta["classifier"]))  # as stored
-        model = AttentiveClassifier(**fields)
-        params = {"params": converted.target["0"]}
-        return converted, jax.jit(model.apply)(params, golden.arrays["x"])
-
-    converted, logits = run({"classifiers": [state]})
-    assert set(logits) == set(names)
-    for name, single in zip(names, singles, strict=True):
-        np.testing.assert_allclose(logits[name], run(single)[1], atol=1e-5)
-    parts = convert.export_parts({"target": converted.target}, converted.meta)
-    (exported,) = parts["classifiers"]
-    wanted = weights.strip_prefixes(state)
-    assert set(exported) == set(wanted)
-    for name, value in exported.items():
-        assert value.tobytes() == wanted[name].tobytes(), name
 
 
 def test_gated_mlp_of_the_encoder_alone():

@@ -1,42 +1,16 @@
 import errno
-import io
 import os
 import pickle
-import random
-import tracemalloc
-from typing import ClassVar
 
-import fsspec
 import numpy as np
 import pytest
 from etils import epath
-from etils.epath import backend
-from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given
 from hypothesis import strategies as st
+from list_files import make_files, records, relative_records, write_list
 
 from vjepa_jax.data import sources
 from vjepa_jax.default_config import UserError
-
-
-def make_files(folder, *names):
-    for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).touch()
-
-
-def write_list(folder, text, name="train.csv", **kwargs):
-    path = folder / name
-    path.write_text(text, **kwargs)
-    return str(path)
-
-
-def records(source):
-    return [(record.path, record.label) for record in source]
-
-
-def relative_records(source, folder):
-    return [(os.path.relpath(path, folder), label) for path, label in records(source)]
 
 
 def test_list_paths_are_resolved_against_the_list(tmp_path):
@@ -253,129 +227,6 @@ def test_labels_have_64_bits(tmp_path):
     assert sources.VideoList.from_list_file(path).labels.tolist() == labels
 
 
-@pytest.mark.parametrize("dtype", [object, str, ">U40"])
-def test_arrays_of_paths(tmp_path, dtype):
-    make_files(tmp_path, "b.mp4")
-    names = ["a \\ 'quoted' é.mp4", "b.mp4", "/elsewhere/c.mp4"]
-    np.save(tmp_path / "list.npy", np.array(names, dtype), allow_pickle=True)
-    source = sources.open_source(str(tmp_path / "list.npy"))
-    assert records(source) == [(str(tmp_path / name), 0) for name in names]
-
-
-@pytest.mark.parametrize("order", "<>")
-def test_arrays_of_numpy_strings_as_objects(tmp_path, order):
-    names = ["a é 日本.mp4", "b.mp4"]
-    array = np.empty(2, object)
-    array[:] = [np.array(name, f"{order}U20")[()] for name in names]
-    np.save(tmp_path / "list.npy", array, allow_pickle=True)
-    source = sources.VideoList.from_array_file(str(tmp_path / "list.npy"))
-    assert records(source) == [(str(tmp_path / name), 0) for name in names]
-
-
-@pytest.mark.parametrize("protocol", [3, 4, 5])
-def test_arrays_saved_by_other_versions_of_numpy(tmp_path, protocol):
-    names = ["a é.mp4", "b.mp4", "a é.mp4"]
-    array = np.array([*names, np.str_("c.mp4")], object)
-    with open(tmp_path / "list.npy", "wb") as file:
-        np.lib.format.write_array_header_1_0(
-            file, np.lib.format.header_data_from_array_1_0(array)
-        )
-        pickled = pickle.dumps(array, protocol)
-        if protocol == 3:
-            pickled = pickled.replace(b"cnumpy._core.", b"cnumpy.core.")
-        file.write(pickled)
-    source = sources.VideoList.from_array_file(str(tmp_path / "list.npy"))
-    expected = [(str(tmp_path / name), 0) for name in [*names, "c.mp4"]]
-    assert records(source) == expected
-
-
-def npy_bytes(array):
-    content = io.BytesIO()
-    np.save(content, array, allow_pickle=True)
-    return content.getvalue()
-
-
-def array_of_paths(kind):
-    names = [f"folder {i % 3}/vidéo_{i}.mp4" for i in range(30)]
-    array = np.array(names, str if kind == "str" else object)
-    if kind == "numpy strings":
-        array[:] = [np.str_(name) for name in names]
-    return array
-
-
-# NumPy's own reader crashes the process on such files.
-@pytest.mark.parametrize("kind", ["objects", "numpy strings", "str"])
-def test_damaged_arrays_of_paths_are_a_users_error(tmp_path, kind):
-    whole = npy_bytes(array_of_paths(kind))
-    path = tmp_path / "list.npy"
-    num_refused = 0
-    for _ in range(500):
-        content = bytearray(whole)
-        content[random.randrange(len(whole))] ^= random.randrange(1, 256)
-        path.write_bytes(content)
-        try:
-            source = sources.VideoList.from_array_file(str(path))
-        except UserError as error:
-            assert str(error).startswith(f"{path} is no .npy array of paths: ")
-            assert "\n" not in str(error) and len(str(error)) < 200 + len(str(path))
-            num_refused += 1
-        else:
-            assert all("\0" not in record.path for record in source)
-    assert num_refused
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        pickle.LONG_BINPUT,  # the bytes that follow index the table of known objects
-        pickle.BYTEARRAY8 + (1 << 26).to_bytes(8, "little"),
-    ],
-)
-def test_damaged_arrays_ask_for_no_more_memory_than_they_have(tmp_path, damage):
-    whole = npy_bytes(array_of_paths("objects"))
-    place = whole.index(b"folder") - 2
-    damaged = whole[:place] + damage + whole[place + len(damage) :]
-    (tmp_path / "list.npy").write_bytes(damaged)
-    tracemalloc.start()
-    with pytest.raises(UserError, match="array of paths: it is damaged"):
-        sources.VideoList.from_array_file(str(tmp_path / "list.npy"))
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 1 << 20
-
-
-class Evil:
-    def __reduce__(self):
-        return os.mkdir, ("/nowhere/evil",)
-
-
-@pytest.mark.parametrize(
-    "array, message",
-    [
-        (np.arange(3), "one-dimensional array of strings"),
-        (np.array([["a", "b"]]), "one-dimensional array of strings"),
-        (np.array(["a", 3], object), "entry 1 has the type int, not str"),
-        (np.array(["a", np.int32(3)], object), "holds a value of type i4"),
-        (np.array(["a", ""]), "entry 1 cannot be a path: ''"),
-        (np.array(["a\0b"], object), "entry 0 cannot be a path"),
-        (np.array(["\ud800"], object), "surrogates not allowed"),
-        (np.array(["a", Evil()], object), "holds posix.mkdir, not only strings"),
-    ],
-)
-def test_other_arrays_are_refused(tmp_path, array, message):
-    np.save(tmp_path / "list.npy", array, allow_pickle=True)
-    with pytest.raises(UserError, match=message):
-        sources.open_source(str(tmp_path / "list.npy"))
-
-
-def test_files_that_are_no_arrays_are_refused(tmp_path):
-    whole = npy_bytes(np.array(["a", "b"], object))
-    for content in (b"", b"text 1", whole[:-4], whole[:60]):
-        (tmp_path / "list.npy").write_bytes(content)
-        with pytest.raises(UserError, match=r"list\.npy is no \.npy array of paths"):
-            sources.open_source(str(tmp_path / "list.npy"))
-
-
 def test_what_the_file_system_refuses_is_told_in_a_line(tmp_path, monkeypatch):
     make_files(tmp_path, "a.mp4")
     path = write_list(tmp_path, "a.mp4 1\n")
@@ -457,95 +308,3 @@ def test_nothing_between_commas_is_refused(tmp_path):
     make_files(tmp_path, "0.mp4")
     with pytest.raises(UserError, match="nothing between two commas"):
         sources.open_sources(f"{tmp_path},")
-
-
-class Bucket(MemoryFileSystem):
-    """Stands in for the client of gs://."""
-
-    protocol = "gcs"
-    store: ClassVar[dict] = {}
-    pseudo_dirs: ClassVar[list] = [""]
-
-    @classmethod
-    def _strip_protocol(cls, path):
-        return "/" + str(path).removeprefix("gs://").strip("/")
-
-
-@pytest.fixture
-def bucket(monkeypatch):
-    """Fills gs:// from a dict of contents, in memory."""
-
-    def filesystem(name, **_):
-        assert name in ("gcs", "gs")
-        return Bucket(skip_instance_cache=True)
-
-    monkeypatch.setenv("EPATH_USE_TF", "false")
-    backend.fsspec_backend._get_filesystem.cache_clear()
-    monkeypatch.setattr(fsspec, "filesystem", filesystem)
-    Bucket.store.clear()
-    Bucket.pseudo_dirs[:] = [""]
-
-    def fill(contents):
-        for path, content in contents.items():
-            Bucket().pipe_file(path, content)
-
-    yield fill
-    backend.fsspec_backend._get_filesystem.cache_clear()
-
-
-def test_remote_lists(bucket, tmp_path):
-    bucket(
-        {
-            "gs://b/lists/train.csv": b"a.mp4 1\ngs://c/x.mp4 2\n/local.mp4 3\n",
-            "gs://b/lists/a.mp4": b"video",
-        }
-    )
-    source = sources.open_source("gs://b/lists/train.csv")
-    assert records(source) == [
-        ("gs://b/lists/a.mp4", 1),
-        ("gs://c/x.mp4", 2),
-        ("/local.mp4", 3),
-    ]
-    here = write_list(tmp_path, "gs://b/lists/a.mp4 7\n")
-    assert records(sources.open_source(here)) == [("gs://b/lists/a.mp4", 7)]
-
-
-def test_remote_folders(bucket):
-    bucket(
-        {
-            "gs://b/data/cat/1.mp4": b"v",
-            "gs://b/data/cat/deep/2.jpg": b"v",
-            "gs://b/data/dog/3.mp4": b"v",
-            "gs://b/data/.trash/4.mp4": b"v",
-            "gs://b/data/dog/notes.txt": b"v",
-        }
-    )
-    for path in ("gs://b/data", "gs://b/data/"):
-        assert records(sources.open_source(path)) == [
-            ("gs://b/data/cat/1.mp4", 0),
-            ("gs://b/data/cat/deep/2.jpg", 0),
-            ("gs://b/data/dog/3.mp4", 1),
-        ]
-
-
-def test_remote_trouble_is_told_in_a_line(bucket, monkeypatch):
-    bucket({"gs://b/train.csv": b"a.mp4 1\n"})
-    with pytest.raises(UserError, match="does not exist"):
-        sources.open_source("gs://b/nothing")
-    with pytest.raises(UserError, match="none of the 1 files looked at"):
-        sources.open_source("gs://b/train.csv")
-
-    def refuse(*args, **kwargs):
-        raise RuntimeError("no\ncredentials")
-
-    monkeypatch.setattr(Bucket, "exists", refuse)
-    with pytest.raises(UserError, match="cannot be read: no credentials"):
-        sources.open_source("gs://b/train.csv")
-    backend.fsspec_backend._get_filesystem.cache_clear()
-
-    def missing(*args, **kwargs):
-        raise ImportError("Install gcsfs")
-
-    monkeypatch.setattr(fsspec, "filesystem", missing)
-    with pytest.raises(UserError, match=r"pip install 'vjepa_jax\[gcs\]'"):
-        sources.open_source("gs://b/train.csv")

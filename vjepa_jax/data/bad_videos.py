@@ -9,11 +9,12 @@ import numpy as np
 from absl import logging
 
 from vjepa_jax.data import decode
+from vjepa_jax.data.children import CRASHED
 from vjepa_jax.data.mixture import Mixture
 from vjepa_jax.default_config import UserError
 
 # Why a video is quarantined: processes died of it, or never came back from it.
-CRASHED, HUNG = "crashed", "hung"
+HUNG = "hung"
 REASONS = (*decode.REASONS, CRASHED, HUNG)
 CODES = {reason: code for code, reason in enumerate(REASONS)}
 

@@ -23,7 +23,7 @@ from vjepa_jax import cli, default_config, flops
 from vjepa_jax.data import sources, survey
 from vjepa_jax.data.findings import Output, Summary
 from vjepa_jax.data.records import Joined
-from vjepa_jax.data.sampling import Sampling
+from vjepa_jax.data.sampling import make_sampling
 from vjepa_jax.data.transforms import ClipTransform
 from vjepa_jax.default_config import ConfigDict, UserError
 
@@ -108,15 +108,7 @@ def check(
         data.crop_aspect_ratio,
         data.flip_probability,
     )
-    sampling = Sampling(
-        data.num_frames,
-        data.frame_step,
-        data.fps,
-        data.duration_secs,
-        data.num_clips,
-        data.sampling,
-        data.allow_clip_overlap,
-    )
+    sampling = make_sampling(data, data)
     examine = survey.Examination(sampling, transform, deep, timeout_secs)
     output = None
     if output_path:

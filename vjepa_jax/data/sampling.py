@@ -5,9 +5,11 @@ import math
 
 import numpy as np
 
-from vjepa_jax.default_config import UserError
+from vjepa_jax.default_config import ConfigDict, UserError
 
 RULES = ("exact", "official")
+
+_OF_CLIP = ("num_frames", "frame_step", "fps", "duration_secs")
 
 # Frames half-way between two others are decided by this and not by rounding.
 _TIE_SECS = 1e-6
@@ -189,3 +191,21 @@ class Sampling:
                 f"{video_fps} frames per second are too few for steps of whole frames"
             )
         return step
+
+
+def make_sampling(data: ConfigDict, clip: ConfigDict) -> Sampling:
+    """Make the sampling of a config's stream.
+
+    Args:
+      data: a config's `data`, for what all its streams share.
+      clip: the stream's own fields, `data` itself for the main one.
+
+    Raises:
+      UserError: a value is out of range.
+    """
+    return Sampling(
+        **{key: clip[key] for key in _OF_CLIP},
+        num_clips=data.num_clips,
+        rule=data.sampling,
+        allow_clip_overlap=data.allow_clip_overlap,
+    )

@@ -11,7 +11,7 @@ from vjepa_jax.data.mixture import Mixture
 from vjepa_jax.data.pipeline import TrainIterator
 from vjepa_jax.data.reading import Batch, Reading
 from vjepa_jax.data.records import digest_of
-from vjepa_jax.data.sampling import Sampling
+from vjepa_jax.data.sampling import make_sampling
 from vjepa_jax.data.transforms import ClipTransform
 from vjepa_jax.data.workers import require_shared_memory
 from vjepa_jax.default_config import MAIN_STREAM, ConfigDict
@@ -39,17 +39,8 @@ def make_reading(data: ConfigDict, clip: ConfigDict) -> Reading:
     Raises:
       UserError: a value is out of range.
     """
-    sampling = Sampling(
-        num_frames=clip.num_frames,
-        frame_step=clip.frame_step,
-        fps=clip.fps,
-        duration_secs=clip.duration_secs,
-        num_clips=data.num_clips,
-        rule=data.sampling,
-        allow_clip_overlap=data.allow_clip_overlap,
-    )
     return Reading(
-        sampling,
+        make_sampling(data, clip),
         clip.resolution,
         data.resize,
         data.max_pixels,

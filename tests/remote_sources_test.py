@@ -1,0 +1,104 @@
+"""Lists and folders in a remote store, a stand-in of which lies in memory."""
+
+from typing import ClassVar
+
+import fsspec
+import pytest
+from etils.epath import backend
+from fsspec.implementations.memory import MemoryFileSystem
+from list_files import records, write_list
+
+from vjepa_jax.data import sources
+from vjepa_jax.default_config import UserError
+
+
+class Bucket(MemoryFileSystem):
+    """Stands in for the client of gs://."""
+
+    protocol = "gcs"
+    store: ClassVar[dict] = {}
+    pseudo_dirs: ClassVar[list] = [""]
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return "/" + str(path).removeprefix("gs://").strip("/")
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """Fills gs:// from a dict of contents, in memory."""
+
+    def filesystem(name, **_):
+        assert name in ("gcs", "gs")
+        return Bucket(skip_instance_cache=True)
+
+    monkeypatch.setenv("EPATH_USE_TF", "false")
+    backend.fsspec_backend._get_filesystem.cache_clear()
+    monkeypatch.setattr(fsspec, "filesystem", filesystem)
+    Bucket.store.clear()
+    Bucket.pseudo_dirs[:] = [""]
+
+    def fill(contents):
+        for path, content in contents.items():
+            Bucket().pipe_file(path, content)
+
+    yield fill
+    backend.fsspec_backend._get_filesystem.cache_clear()
+
+
+def test_remote_lists(bucket, tmp_path):
+    bucket(
+        {
+            "gs://b/lists/train.csv": b"a.mp4 1\ngs://c/x.mp4 2\n/local.mp4 3\n",
+            "gs://b/lists/a.mp4": b"video",
+        }
+    )
+    source = sources.open_source("gs://b/lists/train.csv")
+    assert records(source) == [
+        ("gs://b/lists/a.mp4", 1),
+        ("gs://c/x.mp4", 2),
+        ("/local.mp4", 3),
+    ]
+    here = write_list(tmp_path, "gs://b/lists/a.mp4 7\n")
+    assert records(sources.open_source(here)) == [("gs://b/lists/a.mp4", 7)]
+
+
+def test_remote_folders(bucket):
+    bucket(
+        {
+            "gs://b/data/cat/1.mp4": b"v",
+            "gs://b/data/cat/deep/2.jpg": b"v",
+            "gs://b/data/dog/3.mp4": b"v",
+            "gs://b/data/.trash/4.mp4": b"v",
+            "gs://b/data/dog/notes.txt": b"v",
+        }
+    )
+    for path in ("gs://b/data", "gs://b/data/"):
+        assert records(sources.open_source(path)) == [
+            ("gs://b/data/cat/1.mp4", 0),
+            ("gs://b/data/cat/deep/2.jpg", 0),
+            ("gs://b/data/dog/3.mp4", 1),
+        ]
+
+
+def test_remote_trouble_is_told_in_a_line(bucket, monkeypatch):
+    bucket({"gs://b/train.csv": b"a.mp4 1\n"})
+    with pytest.raises(UserError, match="does not exist"):
+        sources.open_source("gs://b/nothing")
+    with pytest.raises(UserError, match="none of the 1 files looked at"):
+        sources.open_source("gs://b/train.csv")
+
+    def refuse(*args, **kwargs):
+        raise RuntimeError("no\ncredentials")
+
+    monkeypatch.setattr(Bucket, "exists", refuse)
+    with pytest.raises(UserError, match="cannot be read: no credentials"):
+        sources.open_source("gs://b/train.csv")
+    backend.fsspec_backend._get_filesystem.cache_clear()
+
+    def missing(*args, **kwargs):
+        raise ImportError("Install gcsfs")
+
+    monkeypatch.setattr(fsspec, "filesystem", missing)
+    with pytest.raises(UserError, match=r"pip install 'vjepa_jax\[gcs\]'"):
+        sources.open_source("gs://b/train.csv")
