@@ -30,6 +30,7 @@ FLOORS = {
     "evals.pictures": 4,
     "evals.probes": 4,
     "build": 4.2,
+    "program": 4.3,
     "official": 4,
     "train_step": 4,
     "checkpoint": 4,

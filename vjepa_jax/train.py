@@ -29,8 +29,7 @@ from vjepa_jax import (
 )
 from vjepa_jax.data import render, streams
 from vjepa_jax.default_config import MAIN_STREAM, ConfigDict, UserError
-from vjepa_jax.train_state import abstract_state, make_init
-from vjepa_jax.train_step import Objective, make_train_step
+from vjepa_jax.program import make_program
 
 CONFIG_FILE = "config.json"
 
@@ -90,10 +89,13 @@ def _say(message: str) -> None:
         print(message, file=sys.stderr, flush=True)
 
 
-def _make_clock(config, encoder, predictor, stream_specs, teacher, start, mesh):
+def _make_clock(program, start):
+    config, mesh = program.config, program.mesh
     peak = flops.peak_flops(mesh.devices.flat[0].device_kind)
     clips = sum(build.batch_sizes(config).values())
-    per_step = build.step_flops(config, encoder, predictor, stream_specs, teacher)
+    per_step = build.step_flops(
+        config, program.encoder, program.predictor, program.streams, program.teacher
+    )
     return metrics.StepClock(
         total_steps=config.total_steps,
         batch_size=clips,
@@ -103,16 +105,10 @@ def _make_clock(config, encoder, predictor, stream_specs, teacher, start, mesh):
     )
 
 
-def _restore_or_init(
-    checkpointer, init, shapes, shardings, config, fingerprint, teacher_step
-):
+def _restore_or_init(checkpointer, program, fingerprint, teacher_step):
     """Return (finished steps, state): the run's own, another's, or a new one."""
+    config, abstract = program.config, program.abstract_state()
     step = checkpointer.latest_step()
-    abstract = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        shapes,
-        shardings,
-    )
     if step is not None:
         state, position, meta = checkpointer.restore(step, abstract)
         if position["fingerprint"] != fingerprint:
@@ -131,9 +127,7 @@ def _restore_or_init(
             )
         _say(f"resumed from step {step}")
         return step, state
-    state = nn.unbox(
-        jax.jit(init, out_shardings=shardings)(jax.random.key(config.seed))
-    )
+    state = program.make_state()
     if config.init.path:
         step, taken = checkpoint.restore_start(
             config.init.path, abstract, config.init.keep_moments
@@ -143,8 +137,8 @@ def _restore_or_init(
     return 0, state
 
 
-def _load_teacher(config, encoder, predictor, mesh):
-    """Return (teacher, its parameters, replicated, its step); Nones without one."""
+def _load_teacher(config, mesh):
+    """Return the teacher's config, parameters (replicated) and step; or Nones."""
     if not config.teacher.path:
         return None, None, None
     wanted = None if config.teacher.step < 0 else config.teacher.step
@@ -155,27 +149,12 @@ def _load_teacher(config, encoder, predictor, mesh):
             "of a conversion: give another"
         )
     trained = saved_config.restored(meta["config"])
-    teacher = build.make_teacher(config, trained, encoder, predictor)
-    return teacher, jax.device_put(params, sharding.replicated(mesh)), meta["step"]
+    return trained, jax.device_put(params, sharding.replicated(mesh)), meta["step"]
 
 
-def _compile(train_step, args, batch_shapes, shardings, mesh):
+def _compile(program, teacher_params):
     began = time.perf_counter()
-    state, *rest = args
-    batch = {
-        name: {
-            "video": jax.ShapeDtypeStruct(
-                shape, "uint8", sharding=sharding.batch_sharding(mesh)
-            )
-        }
-        for name, shape in batch_shapes.items()
-    }
-    jitted = jax.jit(
-        train_step,
-        out_shardings=(shardings, sharding.replicated(mesh)),
-        donate_argnums=0,
-    )
-    step_fn = jitted.lower(state, batch, *rest).compile()
+    step_fn = program.lower(teacher_params).compile()
     _say(f"compiled the step in {time.perf_counter() - began:.0f} s")
     return step_fn
 
@@ -194,35 +173,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> int | None:
     default_config.validate(config)
     distributed.initialize()
     mesh = sharding.make_mesh(**config.mesh)
-    for size in build.batch_sizes(config).values():
-        sharding.check_divides(mesh, size, config.accumulate_steps)
-    encoder, predictor = build.make_models(config)
-    stream_specs = build.make_streams(config, encoder)
-    tx, spike_guard = build.make_optimizer(config), build.make_spike_guard(config)
-    shapes_of_clips = build.video_shapes(config)
-    init = make_init(
-        encoder,
-        predictor,
-        tx,
-        shapes_of_clips[MAIN_STREAM],
-        config.optim.spike_window,
-    )
-    shapes, shardings = abstract_state(init), sharding.state_shardings(init, mesh)
-    teacher, teacher_params, teacher_step = _load_teacher(
-        config, encoder, predictor, mesh
-    )
-    train_step = make_train_step(
-        encoder,
-        predictor,
-        tx,
-        build.make_schedules(config),
-        stream_specs,
-        Objective(**config.objective),
-        config.seed,
-        config.accumulate_steps,
-        spike_guard,
-        teacher,
-    )
+    trained, teacher_params, teacher_step = _load_teacher(config, mesh)
+    program = make_program(config, mesh, trained)
     # ----------------------------------------------------------- what to compute it on
     check_workdir(config, workdir)
     if config.world.path and distributed.is_main():
@@ -231,10 +183,12 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> int | None:
     opened = streams.open_sources(config)
     fingerprint = streams.fingerprint(config, opened)
     counts = ", ".join(f"{len(s)} {name}" for name, s in opened.items())
-    grid = encoder.grid(shapes_of_clips[MAIN_STREAM])
+    clip_shape = build.video_shapes(config)[MAIN_STREAM]
+    grid = program.encoder.grid(clip_shape)
     _say(
         f"{counts} clips; {config.model.encoder.size} encoder on {grid} tokens; "
-        f"{sharding.describe(shapes, shardings)}; mesh {dict(mesh.shape)}\n"
+        f"{sharding.describe(program.shapes, program.shardings)}; "
+        f"mesh {dict(mesh.shape)}\n"
         f"{build.describe_schedules(config)}"
     )
     with (
@@ -244,23 +198,21 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> int | None:
         _StopRequest() as stop,
     ):
         start, state = _restore_or_init(
-            checkpointer, init, shapes, shardings, config, fingerprint, teacher_step
+            checkpointer, program, fingerprint, teacher_step
         )
         # Not before: a start that fails must not bind the workdir to its config.
         claim_workdir(config, workdir)
         if start >= config.total_steps:
             _say(f"nothing to do: {workdir} is at step {start}, the end of the run")
             return None
-        sizes = build.batch_sizes(config)
-        batch_shapes = {k: (sizes[k], *shape) for k, shape in shapes_of_clips.items()}
-        extra = () if teacher is None else (teacher_params,)
-        step_fn = _compile(train_step, (state, *extra), batch_shapes, shardings, mesh)
+        extra = () if trained is None else (teacher_params,)
+        step_fn = _compile(program, teacher_params)
         began -= _earlier_seconds(workdir)
         with (
             streams.open_streams(
                 config,
                 opened,
-                sizes,
+                build.batch_sizes(config),
                 start,
                 workdir,
                 distributed.process_index(),
@@ -272,9 +224,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> int | None:
         ):
             most_in_row = config.optim.max_skipped_in_row
             skips = _SkipWatch(int(state.guard.skipped), most_in_row, checkpointer)
-            clock = _make_clock(
-                config, encoder, predictor, stream_specs, teacher, start, mesh
-            )
+            clock = _make_clock(program, start)
 
             def draw():
                 with clock.measure("data"):
@@ -323,7 +273,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> int | None:
                             data={"step": step, "fingerprint": fingerprint},
                             meta={
                                 "config": config.to_dict(),
-                                "video_shape": shapes_of_clips[MAIN_STREAM],
+                                "video_shape": clip_shape,
                                 "teacher_step": teacher_step,
                             },
                             force=is_last,

@@ -1,0 +1,138 @@
+"""What a config computes on a mesh: modules, layout of the state, the step itself.
+
+Nothing here touches data or files, so that a step can be compiled and looked at without
+either, even for devices that are not there.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jax.sharding import Mesh
+
+from vjepa_jax import build, sharding
+from vjepa_jax.default_config import MAIN_STREAM, ConfigDict
+from vjepa_jax.models.encoder import VideoEncoder
+from vjepa_jax.models.predictor import Predictor
+from vjepa_jax.train_state import TrainState, abstract_state, make_init
+from vjepa_jax.train_step import Objective, Stream, make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """The update of a config, laid out on a mesh.
+
+    Attributes:
+      config: it was made from.
+      mesh: it is laid out on.
+      encoder, predictor: its modules.
+      teacher: a frozen encoder to predict instead of the target; None: the target.
+      streams: its streams of clips, with their masks.
+      init: from a key to the boxed TrainState.
+      shapes: TrainState of shapes and dtypes.
+      shardings: TrainState of shardings.
+      train_step: the pure update.
+    """
+
+    config: ConfigDict
+    mesh: Mesh
+    encoder: VideoEncoder
+    predictor: Predictor
+    teacher: VideoEncoder | None
+    streams: Mapping[str, Stream]
+    init: Callable[[jax.Array], TrainState]
+    shapes: TrainState
+    shardings: TrainState
+    train_step: Callable[..., Any]
+
+    def abstract_state(self) -> TrainState:
+        """Return the state as `jax.ShapeDtypeStruct` with shardings."""
+        return jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            self.shapes,
+            self.shardings,
+        )
+
+    def abstract_batch(self) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
+        """Return the global batch as `jax.ShapeDtypeStruct` with shardings."""
+        sizes = build.batch_sizes(self.config)
+        over_devices = sharding.batch_sharding(self.mesh)
+        return {
+            name: {
+                "video": jax.ShapeDtypeStruct(
+                    (sizes[name], *shape), "uint8", sharding=over_devices
+                )
+            }
+            for name, shape in build.video_shapes(self.config).items()
+        }
+
+    def make_state(self) -> TrainState:
+        """Compute the state of a new run, on its devices."""
+        make = jax.jit(self.init, out_shardings=self.shardings)
+        return nn.unbox(make(jax.random.key(self.config.seed)))
+
+    def lower(self, teacher_params: Any = None) -> jax.stages.Lowered:
+        """Lower the step, which gives its state away.
+
+        Call it where the mesh is set and `sharding.RULES` are the axis rules.
+
+        Args:
+          teacher_params: of the teacher, arrays or `jax.ShapeDtypeStruct`.
+        """
+        step = jax.jit(
+            self.train_step,
+            out_shardings=(self.shardings, sharding.replicated(self.mesh)),
+            donate_argnums=0,
+        )
+        extra = () if self.teacher is None else (teacher_params,)
+        return step.lower(self.abstract_state(), self.abstract_batch(), *extra)
+
+
+def make_program(
+    config: ConfigDict, mesh: Mesh, trained: ConfigDict | None = None
+) -> Program:
+    """Make the program of a config.
+
+    Args:
+      config: of a run, validated.
+      mesh: of the run's devices, real or described.
+      trained: the config that the teacher was trained with; None: there is no teacher.
+
+    Raises:
+      UserError: the config contradicts itself or does not fit the mesh.
+    """
+    for size in build.batch_sizes(config).values():
+        sharding.check_divides(mesh, size, config.accumulate_steps)
+    encoder, predictor = build.make_models(config)
+    streams, tx = build.make_streams(config, encoder), build.make_optimizer(config)
+    teacher = None
+    if trained is not None:
+        teacher = build.make_teacher(config, trained, encoder, predictor)
+    clip_shape = build.video_shapes(config)[MAIN_STREAM]
+    init = make_init(encoder, predictor, tx, clip_shape, config.optim.spike_window)
+    train_step = make_train_step(
+        encoder,
+        predictor,
+        tx,
+        build.make_schedules(config),
+        streams,
+        Objective(**config.objective),
+        config.seed,
+        config.accumulate_steps,
+        build.make_spike_guard(config),
+        teacher,
+    )
+    return Program(
+        config=config,
+        mesh=mesh,
+        encoder=encoder,
+        predictor=predictor,
+        teacher=teacher,
+        streams=streams,
+        init=init,
+        shapes=abstract_state(init),
+        shardings=sharding.state_shardings(init, mesh),
+        train_step=train_step,
+    )
