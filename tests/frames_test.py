@@ -42,8 +42,12 @@ def plain_clip(pixels, box, size):
     return np.moveaxis(np.tensordot(columns, shrunk, (1, 1)), 0, 1)
 
 
+def clip(num_frames, size):
+    return np.empty((num_frames, size, size, 3), np.uint8)
+
+
 def put(frame, box, size, resize="antialias"):
-    writer = frames.ClipWriter(2, size, lambda height, width: box, resize)
+    writer = frames.ClipWriter(clip(2, size), lambda height, width: box, resize)
     writer.start(frame)
     writer.put(frame, [0, 1])
     assert (writer.frames[0] == writer.frames[1]).all()
@@ -132,7 +136,7 @@ def test_frames_of_another_size_keep_to_the_first(resize):
         for shape in ((60, 80), (90, 120))
     )
     second = second.reformat(format="yuv420p", threads=1)
-    writer = frames.ClipWriter(2, 20, lambda *_: (0, 0, 60, 80), resize)
+    writer = frames.ClipWriter(clip(2, 20), lambda *_: (0, 0, 60, 80), resize)
     writer.start(first)
     writer.put(first, [0])
     writer.put(second, [1])

@@ -47,6 +47,7 @@ def read_clips(
     resize: str = "antialias",
     max_pixels: int = MAX_PIXELS,
     time_limit_secs: float = TIME_LIMIT_SECS,
+    out: np.ndarray | None = None,
 ) -> np.ndarray:
     """Reads the clips of one record in one pass, cropped and resized to squares.
 
@@ -68,14 +69,18 @@ def read_clips(
         code, and takes a third longer.
       max_pixels: larger frames are refused before memory is taken for them.
       time_limit_secs: limit of processor time; a read that blocks is not noticed.
+      out: where to write the clips, such as a place in a batch; None: to a new array.
 
     Returns:
       uint8 `[K, T, S, S, 3]`, RGB; K counts the views of a clip, side by side.
 
     Raises:
-      DecodeError: the record gives no clip.
+      DecodeError: the record gives no clip; `out` then holds anything.
     """
     crops = [crop] if callable(crop) else crop
+    if out is None:
+        num_clips = sampling.num_clips * len(crops)
+        out = np.empty((num_clips, sampling.num_frames, size, size, 3), np.uint8)
     if resize not in RESIZES:
         raise ValueError(f"resize must be one of {RESIZES}, not {resize!r}")
     # Further attempts must draw the same clips.
@@ -85,9 +90,8 @@ def read_clips(
         if rng is not None:
             rng.bit_generator.state = state
         return [
-            ClipWriter(sampling.num_frames, size, crop, resize)
-            for _ in range(sampling.num_clips)
-            for crop in crops
+            ClipWriter(out[number], crops[number % len(crops)], resize)
+            for number in range(len(out))
         ]
 
     path, content, fps = _parts(record)
@@ -95,14 +99,14 @@ def read_clips(
         writers = make_writers()
         _fill_from_frames(path, content, fps, writers, sampling, rng)
     else:
-        writers = read_media(
+        read_media(
             path,
             content,
             lambda media: _fill(media, make_writers, sampling, rng),
             max_pixels=max_pixels,
             time_limit_secs=time_limit_secs,
         )
-    return np.stack([writer.frames for writer in writers])
+    return out
 
 
 def read_clip(
@@ -242,7 +246,7 @@ def _fill(
     make_writers: Callable[[], list[ClipWriter]],
     sampling: Sampling,
     rng: np.random.Generator | None,
-) -> list[ClipWriter]:
+) -> None:
     """Decodes by the time stamps if it can, else from the start, counting."""
     for probe in (False, True):
         with media.open(probe=probe) as container:
@@ -260,7 +264,7 @@ def _fill(
                 np.unique(chosen),
                 _collector(writers, chosen),
             ):
-                return writers
+                return
         if media.probed:
             break
 
@@ -276,7 +280,7 @@ def _fill(
         last = int(chosen.max())
         num_decoded = packets.decode_counted(media, last, _collector(writers, chosen))
         if num_decoded > last:
-            return writers
+            return
         # Fewer frames came out than packets went in: clips are drawn once more, from
         # the frames that there are.
         num_frames = num_decoded

@@ -24,18 +24,12 @@ class ClipWriter:
     """Collects the frames of one clip.
 
     Attributes:
-      frames: uint8 `[T, S, S, 3]`, RGB; what has not been put is undefined.
+      frames: uint8 `[T, S, S, 3]`, RGB, where they are written.
     """
 
-    def __init__(
-        self,
-        num_frames: int,
-        size: int,
-        crop: Crop,
-        resize: str,
-    ):
-        """Takes the arguments of `decode.read_clips`."""
-        self.frames = np.empty((num_frames, size, size, 3), np.uint8)
+    def __init__(self, frames: np.ndarray, crop: Crop, resize: str):
+        """Takes where to write, and the arguments of `decode.read_clips`."""
+        self.frames = frames
         self._crop = crop
         self._resize = resize
 

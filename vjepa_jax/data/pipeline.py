@@ -11,6 +11,7 @@ the report out again and keeps account of it (`bad_videos`). A process that dies
 hangs costs one restart (`workers`).
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 
 import grain
@@ -33,7 +34,7 @@ _MAX_BATCHES_AHEAD = 8
 
 
 class _ReadTrainClips(grain.transforms.Map):
-    """Sample -> augmented clips, with a report on records replaced on the way."""
+    """The samples of a batch -> augmented clips, with reports on records replaced."""
 
     def __init__(
         self,
@@ -51,15 +52,25 @@ class _ReadTrainClips(grain.transforms.Map):
         self._quarantined = quarantined
         self._work_log = work_log
 
-    def map(self, element: int) -> Batch:
+    def map(self, elements: np.ndarray) -> Batch:
+        shape = len(elements), _MAX_TRIES
+        # Clips are decoded to their places: stacking them would copy megabytes.
+        video = np.empty((len(elements), *self._reading.shape()), np.uint8)
+        tried, reasons = np.full(shape, -1, np.int64), np.full(shape, -1, np.int8)
+        for place, element in enumerate(elements.tolist()):
+            self._read_sample(element, video[place], tried[place], reasons[place])
+        return {"video": video, "tried": tried, "reasons": reasons}
+
+    def _read_sample(
+        self, element: int, clips: np.ndarray, tried: np.ndarray, reasons: np.ndarray
+    ) -> None:
+        """Fills the clips and the report of one sample."""
         epoch, drawn = self._source.split(element)
         # A generator of its own, for replacements not to depend on what was drawn from
         # the other before a video turned out to be bad.
         of_clip, of_replacement = np.random.SeedSequence(
             (self._seed, epoch, drawn)
         ).spawn(2)
-        tried = np.full(_MAX_TRIES, -1, np.int64)
-        reasons = np.full(_MAX_TRIES, -1, np.int8)
         for attempt, index in enumerate(
             self._candidates(drawn, np.random.default_rng(of_replacement))
         ):
@@ -68,15 +79,13 @@ class _ReadTrainClips(grain.transforms.Map):
             if reasons[attempt] < 0:
                 try:
                     with self._work_log.at(index):
-                        video = self._read(index, np.random.default_rng(of_clip))
-                    break
+                        self._read(index, np.random.default_rng(of_clip), clips)
+                    return
                 except decode.DecodeError as error:
                     reasons[attempt] = CODES[error.reason]
-        else:
-            # An exception would reach the main process as text only: let the report,
-            # which has no successful try in it, tell.
-            video = self._reading.zeros()
-        return {"video": video, "tried": tried, "reasons": reasons}
+        # An exception would reach the main process as text only: let the report, which
+        # has no successful try in it, tell.
+        clips[:] = 0
 
     def _candidates(self, index: int, rng: np.random.Generator) -> Iterator[int]:
         """Yields records, each once: the one drawn, some of its source, some of any."""
@@ -94,18 +103,17 @@ class _ReadTrainClips(grain.transforms.Map):
                 tried.add(index)
                 yield index
 
-    def _read(self, index: int, rng: np.random.Generator) -> np.ndarray:
+    def _read(self, index: int, rng: np.random.Generator, clips: np.ndarray) -> None:
         num_frames = self._reading.sampling.num_frames
 
         def crop(height: int, width: int) -> np.ndarray:
             return self._transform.crop_boxes(height, width, num_frames, rng)
 
-        clips = self._reading.read(take(self._source, index), crop, rng)
-        for number, clip in enumerate(clips):
+        self._reading.read(take(self._source, index), crop, rng, clips)
+        for clip in clips:
             augmented = self._transform.augment(clip, rng)
             if augmented is not clip:  # a clip has megabytes to copy
-                clips[number] = augmented
-        return clips
+                clip[:] = augmented
 
 
 def make_train_iterator(
@@ -163,7 +171,7 @@ def make_train_iterator(
             f"of {process_count * num_clips}"
         )
     num_local = batch_size // process_count
-    batch_bytes = num_local // num_clips * reading.zeros().nbytes
+    batch_bytes = num_local // num_clips * math.prod(reading.shape())
     # Grain keeps as many again in a thread per worker.
     ahead = prefetch_megabytes * 1e6 / batch_bytes / max(2 * num_workers, 1)
     ahead = min(max(int(ahead), 1), _MAX_BATCHES_AHEAD)
@@ -182,11 +190,10 @@ def make_train_iterator(
             quarantined | {record: CODES[reason] for record, reason in since.items()},
             work_log,
         )
-        dataset = (
-            source.samples(seed)
-            .map(read_clips)
-            .batch(num_local // num_clips, drop_remainder=True)
-        )
+        num_records = num_local // num_clips
+        # Not rounded up: the length of an endless mixture would exceed an index.
+        samples = source.samples(seed).batch(num_records, drop_remainder=True)
+        dataset = samples.map(read_clips)
         dataset = dataset[step * process_count + process_index :: process_count]
         return iter(decoded_ahead(dataset, num_workers, ahead, work_log))
 

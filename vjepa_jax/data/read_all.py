@@ -1,5 +1,6 @@
 """Every video once, in order, as evaluations read them: nothing is drawn."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import grain
@@ -16,7 +17,7 @@ from vjepa_jax.data.workers import SupervisedBatches, WorkLog, require_shared_me
 
 
 class _ReadEvalClips(grain.transforms.Map):
-    """Record index -> clips of an evaluation; zeros, marked invalid, for a bad file."""
+    """Record indices -> clips of an evaluation; zeros, marked invalid, of bad files."""
 
     def __init__(
         self,
@@ -32,23 +33,24 @@ class _ReadEvalClips(grain.transforms.Map):
         self._quarantined = quarantined
         self._work_log = work_log
 
-    def map(self, element: int) -> Batch:
-        label, video = 0, self._reading.zeros(len(self._views))
-        reason = CODES.get(self._quarantined.get(int(element), ""), -1)
-        if reason < 0:
-            try:
-                with self._work_log.at(int(element)):
-                    record = take(self._source, element)
-                    label = record.label
-                    video = self._reading.read(record, self._views)
-            except decode.DecodeError as error:
-                reason = CODES[error.reason]
-        return {
-            "video": video,
-            "label": np.int64(label),
-            "index": np.int64(element),
-            "reason": np.int8(reason),
-        }
+    def map(self, elements: np.ndarray) -> Batch:
+        shape = self._reading.shape(len(self._views))
+        video = np.empty((len(elements), *shape), np.uint8)
+        label = np.zeros(len(elements), np.int64)
+        reason = np.full(len(elements), -1, np.int8)
+        for place, index in enumerate(elements.tolist()):
+            reason[place] = CODES.get(self._quarantined.get(index, ""), -1)
+            if reason[place] < 0:
+                try:
+                    with self._work_log.at(index):
+                        record = take(self._source, index)
+                        label[place] = record.label
+                        self._reading.read(record, self._views, out=video[place])
+                except decode.DecodeError as error:
+                    reason[place] = CODES[error.reason]
+            if reason[place] >= 0:
+                video[place] = 0
+        return {"video": video, "label": label, "index": elements, "reason": reason}
 
 
 def read_all(
@@ -85,12 +87,12 @@ def read_all(
 
     def open_batches(step: int, quarantined: Mapping[int, str]) -> Iterator:
         read_clips = _ReadEvalClips(source, reading, views, quarantined, work_log)
-        dataset = grain.MapDataset.range(len(source)).map(read_clips)
-        dataset = dataset.batch(batch_size, drop_remainder=False)[step:]
+        indices = grain.MapDataset.range(len(source)).batch(batch_size)
+        dataset = indices.map(read_clips)[step:]
         return iter(decoded_ahead(dataset, num_workers, batches_ahead, work_log))
 
     if num_workers:
-        batch_bytes = batch_size * reading.zeros(len(views)).nbytes
+        batch_bytes = batch_size * math.prod(reading.shape(len(views)))
         require_shared_memory(shared_bytes(num_workers, batches_ahead, batch_bytes))
         batches = SupervisedBatches(
             open_batches,

@@ -51,6 +51,7 @@ class Reading:
         record: Record,
         crop: Crop | Sequence[Crop],
         rng: np.random.Generator | None = None,
+        out: np.ndarray | None = None,
     ) -> np.ndarray:
         """Reads uint8 `[K, T, S, S, 3]`; see `decode.read_clips`."""
         return decode.read_clips(
@@ -62,13 +63,14 @@ class Reading:
             resize=self.resize,
             max_pixels=self.max_pixels,
             time_limit_secs=self.time_limit_secs,
+            out=out,
         )
 
-    def zeros(self, num_views: int = 1) -> np.ndarray:
-        """Returns what stands for the clips of a record that gives none."""
+    def shape(self, num_views: int = 1) -> tuple[int, int, int, int, int]:
+        """Returns that of a record's clips, `[K, T, S, S, 3]`."""
         size, sampling = self.resolution, self.sampling
         num_clips = sampling.num_clips * num_views
-        return np.zeros((num_clips, sampling.num_frames, size, size, 3), np.uint8)
+        return num_clips, sampling.num_frames, size, size, 3
 
 
 def take(source: Source, index: int) -> Record:
@@ -102,13 +104,9 @@ def decoded_ahead(
         # Grain reads its own flags when it starts workers; tests and notebooks have no
         # command line.
         flags.FLAGS.mark_as_parsed()
-    # A worker's batches wait in the queue to the main process, so that its thread need
-    # not be more than one ahead of them.
-    dataset = dataset.to_iter_dataset(
-        grain.ReadOptions(
-            num_threads=1, prefetch_buffer_size=1 if num_workers else batches_ahead
-        )
-    )
+    # A worker needs no thread: its batches wait in the queue to this process.
+    threads, ahead = (0, 0) if num_workers else (1, batches_ahead)
+    dataset = dataset.to_iter_dataset(grain.ReadOptions(threads, ahead))
     if num_workers:
         dataset = dataset.mp_prefetch(
             grain.MultiprocessingOptions(
