@@ -1,5 +1,5 @@
 # Errors, flags and quoting that tpu.sh and slurm.sh share; for sourcing.
-# Runs on bash 3.2 too, which is what macOS has.
+# Written for bash 3.2 too, which is what macOS has.
 # shellcheck shell=bash
 
 # One line on stderr, and the exit code of a user's mistake.
@@ -10,10 +10,10 @@ die() {
 
 # Print the words as any POSIX shell reads them back, exactly.
 quote() {
-  local LC_ALL=C word line="" single="'\\''"
+  local LC_ALL=C word line="" single="'" escaped="'\\''"
   for word; do
     case $word in
-      "" | *[!A-Za-z0-9_@%+=:,./-]*) word="'${word//\'/$single}'" ;;
+      "" | *[!A-Za-z0-9_@%+=:,./-]*) word="'${word//$single/$escaped}'" ;;
     esac
     line+=" $word"
   done

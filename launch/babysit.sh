@@ -72,12 +72,17 @@ note_failure() { # WHAT
 make_anew() {
   say "TPU $name: $1; deleting what is left of it, to make it anew"
   attempt remove || give_up "the TPU could not be deleted"
-  needs_setup=1
+  needs_setup=1 was_ready=""
 }
 
 give_up() {
   say "gave up: $1"
   exit 1
+}
+
+leave_deleted() {
+  say "TPU $name was deleted by somebody else; babysit again to make another"
+  exit 75
 }
 
 rehearse() {
@@ -91,7 +96,7 @@ rehearse() {
 }
 
 babysit() {
-  local failures=0 needs_setup=1 verdict began
+  local failures=0 needs_setup=1 was_ready="" verdict began
   if [[ -n $TPU_DRY_RUN ]]; then
     rehearse
     return
@@ -101,11 +106,15 @@ babysit() {
   while true; do
     ((failures < TPU_MAX_FAILURES)) || give_up "$failures failures in a row"
     attempt look || give_up "gcloud does not tell the state of $name"
-    if [[ $tpu == gone ]]; then make_anew "$detail"; fi
+    case $tpu in
+      gone) make_anew "$detail" ;;
+      absent | deleting) [[ -z $was_ready ]] || leave_deleted ;;
+    esac
     if ! bring_up; then
       note_failure "no TPU"
       continue
     fi
+    was_ready=1
     poll_run
     if ((running == 0)); then
       if [[ -n $needs_setup ]] && ! set_up; then
@@ -114,6 +123,7 @@ babysit() {
       fi
       needs_setup=""
       if ! start_run; then
+        needs_setup=1
         note_failure "start"
         continue
       fi
@@ -137,10 +147,7 @@ babysit() {
         say "stopped on request; babysit again to continue"
         exit 75
         ;;
-      deleted)
-        say "TPU $name was deleted by somebody else; babysit again to make another"
-        exit 75
-        ;;
+      deleted) leave_deleted ;;
       blind)
         give_up "$name is out of reach; what runs there goes on, babysit again to watch"
         ;;

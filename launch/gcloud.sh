@@ -1,5 +1,5 @@
 # Calls of gcloud about one TPU, and what they say of its state; sourced by tpu.sh.
-# Reads `name` and the TPU_ variables of env.sh; runs on bash 3.2 too.
+# Reads `name` and the TPU_ variables of env.sh.
 # shellcheck shell=bash disable=SC2154
 
 tpu="" detail="" found="" nodes=() num_workers=0 # what look() sets

@@ -38,11 +38,14 @@ require_number --max-crashes "$SLURM_RUN_MAX_CRASHES"
 python=${PYTHON:-$(dirname "$here")/.venv/bin/python}
 [[ -x $python ]] || die "no $python: run bash -c '. launch/setup.sh cuda,gcs' first"
 
+num_processes=$((SLURM_RUN_NODES * SLURM_RUN_GPUS_PER_NODE))
+
 # Not --gpus-per-task: each process must see all GPUs of its node, since jax takes the one
 # that SLURM_LOCALID counts.
 directives() {
   echo "--job-name=$SLURM_RUN_JOB_NAME"
   echo "--nodes=$SLURM_RUN_NODES"
+  echo "--ntasks=$num_processes"
   echo "--ntasks-per-node=$SLURM_RUN_GPUS_PER_NODE"
   echo "--gpus-per-node=$SLURM_RUN_GPUS_PER_NODE"
   echo "--cpus-per-task=$SLURM_RUN_CPUS_PER_GPU"
@@ -65,6 +68,8 @@ script() {
   cat <<SCRIPT
 command=($(quote "$python" -m vjepa_jax.train "${rest[@]}"))
 logs=$(quote "$SLURM_RUN_LOGS")
+num_processes=$num_processes
+export SRUN_CPUS_PER_TASK=$SLURM_RUN_CPUS_PER_GPU # srun does not take it from the job
 max_requeues=$SLURM_RUN_MAX_REQUEUES
 max_crashes=$SLURM_RUN_MAX_CRASHES
 backoff_secs=$SLURM_RUN_BACKOFF_SECS

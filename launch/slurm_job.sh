@@ -36,7 +36,7 @@ run_step() { # sets `codes`
   done
   step=""
   codes=$(cat "$prefix".* 2>/dev/null)
-  if (($(wc -w <<<"$codes") < SLURM_NTASKS)); then codes+=" $code"; fi
+  if (($(wc -w <<<"$codes") < num_processes)); then codes+=" $code"; fi
   codes=$(tr '\n' ' ' <<<"$codes")
 }
 

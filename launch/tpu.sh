@@ -137,14 +137,12 @@ status() {
 }
 
 node_of_slice() { # sets `node`
-  require_number --slice "$TPU_SLICE"
   ((TPU_SLICE < ${#nodes[@]})) || die "--slice=$TPU_SLICE: $name has ${#nodes[@]}, from 0"
   node=${nodes[$TPU_SLICE]}
 }
 
 logs() {
   require_ready
-  require_number --lines "$TPU_LINES"
   if [[ -n $TPU_FOLLOW ]]; then
     node_of_slice
     tpu_ssh "$node" "${TPU_WORKER:-0}" "$(worker_command logs "$TPU_LINES" follow)"
@@ -213,6 +211,9 @@ name=${words[0]}
 [[ $name =~ ^[a-z]([-a-z0-9]*[a-z0-9])?$ ]] ||
   die "'$name' is no name of a TPU: lower-case letters, digits and -"
 require_number --num-slices "$TPU_NUM_SLICES"
+require_number --slice "$TPU_SLICE"
+require_number --lines "$TPU_LINES"
+[[ $TPU_WORKER =~ ^([0-9]*|all)$ ]] || die "--worker=$TPU_WORKER is no number, nor all"
 case $command in
   run | babysit | ssh) ;;
   *) ((!${#rest[@]})) || die "$command takes nothing after --" ;;
