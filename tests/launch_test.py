@@ -265,7 +265,9 @@ def test_babysit_watches_a_run_that_is_going_on(make_pod):
     pod("setup", "pod")
     pod("run", "pod", "--", *TRAIN)
     process = pod.start("babysit", "pod", *CREATE, "--", *TRAIN)
-    pod.wait_for(lambda: "worker.sh state" in json.dumps(pod.read("calls.jsonl")))
+    pod.wait_for(
+        lambda: json.dumps(pod.read("calls.jsonl")).count("worker.sh state") > 1
+    )
     pod("stop", "pod")
     process.communicate(timeout=60)
     assert process.returncode == 75
@@ -383,6 +385,11 @@ def test_status_logs_and_stop(make_pod):
     pod("run", "pod", "--", *TRAIN)
     pod.wait_for(lambda: len(pod.read("trainer.jsonl")) == 2)
     assert "worker pod-w-1 running" in pod("status", "pod")[0]
+    # The same start again, as after an attempt that reached one of two workers.
+    again = (pod.home() / "vjepa_jax_run" / "id").read_text().strip()
+    start = ["bash", "vjepa_jax/launch/worker.sh", "start", again, "--", *TRAIN]
+    out, _ = pod("ssh", "pod", "--worker=all", "--", *start)
+    assert out.count("already started") == 2 and len(pod.read("trainer.jsonl")) == 2
     for refused in (["run", "pod", "--", *TRAIN], ["setup", "pod"]):
         _, err = pod(*refused, code=1)
         assert "a run is going on: launch/tpu.sh stop ends it" in err
