@@ -46,14 +46,14 @@ place() { # sets `where`
 tpu_ssh() { # NODE WORKER [COMMAND]
   local -a flags
   read -ra flags <<<"$TPU_SSH_FLAGS"
-  call compute tpus tpu-vm ssh "$1" ${where[@]+"${where[@]}"} "--worker=$2" \
+  call compute tpus tpu-vm ssh "$1" ${where[@]+"${where[@]}"} "--worker=$2" --quiet \
     ${flags[@]+"${flags[@]}"} ${3:+"--command=$3"}
 }
 
 tpu_scp() { # NODE FILE TARGET
   local -a flags
   read -ra flags <<<"$TPU_SSH_FLAGS"
-  call compute tpus tpu-vm scp "$2" "$1:$3" ${where[@]+"${where[@]}"} --worker=all \
+  call compute tpus tpu-vm scp "$2" "$1:$3" ${where[@]+"${where[@]}"} --worker=all --quiet \
     ${flags[@]+"${flags[@]}"}
 }
 
