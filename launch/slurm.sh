@@ -24,7 +24,7 @@ Defaults, each also a variable of the environment: launch/env.sh (SLURM_RUN_...)
 HELP
 }
 
-: "${SLURM_RUN_DRY_RUN:=}"
+SLURM_RUN_DRY_RUN=""
 numbers="nodes gpus-per-node cpus-per-gpu max-requeues max-crashes"
 parse SLURM_RUN "$numbers time partition account job-name logs" dry-run sbatch "$@"
 ((!${#words[@]})) || die "unexpected '${words[0]}': the trainer's flags go after --"

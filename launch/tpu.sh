@@ -202,8 +202,9 @@ case $command in
   *) die "unknown command '$command': see $0 --help" ;;
 esac
 shift
-: "${TPU_DRY_RUN:=}" "${TPU_YES:=}" "${TPU_FOLLOW:=}" "${TPU_DELETE_ON_SUCCESS:=}"
-: "${TPU_SLICE:=0}" "${TPU_WORKER:=}" "${TPU_LINES:=100}"
+# Flags of one command: what the environment says of them is no concern of theirs.
+TPU_DRY_RUN="" TPU_YES="" TPU_FOLLOW="" TPU_DELETE_ON_SUCCESS=""
+TPU_SLICE=0 TPU_WORKER="" TPU_LINES=100
 parse TPU "$place_flags $values" "no-queue dry-run $switches" "$repeats" "$@"
 ((${#words[@]})) || die "give the TPU's name: $0 $command NAME"
 ((${#words[@]} == 1)) || die "one name only, got '${words[*]}'; the rest goes after --"

@@ -200,8 +200,9 @@ logs() {
   if [[ ${2-} == follow ]]; then
     exec tail -n "$1" -F "$run/train.log"
   fi
-  # One write per line, so that the lines of several workers do not mix.
-  tail -n "$1" "$run/train.log" | sed -u "s/^/[$host] /"
+  # One write per line, so that the lines of several workers do not mix; of a progress
+  # bar its last state.
+  tail -n "$1" "$run/train.log" | sed -u "s/.*\\r//; s/^/[$host] /"
 }
 
 case ${1-} in

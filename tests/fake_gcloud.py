@@ -7,7 +7,8 @@ where `gcloud ... ssh --command` really runs the command line by `sh -c`, split 
 joined as gcloud and ssh do it.
 
 Plan: `workers` per node; `states` of a new queued resource before it is ACTIVE; `fail`,
-{verb: number of calls that fail first}; `trainer`, what each start on a worker does (or
+{verb: number of calls that fail first}; `old_python`, whether the machine's interpreter
+is too old; `trainer`, what each start on a worker does (or
 a list of that by worker): an exit code, "save" (wait for SIGTERM, then exit 75), "hang"
 (ignore it), "preempt", "preempt_node" (only the node tells) or "deafen" (ssh fails).
 """
@@ -36,7 +37,7 @@ def install(folder: pathlib.Path, **plan) -> None:
     (folder / "plan.json").write_text(json.dumps(plan))
     here = pathlib.Path(__file__).resolve()
     stubs = {name: f"{text}\n" for name, text in STUBS.items()}
-    stubs["python3"] = f'exec {sys.executable} -IS {here} python "$@"\n'
+    stubs["python3"] = f'exec {sys.executable} -IS {here} python "$0" "$@"\n'
     _write_stubs(folder / "worker_bin", stubs)
     gcloud = f'FAKE_GCLOUD={folder} exec {sys.executable} -IS {here} gcloud "$@"\n'
     _write_stubs(folder / "bin", {"gcloud": gcloud})
@@ -182,11 +183,11 @@ def _scp(cloud, argv, flags):
 
 
 def python(cloud: _Cloud, argv: list[str]) -> int:
-    """Be the interpreter of a worker: `venv` and `pip` by name, and the trainer."""
-    if argv[0] == "-c":
-        return 0
-    module, *rest = argv[1:]
-    if module == "venv":
+    """Be an interpreter of a worker: `venv`, `uv`, `pip` by name, and the trainer."""
+    executable, flag, module, *rest = argv
+    if flag == "-c":
+        return int(cloud.plan.get("old_python", False) and ".venv" not in executable)
+    if module in ("venv", "uv"):
         folder = pathlib.Path(rest[-1], "bin")
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copy(cloud.folder / "worker_bin" / "python3", folder / "python")

@@ -10,90 +10,18 @@ import shlex
 import shutil
 import subprocess
 import sys
-import time
 
 import fake_gcloud
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pod import CREATE, ROOT, TRAIN, Pod
 
-ROOT = pathlib.Path(__file__).parents[1]
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux", reason="the commands of workers run here, which are Linux"
+)
+
 GOLDENS = ROOT / "tests" / "goldens" / "launch"
-CREATE = ("--zone=us-z", "--accelerator-type=v5litepod-16")
-TRAIN = ("--config=configs/x.py:a,b", "--workdir=gs://bucket/run")
-
-
-class Pod:
-    """A checkout, a fake cloud, and tpu.sh between them."""
-
-    def __init__(self, folder: pathlib.Path, **plan):
-        self.cloud, self.repo = folder / "cloud", folder / "repo"
-        self.cloud.mkdir()
-        fake_gcloud.install(self.cloud, **plan)
-        shutil.copytree(ROOT / "launch", self.repo / "launch")
-        (self.repo / "setup.py").write_text("# pins\n")
-        (self.repo / "a file.txt").write_text("tracked\n")
-        (self.repo / "untracked.txt").write_text("not tracked\n")
-        git = ["git", "-C", self.repo]
-        subprocess.run([*git, "init", "-q"], check=True)
-        subprocess.run([*git, "add", "launch", "setup.py", "a file.txt"], check=True)
-        ours = ("TPU_", "SLURM_", "GIVEN_", "GIT_", "PYTHON")
-        self.env = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
-        self.env |= {
-            "PATH": f"{self.cloud / 'bin'}:{os.environ['PATH']}",
-            "TPU_POLL_SECS": "0.2",
-            "TPU_BACKOFF_SECS": "0",
-        }
-
-    def start(self, *argv: str, **env: str) -> subprocess.Popen:
-        """Start tpu.sh."""
-        return subprocess.Popen(
-            ["bash", str(self.repo / "launch" / "tpu.sh"), *argv],
-            env=self.env | env,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    def __call__(self, *argv: str, code: int = 0, stdin: str = "", **env: str):
-        """Run tpu.sh; return (stdout, stderr)."""
-        process = self.start(*argv, **env)
-        out, err = process.communicate(stdin, timeout=60)
-        assert process.returncode == code, f"{argv}: {process.returncode}\n{out}{err}"
-        return out, err
-
-    def read(self, name: str) -> list:
-        """Return the lines of one of the cloud's files."""
-        path = self.cloud / name
-        lines = path.read_text().splitlines() if path.exists() else []
-        return [json.loads(line) for line in lines]
-
-    def verbs(self) -> list[str]:
-        """Return what was asked of gcloud, without looks at states."""
-        verbs = []
-        for call in self.read("calls.jsonl"):
-            words = " ".join(call)
-            if "worker.sh state" in words or call[3] == "describe":
-                continue
-            for word in ("setup", "start", "stop", "idle", "logs"):
-                if f"worker.sh {word}" in words:
-                    verbs.append(word)
-                    break
-            else:
-                verbs.append(call[3])
-        return verbs
-
-    def home(self, worker: str = "pod-w-0") -> pathlib.Path:
-        """Return a worker's home."""
-        return self.cloud / "homes" / worker
-
-    def wait_for(self, condition) -> None:
-        """Wait until something that a worker does in the background is done."""
-        end = time.monotonic() + 30
-        while not condition():
-            assert time.monotonic() < end, "waited in vain for 30 s"
-            time.sleep(0.02)
 
 
 @pytest.fixture
@@ -172,115 +100,6 @@ def test_printed_calls_are_the_ones_made(make_pod):
         assert all(call in printed for call in made)
 
 
-def test_babysit_brings_a_run_through_a_preemption(make_pod):
-    pod = make_pod(
-        workers=2,
-        states=["ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING"],
-        trainer=["preempt", 0],
-    )
-    _, err = pod(
-        "babysit", "pod", *CREATE, "--spot", "--delete-on-success", "--", *TRAIN
-    )
-    assert pod.verbs() == [
-        *("create", "idle", "scp", "setup", "start", "delete"),
-        *("create", "idle", "scp", "setup", "start", "delete"),
-    ]
-    assert "WAITING_FOR_RESOURCES" in err and "preempted (SUSPENDED)" in err
-    started = pod.read("trainer.jsonl")
-    assert all(s["argv"] == list(TRAIN) for s in started)
-    hosts = sorted(s["host"] for s in started)
-    assert hosts == ["pod-w-0", "pod-w-0", "pod-w-1", "pod-w-1"]
-    state = json.loads((pod.cloud / "state.json").read_text())
-    assert not state["queued"] and not state["nodes"]
-
-
-def test_a_preempted_slice_of_an_active_resource_is_made_anew(make_pod):
-    pod = make_pod(trainer=["preempt_node", 0])
-    _, err = pod("babysit", "pod", *CREATE, "--num-slices=2", "--", *TRAIN)
-    assert "preempted (PREEMPTED)" in err
-    assert pod.verbs().count("create") == 2
-    state = json.loads((pod.cloud / "state.json").read_text())
-    assert list(state["nodes"]) == ["pod-0", "pod-1"], (
-        "kept without --delete-on-success"
-    )
-
-
-def test_babysit_repeats_what_was_interrupted_and_keeps_the_tpu(make_pod):
-    pod = make_pod(workers=2, trainer=[[75, 75], [143, 130], [0, 0]])
-    pod("babysit", "pod", *CREATE, "--", *TRAIN)
-    assert pod.verbs() == [
-        *("create", "idle", "scp", "setup", "start"),
-        *("logs", "start", "logs", "start"),
-    ]
-
-
-def test_babysit_gives_up_after_crashes_in_a_row(make_pod):
-    pod = make_pod(workers=2, trainer=[[1, 75]])
-    _, err = pod("babysit", "pod", *CREATE, "--", *TRAIN, code=1, TPU_MAX_FAILURES="3")
-    assert pod.verbs().count("start") == 3
-    assert "gave up: 3 failures in a row" in err
-    assert "[pod-w-0] trainer 0 of pod-w-0" in err
-
-
-def test_a_run_that_lived_long_clears_the_count_of_failures(make_pod):
-    pod = make_pod(trainer=[1, 1, 1, 0])
-    limits = {"TPU_MAX_FAILURES": "2", "TPU_HEALTHY_SECS": "0"}
-    pod("babysit", "pod", *CREATE, "--", *TRAIN, **limits)
-    assert pod.verbs().count("start") == 4
-
-
-def test_babysit_does_not_repeat_a_mistake(make_pod):
-    pod = make_pod(workers=2, trainer=[[75, 2]])
-    _, err = pod("babysit", "pod", *CREATE, "--", *TRAIN, code=2)
-    assert pod.verbs().count("start") == 1
-    assert "mend it" in err
-
-
-def test_workers_that_outlive_the_others_are_stopped(make_pod):
-    pod = make_pod(workers=2, trainer=[[1, "hang"], 0])
-    limits = {"TPU_STRAGGLER_SECS": "0", "TPU_STOP_SECS": "0"}
-    pod("babysit", "pod", *CREATE, "--", *TRAIN, **limits)
-    assert [v for v in pod.verbs() if v in ("start", "stop")] == [
-        "start",
-        "stop",
-        "start",
-    ]
-
-
-def test_babysit_ends_when_the_run_is_stopped_or_its_tpu_deleted(make_pod):
-    pod = make_pod(trainer=["save"])
-    for command in (["stop", "pod"], ["delete", "pod", "--yes"]):
-        before = len(pod.read("trainer.jsonl"))
-        process = pod.start("babysit", "pod", *CREATE, "--", *TRAIN)
-        pod.wait_for(lambda n=before: len(pod.read("trainer.jsonl")) > n)
-        pod(*command)
-        _, err = process.communicate(timeout=60)
-        assert process.returncode == 75, err
-    assert "deleted by somebody else" in err
-
-
-def test_babysit_watches_a_run_that_is_going_on(make_pod):
-    pod = make_pod(trainer=["save"])
-    pod("create", "pod", *CREATE)
-    pod("setup", "pod")
-    pod("run", "pod", "--", *TRAIN)
-    process = pod.start("babysit", "pod", *CREATE, "--", *TRAIN)
-    pod.wait_for(
-        lambda: json.dumps(pod.read("calls.jsonl")).count("worker.sh state") > 1
-    )
-    pod("stop", "pod")
-    process.communicate(timeout=60)
-    assert process.returncode == 75
-    assert pod.verbs().count("start") == 1
-
-
-def test_a_tpu_with_a_worker_out_of_reach_is_made_anew(make_pod):
-    pod = make_pod(workers=2, trainer=[["deafen", "hang"], 0])
-    _, err = pod("babysit", "pod", *CREATE, "--", *TRAIN, TPU_MAX_ATTEMPTS="2")
-    assert "1 of 2 workers answer" in err
-    assert pod.verbs().count("delete") == 1 and pod.verbs().count("create") == 2
-
-
 @pytest.mark.parametrize("verb", ["create", "describe", "scp"])
 def test_calls_that_fail_are_repeated_but_not_for_ever(make_pod, verb):
     pod = make_pod(fail={verb: 2})
@@ -294,13 +113,6 @@ def test_calls_that_fail_are_repeated_but_not_for_ever(make_pod, verb):
     _, err = pod(*argv, code=1, TPU_MAX_ATTEMPTS="3")
     assert sum(call[3] == verb for call in pod.read("calls.jsonl")) - before == 3
     assert "attempt 2 of 3 failed" in err and "attempt 3" not in err
-
-
-def test_a_refused_tpu_is_not_asked_for_without_end(make_pod):
-    pod = make_pod(states=["FAILED"] * 9)
-    _, err = pod("babysit", "pod", *CREATE, "--", *TRAIN, code=1, TPU_MAX_FAILURES="2")
-    assert pod.verbs().count("create") == 2
-    assert "FAILED" in err
 
 
 @pytest.fixture(scope="module")
@@ -371,6 +183,18 @@ def test_setup_copies_what_git_tracks_and_can_be_repeated(make_pod):
     assert len(installs) == 2, "one per worker: the second set-up installs nothing"
     assert ".[tpu,gcs]" in installs[0]
     assert len((pod.home() / "gcsfuse").read_text().splitlines()) == 1
+
+
+def test_setup_brings_its_own_python_where_the_machines_is_old(make_pod):
+    pod = make_pod(old_python=True)
+    pod("create", "pod", *CREATE)
+    pod("setup", "pod")
+    pod("setup", "pod")
+    installs = pod.read("pip.jsonl")
+    assert installs[0][-1] == "uv" and installs[1][-1] == ".[tpu,gcs]"
+    assert len(installs) == 2
+    pod("run", "pod", "--", *TRAIN)
+    pod.wait_for(lambda: pod.read("trainer.jsonl"))
 
 
 def test_status_logs_and_stop(make_pod):
