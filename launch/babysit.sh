@@ -32,7 +32,7 @@ watch_run() {
     [[ $verdict == blind ]] || return 0
     if [[ $tpu == ready ]]; then
       poll_run
-      if ((replies < num_workers)); then
+      if ((replies < num_workers || replies == 0)); then
         unreachable=$((unreachable + 1))
         say "$replies of $num_workers workers answer"
         if ((unreachable >= TPU_MAX_ATTEMPTS)); then

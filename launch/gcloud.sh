@@ -141,7 +141,7 @@ describe() { # KIND NAME FORMAT
   return "$code"
 }
 
-plan_nodes() { # the names that a dry run assumes
+plan_nodes() { # the names that `create` gives
   local slice
   nodes=("$name")
   if ((TPU_NUM_SLICES > 1)); then
@@ -172,7 +172,7 @@ look() {
         *) tpu=waiting ;;
       esac
       [[ $tpu == ready ]] || return 0
-      IFS=';' read -ra nodes <<<"$list"
+      if [[ -n $list ]]; then IFS=';' read -ra nodes <<<"$list"; else plan_nodes; fi
     fi
   fi
   # A slice may be preempted while its queued resource still counts as active.

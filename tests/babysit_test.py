@@ -118,14 +118,27 @@ def test_babysit_watches_a_run_that_is_going_on(make_pod):
     pod("create", "pod", *CREATE)
     pod("setup", "pod")
     pod("run", "pod", "--", *TRAIN)
-    process = pod.start("babysit", "pod", *CREATE, "--", *TRAIN)
-    pod.wait_for(
-        lambda: json.dumps(pod.read("calls.jsonl")).count("worker.sh state") > 1
-    )
-    pod("stop", "pod")
-    process.communicate(timeout=60)
-    assert process.returncode == 75
+    for end in ("interrupted", "stopped"):
+        before = json.dumps(pod.read("calls.jsonl")).count("worker.sh state")
+        process = pod.start("babysit", "pod", *CREATE, "--", *TRAIN)
+        pod.wait_for(
+            lambda n=before: (
+                json.dumps(pod.read("calls.jsonl")).count("worker.sh state") > n + 1
+            )
+        )
+        if end == "interrupted":
+            process.terminate()
+        else:
+            pod("stop", "pod")
+        process.communicate(timeout=60)
+        assert process.returncode == {"interrupted": 130, "stopped": 75}[end]
     assert pod.verbs().count("start") == 1
+
+
+def test_no_worker_is_no_success(make_pod):
+    pod = make_pod(workers=0)
+    _, err = pod("babysit", "pod", *CREATE, "--", *TRAIN, code=1, TPU_MAX_ATTEMPTS="2")
+    assert "pod is out of reach" in err and "finished" not in err
 
 
 def test_a_tpu_with_a_worker_out_of_reach_is_made_anew(make_pod):
