@@ -81,16 +81,8 @@ mount_bucket() {
   local bucket=$1 folder=$root/gcs/$1
   mkdir -p "$folder"
   if mountpoint -q "$folder"; then return; fi
-  if ! command -v gcsfuse >/dev/null; then
-    local key=/usr/share/keyrings/cloud.google.asc
-    local packages=https://packages.cloud.google.com/apt
-    curl -fsSL $packages/doc/apt-key.gpg | sudo tee $key >/dev/null
-    echo "deb [signed-by=$key] $packages gcsfuse-$(lsb_release -cs) main" |
-      sudo tee /etc/apt/sources.list.d/gcsfuse.list >/dev/null
-    # A new VM updates itself for some minutes and holds apt's lock meanwhile.
-    sudo apt-get -o DPkg::Lock::Timeout=600 update -q
-    sudo apt-get -o DPkg::Lock::Timeout=600 install -q -y gcsfuse
-  fi
+  command -v gcsfuse >/dev/null ||
+    fail 3 "gcsfuse is missing, which mounts gs://$bucket: install it, see launch/README.md"
   # The data do not change under a run: look each file up once, never again.
   gcsfuse --implicit-dirs --metadata-cache-ttl-secs=-1 --stat-cache-max-size-mb=-1 \
     --type-cache-max-size-mb=-1 --kernel-list-cache-ttl-secs=-1 -o ro \
