@@ -11,10 +11,9 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
-import numpy as np
 from jax._src import distributed as jax_distributed
 from jax.experimental import multihost_utils
 
@@ -28,6 +27,7 @@ _WAITING_EVERY_SECS = 30
 # How long a process that failed waits for the others to fail likewise.
 _FAIL_TOGETHER_SECS = 20
 
+_heartbeat_timeout_secs = 0
 _why_aborted = ""
 _abort_handler = None  # kept, since C has its address
 
@@ -58,11 +58,13 @@ def initialize(
     Raises:
       UserError: the flags or the environment describe no cluster.
     """
+    global _heartbeat_timeout_secs
     if jax.distributed.is_initialized():
         return
     found = cluster.describe(os.environ, coordinator_address, num_processes, process_id)
     if found is None:
         return
+    _heartbeat_timeout_secs = heartbeat_timeout_secs
     _exit_on_abort()
     where = found.get("coordinator_address", "the first process")
     _set_reason(
@@ -180,20 +182,45 @@ def from_main(name: str, text: str, timeout_secs: float) -> str:
     if is_main():
         _client().key_value_set(key, text)
         return text
+    return _value_of(key, timeout_secs, "the first process")
+
+
+def sum_on_main(name: str, values: Sequence[int], timeout_secs: float) -> Sequence[int]:
+    """Sum numbers over all processes, on the main one; the others get their own back.
+
+    The devices have no part in it, so that nobody waits for the step under way.
+
+    Args:
+      name: never given before; all processes call with the same.
+      values: as many on every process.
+      timeout_secs: longest wait for the others.
+
+    Raises:
+      LostProcess: on the main process, not all came in time.
+    """
+    if process_count() == 1:
+        return values
+    folder = f"vjepa_jax/{name}/"
+    if not is_main():
+        text = ",".join(map(str, values))
+        _client().key_value_set(f"{folder}{process_index()}", text)
+        return values
+    total = list(values)
+    for other in range(1, process_count()):
+        text = _value_of(f"{folder}{other}", timeout_secs, f"process {other}")
+        total = [a + int(b) for a, b in zip(total, text.split(","), strict=True)]
+    _client().key_value_delete(folder)
+    return total
+
+
+def _value_of(key: str, timeout_secs: float, whose: str) -> str:
     try:
         return _client().blocking_key_value_get(key, int(timeout_secs * 1000))
     except jax.errors.JaxRuntimeError as error:
         raise LostProcess(
-            f"the first process did not give its {name} within {timeout_secs:g} s: "
-            f"see its output ({error})"
+            f"{whose} of this run did not give '{key}' within {timeout_secs:g} s: see "
+            f"its output ({error})"
         ) from None
-
-
-def sum_over_processes(values: np.ndarray) -> np.ndarray:
-    """Sum integers `[N]` over all processes, all of which call it at the same point."""
-    if process_count() == 1:
-        return values
-    return np.sum(multihost_utils.process_allgather(values), axis=0)
 
 
 class StopRequest:
@@ -260,19 +287,24 @@ def ending_together(user_error_code: int) -> Iterator[None]:
             _end(EXIT_TRY_AGAIN, str(error))
         if isinstance(error, KeyboardInterrupt):
             _end(128 + signal.SIGINT, "interrupted again before a checkpoint was saved")
-        is_user_error = isinstance(error, UserError)
-        if not is_user_error:
-            traceback.print_exc()
-        message = str(error) if is_user_error else f"{type(error).__name__}, see above"
-        print(f"error: {message}", file=sys.stderr, flush=True)
-        _leave(user_error_code if is_user_error else 1)
+        if isinstance(error, UserError):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            _leave(user_error_code, _FAIL_TOGETHER_SECS)
+        traceback.print_exc()
+        wait_secs = _FAIL_TOGETHER_SECS
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            # Mostly another process broke off a computation; who, the heartbeats tell.
+            wait_secs += _heartbeat_timeout_secs
+        _leave(1, wait_secs)
 
 
-def _leave(code: int) -> None:
-    """End after a failure, in order if all processes came here."""
+def _leave(code: int, wait_secs: float) -> None:
+    """End after a failure, in order if all processes come here."""
     try:
-        _client().wait_at_barrier("vjepa_jax/failed", _FAIL_TOGETHER_SECS * 1000)
-    except jax.errors.JaxRuntimeError:
-        _end(code, "the other processes did not fail likewise: they end after this one")
+        _client().wait_at_barrier("vjepa_jax/failed", int(wait_secs * 1000))
+    except jax.errors.JaxRuntimeError as error:
+        if "DEADLINE_EXCEEDED" not in str(error):
+            _end(EXIT_TRY_AGAIN, _why_aborted)
+        _end(code, "this process failed alone; the others will end after it")
     jax.distributed.shutdown()
     os._exit(code)

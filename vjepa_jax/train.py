@@ -10,10 +10,10 @@ import json
 import pathlib
 import sys
 import time
+from collections.abc import Mapping
 
 import flax.linen as nn
 import jax
-import numpy as np
 from absl import flags
 
 from vjepa_jax import (
@@ -36,8 +36,8 @@ from vjepa_jax.goodput import TimeAccount
 from vjepa_jax.program import make_program
 
 CONFIG_FILE = "config.json"
-# Waits for the first process, which may be slower than the others by so much.
-_START_TIMEOUT_SECS = 300
+# Processes at the same point of the program may be apart by so much.
+_WAIT_SECS = 600
 _RENDER_TIMEOUT_SECS = 4 * 3600
 
 
@@ -227,7 +227,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> int | None:
                     values = {k: float(v) for k, v in jax.device_get(values).items()}
                 skips.check(step, values)
                 values |= clock.window(step) | metrics.memory_scalars()
-                values |= _bad_videos(batches) | account.scalars()
+                values |= _bad_videos(step, batches.bad_counts) | account.scalars()
                 writer.write(step, values)
                 checkpointer.check_errors()
 
@@ -317,13 +317,13 @@ def _earlier_rows(workdir: str) -> list[dict[str, float]]:
     return metrics.read_metrics(str(path)) if path.exists() else []
 
 
-def _bad_videos(batches) -> dict[str, int]:
+def _bad_videos(step: int, known: Mapping[str, int]) -> dict[str, int]:
     """Count the unreadable videos that all processes know of."""
-    known = batches.bad_counts
-    counts = np.array([known[reason] for reason in REASONS], np.int32)
-    counts = distributed.sum_over_processes(counts)
-    of_reasons = zip(REASONS, counts.tolist(), strict=True)
-    return {"data/bad_videos": int(counts.sum())} | {
+    counts = distributed.sum_on_main(
+        f"bad_videos/{step}", [known[r] for r in REASONS], _WAIT_SECS
+    )
+    of_reasons = zip(REASONS, counts, strict=True)
+    return {"data/bad_videos": sum(counts)} | {
         f"data/bad_{reason}": count for reason, count in of_reasons if count
     }
 
@@ -331,7 +331,7 @@ def _bad_videos(batches) -> dict[str, int]:
 def _require_same_config(config: ConfigDict) -> None:
     """Raise UserError where this process's config is not the first one's."""
     mine = json.dumps(config.to_dict())
-    theirs = distributed.from_main("config", mine, _START_TIMEOUT_SECS)
+    theirs = distributed.from_main("config", mine, _WAIT_SECS)
     mine, theirs = (flatten(json.loads(text)) for text in (mine, theirs))
     changed = [
         f"{key}: {theirs.get(key, 'absent')} there, {mine.get(key, 'absent')} here"
