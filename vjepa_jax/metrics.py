@@ -17,7 +17,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any, TextIO
 
 import jax
-import tensorboardX
 
 from vjepa_jax import distributed
 from vjepa_jax.goodput import TimeAccount, duration
@@ -52,6 +51,8 @@ class MetricWriter:
         self._is_main = distributed.is_main()
         if not self._is_main:
             return
+        import tensorboardX  # here, since it imports PyTorch where that is installed
+
         folder = pathlib.Path(workdir)
         folder.mkdir(parents=True, exist_ok=True)
         _drop_after(folder / FILE, start_step)

@@ -36,6 +36,8 @@ from vjepa_jax.goodput import TimeAccount
 from vjepa_jax.program import make_program
 
 CONFIG_FILE = "config.json"
+# What hosts may have of their own; all else must be the same.
+_PER_HOST = (".path", "data.num_workers", "data.prefetch_megabytes")
 # Processes at the same point of the program may be apart by so much.
 _WAIT_SECS = 600
 _RENDER_TIMEOUT_SECS = 4 * 3600
@@ -336,7 +338,7 @@ def _require_same_config(config: ConfigDict) -> None:
     changed = [
         f"{key}: {theirs.get(key, 'absent')} there, {mine.get(key, 'absent')} here"
         for key in sorted(mine.keys() | theirs.keys())
-        if mine.get(key) != theirs.get(key)
+        if mine.get(key) != theirs.get(key) and not key.endswith(_PER_HOST)
     ]
     if changed:
         raise UserError(
