@@ -241,10 +241,10 @@ def test_any_number_of_processes_has_the_losses_of_one(four, two, last, alone):
     assert [row["step"] for row in last] == list(of_one)
     # The four's own rows too: those behind their checkpoint have been written anew.
     for row in four.rows + last:
-        for key in ("train/loss", "train/total_loss", "optim/grad_norm_encoder"):
+        for key in ("train/loss", "train/total_loss"):
             expected = of_one[row["step"]][key]
             # Sums in another order, by other compiled code, over all steps so far.
-            assert row[key] == pytest.approx(expected, rel=1e-4), (row["step"], key)
+            assert row[key] == pytest.approx(expected, rel=1e-5), (row["step"], key)
     assert two.saved_step > four.saved_step
 
 

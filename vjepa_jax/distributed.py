@@ -25,7 +25,7 @@ EXIT_TRY_AGAIN = 75
 
 _WAITING_EVERY_SECS = 30
 # How long a process that failed waits for the others to fail likewise.
-_FAIL_TOGETHER_SECS = 20
+_FAIL_TOGETHER_SECS = 10
 
 _heartbeat_timeout_secs = 0
 _why_aborted = ""

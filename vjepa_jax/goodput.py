@@ -26,7 +26,7 @@ class TimeAccount:
     def __init__(self):
         """Starts to count."""
         self._began = time.perf_counter()
-        self._earlier_seconds = 0.0
+        self._earlier_seconds = self._booked_earlier = 0.0
         self.seconds = dict.fromkeys(PARTS, 0.0)
 
     @contextlib.contextmanager
@@ -43,8 +43,9 @@ class TimeAccount:
             self.seconds[part] += time.perf_counter() - start
 
     def end_startup(self) -> None:
-        """Books all that is not booked yet as start-up."""
-        self.seconds["startup"] += self.total_seconds() - sum(self.seconds.values())
+        """Books all that was not booked since this start as start-up."""
+        booked = sum(self.seconds.values()) - self._booked_earlier
+        self.seconds["startup"] += time.perf_counter() - self._began - booked
 
     def add_earlier(self, rows: Sequence[Mapping[str, float]], start_step: int) -> None:
         """Adds what the run took before it was interrupted.
@@ -58,10 +59,12 @@ class TimeAccount:
             return
         kept = next((row for row in reversed(rows) if row["step"] <= start_step), {})
         kept_seconds = kept.get(WALL_SECONDS, 0.0)
-        for part in PARTS:
-            self.seconds[part] += kept_seconds * kept.get(PREFIX + part, 0.0)
+        earlier = {k: kept_seconds * kept.get(PREFIX + k, 0.0) for k in PARTS}
         self._earlier_seconds = rows[-1].get(WALL_SECONDS, 0.0)
-        self.seconds["lost"] += self._earlier_seconds - kept_seconds
+        earlier["lost"] += self._earlier_seconds - kept_seconds
+        self._booked_earlier = sum(earlier.values())
+        for part, secs in earlier.items():
+            self.seconds[part] += secs
 
     def total_seconds(self) -> float:
         """Wall time of the run, earlier parts included."""
