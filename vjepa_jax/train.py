@@ -138,7 +138,9 @@ def _load_teacher(config, mesh):
             "of a conversion: give another"
         )
     trained = saved_config.restored(meta["config"])
-    return trained, jax.device_put(params, sharding.replicated(mesh)), meta["step"]
+    # From the host, since arrays on a device do not move to other processes' devices.
+    params = jax.device_put(jax.device_get(params), sharding.replicated(mesh))
+    return trained, params, meta["step"]
 
 
 def _compile(program, teacher_params):
