@@ -192,7 +192,8 @@ def last(folder, two):
     return read(folder / "run")
 
 
-PROFILE = {"profile.start_step": 3, "profile.num_steps": 2}
+# Writing the trace takes longer than the watchdog waits.
+PROFILE = {"profile.start_step": 3, "profile.num_steps": 2, "log.watchdog_secs": 0.05}
 
 
 @pytest.fixture(scope="module")
@@ -303,3 +304,9 @@ def test_a_profile_holds_the_steps_and_the_names_of_their_parts(folder, alone):
         if name == "step_num"
     ]
     assert steps == [3, 4]
+
+
+def test_the_watchdog_tells_where_a_step_that_takes_long_stands(folder, alone):
+    text = (folder / "alone/stacks_0.txt").read_text()
+    assert "the last was step 3; its threads stand at" in text
+    assert "in stop_trace" in text and "in train_and_evaluate" in text
