@@ -83,7 +83,11 @@ FLOORS = {
     "smoke": 1,
     "saved_config": 0.5,
     "default_config": 0,
-    "distributed": 0,
+    "distributed": 0.5,
+    "cluster": 0.2,
+    "goodput": 1,
+    "watchdog": 1,
+    "profiling": 1,
 }
 ROOMS = {
     "orbax": ("checkpoint",),

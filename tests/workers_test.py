@@ -242,3 +242,23 @@ def test_nothing_is_left_behind(tmp_path, ending):
     assert not list(tmp_path.glob("vjepa_workers_*"))
     if ending == "close":
         assert "leaked" not in stderr and "Traceback" not in stderr
+
+
+def test_workers_outlive_a_sigterm_but_not_their_parent(tmp_path):
+    """A scheduler signals all processes of a job; the run then saves with its data."""
+    process, _ = start_program(tmp_path, "wait")
+    try:
+        assert process.stdout.readline() == "drawn\n", process.stderr.read()
+        workers = set(members(process.pid)) - {process.pid}
+        decoding = {int(note.name) for note in tmp_path.glob("vjepa_workers_*/*")}
+        assert decoding and decoding <= workers
+        for worker in decoding:
+            os.kill(worker, signal.SIGTERM)
+        time.sleep(0.5)  # the time in which they would die of it
+        assert decoding <= set(members(process.pid))
+        process.kill()
+        wait_until(lambda: not members(process.pid))
+    finally:
+        if members(process.pid):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()

@@ -39,7 +39,7 @@ class Checkpointer:
     Saving is asynchronous: `save` returns when the arrays are copied to the host, so
     the next step may donate them. Files are written in the background; leaving the
     context waits for them. On several hosts every process calls every method, with the
-    same step.
+    same step; an error that leaves the context is not kept waiting.
     """
 
     def __init__(self, workdir: str, *, every_steps: int, keep: int):
@@ -54,32 +54,30 @@ class Checkpointer:
           keep: number of checkpoints that are kept, the latest ones, at least 1.
         """
         self._folder = _absolute(workdir) / FOLDER
-        save_policies = [policies.FixedIntervalPolicy(every_steps)]
-        if jax.distributed.is_initialized():
-            # Asking for preemption notices needs the distributed client's service.
-            save_policies.append(policies.PreemptionCheckpointingPolicy())
         options = ocp.CheckpointManagerOptions(
-            save_decision_policy=policies.AnySavePolicy(save_policies),
+            save_decision_policy=policies.FixedIntervalPolicy(every_steps),
             preservation_policy=policies.LatestN(keep),
             cleanup_tmp_directories=True,
             enable_async_checkpointing=True,
         )
-        self._manager = ocp.CheckpointManager(
+        self._manager = _Manager(
             self._folder, options=options, handler_registry=_handler_registry()
         )
 
     def __enter__(self) -> "Checkpointer":
         return self
 
-    def __exit__(self, *exc_info) -> None:
-        self.close()
+    def __exit__(self, kind, *_) -> None:
+        # Completing a save needs all processes, and those that failed are no help.
+        if kind is None or jax.process_count() == 1:
+            self.close()
 
     def latest_step(self) -> int | None:
         """The newest complete checkpoint's step; None in a new workdir."""
         return self._manager.latest_step()
 
     def should_save(self, step: int) -> bool:
-        """Whether a checkpoint is due: by interval, or before a preemption."""
+        """Whether a checkpoint is due by interval."""
         return self._manager.should_save(step)
 
     def save(
@@ -199,6 +197,15 @@ class Checkpointer:
                 "check the free space and the permissions there"
             )
             raise
+
+
+class _Manager(ocp.CheckpointManager):
+    """Does not ask for preemptions: the run does, and saves by force."""
+
+    def reached_preemption(self, step: int) -> bool:
+        # Orbax would ask again from a thread, about a step that is over, and jax's
+        # service forgets that this process is further.
+        return False
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from absl import app, flags
 from ml_collections import config_flags
@@ -19,6 +20,38 @@ def define_config_flag(required: bool = True) -> flags.FlagHolder:
     if required:
         flags.mark_flag_as_required("config")
     return holder
+
+
+def define_cluster_flags() -> Callable[[], dict[str, Any]]:
+    """Define how the processes of a run find each other.
+
+    Returns:
+      Once the flags are parsed: the arguments of `distributed.initialize`.
+    """
+    holders = {
+        "coordinator_address": flags.DEFINE_string(
+            "coordinator_address", None, "host:port of the first process"
+        ),
+        "num_processes": flags.DEFINE_integer(
+            "num_processes", None, "Processes of the run", lower_bound=1
+        ),
+        "process_id": flags.DEFINE_integer(
+            "process_id", None, "Which of them this is, from 0", lower_bound=0
+        ),
+        "start_timeout_secs": flags.DEFINE_integer(
+            "start_timeout_secs",
+            300,
+            "Longest wait for all processes to be there",
+            lower_bound=1,
+        ),
+        "heartbeat_timeout_secs": flags.DEFINE_integer(
+            "heartbeat_timeout_secs",
+            100,
+            "Silence after which a process counts as dead",
+            lower_bound=1,
+        ),
+    }
+    return lambda: {name: holder.value for name, holder in holders.items()}
 
 
 def fail(message: str) -> None:

@@ -207,6 +207,11 @@ def get_config() -> ConfigDict:
 
     config.log = ConfigDict()
     config.log.every_steps = 50
+    config.log.watchdog_secs = 600.0  # without a step: threads' stacks are told; 0: not
+
+    config.profile = ConfigDict()  # a trace of some steps, in `profile/` of the workdir
+    config.profile.start_step = 0  # the first step traced, from 1; 0: none
+    config.profile.num_steps = 3  # how many
     return config.lock()
 
 
@@ -241,7 +246,7 @@ def validate(config: ConfigDict) -> None:
         "model.predictor.depth model.predictor.width model.predictor.num_heads "
         "checkpoint.every_steps checkpoint.keep log.every_steps optim.learning_rate "
         "optim.schedule_scale optim.eps optim.max_skipped_in_row "
-        "optim.spike_deviations objective.exponent weight"
+        "optim.spike_deviations objective.exponent weight profile.num_steps"
     )
     for key in positive.split():
         _require(flat[key] > 0, key, flat[key], "give a positive number")
@@ -252,7 +257,8 @@ def validate(config: ConfigDict) -> None:
         "objective.variance_weight objective.covariance_weight "
         "objective.context_weight objective.prediction_variance_weight "
         "model.predictor.num_mask_tokens "
-        "model.predictor.out_dim model.encoder.output_levels teacher.output_levels"
+        "model.predictor.out_dim model.encoder.output_levels teacher.output_levels "
+        "log.watchdog_secs profile.start_step"
     )
     for key in not_negative.split():
         _require(flat[key] >= 0, key, flat[key], "give zero or a positive number")

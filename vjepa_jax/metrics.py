@@ -17,9 +17,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any, TextIO
 
 import jax
-import tensorboardX
 
 from vjepa_jax import distributed
+from vjepa_jax.goodput import TimeAccount, duration
 
 FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
@@ -51,6 +51,8 @@ class MetricWriter:
         self._is_main = distributed.is_main()
         if not self._is_main:
             return
+        import tensorboardX  # here, since it imports PyTorch where that is installed
+
         folder = pathlib.Path(workdir)
         folder.mkdir(parents=True, exist_ok=True)
         _drop_after(folder / FILE, start_step)
@@ -163,7 +165,7 @@ class ProgressLine:
             if name in scalars:
                 parts.append(template.format(scalars[name]))
         if "perf/seconds_left" in scalars:
-            parts.append("left " + _duration(scalars["perf/seconds_left"]))
+            parts.append("left " + duration(scalars["perf/seconds_left"]))
         return "  ".join(parts)
 
 
@@ -171,11 +173,7 @@ class StepClock:
     """Accounts for the wall time between two log steps.
 
     The loop wraps its parts in `measure`; what it does not wrap counts as `other`.
-    Steps run asynchronously: their time shows where the host waits for their results,
-    so measure that wait as `step` too.
     """
-
-    PARTS = ("data", "step", "checkpoint")
 
     def __init__(
         self,
@@ -185,6 +183,7 @@ class StepClock:
         start_step: int = 0,
         flops_per_clip: float | None = None,
         peak_flops: float | None = None,
+        account: TimeAccount | None = None,
     ):
         """Starts the first window.
 
@@ -196,7 +195,9 @@ class StepClock:
             `flops.train_step_flops`; None leaves out what depends on it.
           peak_flops: FLOP/s of all devices of the run together; None, on devices whose
             peak is not known, leaves out `perf/mfu`.
+          account: in which the time is booked; None: one of its own.
         """
+        self._account = account or TimeAccount()
         self._total_steps = total_steps
         self._batch_size = batch_size
         self._flops_per_clip = flops_per_clip
@@ -208,16 +209,11 @@ class StepClock:
 
     def _start_window(self) -> None:
         self._window_start = time.perf_counter()
-        self._seconds = dict.fromkeys(self.PARTS, 0.0)
+        self._booked = dict(self._account.seconds)
 
-    @contextlib.contextmanager
-    def measure(self, part: str) -> Iterator[None]:
-        """Adds the time spent inside to `part`, one of `PARTS`; do not nest."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._seconds[part] += time.perf_counter() - start
+    def measure(self, part: str) -> contextlib.AbstractContextManager[None]:
+        """Adds the time spent inside to `part`; see `TimeAccount.measure`."""
+        return self._account.measure(part)
 
     def window(self, step: int) -> dict[str, float]:
         """Ends the window at `step` finished updates and starts the next.
@@ -237,16 +233,15 @@ class StepClock:
             raise ValueError(f"window ends at {step}, but began at {self._last_step}")
         elapsed = time.perf_counter() - self._window_start
         steps_per_second = num_steps / elapsed
+        spent = {k: v - self._booked[k] for k, v in self._account.seconds.items()}
         scalars = {
             "perf/steps_per_second": steps_per_second,
             "perf/clips_per_second": steps_per_second * self._batch_size,
             "perf/seconds_left": self._estimate_left(step, elapsed / num_steps),
-            "data/wait_fraction": self._seconds["data"] / elapsed,
-            "perf/step_fraction": self._seconds["step"] / elapsed,
-            "perf/checkpoint_fraction": self._seconds["checkpoint"] / elapsed,
-            "perf/other_fraction": max(
-                0.0, 1.0 - sum(self._seconds.values()) / elapsed
-            ),
+            "data/wait_fraction": spent["data"] / elapsed,
+            "perf/step_fraction": spent["step"] / elapsed,
+            "perf/checkpoint_fraction": spent["checkpoint"] / elapsed,
+            "perf/other_fraction": max(0.0, 1.0 - sum(spent.values()) / elapsed),
         }
         if self._flops_per_clip is not None:
             flops = self._flops_per_clip * scalars["perf/clips_per_second"]
@@ -282,19 +277,6 @@ def memory_scalars() -> dict[str, float]:
     if peaks:
         scalars["perf/device_peak_gib"] = max(peaks) / 2**30
     return scalars
-
-
-def _duration(seconds: float) -> str:
-    """Two leading units, e.g. `3 d 4 h`, `1 m 20 s`."""
-    if not math.isfinite(seconds):
-        return "?"
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    units = [(days, "d"), (hours, "h"), (minutes, "m"), (seconds, "s")]
-    while len(units) > 1 and units[0][0] == 0:
-        units.pop(0)
-    return " ".join(f"{count} {unit}" for count, unit in units[:2])
 
 
 def _rows(file: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -10,6 +10,7 @@ OPERATIONAL = (
     "mesh.",
     "checkpoint.",
     "log.",
+    "profile.",
     "data.num_workers",
     "data.prefetch_megabytes",
     "data.worker_timeout_secs",

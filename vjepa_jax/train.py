@@ -8,9 +8,9 @@ The same command continues an interrupted run. DIR receives `config.json`,
 
 import json
 import pathlib
-import signal
 import sys
 import time
+from collections.abc import Mapping
 
 import flax.linen as nn
 import jax
@@ -24,14 +24,23 @@ from vjepa_jax import (
     distributed,
     flops,
     metrics,
+    profiling,
     saved_config,
     sharding,
+    watchdog,
 )
 from vjepa_jax.data import render, streams
-from vjepa_jax.default_config import MAIN_STREAM, ConfigDict, UserError
+from vjepa_jax.data.bad_videos import REASONS
+from vjepa_jax.default_config import MAIN_STREAM, ConfigDict, UserError, flatten
+from vjepa_jax.goodput import TimeAccount
 from vjepa_jax.program import make_program
 
 CONFIG_FILE = "config.json"
+# What hosts may have of their own; all else must be the same.
+_PER_HOST = (".path", "data.num_workers", "data.prefetch_megabytes")
+# Processes at the same point of the program may be apart by so much.
+_WAIT_SECS = 600
+_RENDER_TIMEOUT_SECS = 4 * 3600
 
 
 def check_workdir(config: ConfigDict, workdir: str) -> None:
@@ -63,33 +72,12 @@ def claim_workdir(config: ConfigDict, workdir: str) -> None:
         temporary.replace(path)
 
 
-class _StopRequest:
-    """Turns the first Ctrl-C or SIGTERM into a checkpoint; a second ends at once."""
-
-    def __init__(self):
-        self.signal: int | None = None
-
-    def __enter__(self) -> "_StopRequest":
-        self._old = {
-            s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)
-        }
-        return self
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-
-    def _note(self, number, _) -> None:
-        self.signal = number
-        signal.signal(number, self._old[number])
-
-
 def _say(message: str) -> None:
     if distributed.is_main():
         print(message, file=sys.stderr, flush=True)
 
 
-def _make_clock(program, start):
+def _make_clock(program, start, account):
     config, mesh = program.config, program.mesh
     peak = flops.peak_flops(mesh.devices.flat[0].device_kind)
     clips = sum(build.batch_sizes(config).values())
@@ -102,6 +90,7 @@ def _make_clock(program, start):
         start_step=start,
         flops_per_clip=per_step / clips,
         peak_flops=peak and peak * mesh.size,
+        account=account,
     )
 
 
@@ -149,7 +138,9 @@ def _load_teacher(config, mesh):
             "of a conversion: give another"
         )
     trained = saved_config.restored(meta["config"])
-    return trained, jax.device_put(params, sharding.replicated(mesh)), meta["step"]
+    # From the host, since arrays on a device do not move to other processes' devices.
+    params = jax.device_put(jax.device_get(params), sharding.replicated(mesh))
+    return trained, params, meta["step"]
 
 
 def _compile(program, teacher_params):
@@ -163,15 +154,16 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> int | None:
     """Run the config in `workdir` from its latest checkpoint to `total_steps`.
 
     Returns:
-      The signal that stopped the run early, None at its end.
+      The exit code of a run that was stopped early, None at its end.
 
     Raises:
       UserError: something that the user can mend; nothing was overwritten.
+      LostProcess: the other processes of the run are not with this one.
     """
-    began = time.perf_counter()
+    account = TimeAccount()
     # ---------------------------------------------------------------- what to compute
     default_config.validate(config)
-    distributed.initialize()
+    _require_same_config(config)
     mesh = sharding.make_mesh(**config.mesh)
     trained, teacher_params, teacher_step = _load_teacher(config, mesh)
     program = make_program(config, mesh, trained)
@@ -179,7 +171,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> int | None:
     check_workdir(config, workdir)
     if config.world.path and distributed.is_main():
         render.render_world(config.world)
-    distributed.barrier("rendered")
+    distributed.barrier("the world is rendered", _RENDER_TIMEOUT_SECS)
     opened = streams.open_sources(config)
     fingerprint = streams.fingerprint(config, opened)
     counts = ", ".join(f"{len(s)} {name}" for name, s in opened.items())
@@ -195,7 +187,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> int | None:
         jax.set_mesh(mesh),
         nn.logical_axis_rules(sharding.RULES),
         checkpoint.Checkpointer(workdir, **config.checkpoint) as checkpointer,
-        _StopRequest() as stop,
+        distributed.StopRequest() as stop,
     ):
         start, state = _restore_or_init(
             checkpointer, program, fingerprint, teacher_step
@@ -206,8 +198,9 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> int | None:
             _say(f"nothing to do: {workdir} is at step {start}, the end of the run")
             return None
         extra = () if trained is None else (teacher_params,)
-        step_fn = _compile(program, teacher_params)
-        began -= _earlier_seconds(workdir)
+        with account.measure("compile"):
+            step_fn = _compile(program, teacher_params)
+        account.add_earlier(_earlier_rows(workdir), start)
         with (
             streams.open_streams(
                 config,
@@ -221,10 +214,13 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> int | None:
             metrics.MetricWriter(
                 workdir, total_steps=config.total_steps, start_step=start
             ) as writer,
+            profiling.ProfileWindow(workdir, **config.profile) as profile,
+            watchdog.Watchdog(workdir, config.log.watchdog_secs) as dog,
         ):
+            account.end_startup()
             most_in_row = config.optim.max_skipped_in_row
             skips = _SkipWatch(int(state.guard.skipped), most_in_row, checkpointer)
-            clock = _make_clock(program, start)
+            clock = _make_clock(program, start, account)
 
             def draw():
                 with clock.measure("data"):
@@ -235,10 +231,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> int | None:
                     values = {k: float(v) for k, v in jax.device_get(values).items()}
                 skips.check(step, values)
                 values |= clock.window(step) | metrics.memory_scalars()
-                bad = batches.bad_counts
-                values["data/bad_videos"] = sum(bad.values())
-                values |= {f"data/bad_{reason}": n for reason, n in bad.items()}
-                values["perf/wall_seconds"] = time.perf_counter() - began
+                values |= _bad_videos(step, batches.bad_counts) | account.scalars()
                 writer.write(step, values)
                 checkpointer.check_errors()
 
@@ -248,12 +241,14 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> int | None:
             # a step's metrics are on disk before its checkpoint is.
             batch, pending = draw(), None
             for step in range(start + 1, config.total_steps + 1):
+                profile.begin(step)
                 with (
                     clock.measure("step"),
                     jax.profiler.StepTraceAnnotation("train", step_num=step),
                 ):
                     state, values = step_fn(state, batch, *extra)
-                is_last = step == config.total_steps or stop.signal is not None
+                is_last = step == config.total_steps or stop.is_agreed(step)
+                profile.end(step, values)
                 batch = None if is_last else draw()
                 if pending is not None:
                     report(*pending)
@@ -278,12 +273,15 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> int | None:
                             },
                             force=is_last,
                         )
+                dog.finished(step)
                 if is_last:
                     break
-            checkpointer.wait()
+            with account.measure("checkpoint"):
+                checkpointer.wait()
+    _say(account.summary())
     if step < config.total_steps:
         _say(f"stopped at step {step}, saved; the same command continues")
-        return stop.signal
+        return stop.exit_code
     _say(f"finished at step {step}; checkpoints in {workdir}/{checkpoint.FOLDER}")
     return None
 
@@ -317,22 +315,52 @@ class _SkipWatch:
         self._skipped = skipped
 
 
-def _earlier_seconds(workdir: str) -> float:
-    """Return the wall time that the run took before it was interrupted."""
+def _earlier_rows(workdir: str) -> list[dict[str, float]]:
+    """Return the metrics that the run wrote before it was interrupted."""
     path = pathlib.Path(workdir) / metrics.FILE
-    rows = metrics.read_metrics(str(path)) if path.exists() else []
-    return rows[-1]["perf/wall_seconds"] if rows else 0.0
+    return metrics.read_metrics(str(path)) if path.exists() else []
+
+
+def _bad_videos(step: int, known: Mapping[str, int]) -> dict[str, int]:
+    """Count the unreadable videos that all processes know of."""
+    counts = distributed.sum_on_main(
+        f"bad_videos/{step}", [known[r] for r in REASONS], _WAIT_SECS
+    )
+    of_reasons = zip(REASONS, counts, strict=True)
+    return {"data/bad_videos": sum(counts)} | {
+        f"data/bad_{reason}": count for reason, count in of_reasons if count
+    }
+
+
+def _require_same_config(config: ConfigDict) -> None:
+    """Raise UserError where this process's config is not the first one's."""
+    mine = json.dumps(config.to_dict())
+    theirs = distributed.from_main("config", mine, _WAIT_SECS)
+    mine, theirs = (flatten(json.loads(text)) for text in (mine, theirs))
+    changed = [
+        f"{key}: {theirs.get(key, 'absent')} there, {mine.get(key, 'absent')} here"
+        for key in sorted(mine.keys() | theirs.keys())
+        if mine.get(key) != theirs.get(key) and not key.endswith(_PER_HOST)
+    ]
+    if changed:
+        raise UserError(
+            f"process {distributed.process_index()} has another config than the first "
+            f"one ({'; '.join(changed)}): give the same command to all"
+        )
 
 
 def main() -> None:
     """Run the command line."""
     checkpoint.quiet_orbax()
-    signal_number = train_and_evaluate(_CONFIG.value, _WORKDIR.value)
-    if signal_number is not None:
-        sys.exit(128 + signal_number)
+    distributed.initialize(**_CLUSTER())
+    with distributed.ending_together(cli.EXIT_USER_ERROR):
+        exit_code = train_and_evaluate(_CONFIG.value, _WORKDIR.value)
+    if exit_code is not None:
+        sys.exit(exit_code)
 
 
 if __name__ == "__main__":
     _CONFIG = cli.define_config_flag()
     _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run", required=True)
+    _CLUSTER = cli.define_cluster_flags()
     cli.run(main)

@@ -6,7 +6,10 @@ Workers are spawned, so a program that asks for them needs the usual
 
 import dataclasses
 import functools
+import multiprocessing.connection
+import os
 import signal
+import threading
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -118,11 +121,19 @@ def decoded_ahead(
 
 
 def _start_worker(work_log: WorkLog, worker_index: int, worker_count: int) -> None:
-    """Makes the process known, and deaf to Ctrl-C.
+    """Makes the process known, deaf to Ctrl-C and SIGTERM, and mortal with its parent.
 
-    A terminal sends that to every process of the job, and a worker that died of it
-    would end the run before the state is saved.
+    A terminal or a scheduler sends these to every process of the job, and a worker that
+    died of them would end the run before the state is saved. A parent that is killed
+    cannot end its workers, which then would wait for ever.
     """
     del worker_index, worker_count
     work_log.begin()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)

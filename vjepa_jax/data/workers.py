@@ -6,8 +6,10 @@ the same batches, since the stream is a pure function of (seed, step). A record 
 does it again is quarantined.
 """
 
+import atexit
 import contextlib
 import multiprocessing
+import multiprocessing.util
 import os
 import queue
 import shutil
@@ -275,6 +277,18 @@ class SupervisedBatches(Iterator):
         self._close(failure.records, at_once=not failure.records)
         self._log.clear()
         self._open()
+
+
+@atexit.register
+def _kill_children() -> None:
+    """Ends processes that nobody closed, before multiprocessing does.
+
+    It would send SIGTERM, to which they are deaf, and wait. Functions that were
+    registered later are called earlier, hence the import of `util` above.
+    """
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 def _kill(pid: int) -> None:

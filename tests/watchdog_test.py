@@ -1,0 +1,73 @@
+"""A run that stands still is told about; one that goes on is left alone."""
+
+import threading
+import time
+
+import pytest
+
+from vjepa_jax.watchdog import Watchdog
+
+
+def wait_until(condition, timeout_secs=30.0):
+    end = time.monotonic() + timeout_secs
+    while not condition():
+        assert time.monotonic() < end, "timed out"
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def stream(tmp_path):
+    with open(tmp_path / "stderr", "w+") as file:
+        yield file
+
+
+def text_of(stream):
+    stream.seek(0)
+    return stream.read()
+
+
+def test_stacks_of_all_threads_are_told_again_and_again(tmp_path, stream):
+    release = threading.Event()
+
+    def a_thread_that_hangs():
+        release.wait()
+
+    threading.Thread(target=a_thread_that_hangs, daemon=True).start()
+    with Watchdog(str(tmp_path), 0.05, stream=stream) as dog:
+        dog.finished(7)
+        file = tmp_path / "stacks_0.txt"
+        wait_until(lambda: file.exists() and file.read_text().count("no step") > 1)
+    release.set()
+    for text in (text_of(stream), file.read_text()):
+        assert "process 0: no step ended for 0 s, the last was step 7" in text
+        assert "a_thread_that_hangs" in text
+        assert "test_stacks_of_all_threads" in text
+    assert str(file) in text_of(stream)
+
+
+def test_steps_keep_it_quiet(tmp_path, stream):
+    with Watchdog(str(tmp_path), 20.0, stream=stream) as dog:
+        for step in range(3):
+            dog.finished(step)
+    with Watchdog(str(tmp_path), 0.0, stream=stream):
+        time.sleep(0.05)
+    assert text_of(stream) == "" and not (tmp_path / "stacks_0.txt").exists()
+
+
+def test_a_step_puts_it_off(tmp_path, stream, monkeypatch):
+    dumps = []
+    dog = Watchdog(str(tmp_path), 1.0, stream=stream)
+    monkeypatch.setattr(dog, "_dump", lambda secs: dumps.append(secs))
+    with dog:
+        end = time.monotonic() + 1.5
+        while time.monotonic() < end:
+            dog.finished(1)
+            time.sleep(0.01)
+        assert not dumps
+        wait_until(lambda: dumps)
+        assert dumps[0] >= 1.0
+
+
+def test_a_workdir_that_cannot_be_written_ends_nothing(tmp_path, stream):
+    with Watchdog(str(tmp_path / "gone"), 0.05, stream=stream):
+        wait_until(lambda: "No such file" in text_of(stream))
