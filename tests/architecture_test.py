@@ -73,6 +73,8 @@ FLOORS = {
     "models.heads": 2,
     "models.layers": 1.5,
     "models.attention": 1,
+    "models.splash": 0.9,
+    "models.blockwise": 0.8,
     "models.positions": 1,
     "masking": 1,
     "losses": 1,

@@ -161,7 +161,10 @@ def test_sizes_are_the_published_ones_to_the_last_parameter(size, published):
 
 def test_attention_of_an_unknown_kind_is_refused(rng):
     q = jnp.zeros((1, 2, 1, 4))
-    with pytest.raises(ValueError, match="'flash' is unknown; known: xla"):
+    with pytest.raises(
+        ValueError,
+        match="'flash' is unknown; known: auto, xla, blockwise, cudnn, splash",
+    ):
         attention(q, q, q, "flash")
 
 

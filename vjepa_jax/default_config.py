@@ -143,8 +143,11 @@ def get_config() -> ConfigDict:
     config.model.scale_init = False  # start output projections smaller with depth
     config.model.image_embed = False  # clips of one frame have their own embedding
     config.model.scan_layers = True  # compile one block and loop, or unroll
-    config.model.remat = "none"  # what backward recomputes: none, dots, full, ...
-    config.model.attention = "xla"
+    # What the backward pass recomputes, least first: none, dots, dots_no_batch,
+    # attention (all but attention's outputs), full.
+    config.model.remat = "none"
+    # auto, or one of xla, blockwise, cudnn and splash, see models/attention.py
+    config.model.attention = "auto"
     config.model.dtype = "bfloat16"  # of the computation; parameters are float32
     config.model.encoder = ConfigDict()
     config.model.encoder.size = "large"  # see models/registry.py
@@ -274,8 +277,8 @@ def validate(config: ConfigDict) -> None:
         "data.sampling": ("exact", "official"),
         "data.resize": ("antialias", "official"),
         "data.erase_mode": ("pixel", "const"),
-        "model.attention": ("xla",),
-        "model.remat": ("none", "full", "dots", "dots_no_batch"),
+        "model.attention": ("auto", "xla", "blockwise", "cudnn", "splash"),
+        "model.remat": ("none", "full", "dots", "dots_no_batch", "attention"),
     }
     for key, known in choices.items():
         _require(flat[key] in known, key, flat[key], f"known: {', '.join(known)}")

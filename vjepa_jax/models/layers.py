@@ -12,16 +12,28 @@ import jax.numpy as jnp
 import numpy as np
 
 from vjepa_jax.models import positions
-from vjepa_jax.models.attention import attention
+from vjepa_jax.models.attention import OUTPUT_NAME, attention
 
 NORM_EPS = 1e-6
 ACT_AXES = ("act_batch", "act_len", "act_embed")
 
+
+def _is_cudnn_attention(primitive, *_, **__) -> bool:
+    # Its log of the normaliser is a residual without a name.
+    return primitive.name == "dot_product_attention_fwd_wrapper"
+
+
+# What the backward pass need not recompute. `attention` stores what kernels of
+# attention give to their backward pass, so that none runs twice.
+_policies = jax.checkpoint_policies
 REMAT_POLICIES = {
     "none": None,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_saveable,
-    "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": _policies.nothing_saveable,
+    "attention": _policies.save_from_both_policies(
+        _policies.save_only_these_names(OUTPUT_NAME), _is_cudnn_attention
+    ),
+    "dots": _policies.dots_saveable,
+    "dots_no_batch": _policies.dots_with_no_batch_dims_saveable,
 }
 
 # Official init: normal with sigma 0.02 truncated at +-2 absolute, which never cuts.
