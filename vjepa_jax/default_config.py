@@ -73,6 +73,8 @@ def get_config() -> ConfigDict:
     config.mesh = ConfigDict()
     config.mesh.data = -1  # devices that split the batch only; -1 fills
     config.mesh.fsdp = 1  # devices that split the parameters too; -1 fills
+    # Folder, also gs://, where compiled programs are kept for later starts; "": none.
+    config.compilation_cache = ""
 
     config.data = ConfigDict()
     # A folder of videos or images, a list of `path label` lines, a folder of prepared

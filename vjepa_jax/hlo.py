@@ -21,9 +21,16 @@ _BYTES = {
     **dict.fromkeys(("s64", "u64", "f64"), 8),
 }
 COLLECTIVES = (
-    "all-gather all-reduce reduce-scatter collective-permute all-to-all "
-    "ragged-all-to-all collective-broadcast send recv"
-).split()
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "collective-permute",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-broadcast",
+    "send",
+    "recv",
+)
 _SHAPE = re.compile(r"\b(pred|bf16|[suf]\d+|f8\w+)\[([\d,]*)\]")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
 _CALLED = re.compile(r"(?:calls|to_apply)=%?([\w.\-]+)")
@@ -97,6 +104,13 @@ class Collective:
     def bytes(self) -> int:
         """Of all runs together."""
         return self.count * sum(shape.bytes for shape in self.shapes)
+
+    def __str__(self) -> str:
+        arrays = ", ".join(f"{s.dtype}{list(s.dims)}" for s in self.shapes[:4])
+        return (
+            f"{self.kind} x{self.count}, {self.bytes / 1e6:.1f} MB: {arrays} "
+            f"({self.op_name})"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -376,9 +390,7 @@ def account(text: str) -> Account:
             remat += times * once * _is_repeated(instruction)
         for instruction in computations[name].values():
             found = _collective(instruction, computations[name], name, times)
-            if found and (
-                found[0] not in channels or times < channels[found[0]].count
-            ):
+            if found and (found[0] not in channels or times < channels[found[0]].count):
                 channels[found[0]] = found[1]
     return Account(
         matmul_flops=flops[False],

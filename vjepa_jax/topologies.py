@@ -51,9 +51,7 @@ _TORI = (
 _NODES = "8 16 32 64", "1x8 2x8 4x8 8x8"
 CHIPS = {
     # Without megacore a v4 chip would be two devices.
-    "v4": Chip(
-        "TPU v4", 30.75, _named("v4", *_TORI), {"chip_config_name": "megacore"}
-    ),
+    "v4": Chip("TPU v4", 30.75, _named("v4", *_TORI), {"chip_config_name": "megacore"}),
     "v5e": Chip("TPU v5 lite", 15.75, _named("v5e", *_PLANES)),
     "v5p": Chip("TPU v5", 95.74, _named("v5p", *_TORI)),
     "v6e": Chip("TPU v6 lite", 31.25, _named("v6e", *_PLANES)),
@@ -159,7 +157,7 @@ def devices(name: str, num_slices: int = 1) -> Sequence[Any]:
         raise UserError(f"--topology={name} cannot be described: {reason}") from None
     except (RuntimeError, NotImplementedError, ImportError) as error:
         mend = (
-            'jax-cuda12-plugin, jax-cuda12-pjrt and nvidia-cuda-nvcc-cu12'
+            "jax-cuda12-plugin, jax-cuda12-pjrt and nvidia-cuda-nvcc-cu12"
             if chip in _GPU_MEMORY
             else 'libtpu: pip install -e ".[tpu]"'
         )
@@ -167,11 +165,11 @@ def devices(name: str, num_slices: int = 1) -> Sequence[Any]:
         raise UserError(f"--topology={name} needs {mend} ({reason})") from None
 
 
-def memory_gib(device: Any) -> float | None:
-    """Return what a program may take of a device, described or real; None: unknown."""
+def memory_limit(device: Any) -> int | None:
+    """Return the bytes a program may take of a device, described or real, if known."""
     for chip in CHIPS.values():
         if device.device_kind == chip.device_kind:
-            return chip.memory_gib
+            return int(chip.memory_gib * 2**30)
     return None
 
 
