@@ -112,9 +112,9 @@ def test_long_rows_of_keys_are_cut_into_equal_blocks():
 
 def test_what_a_way_cannot_do_is_refused(rng):
     q, k, v = operands(rng, 4, 4, 8)
-    with pytest.raises(ValueError, match="splash.*takes no mask"):
+    with pytest.raises(ValueError, match=r"splash.*takes no mask"):
         attention(q, k, v, "splash", np.ones((4, 4), bool))
-    with pytest.raises(ValueError, match="cudnn.*not float32"):
+    with pytest.raises(ValueError, match=r"cudnn.*not float32"):
         attention(q, k, v, "cudnn")
 
 
