@@ -19,6 +19,7 @@ PACKAGE = ROOT / "vjepa_jax"
 # A module imports from strictly lower floors; fractions order the rooms of a floor.
 FLOORS = {
     "train": 5,
+    "compile_check": 5,
     "probe": 5,
     "convert": 5,
     "data.prepare": 5,
@@ -31,6 +32,7 @@ FLOORS = {
     "evals.probes": 4,
     "build": 4.2,
     "program": 4.3,
+    "step_report": 4.5,
     "official": 4,
     "train_step": 4,
     "checkpoint": 4,
@@ -46,6 +48,9 @@ FLOORS = {
     "weights": 3,
     "optim": 3,
     "sharding": 3,
+    "compilation": 3,
+    "topologies": 1,
+    "hlo": 1,
     "metrics": 3,
     "data.encode_shards": 3.9,
     "data.encoders": 3.85,

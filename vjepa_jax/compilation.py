@@ -13,8 +13,9 @@ import jax
 from vjepa_jax.default_config import MAIN_STREAM, ConfigDict, UserError
 
 GIB = 2**30
-# What the backward pass recomputes, from nothing to everything.
-_REMATS = ("none", "dots", "attention", "full")
+# What the backward pass recomputes, from nothing to everything. `dots` is left out: it
+# stores scores of attention where matmuls compute them, and hardly saves anything.
+_REMATS = ("none", "dots_no_batch", "attention", "full")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +130,7 @@ def suggest(config: ConfigDict, mesh: Any) -> str:
     ]
     ways = []
     if mesh.shape["fsdp"] < mesh.size:
-        ways.append(f"--config.mesh.fsdp={2 * mesh.shape['fsdp']}")
+        ways.append("--config.mesh.fsdp=-1 --config.mesh.data=1")
     if config.model.remat in _REMATS[:-1]:
         stronger = _REMATS[_REMATS.index(config.model.remat) + 1]
         ways.append(f"--config.model.remat={stronger}")

@@ -72,7 +72,8 @@ def get_config() -> ConfigDict:
 
     config.mesh = ConfigDict()
     config.mesh.data = -1  # devices that split the batch only; -1 fills
-    config.mesh.fsdp = 1  # devices that split the parameters too; -1 fills
+    # Devices that split the parameters too; -1 fills; 0: the most up to 8 that divide.
+    config.mesh.fsdp = 1
     # Folder, also gs://, where compiled programs are kept for later starts; "": none.
     config.compilation_cache = ""
 

@@ -14,37 +14,40 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from vjepa_jax.default_config import UserError
 
 AXES = ("data", "fsdp")
-# Logical axis -> mesh axes. Batches are split over both mesh axes; parameters and
-# moments over `fsdp` along their embedding axis, or, where that does not divide, along
-# the longest that does. A parameter of one axis (a bias, a norm) is whole everywhere:
-# to gather it would cost more than to keep it.
+# A host of GPUs, a ring of a TPU slice: more parts make gathers slow, not memory small.
+_AUTO_FSDP = 8
+# Logical axis -> mesh axes. Batches are split over both mesh axes. Parameters, moments
+# and target are split over `fsdp` along the first of their axes that may be and that
+# divides: of a kernel the input's, which gathers and reductions then find in one piece.
+# A parameter of one axis (a bias, a norm) is whole everywhere: to gather it would cost
+# more than to keep it.
 RULES = (
     ("act_batch", AXES),
     ("act_len", None),
     ("act_embed", None),
     ("embed", "fsdp"),
-    ("mlp", None),
-    ("heads", None),
+    ("mlp", "fsdp"),
+    ("heads", "fsdp"),
     ("patch", None),
     ("norm", None),
     ("layers", None),
 )
-_SPLIT_FIRST = tuple(name for name, axes in RULES if axes == "fsdp")
-_NEVER_SPLIT = ("layers", None)
+_SPLIT = tuple(name for name, axes in RULES if axes == "fsdp")
 _BATCH = PartitionSpec(AXES)
 
 
 def make_mesh(
     data: int = -1, fsdp: int = 1, devices: Sequence[Any] | None = None
 ) -> Mesh:
-    """Make the (data, fsdp) mesh; one axis may be -1 to fill it.
+    """Make the (data, fsdp) mesh; one axis may be -1 to fill it, and `fsdp` 0.
 
     Over several TPU slices `data` crosses them and `fsdp` stays within one: gradients
     alone travel over the network between slices, once per update.
 
     Args:
       data: parts of the batch whose devices hold different parts of nothing else.
-      fsdp: parts into which parameters are split too.
+      fsdp: parts into which parameters are split too; 0: the most up to 8 that divide
+        the devices (of a slice).
       devices: real or described ones; None: all of this run.
 
     Raises:
@@ -52,7 +55,9 @@ def make_mesh(
         fit a slice.
     """
     devices = jax.devices() if devices is None else list(devices)
-    count = len(devices)
+    count, slices = len(devices), count_slices(devices)
+    if fsdp == 0:
+        fsdp = math.gcd(count // slices, _AUTO_FSDP)
     sizes = {"data": data, "fsdp": fsdp}
     free = [name for name, size in sizes.items() if size == -1]
     fixed = math.prod(size for size in sizes.values() if size != -1)
@@ -65,7 +70,6 @@ def make_mesh(
         )
     # Auto axes, because Linen's logical constraints reject explicit ones.
     types = (AxisType.Auto,) * 2
-    slices = count_slices(devices)
     if slices == 1:
         shape = tuple(sizes.values())
         return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
@@ -140,20 +144,18 @@ def _choose(
     axes: Sequence[str | None], shape: tuple[int, ...], parts: int
 ) -> tuple[PartitionSpec, str]:
     """Choose the axis of an array that is split into `parts`, with the reason."""
-    named = [i for i, name in enumerate(axes) if name not in _NEVER_SPLIT]
+    named = [i for i, name in enumerate(axes) if name not in (None, "layers")]
     if parts == 1 or not named:
         return PartitionSpec(), ""
     if len(named) == 1:
         return PartitionSpec(), "one axis: whole everywhere"
-    wanted = [i for i in named if axes[i] in _SPLIT_FIRST]
-    others = sorted(set(named) - set(wanted), key=lambda i: -shape[i])
-    for i in (*wanted, *others):
-        if shape[i] % parts == 0:
-            missed = ", ".join(f"{axes[j]}={shape[j]}" for j in wanted if j != i)
-            reason = f"{missed} does not divide by {parts}" if missed else ""
-            return PartitionSpec(*(None,) * i, "fsdp"), reason
-    sizes = ", ".join(f"{axes[i]}={shape[i]}" for i in named)
-    return PartitionSpec(), f"nothing of {sizes} divides by {parts}: whole everywhere"
+    missed = []
+    for i in named:
+        if axes[i] in _SPLIT and shape[i] % parts == 0:
+            return PartitionSpec(*(None,) * i, "fsdp"), ", ".join(missed)
+        if axes[i] in _SPLIT:
+            missed.append(f"{axes[i]}={shape[i]} does not divide by {parts}")
+    return PartitionSpec(), ", ".join([*missed, "whole everywhere"])
 
 
 def decide(init: Callable[[jax.Array], Any], mesh: Mesh) -> list[Decision]:

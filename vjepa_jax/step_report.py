@@ -94,8 +94,9 @@ class Report:
         sizes = " + ".join(f"{n} {name}" for name, n in self.batch_sizes.items())
         yield (
             f"{self.devices} x {self.device_kind}, mesh {dict(self.mesh)}; "
-            f"batch {sizes} in {self.accumulate_steps} microbatches of {self.clips_per_device:g} per "
-            f"device; remat {self.remat}, attention {self.attention}"
+            f"batch {sizes}, {self.clips_per_device:g} a device in each of "
+            f"{self.accumulate_steps} microbatches; remat {self.remat}, attention "
+            f"{self.attention}"
         )
         ideal = f"{1e3 * self.ideal_secs:.0f} ms" if self.ideal_secs else "unknown"
         yield (
@@ -106,10 +107,13 @@ class Report:
             yield f"does not fit: {self.failure}"
             return
         yield f"compiled    in {self.compile_secs:.0f} s, level {self.level}"
-        limit = f" of {self.limit_bytes / GIB:.2f} GiB" if self.limit_bytes else ""
+        verdict = "its limit is unknown"
+        if self.limit_bytes:
+            verdict = "fits into " if self.fits else "does not fit into "
+            verdict += f"{self.limit_bytes / GIB:.2f} GiB"
         yield (
-            f"memory      {self.memory}; {self.batch_bytes / GIB:.2f} GiB for the next "
-            f"batch;{limit}: {'fits' if self.fits else 'does not fit'}"
+            f"memory      {self.memory}, and {self.batch_bytes / GIB:.2f} GiB for the "
+            f"next batch: {verdict}"
         )
         yield (
             f"executed    {self.executed_flops / 1e12:.2f} TFLOP, "

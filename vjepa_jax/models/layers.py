@@ -24,16 +24,20 @@ def _is_cudnn_attention(primitive, *_, **__) -> bool:
 
 
 # What the backward pass need not recompute. `attention` stores what kernels of
-# attention give to their backward pass, so that none runs twice.
+# attention give to their backward pass, so that none runs twice; `dots_no_batch` does
+# too, and what dense layers give: only norms, activations and rotations run again.
 _policies = jax.checkpoint_policies
+_attention_saveable = _policies.save_from_both_policies(
+    _policies.save_only_these_names(OUTPUT_NAME), _is_cudnn_attention
+)
 REMAT_POLICIES = {
     "none": None,
     "full": _policies.nothing_saveable,
-    "attention": _policies.save_from_both_policies(
-        _policies.save_only_these_names(OUTPUT_NAME), _is_cudnn_attention
-    ),
+    "attention": _attention_saveable,
     "dots": _policies.dots_saveable,
-    "dots_no_batch": _policies.dots_with_no_batch_dims_saveable,
+    "dots_no_batch": _policies.save_from_both_policies(
+        _policies.dots_with_no_batch_dims_saveable, _attention_saveable
+    ),
 }
 
 # Official init: normal with sigma 0.02 truncated at +-2 absolute, which never cuts.
