@@ -45,6 +45,7 @@ def get_config(arg=""):
     variant, is_smoke = smoke.split_argument(arg, VARIANTS)
     config = get_default()
     config.seed = 234
+    config.mesh.fsdp = 0
     config.update_from_flattened_dict(VARIANTS[variant])
     if is_smoke:
         smoke.shrink(config)

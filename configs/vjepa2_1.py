@@ -28,7 +28,7 @@ Differences from the official code: videos and images are in one update on all d
 not on one half of them each. Token counts are static, the mean of what its trimming
 leaves in its batch per device; those of the cooldown (24 videos, 72 images) are a guess
 from the totals. Frames are chosen by exact time and resized with a filter
-(`data.sampling`, `data.resize`). The states of ViT-g and G are split over 8 devices.
+(`data.sampling`, `data.resize`).
 Differences from the paper: its 135 000 updates are taken (the files say 300 000);
 128 clips and 2304 images per update there; a peak rate of 5.25e-4, not 6e-4; a context
 weight of 0.7 for images; a cooldown at 64 x 384² and images of 512², to be had with
@@ -75,6 +75,7 @@ def get_config(arg=""):
     config = get_default()
     config.seed = 239
     config.total_steps = 135_000
+    config.mesh.fsdp = 0
 
     config.data.frame_step = 0
     config.data.fps = 4.0
@@ -107,7 +108,6 @@ def get_config(arg=""):
         config.model.encoder.output_levels = 1
         config.model.predictor.out_dim = _TEACHER_WIDTH
     else:
-        config.mesh.fsdp = 8
         config.model.predictor.depth = 24
         config.model.predictor.deep_input = True
 
