@@ -51,10 +51,13 @@ def memory_of(compiled: jax.stages.Compiled) -> Memory | None:
     return Memory(peak, arguments, temporaries)
 
 
-def compile_step(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, float]:
-    """Compile; return the program and the seconds that it took."""
+def compile_step(
+    lowered: jax.stages.Lowered, options: dict[str, str] | None = None
+) -> tuple[jax.stages.Compiled, float]:
+    """Compile, with options of the compiler; return the program and the seconds."""
     began = time.perf_counter()
-    return lowered.compile(), time.perf_counter() - began
+    compiled = lowered.compile(compiler_options=options)
+    return compiled, time.perf_counter() - began
 
 
 def memory_limit(device: Any) -> int | None:

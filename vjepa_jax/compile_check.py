@@ -61,7 +61,8 @@ def check(
     try:
         if fast:
             jax.config.update("jax_optimization_level", "O1")
-        compiled, seconds = compilation.compile_step(program.lower())
+        options = topologies.compiler_options(devices[0])
+        compiled, seconds = compilation.compile_step(program.lower(), options)
     except jax.errors.JaxRuntimeError as error:
         if not compilation.is_out_of_memory(error):
             raise

@@ -165,6 +165,14 @@ def devices(name: str, num_slices: int = 1) -> Sequence[Any]:
         raise UserError(f"--topology={name} needs {mend} ({reason})") from None
 
 
+def compiler_options(device: Any) -> dict[str, str] | None:
+    """Return what the compiler must be told to compile for a described device."""
+    if device.platform == "gpu" and jax.default_backend() != "gpu":
+        # There is none to try kernels on.
+        return {"xla_gpu_autotune_level": "0"}
+    return None
+
+
 def memory_limit(device: Any) -> int | None:
     """Return the bytes a program may take of a device, described or real, if known."""
     for chip in CHIPS.values():
