@@ -3,6 +3,10 @@
 V-JEPA gathers visible tokens and never pads, so that there is no mask in pretraining.
 """
 
+import functools
+import math
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,8 +31,8 @@ def attention(
 
     The softmax is fp32 in all of them, and all agree up to rounding:
       `xla`: scores in memory; on any device, with any mask.
-      `blockwise`: plain JAX, a block of queries at a time; the way of CPUs, on any
-        device, with any mask.
+      `blockwise`: plain JAX, a head and a block of queries at a time; the way of CPUs,
+        slow elsewhere. With any mask; has a gradient but no forward-mode derivative.
       `cudnn`: NVIDIA's kernel; bf16 or fp16, head_dim a multiple of 8 up to 128 (256
         from Hopper on), even lengths where there is a mask.
       `splash`: Pallas kernel of TPUs; without a mask. On CPUs it is interpreted, which
@@ -42,7 +46,8 @@ def attention(
       k: [B, M, heads, head_dim].
       v: [B, M, heads, head_dim].
       impl: one of `IMPLS`.
-      mask: bool [N, M], where a query may attend; None: everywhere.
+      mask: bool [N, M], where a query may attend, to one key at least; None:
+        everywhere.
 
     Returns:
       [B, N, heads, head_dim] in the dtype of `q`. It is named `OUTPUT_NAME` for
@@ -55,11 +60,12 @@ def attention(
     if impl == "auto":
         impl = choose(q, k, mask)
     if impl == "blockwise":
-        return blockwise.attention(q, k, v, mask)
+        return _over_batch(blockwise.attention, q, k, v, mask)
     if impl == "splash":
         if mask is not None:
             raise ValueError("attention 'splash' takes no mask: use auto or xla")
-        return splash.attention(q, k, v, interpret=_platform() == "cpu")
+        kernel = functools.partial(splash.attention, interpret=_platform() == "cpu")
+        return _over_batch(kernel, q, k, v)
     if impl not in ("xla", "cudnn"):
         raise ValueError(f"attention '{impl}' is unknown; known: {', '.join(IMPLS)}")
     if impl == "cudnn" and q.dtype not in (jnp.bfloat16, jnp.float16):
@@ -88,6 +94,23 @@ def choose(q: jax.Array, k: jax.Array, mask: jax.Array | np.ndarray | None) -> s
     is_half = q.dtype in (jnp.bfloat16, jnp.float16)
     fits = q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
     return "cudnn" if is_here and is_half and fits else "xla"
+
+
+def _over_batch(function, q, k, v, *whole):
+    """Run a function on each device's share of the batch; `whole` goes to all."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return function(q, k, v, *whole)
+    spec = nn.logical_to_mesh_axes(("act_batch",))
+    names = spec[0] if isinstance(spec[0], tuple) else (spec[0],)
+    if len(q) % math.prod(mesh.shape[name] for name in names if name):
+        spec = jax.P()  # initialisation runs on one sample: everyone computes it
+    return jax.shard_map(
+        function,
+        in_specs=(spec,) * 3 + (jax.P(),) * len(whole),
+        out_specs=spec,
+        check_vma=False,
+    )(q, k, v, *whole)
 
 
 def _platform() -> str:
