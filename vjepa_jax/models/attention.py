@@ -14,6 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from vjepa_jax.models import blockwise, splash
 from vjepa_jax.models.blockwise import OUTPUT_NAME
+from vjepa_jax.models.platform import platform
 
 IMPLS = ("auto", "xla", "blockwise", "cudnn", "splash")
 # Below so many scores per head they fit a CPU's cache, and one matmul is faster.
@@ -64,7 +65,7 @@ def attention(
     if impl == "splash":
         if mask is not None:
             raise ValueError("attention 'splash' takes no mask: use auto or xla")
-        kernel = functools.partial(splash.attention, interpret=_platform() == "cpu")
+        kernel = functools.partial(splash.attention, interpret=platform() == "cpu")
         return _over_batch(kernel, q, k, v)
     if impl not in ("xla", "cudnn"):
         raise ValueError(f"attention '{impl}' is unknown; known: {', '.join(IMPLS)}")
@@ -81,16 +82,16 @@ def attention(
 
 def choose(q: jax.Array, k: jax.Array, mask: jax.Array | np.ndarray | None) -> str:
     """Return what `auto` stands for; the arguments are those of `attention`."""
-    platform = _platform()
-    if platform == "cpu":
+    kind = platform()
+    if kind == "cpu":
         is_long = q.shape[1] * k.shape[1] > _BLOCKWISE_SCORES
         return "blockwise" if is_long else "xla"
     if mask is not None:
         return "xla"
-    if platform == "tpu":
+    if kind == "tpu":
         return "splash"
     # A GPU that is only described has no cuDNN to ask, and tracing would fail.
-    is_here = platform == "gpu" and jax.default_backend() == "gpu"
+    is_here = kind == "gpu" and jax.default_backend() == "gpu"
     is_half = q.dtype in (jnp.bfloat16, jnp.float16)
     fits = q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
     return "cudnn" if is_here and is_half and fits else "xla"
@@ -111,9 +112,3 @@ def _over_batch(function, q, k, v, *whole):
         out_specs=spec,
         check_vma=False,
     )(q, k, v, *whole)
-
-
-def _platform() -> str:
-    # The step is also compiled for described devices from machines without them.
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.default_backend() if device is None else device.platform
