@@ -110,7 +110,9 @@ class Peer:
       device: `cpu` or `cuda`; the latter compiles by `torch.compile`.
     """
 
-    def __init__(self, encoder, predictor, clip, grid, masks, batch_size, dtype, device):
+    def __init__(
+        self, encoder, predictor, clip, grid, masks, batch_size, dtype, device
+    ):
         self.grid, self.masks, self.batch_size = grid, masks, batch_size
         self.device, self.dtype = device, getattr(torch, dtype)
         self.encoder = _Encoder(encoder).to(device)

@@ -80,6 +80,8 @@ FLOORS = {
     "models.attention": 1,
     "models.splash": 0.9,
     "models.blockwise": 0.8,
+    "models.functional": 0.8,
+    "models.platform": 0.8,
     "models.positions": 1,
     "masking": 1,
     "losses": 1,

@@ -120,7 +120,7 @@ def test_what_a_way_cannot_do_is_refused(rng):
 
 def test_auto_goes_by_the_mesh_and_not_by_the_machine(monkeypatch):
     def chosen(n, platform, dtype=jnp.bfloat16, head_dim=64, mask=None):
-        monkeypatch.setattr(attention_lib, "_platform", lambda: platform)
+        monkeypatch.setattr(attention_lib, "platform", lambda: platform)
         q = jax.ShapeDtypeStruct((1, n, 2, head_dim), dtype)
         return attention_lib.choose(q, q, mask)
 

@@ -10,11 +10,8 @@ import jax.numpy as jnp
 import optax
 
 from vjepa_jax import losses, masking
-from vjepa_jax.models.encoder import (
-    VideoEncoder,
-    normalise,
-    take_tokens,
-)
+from vjepa_jax.models.encoder import VideoEncoder, normalise
+from vjepa_jax.models.layers import take_tokens
 from vjepa_jax.models.predictor import Predictor
 from vjepa_jax.optim import Schedule
 from vjepa_jax.train_state import Guard, TrainState
@@ -119,7 +116,8 @@ def make_loss_fn(
     `target`, which holds the parameters of `teacher`, by default those of an `encoder`.
     """
     total_weight = sum(stream.weight for stream in streams.values())
-    target_encoder = teacher or encoder
+    # Without a gradient there is nothing to recompute.
+    target_encoder = (teacher or encoder).clone(remat="none")
 
     def stream_loss(params, target, video, stream, masks, step):
         grid, is_image = encoder.grid(video.shape), encoder.is_image(video.shape)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vjepa_jax.models import positions
+from vjepa_jax.models import functional, positions
 from vjepa_jax.models.attention import OUTPUT_NAME, attention
 
 NORM_EPS = 1e-6
@@ -55,15 +55,23 @@ def _dense(features, axes, dtype, name, init=_normal, use_bias=True):
     )
 
 
-def layer_norm(dtype: jnp.dtype, name: str, eps: float = NORM_EPS) -> nn.LayerNorm:
-    """Make a layer norm over channels; statistics are fp32, the output is `dtype`."""
-    return nn.LayerNorm(
-        epsilon=eps,
-        dtype=dtype,
-        scale_init=nn.with_logical_partitioning(nn.initializers.ones, ("norm",)),
-        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("norm",)),
-        name=name,
-    )
+class LayerNorm(nn.Module):
+    """Layer norm over channels; statistics are fp32, the output is `dtype`."""
+
+    dtype: jnp.dtype
+    eps: float = NORM_EPS
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map [..., D] to [..., D]."""
+
+        def param(name, init):
+            init = nn.with_logical_partitioning(init, ("norm",))
+            return self.param(name, init, x.shape[-1:])
+
+        scale = param("scale", nn.initializers.ones)
+        bias = param("bias", nn.initializers.zeros)
+        return functional.layer_norm(x, scale, bias, self.eps, self.dtype)
 
 
 def linear(features: int, axes: tuple[str, str], dtype: jnp.dtype, name: str):
@@ -125,7 +133,8 @@ class TubeletEmbed(nn.Module):
     """Cut a clip into tubelets and project each: [B, T, H, W, C] -> [B, N, width].
 
     Equal to a strided 3-D convolution, written as one matmul over the flattened tubelet
-    because that is what the hardware multiplies fastest. Tokens are in (t, h, w) order.
+    because that is what the hardware multiplies fastest. Tokens are in (t, h, w) order;
+    of given numbers `idx`, int [B, K], only those are projected: [B, K, width].
     """
 
     width: int
@@ -134,13 +143,21 @@ class TubeletEmbed(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, video: jax.Array) -> jax.Array:
+    def __call__(self, video: jax.Array, idx: jax.Array | None = None) -> jax.Array:
         b, t, h, w, c = video.shape
         dt, p = self.tubelet_size, self.patch_size
         x = video.reshape(b, t // dt, dt, h // p, p, w // p, p, c)
         x = x.transpose(0, 1, 3, 5, 2, 4, 6, 7).reshape(b, -1, dt * p * p * c)
+        # Pixels take no gradient, so that gathering here costs nothing backward.
+        if idx is not None:
+            x = take_tokens(x, idx)
         proj = _dense(self.width, ("patch", "embed"), self.dtype, "proj")
         return proj(x.astype(self.dtype))
+
+
+def take_tokens(x: jax.Array, idx: jax.Array) -> jax.Array:
+    """Gather tokens: x [B, N, D], idx int [B, K] -> [B, K, D]."""
+    return jnp.take_along_axis(x, idx[..., None], axis=1, mode="promise_in_bounds")
 
 
 class Block(nn.Module):
@@ -171,7 +188,7 @@ class Block(nn.Module):
             by = jnp.sqrt(2.0 * layer) if self.scale_init else 1.0
             return (_normal(key, shape, dtype) / by).astype(dtype)
 
-        y = layer_norm(self.dtype, "norm1", self.norm_eps)(x)
+        y = LayerNorm(self.dtype, self.norm_eps, name="norm1")(x)
         qkv = _dense(3 * self.width, ("embed", "heads"), self.dtype, "qkv")(y)
         b, n, _ = x.shape
         qkv = qkv.reshape(b, n, 3, self.num_heads, self.width // self.num_heads)
@@ -181,10 +198,10 @@ class Block(nn.Module):
             k = positions.rotate(k, tables)
         y = attention(q, k, v, self.attention, mask).reshape(b, n, self.width)
         x = x + _dense(self.width, ("heads", "embed"), self.dtype, "proj", scaled)(y)
-        y = layer_norm(self.dtype, "norm2", self.norm_eps)(x)
+        y = LayerNorm(self.dtype, self.norm_eps, name="norm2")(x)
         hidden = _dense(self.mlp_dim, ("embed", "mlp"), self.dtype, "fc1")(y)
         if self.mlp == "gelu":
-            hidden, last = nn.gelu(hidden, approximate=False), "fc2"
+            hidden, last = functional.gelu(hidden), "fc2"
         else:
             gate = _dense(self.mlp_dim, ("embed", "mlp"), self.dtype, "fc2")(y)
             hidden, last = nn.silu(hidden) * gate, "fc3"

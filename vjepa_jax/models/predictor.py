@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vjepa_jax.models import layers, positions
+from vjepa_jax.models import functional, layers, positions
 
 
 class Predictor(nn.Module):
@@ -79,7 +79,7 @@ class Predictor(nn.Module):
         x = context
         if self.input_dim:
             x = layers.linear(self.input_dim, ("embed", "mlp"), self.dtype, "input")(x)
-            x = nn.gelu(x, approximate=False)
+            x = functional.gelu(x)
         x = layers.linear(self.width, ("embed", "mlp"), self.dtype, "embed")(x)
         hidden = jnp.broadcast_to(
             mask_tokens[mask_index].astype(self.dtype),
@@ -110,7 +110,7 @@ class Predictor(nn.Module):
         )(x, tables)
         if not self.predict_context:
             x = x[:, num_context:]
-        x = layers.layer_norm(self.dtype, "norm", self.norm_eps)(x)
+        x = layers.LayerNorm(self.dtype, self.norm_eps, name="norm")(x)
         axes = ("mlp", "embed")
         proj = layers.linear(self.out_dim, axes, self.dtype, "proj")
         if not self.predict_context:
@@ -214,5 +214,5 @@ class ActionPredictor(nn.Module):
         )
         x = x.reshape(batch, frames, -1, self.width)[:, :, len(groups) :]
         x = x.reshape(batch, -1, self.width)
-        x = layers.layer_norm(self.dtype, "norm", self.norm_eps)(x)
+        x = layers.LayerNorm(self.dtype, self.norm_eps, name="norm")(x)
         return layers.linear(self.out_dim, ("mlp", "embed"), self.dtype, "proj")(x)

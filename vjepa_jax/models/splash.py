@@ -1,8 +1,5 @@
 """Attention by the splash kernel (Pallas) that jax ships for TPUs."""
 
-import functools
-
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -42,7 +39,7 @@ def attention(
     """Attend without a mask, see `attention.attention`.
 
     Lengths are padded to whole blocks, and segment numbers keep queries from what was
-    padded. Over a mesh every device computes its own samples.
+    padded.
 
     Args:
       q: [B, N, heads, head_dim].
@@ -53,7 +50,7 @@ def attention(
       ValueError: this jax has no such kernel.
     """
     kernels = _kernels()
-    (batch, n, heads, head_dim), m = q.shape, k.shape[1]
+    (_, n, heads, head_dim), m = q.shape, k.shape[1]
     kv = block_kv(m)
     padded_n, padded_m = _round_up(n, _BLOCK_Q), _round_up(m, kv)
     kernel = kernels.make_splash_mha(
@@ -83,25 +80,7 @@ def attention(
         x = jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0), (0, 0)))
         return x.swapaxes(1, 2)
 
-    def local(q, k, v):
-        # The kernel does not scale.
-        q, k, v = pad(q * head_dim**-0.5, padded_n), pad(k, padded_m), pad(v, padded_m)
-        out = jax.vmap(kernel, in_axes=(0, 0, 0, None))(q, k, v, segments)
-        return out.swapaxes(1, 2)[:, :n]
-
-    return _over_batch(local, batch)(q, k, v)
-
-
-def _over_batch(function, batch: int):
-    """Run a function of arrays [B, ...] on each device's share of the batch."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return function
-    spec = nn.logical_to_mesh_axes(("act_batch",))
-    axes = spec[0] if isinstance(spec[0], tuple) else (spec[0],) if spec[0] else ()
-    shards = functools.reduce(lambda n, axis: n * mesh.shape[axis], axes, 1)
-    if batch % shards:
-        spec = jax.P()  # initialisation runs on one sample: everyone computes it
-    return jax.shard_map(
-        function, in_specs=(spec,) * 3, out_specs=spec, check_vma=False
-    )
+    q = pad(q * head_dim**-0.5, padded_n)  # the kernel does not scale
+    k, v = pad(k, padded_m), pad(v, padded_m)
+    out = jax.vmap(kernel, in_axes=(0, 0, 0, None))(q, k, v, segments)
+    return out.swapaxes(1, 2)[:, :n]
