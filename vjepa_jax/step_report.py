@@ -241,10 +241,8 @@ def _form(dims: tuple[int, ...]) -> tuple[int, ...]:
 
 def _purpose(collective: hlo.Collective, forms: set[tuple[int, ...]]) -> str:
     large = [shape for shape in collective.shapes if shape.bytes > _SMALL]
-    if not large:
-        return "small"
-    if any(_form(shape.dims) not in forms for shape in large):
-        return "activations"
+    if any(_form(shape.dims) not in forms for shape in large or collective.shapes):
+        return "activations" if large else "small"
     if collective.kind in ("all-reduce", "reduce-scatter"):
         return "gradients"
     return "parameters"
