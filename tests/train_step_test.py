@@ -82,7 +82,6 @@ def reference(clips):
     ("mesh", "accumulate_steps", "scan_layers", "remat"),
     [
         ((2, 4), 1, True, "full"),
-        ((4, 2), 1, True, "none"),
         ((4, 2), 2, False, "dots"),
         ((8, 1), 2, True, "attention"),
         ((8, 1), 1, False, "dots_no_batch"),
