@@ -123,6 +123,7 @@ def make_program(
         config.accumulate_steps,
         build.make_spike_guard(config),
         teacher,
+        config.model.target_dtype,
     )
     return Program(
         config=config,
