@@ -152,6 +152,9 @@ def get_config() -> ConfigDict:
     # auto, or one of xla, blockwise, cudnn and splash, see models/attention.py
     config.model.attention = "auto"
     config.model.dtype = "bfloat16"  # of the computation; parameters are float32
+    # Of the target encoder's matmuls, scaled token by token: int8 (TPUs) or
+    # float8_e4m3fn (GPUs from Hopper on); "": model.dtype.
+    config.model.target_dtype = ""
     config.model.encoder = ConfigDict()
     config.model.encoder.size = "large"  # see models/registry.py
     config.model.encoder.patch_size = 16  # pixels
@@ -277,6 +280,7 @@ def validate(config: ConfigDict) -> None:
         "model.predictor.mask_token_per": ("mask", "stream", "run"),
         "optim.schedule": ("cosine", "linear", "wsd"),
         "model.dtype": ("float32", "bfloat16"),
+        "model.target_dtype": ("", "int8", "float8_e4m3fn"),
         "data.sampling": ("exact", "official"),
         "data.resize": ("antialias", "official"),
         "data.erase_mode": ("pixel", "const"),

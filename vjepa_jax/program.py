@@ -139,6 +139,7 @@ def make_program(
         config.accumulate_steps,
         build.make_spike_guard(config),
         teacher,
+        config.model.target_dtype,
     )
     shapes, decisions = abstract_state(init), sharding.decide(init, mesh)
     return Program(

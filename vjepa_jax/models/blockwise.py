@@ -55,6 +55,7 @@ def _scaled(q):
 
 
 def _forward(q, k, v, mask):
+    @jax.checkpoint  # else policies that store matmuls would store the scores
     def of_head(x):
         q, k, v = x
 

@@ -49,7 +49,8 @@ class VideoEncoder(nn.Module):
       image_embed: clips of one frame have a patch embedding of their own, and both
         modalities a learned embedding added to every token (V-JEPA 2.1).
       norm_eps: of the layer norms.
-      scan_layers, remat, attention, dtype: how it is computed, see `layers.Stack`.
+      scan_layers, remat, attention, dtype, matmul_dtype: how it is computed, see
+        `layers.Stack`.
     """
 
     depth: int
@@ -70,6 +71,7 @@ class VideoEncoder(nn.Module):
     remat: str = "none"
     attention: str = "xla"
     dtype: jnp.dtype = jnp.float32
+    matmul_dtype: str = ""
 
     @property
     def num_levels(self) -> int:
@@ -148,6 +150,7 @@ class VideoEncoder(nn.Module):
             self.attention,
             self.dtype,
             self.norm_eps,
+            self.matmul_dtype,
             name="stack",
         )(x, tables, out_layers=out_layers or self.levels[-self.num_levels :])
         names = [f"norm_{i}" for i in range(len(self.levels))] or ["norm"]

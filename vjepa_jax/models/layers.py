@@ -23,20 +23,22 @@ def _is_cudnn_attention(primitive, *_, **__) -> bool:
     return primitive.name == "dot_product_attention_fwd_wrapper"
 
 
-# What the backward pass need not recompute. `attention` stores what kernels of
-# attention give to their backward pass, so that none runs twice; `dots_no_batch` does
-# too, and what dense layers give: only norms, activations and rotations run again.
-_policies = jax.checkpoint_policies
-_attention_saveable = _policies.save_from_both_policies(
-    _policies.save_only_these_names(OUTPUT_NAME), _is_cudnn_attention
-)
+def _with_attention(policy=None):
+    """Also store what attention gives to its backward pass: no kernel runs twice."""
+    policies = jax.checkpoint_policies
+    named = policies.save_only_these_names(OUTPUT_NAME)
+    either = policies.save_from_both_policies(named, _is_cudnn_attention)
+    return policies.save_from_both_policies(either, policy) if policy else either
+
+
+# What the backward pass need not recompute. With `xla` attention `dots` stores scores.
 REMAT_POLICIES = {
     "none": None,
-    "full": _policies.nothing_saveable,
-    "attention": _attention_saveable,
-    "dots": _policies.dots_saveable,
-    "dots_no_batch": _policies.save_from_both_policies(
-        _policies.dots_with_no_batch_dims_saveable, _attention_saveable
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "attention": _with_attention(),
+    "dots": _with_attention(jax.checkpoint_policies.dots_saveable),
+    "dots_no_batch": _with_attention(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable
     ),
 }
 
@@ -44,15 +46,35 @@ REMAT_POLICIES = {
 _normal = nn.initializers.normal(0.02)
 
 
-def _dense(features, axes, dtype, name, init=_normal, use_bias=True):
-    return nn.Dense(
-        features,
-        use_bias=use_bias,
-        dtype=dtype,
-        kernel_init=nn.with_logical_partitioning(init, axes),
-        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, axes[-1:]),
-        name=name,
-    )
+class Dense(nn.Module):
+    """Dense layer: [..., in] -> [..., features].
+
+    Attributes:
+      features: channels of the output.
+      axes: logical axes of the kernel.
+      dtype: of the computation; parameters are float32.
+      init: of the kernel.
+      matmul_dtype: 8-bit type of the operands, without a gradient; "": `dtype`.
+    """
+
+    features: int
+    axes: tuple[str, str]
+    dtype: jnp.dtype
+    init: nn.initializers.Initializer = _normal
+    matmul_dtype: str = ""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map [..., in] to [..., features]."""
+        init = nn.with_logical_partitioning(self.init, self.axes)
+        shape = x.shape[-1], self.features
+        kernel = self.param("kernel", init, shape, jnp.float32)
+        init = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[-1:])
+        bias = self.param("bias", init, (self.features,))
+        if self.matmul_dtype:
+            args = self.dtype, self.matmul_dtype
+            return functional.quantised_dense(x, kernel, bias, *args)
+        return functional.dense(x, kernel, bias, self.dtype)
 
 
 class LayerNorm(nn.Module):
@@ -72,11 +94,6 @@ class LayerNorm(nn.Module):
         scale = param("scale", nn.initializers.ones)
         bias = param("bias", nn.initializers.zeros)
         return functional.layer_norm(x, scale, bias, self.eps, self.dtype)
-
-
-def linear(features: int, axes: tuple[str, str], dtype: jnp.dtype, name: str):
-    """Make a dense layer [..., in] -> [..., features], its kernel of logical `axes`."""
-    return _dense(features, axes, dtype, name)
 
 
 POS_EMBEDS = ("sincos", "rope", "rope_tiled")
@@ -151,7 +168,7 @@ class TubeletEmbed(nn.Module):
         # Pixels take no gradient, so that gathering here costs nothing backward.
         if idx is not None:
             x = take_tokens(x, idx)
-        proj = _dense(self.width, ("patch", "embed"), self.dtype, "proj")
+        proj = Dense(self.width, ("patch", "embed"), self.dtype, name="proj")
         return proj(x.astype(self.dtype))
 
 
@@ -169,6 +186,7 @@ class Block(nn.Module):
       mlp: `gelu` (exact) is fc2(gelu(fc1)); `swiglu` is fc3(silu(fc1) * fc2).
       scale_init: whether output projections start smaller; V-JEPA 1's do not.
       norm_eps: of the layer norms.
+      matmul_dtype: see `Dense`.
     """
 
     width: int
@@ -179,6 +197,7 @@ class Block(nn.Module):
     dtype: jnp.dtype = jnp.float32
     scale_init: bool = True
     norm_eps: float = NORM_EPS
+    matmul_dtype: str = ""
 
     @nn.compact
     def __call__(self, x: jax.Array, layer: jax.Array, tables, mask=None):
@@ -188,24 +207,30 @@ class Block(nn.Module):
             by = jnp.sqrt(2.0 * layer) if self.scale_init else 1.0
             return (_normal(key, shape, dtype) / by).astype(dtype)
 
-        y = LayerNorm(self.dtype, self.norm_eps, name="norm1")(x)
-        qkv = _dense(3 * self.width, ("embed", "heads"), self.dtype, "qkv")(y)
+        def dense(features, axes, name, init=_normal):
+            kind = self.matmul_dtype
+            return Dense(features, axes, self.dtype, init, kind, name=name)
+
         b, n, _ = x.shape
-        qkv = qkv.reshape(b, n, 3, self.num_heads, self.width // self.num_heads)
-        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        y = LayerNorm(self.dtype, self.norm_eps, name="norm1")(x)
+        qkv = dense(3 * self.width, ("embed", "heads"), "qkv")(y)
+        q, k, v = (
+            part.reshape(b, n, self.num_heads, -1)
+            for part in jnp.split(qkv, 3, axis=-1)
+        )
         if tables is not None:
             q = positions.rotate(q, tables)
             k = positions.rotate(k, tables)
         y = attention(q, k, v, self.attention, mask).reshape(b, n, self.width)
-        x = x + _dense(self.width, ("heads", "embed"), self.dtype, "proj", scaled)(y)
+        x = x + dense(self.width, ("heads", "embed"), "proj", scaled)(y)
         y = LayerNorm(self.dtype, self.norm_eps, name="norm2")(x)
-        hidden = _dense(self.mlp_dim, ("embed", "mlp"), self.dtype, "fc1")(y)
+        hidden = dense(self.mlp_dim, ("embed", "mlp"), "fc1")(y)
         if self.mlp == "gelu":
             hidden, last = functional.gelu(hidden), "fc2"
         else:
-            gate = _dense(self.mlp_dim, ("embed", "mlp"), self.dtype, "fc2")(y)
+            gate = dense(self.mlp_dim, ("embed", "mlp"), "fc2")(y)
             hidden, last = nn.silu(hidden) * gate, "fc3"
-        out = _dense(self.width, ("mlp", "embed"), self.dtype, last, scaled)
+        out = dense(self.width, ("mlp", "embed"), last, scaled)
         return nn.with_logical_constraint(x + out(hidden), ACT_AXES)
 
 
@@ -239,7 +264,7 @@ class Stack(nn.Module):
       remat: what the backward pass recomputes, a key of `REMAT_POLICIES`.
       attention: see `attention.attention`.
       dtype: of the computation.
-      norm_eps: see `Block`.
+      norm_eps, matmul_dtype: see `Block`.
     """
 
     depth: int
@@ -253,6 +278,7 @@ class Stack(nn.Module):
     attention: str = "xla"
     dtype: jnp.dtype = jnp.float32
     norm_eps: float = NORM_EPS
+    matmul_dtype: str = ""
 
     @nn.compact
     def __call__(
@@ -289,6 +315,7 @@ class Stack(nn.Module):
                 self.dtype,
                 self.scale_init,
                 self.norm_eps,
+                self.matmul_dtype,
             )
 
         layers = nn.scan(
