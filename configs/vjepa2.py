@@ -4,13 +4,13 @@ Source: the official configs `train/vit*16/{pretrain-256px-16f,cooldown-*}`.
 
 | variant               | batch | clip      | updates | ZFLOP | v5p h  | H100 h |
 |-----------------------|-------|-----------|---------|-------|--------|--------|
-| `vitl16`              | 3072  | 16 x 256² | 240000  | 2.61  | 3.9 k  | 1.8 k  |
-| `vith16`              | 3072  | 16 x 256² | 240000  | 4.75  | 7.2 k  | 3.3 k  |
-| `vitg16`              | 3072  | 16 x 256² | 240000  | 7.17  | 10.9 k | 5.0 k  |
-| `vitl16_cooldown`     | 3072  | 64 x 256² | 12000   | 0.90  | 1.4 k  | 0.6 k  |
-| `vith16_cooldown`     | 3072  | 64 x 256² | 12000   | 1.50  | 2.3 k  | 1.1 k  |
-| `vitg16_cooldown`     | 3072  | 64 x 256² | 12000   | 2.28  | 3.5 k  | 1.6 k  |
-| `vitg16_cooldown_384` | 3072  | 64 x 384² | 12000   | 7.81  | 11.8 k | 5.5 k  |
+| `vitl16`              | 3072  | 16 x 256² | 240000  | 2.59  | 3.9 k  | 1.8 k  |
+| `vith16`              | 3072  | 16 x 256² | 240000  | 4.73  | 7.2 k  | 3.3 k  |
+| `vitg16`              | 3072  | 16 x 256² | 240000  | 7.15  | 10.8 k | 5.0 k  |
+| `vitl16_cooldown`     | 3072  | 64 x 256² | 12000   | 0.89  | 1.4 k  | 0.6 k  |
+| `vith16_cooldown`     | 3072  | 64 x 256² | 12000   | 1.49  | 2.3 k  | 1.0 k  |
+| `vitg16_cooldown`     | 3072  | 64 x 256² | 12000   | 2.28  | 3.4 k  | 1.6 k  |
+| `vitg16_cooldown_384` | 3072  | 64 x 384² | 12000   | 7.80  | 11.8 k | 5.5 k  |
 
 `batch` is per update. ZFLOP (1e21) of the whole run are counted without recomputation;
 hours are of one chip at 40 % of its bf16 peak, an estimate: none was run here in full.

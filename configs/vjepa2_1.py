@@ -6,14 +6,14 @@ official trainer of these is not public.
 
 | variant           | batch       | clip      | updates | ZFLOP | v5p h  | H100 h |
 |-------------------|-------------|-----------|---------|-------|--------|--------|
-| `vitb16`          | 3072 + 4608 | 16 x 256² | 135000  | 4.69  | 7.1 k  | 3.3 k  |
-| `vitl16`          | 3072 + 4608 | 16 x 256² | 135000  | 5.06  | 7.7 k  | 3.6 k  |
-| `vitg16`          | 3072 + 4608 | 16 x 256² | 135000  | 4.64  | 7.0 k  | 3.3 k  |
-| `vitG16`          | 3072 + 4608 | 16 x 256² | 135000  | 8.19  | 12.4 k | 5.7 k  |
+| `vitb16`          | 3072 + 4608 | 16 x 256² | 135000  | 4.68  | 7.1 k  | 3.3 k  |
+| `vitl16`          | 3072 + 4608 | 16 x 256² | 135000  | 5.05  | 7.6 k  | 3.5 k  |
+| `vitg16`          | 3072 + 4608 | 16 x 256² | 135000  | 4.63  | 7.0 k  | 3.3 k  |
+| `vitG16`          | 3072 + 4608 | 16 x 256² | 135000  | 8.17  | 12.4 k | 5.7 k  |
 | `vitb16_cooldown` | 3072 + 9216 | 64 x 256² | 12000   | 2.29  | 3.5 k  | 1.6 k  |
-| `vitl16_cooldown` | 3072 + 9216 | 64 x 256² | 12000   | 2.45  | 3.7 k  | 1.7 k  |
-| `vitg16_cooldown` | 3072 + 9216 | 64 x 256² | 12000   | 2.36  | 3.6 k  | 1.7 k  |
-| `vitG16_cooldown` | 3072 + 9216 | 64 x 256² | 12000   | 3.67  | 5.5 k  | 2.6 k  |
+| `vitl16_cooldown` | 3072 + 9216 | 64 x 256² | 12000   | 2.44  | 3.7 k  | 1.7 k  |
+| `vitg16_cooldown` | 3072 + 9216 | 64 x 256² | 12000   | 2.35  | 3.6 k  | 1.7 k  |
+| `vitG16_cooldown` | 3072 + 9216 | 64 x 256² | 12000   | 3.66  | 5.5 k  | 2.6 k  |
 
 Every update takes a stream of videos and one of images (`image`), of equal weight.
 `batch` is per update. ZFLOP (1e21) of the whole run are counted without recomputation;
