@@ -88,30 +88,31 @@ BLOCK = {
     "norm1/bias": (None,),
     "qkv/kernel": ("fsdp", None),
     "qkv/bias": (None,),
-    "proj/kernel": (None, "fsdp"),
-    "proj/bias": ("fsdp",),
+    "proj/kernel": ("fsdp", None),
+    "proj/bias": (None,),
     "norm2/scale": (None,),
     "norm2/bias": (None,),
     "fc1/kernel": ("fsdp", None),
     "fc1/bias": (None,),
-    "fc2/kernel": (None, "fsdp"),
-    "fc2/bias": ("fsdp",),
+    "fc2/kernel": ("fsdp", None),
+    "fc2/bias": (None,),
 }
 STACK = {f"stack/blocks/{name}": (None, *spec) for name, spec in BLOCK.items()}
 NORM = {"norm/scale": (None,), "norm/bias": (None,)}
-OUT = {"proj/kernel": (None, "fsdp"), "proj/bias": ("fsdp",)}
-ENCODER = {f"embed/{name}": spec for name, spec in OUT.items()} | STACK | NORM
+EMBED = {"embed/proj/kernel": (None, "fsdp"), "embed/proj/bias": (None,)}
+ENCODER = EMBED | STACK | NORM
 PREDICTOR = {
-    "mask_tokens": (None, "fsdp"),
+    "mask_tokens": (None, None),
     "embed/kernel": ("fsdp", None),
     "embed/bias": (None,),
     **STACK,
     **NORM,
-    **OUT,
+    "proj/kernel": ("fsdp", None),
+    "proj/bias": (None,),
 }
 
 
-def test_fsdp_splits_the_embedding_axis_of_every_parameter():
+def test_fsdp_splits_the_input_of_every_kernel():
     init = make_state_init(optim.make_optimizer(lambda _: 0.1, lambda _: 0.1))
     mesh = sharding.make_mesh(2, 4)
     shapes, specs = abstract_state(init), sharding.state_shardings(init, mesh)
@@ -161,7 +162,10 @@ def test_sizes_are_the_published_ones_to_the_last_parameter(size, published):
 
 def test_attention_of_an_unknown_kind_is_refused(rng):
     q = jnp.zeros((1, 2, 1, 4))
-    with pytest.raises(ValueError, match="'flash' is unknown; known: xla"):
+    with pytest.raises(
+        ValueError,
+        match="'flash' is unknown; known: auto, xla, blockwise, cudnn, splash",
+    ):
         attention(q, q, q, "flash")
 
 

@@ -19,7 +19,8 @@ from plain_models import (
 )
 
 from vjepa_jax.models import layers, positions, registry
-from vjepa_jax.models.encoder import VideoEncoder, normalise, take_tokens, token_grid
+from vjepa_jax.models.encoder import VideoEncoder, normalise, token_grid
+from vjepa_jax.models.layers import take_tokens
 from vjepa_jax.models.predictor import Predictor
 
 NUM_TOKENS = 24

@@ -18,8 +18,8 @@ from golden_file import KNOWN_OF_OPTIMIZER, Golden
 
 from vjepa_jax import losses, optim, weights
 from vjepa_jax.models import registry
-from vjepa_jax.models.encoder import take_tokens
 from vjepa_jax.models.heads import AttentiveClassifier
+from vjepa_jax.models.layers import take_tokens
 from vjepa_jax.train_step import Objective, Stream, make_loss_fn
 
 FOLDER = pathlib.Path(

@@ -79,17 +79,24 @@ def reference(clips):
 
 
 @pytest.mark.parametrize(
-    ("mesh", "accumulate_steps", "scan_layers"),
-    [((4, 2), 1, True), ((4, 2), 2, False), ((8, 1), 2, True)],
+    ("mesh", "accumulate_steps", "scan_layers", "remat"),
+    [
+        ((2, 4), 1, True, "full"),
+        ((4, 2), 2, False, "dots"),
+        ((8, 1), 2, True, "attention"),
+        ((8, 1), 1, False, "dots_no_batch"),
+    ],
 )
-def test_mesh_accumulation_and_scan_do_not_change_the_run(
-    mesh, accumulate_steps, scan_layers, setup, clips, reference
+def test_mesh_accumulation_scan_and_remat_do_not_change_the_run(
+    mesh, accumulate_steps, scan_layers, remat, setup, clips, reference
 ):
     run = run_on(
         sharding.make_mesh(*mesh),
         clips,
         accumulate_steps=accumulate_steps,
         scan_layers=scan_layers,
+        encoder={"remat": remat},
+        predictor={"remat": remat},
     )
     state = run.state
     # Single precision sums in another order; five updates hardly amplify that.

@@ -19,7 +19,14 @@ import numpy as np
 import pytest
 from step_setup import abstract_of
 
-from vjepa_jax import checkpoint, cli, default_config, metrics, saved_config
+from vjepa_jax import (
+    checkpoint,
+    cli,
+    default_config,
+    metrics,
+    saved_config,
+    train,
+)
 from vjepa_jax.data import render
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -252,3 +259,11 @@ def test_a_run_that_is_no_longer_finite_ends_with_one_line_and_saves_nothing(
     rows = metrics.read_metrics(str(tmp_path / "run"))
     assert [row["optim/skipped"] for row in rows] == [0, 1, 2]
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+
+
+def test_start_says_what_the_step_takes_and_how_the_state_is_spread(unbroken):
+    workdir, ended = unbroken
+    assert "GiB at its peak on each device" in ended.stderr
+    lines = (workdir / train.SHARDINGS_FILE).read_text().splitlines()
+    assert any(line.startswith("params/encoder/stack/blocks/qkv") for line in lines)
+    assert all(line.split(" #")[0].endswith(" MiB") for line in lines)

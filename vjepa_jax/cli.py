@@ -12,13 +12,13 @@ from vjepa_jax.default_config import UserError
 EXIT_USER_ERROR = 2
 
 
-def define_config_flag(required: bool = True) -> flags.FlagHolder:
-    """Define `--config=FILE.py[:argument]` with overrides `--config.key=value`."""
+def define_config_flag(name: str = "config", required: bool = True) -> flags.FlagHolder:
+    """Define `--NAME=FILE.py[:argument]` with overrides `--NAME.key=value`."""
     holder = config_flags.DEFINE_config_file(
-        "config", None, "File with get_config(), e.g. configs/world_tiny.py"
+        name, None, "File with get_config(), e.g. configs/world_tiny.py"
     )
     if required:
-        flags.mark_flag_as_required("config")
+        flags.mark_flag_as_required(name)
     return holder
 
 
@@ -63,8 +63,9 @@ def fail(message: str) -> None:
 def _parse_flags(argv: list[str]) -> list[str]:
     try:
         rest = flags.FLAGS(argv)
-        if "config" in flags.FLAGS and flags.FLAGS["config"].present:
-            flags.FLAGS["config"].value.keys()  # a file that failed to load shows here
+        for name in ("config", "teacher"):
+            if name in flags.FLAGS and flags.FLAGS[name].present:
+                flags.FLAGS[name].value.keys()  # a file that failed to load shows here
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as e:
         # The config file's own mistakes and unknown keys arrive as these.
         message = " ".join(str(e.args[0] if e.args else e).split())

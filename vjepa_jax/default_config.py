@@ -72,7 +72,10 @@ def get_config() -> ConfigDict:
 
     config.mesh = ConfigDict()
     config.mesh.data = -1  # devices that split the batch only; -1 fills
-    config.mesh.fsdp = 1  # devices that split the parameters too; -1 fills
+    # Devices that split the parameters too; -1 fills; 0: the most up to 8 that divide.
+    config.mesh.fsdp = 1
+    # Folder, also gs://, where compiled programs are kept for later starts; "": none.
+    config.compilation_cache = ""
 
     config.data = ConfigDict()
     # A folder of videos or images, a list of `path label` lines, a folder of prepared
@@ -143,9 +146,15 @@ def get_config() -> ConfigDict:
     config.model.scale_init = False  # start output projections smaller with depth
     config.model.image_embed = False  # clips of one frame have their own embedding
     config.model.scan_layers = True  # compile one block and loop, or unroll
-    config.model.remat = "none"  # what backward recomputes: none, dots, full, ...
-    config.model.attention = "xla"
+    # What the backward pass recomputes, least first: none, dots, dots_no_batch,
+    # attention (all but attention's outputs), full.
+    config.model.remat = "none"
+    # auto, or one of xla, blockwise, cudnn and splash, see models/attention.py
+    config.model.attention = "auto"
     config.model.dtype = "bfloat16"  # of the computation; parameters are float32
+    # Of the target encoder's matmuls, scaled token by token: int8 (TPUs) or
+    # float8_e4m3fn (GPUs from Hopper on); "": model.dtype.
+    config.model.target_dtype = ""
     config.model.encoder = ConfigDict()
     config.model.encoder.size = "large"  # see models/registry.py
     config.model.encoder.patch_size = 16  # pixels
@@ -277,11 +286,12 @@ def validate(config: ConfigDict) -> None:
         "model.predictor.mask_token_per": ("mask", "stream", "run"),
         "optim.schedule": ("cosine", "linear", "wsd"),
         "model.dtype": ("float32", "bfloat16"),
+        "model.target_dtype": ("", "int8", "float8_e4m3fn"),
         "data.sampling": ("exact", "official"),
         "data.resize": ("antialias", "official"),
         "data.erase_mode": ("pixel", "const"),
-        "model.attention": ("xla",),
-        "model.remat": ("none", "full", "dots", "dots_no_batch"),
+        "model.attention": ("auto", "xla", "blockwise", "cudnn", "splash"),
+        "model.remat": ("none", "full", "dots", "dots_no_batch", "attention"),
     }
     for key, known in choices.items():
         _require(flat[key] in known, key, flat[key], f"known: {', '.join(known)}")

@@ -130,12 +130,12 @@ def train_step_flops(
       target: blocks of the target encoder; None: those of the encoder.
     """
     feature_dim = feature_dim or encoder.width
-    # All tubelets are embedded before the context is gathered. Pixels take no gradient,
-    # so the backward pass of the embedding costs its forward pass once.
-    embed = 2 * embed_flops(num_tokens, patch_dim, encoder.width)
     total = encoder_flops(target or encoder, num_tokens, patch_dim)
     for counts in masks:
-        total += embed + 3 * encoder.forward(counts[0])
+        # Pixels take no gradient, so the backward pass of the embedding costs its
+        # forward pass once.
+        total += 2 * embed_flops(counts[0], patch_dim, encoder.width)
+        total += 3 * encoder.forward(counts[0])
         total += 3 * predictor_flops(
             predictor, *counts, feature_dim, input_dim, predict_context, out_dim
         )

@@ -1,6 +1,5 @@
 """The V-JEPA objective, regularisers against collapse, and statistics that show it."""
 
-import math
 from collections.abc import Sequence
 
 import jax
@@ -112,20 +111,24 @@ def collapse_statistics(h: jax.Array, max_tokens: int = 4096) -> dict[str, jax.A
 
     Args:
       h: [B, N, D] features.
-      max_tokens: at most so many tokens, evenly spaced, enter the statistics.
+      max_tokens: at most so many tokens (but one of each clip) enter the statistics,
+        evenly spaced in a clip and at other positions in the next.
 
     Returns:
       `std`: mean over channels of the standard deviation over tokens;
       `effective_rank`: participation ratio (tr C)^2 / tr(C^2) of the covariance, 1..D;
       `cosine`: mean cosine similarity of a token to the mean token.
     """
-    num_tokens, width = h.shape[-2:]
+    batch, num_tokens, width = h.shape
+    per_clip = max(max_tokens // batch, 1)
+    if per_clip < num_tokens:
+        # Chosen within each clip: a stride over all tokens would move some of them from
+        # device to device.
+        places = jnp.arange(batch)[:, None] + jnp.arange(per_clip) * (
+            num_tokens // per_clip
+        )
+        h = jnp.take_along_axis(h, places[..., None] % num_tokens, axis=1)
     h = h.astype(jnp.float32).reshape(-1, width)
-    stride = -(-h.shape[0] // max_tokens)
-    # A common factor would make every clip show the same few positions.
-    while math.gcd(stride, num_tokens) > 1:
-        stride += 1
-    h = h[::stride]
     mean = h.mean(0)
     centred = h - mean
     covariance = centred.T @ centred / h.shape[0]

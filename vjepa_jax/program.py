@@ -5,11 +5,12 @@ either, even for devices that are not there.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from vjepa_jax import build, sharding
@@ -32,7 +33,8 @@ class Program:
       streams: its streams of clips, with their masks.
       init: from a key to the boxed TrainState.
       shapes: TrainState of shapes and dtypes.
-      shardings: TrainState of shardings.
+      decisions: how each of its arrays is spread, in tree order.
+      shardings: the same as a TrainState of shardings.
       train_step: the pure update.
     """
 
@@ -44,15 +46,26 @@ class Program:
     streams: Mapping[str, Stream]
     init: Callable[[jax.Array], TrainState]
     shapes: TrainState
+    decisions: Sequence[sharding.Decision]
     shardings: TrainState
     train_step: Callable[..., Any]
 
     def abstract_state(self) -> TrainState:
         """Return the state as `jax.ShapeDtypeStruct` with shardings."""
-        return jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-            self.shapes,
-            self.shardings,
+        return _with_shardings(self.shapes, self.shardings)
+
+    def abstract_teacher(self) -> Any:
+        """Return the teacher's parameters as `jax.ShapeDtypeStruct` with shardings.
+
+        They are spread by the same rules as the state.
+        """
+        shape = build.video_shapes(self.config)[MAIN_STREAM]
+
+        def init(key):
+            return self.teacher.init(key, jnp.zeros((1, *shape)))["params"]
+
+        return _with_shardings(
+            abstract_state(init), sharding.state_shardings(init, self.mesh)
         )
 
     def abstract_batch(self) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
@@ -73,21 +86,24 @@ class Program:
         make = jax.jit(self.init, out_shardings=self.shardings)
         return nn.unbox(make(jax.random.key(self.config.seed)))
 
-    def lower(self, teacher_params: Any = None) -> jax.stages.Lowered:
-        """Lower the step, which gives its state away.
-
-        Call it where the mesh is set and `sharding.RULES` are the axis rules.
-
-        Args:
-          teacher_params: of the teacher, arrays or `jax.ShapeDtypeStruct`.
-        """
+    def lower(self) -> jax.stages.Lowered:
+        """Lower `train_step(state, batch[, teacher_params])`; the state is donated."""
         step = jax.jit(
             self.train_step,
             out_shardings=(self.shardings, sharding.replicated(self.mesh)),
             donate_argnums=0,
         )
-        extra = () if self.teacher is None else (teacher_params,)
-        return step.lower(self.abstract_state(), self.abstract_batch(), *extra)
+        extra = () if self.teacher is None else (self.abstract_teacher(),)
+        with jax.set_mesh(self.mesh), nn.logical_axis_rules(sharding.RULES):
+            return step.lower(self.abstract_state(), self.abstract_batch(), *extra)
+
+
+def _with_shardings(shapes: Any, shardings: Any) -> Any:
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        shapes,
+        shardings,
+    )
 
 
 def make_program(
@@ -123,7 +139,9 @@ def make_program(
         config.accumulate_steps,
         build.make_spike_guard(config),
         teacher,
+        config.model.target_dtype,
     )
+    shapes, decisions = abstract_state(init), sharding.decide(init, mesh)
     return Program(
         config=config,
         mesh=mesh,
@@ -132,7 +150,8 @@ def make_program(
         teacher=teacher,
         streams=streams,
         init=init,
-        shapes=abstract_state(init),
-        shardings=sharding.state_shardings(init, mesh),
+        shapes=shapes,
+        decisions=decisions,
+        shardings=sharding.as_tree(decisions, shapes),
         train_step=train_step,
     )

@@ -8,6 +8,7 @@ from vjepa_jax.default_config import ConfigDict, flatten, get_config, mask, stre
 # what it computes.
 OPERATIONAL = (
     "mesh.",
+    "compilation_cache",
     "checkpoint.",
     "log.",
     "profile.",

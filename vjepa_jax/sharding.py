@@ -1,39 +1,63 @@
 """Where arrays live: the mesh, the one table of rules, shardings of state and batch."""
 
+import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from vjepa_jax.default_config import UserError
 
-# Logical axis -> mesh axes. Batches are split over both mesh axes, parameters and
-# moments over `fsdp` along their embedding axis; everything else is whole everywhere.
+AXES = ("data", "fsdp")
+# A host of GPUs, a ring of a TPU slice: more parts make gathers slow, not memory small.
+_AUTO_FSDP = 8
+# Logical axis -> mesh axes. Batches are split over both mesh axes. Parameters, moments
+# and target are split over `fsdp` along the first of their axes that may be and that
+# divides: of a kernel the input's, which gathers and reductions then find in one piece.
+# A parameter of one axis (a bias, a norm) is whole everywhere: to gather it would cost
+# more than to keep it.
 RULES = (
-    ("act_batch", ("data", "fsdp")),
+    ("act_batch", AXES),
     ("act_len", None),
     ("act_embed", None),
     ("embed", "fsdp"),
-    ("mlp", None),
-    ("heads", None),
+    ("mlp", "fsdp"),
+    ("heads", "fsdp"),
     ("patch", None),
     ("norm", None),
     ("layers", None),
 )
-_BATCH = PartitionSpec(("data", "fsdp"))
+_SPLIT = tuple(name for name, axes in RULES if axes == "fsdp")
+_BATCH = PartitionSpec(AXES)
 
 
-def make_mesh(data: int = -1, fsdp: int = 1) -> Mesh:
-    """Make the (data, fsdp) mesh over all devices; one axis may be -1 to fill it.
+def make_mesh(
+    data: int = -1, fsdp: int = 1, devices: Sequence[Any] | None = None
+) -> Mesh:
+    """Make the (data, fsdp) mesh; one axis may be -1 to fill it, and `fsdp` 0.
+
+    Over several TPU slices `data` crosses them and `fsdp` stays within one: gradients
+    alone travel over the network between slices, once per update.
+
+    Args:
+      data: parts of the batch whose devices hold different parts of nothing else.
+      fsdp: parts into which parameters are split too; 0: the most up to 8 that divide
+        the devices (of a slice).
+      devices: real or described ones; None: all of this run.
 
     Raises:
-      UserError: the sizes do not multiply to the number of devices.
+      UserError: the sizes do not multiply to the number of devices, or `fsdp` does not
+        fit a slice.
     """
-    count = jax.device_count()
+    devices = jax.devices() if devices is None else list(devices)
+    count, slices = len(devices), count_slices(devices)
+    if fsdp == 0:
+        fsdp = math.gcd(count // slices, _AUTO_FSDP)
     sizes = {"data": data, "fsdp": fsdp}
     free = [name for name, size in sizes.items() if size == -1]
     fixed = math.prod(size for size in sizes.values() if size != -1)
@@ -45,9 +69,29 @@ def make_mesh(data: int = -1, fsdp: int = 1) -> Mesh:
             "set one of them to -1 and the other to a divisor"
         )
     # Auto axes, because Linen's logical constraints reject explicit ones.
-    return jax.make_mesh(
-        tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * 2
-    )
+    types = (AxisType.Auto,) * 2
+    if slices == 1:
+        shape = tuple(sizes.values())
+        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+    if sizes["data"] % slices:
+        raise UserError(
+            f"mesh.fsdp={sizes['fsdp']} does not fit into one of {slices} slices of "
+            f"{count // slices} devices: take a divisor of {count // slices}"
+        )
+    within = (sizes["data"] // slices, sizes["fsdp"])
+    grid = mesh_utils.create_hybrid_device_mesh(within, (slices, 1), devices)
+    return Mesh(grid, AXES, axis_types=types)
+
+
+def count_slices(devices: Sequence[Any]) -> int:
+    """Count the TPU slices among devices; others are one, in the order of their hosts.
+
+    Hosts of GPUs follow one another in jax's order, so that `fsdp`, the inner axis of
+    the mesh, stays within a host where it fits.
+    """
+    if devices[0].platform != "tpu":
+        return 1
+    return len({getattr(device, "slice_index", None) or 0 for device in devices})
 
 
 def check_divides(mesh: Mesh, batch_size: int, accumulate_steps: int) -> None:
@@ -60,28 +104,92 @@ def check_divides(mesh: Mesh, batch_size: int, accumulate_steps: int) -> None:
         )
 
 
-def state_shardings(init: Callable[[jax.Array], Any], mesh: Mesh) -> Any:
-    """Map the logical axes of a TrainState to shardings on `mesh`, leaf by leaf.
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """How one array of the state is spread.
 
-    Raises:
-      UserError: a dimension does not divide by the mesh axis that would split it.
+    Attributes:
+      path: of the leaf, with slashes.
+      shape, dtype: of the whole array.
+      sharding: of the leaf.
+      reason: why it is not split as the rules' first choice says; "" where it is.
     """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    sharding: NamedSharding
+    reason: str
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes on each device."""
+        return math.prod(self.sharding.shard_shape(self.shape)) * self.dtype.itemsize
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the whole array."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def __str__(self) -> str:
+        spec = ", ".join(str(axes) for axes in self.sharding.spec)
+        line = (
+            f"{self.path} {self.dtype.name}{list(self.shape)} ({spec}) "
+            f"{self.device_bytes / 2**20:.2f} MiB"
+        )
+        return f"{line}  # {self.reason}" if self.reason else line
+
+
+def _choose(
+    axes: Sequence[str | None], shape: tuple[int, ...], parts: int
+) -> tuple[PartitionSpec, str]:
+    """Choose the axis of an array that is split into `parts`, with the reason."""
+    named = [i for i, name in enumerate(axes) if name not in (None, "layers")]
+    if parts == 1 or not named:
+        return PartitionSpec(), ""
+    if len(named) == 1:
+        return PartitionSpec(), "one axis: whole everywhere"
+    missed = []
+    for i in named:
+        if axes[i] in _SPLIT and shape[i] % parts == 0:
+            return PartitionSpec(*(None,) * i, "fsdp"), ", ".join(missed)
+        if axes[i] in _SPLIT:
+            missed.append(f"{axes[i]}={shape[i]} does not divide by {parts}")
+    return PartitionSpec(), ", ".join([*missed, "whole everywhere"])
+
+
+def decide(init: Callable[[jax.Array], Any], mesh: Mesh) -> list[Decision]:
+    """Decide how each array of the state that `init` makes is spread, in tree order."""
     boxed = jax.eval_shape(init, jax.random.key(0))
-    specs = nn.get_partition_spec(boxed)
-    shardings = nn.logical_to_mesh_sharding(specs, mesh, RULES)
+    specs = jax.tree.leaves(
+        nn.get_partition_spec(boxed), is_leaf=lambda x: isinstance(x, PartitionSpec)
+    )
+    leaves = jax.tree_util.tree_leaves_with_path(nn.unbox(boxed))
+    decisions = []
+    for (path, leaf), axes in zip(leaves, specs, strict=True):
+        spec, reason = _choose(tuple(axes), leaf.shape, mesh.shape["fsdp"])
+        decisions.append(
+            Decision(
+                jax.tree_util.keystr(path, simple=True, separator="/"),
+                leaf.shape,
+                np.dtype(leaf.dtype),
+                NamedSharding(mesh, spec),
+                reason,
+            )
+        )
+    return decisions
 
-    def check(path, leaf, sharding):
-        try:
-            sharding.shard_shape(leaf.shape)
-        except ValueError:
-            raise UserError(
-                f"{jax.tree_util.keystr(path)} of shape {leaf.shape} cannot be split "
-                f"as {sharding.spec} over mesh.fsdp={mesh.shape['fsdp']}: take a "
-                "divisor of the model's width"
-            ) from None
 
-    jax.tree_util.tree_map_with_path(check, nn.unbox(boxed), shardings)
-    return shardings
+def as_tree(decisions: Sequence[Decision], form: Any) -> Any:
+    """Return the shardings as a tree of the form of `form`, the state's shapes."""
+    shardings = [decision.sharding for decision in decisions]
+    return jax.tree.unflatten(jax.tree.structure(form), shardings)
+
+
+def state_shardings(init: Callable[[jax.Array], Any], mesh: Mesh) -> Any:
+    """Return the shardings of the state that `init` makes, as a tree of its form."""
+    form = nn.unbox(jax.eval_shape(init, jax.random.key(0)))
+    return as_tree(decide(init, mesh), form)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -102,14 +210,8 @@ def shard_batch(batch: Mapping[str, Mapping[str, np.ndarray]], mesh: Mesh):
     )
 
 
-def describe(shapes: Any, shardings: Any) -> str:
-    """Return one line on how the state is spread: counts and MiB per device."""
-    total = per_device = 0
-    leaves = zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings), strict=True)
-    for leaf, sharding in leaves:
-        size = np.dtype(leaf.dtype).itemsize
-        total += math.prod(leaf.shape) * size
-        per_device += math.prod(sharding.shard_shape(leaf.shape)) * size
-    return (
-        f"state of {total / 2**20:.1f} MiB, {per_device / 2**20:.1f} MiB on each device"
-    )
+def describe(decisions: Sequence[Decision]) -> str:
+    """Return one line on how the state is spread: MiB in all and on each device."""
+    total = sum(d.bytes for d in decisions) / 2**20
+    each = sum(d.device_bytes for d in decisions) / 2**20
+    return f"state of {total:.1f} MiB, {each:.1f} MiB on each device"

@@ -3,7 +3,8 @@
     python -m vjepa_jax.train --config=configs/world_tiny.py --workdir=DIR
 
 The same command continues an interrupted run. DIR receives `config.json`,
-`metrics.jsonl`, `tensorboard/`, `checkpoints/` and `bad_videos.jsonl`.
+`metrics.jsonl`, `tensorboard/`, `checkpoints/`, `bad_videos.jsonl` and `shardings.txt`,
+how each array of the state is spread over the devices (also logged at `--verbosity=1`).
 """
 
 import json
@@ -14,14 +15,16 @@ from collections.abc import Mapping
 
 import flax.linen as nn
 import jax
-from absl import flags
+from absl import flags, logging
 
 from vjepa_jax import (
     build,
     checkpoint,
     cli,
+    compilation,
     default_config,
     distributed,
+    fit,
     flops,
     metrics,
     profiling,
@@ -36,11 +39,13 @@ from vjepa_jax.goodput import TimeAccount
 from vjepa_jax.program import make_program
 
 CONFIG_FILE = "config.json"
+SHARDINGS_FILE = "shardings.txt"
 # What hosts may have of their own; all else must be the same.
 _PER_HOST = (".path", "data.num_workers", "data.prefetch_megabytes")
 # Processes at the same point of the program may be apart by so much.
 _WAIT_SECS = 600
 _RENDER_TIMEOUT_SECS = 4 * 3600
+_SLOW_SECS = 60  # from which a compilation is worth keeping
 
 
 def check_workdir(config: ConfigDict, workdir: str) -> None:
@@ -126,8 +131,8 @@ def _restore_or_init(checkpointer, program, fingerprint, teacher_step):
     return 0, state
 
 
-def _load_teacher(config, mesh):
-    """Return the teacher's config, parameters (replicated) and step; or Nones."""
+def _load_teacher(config):
+    """Return the teacher's config, parameters (on the host) and step; or Nones."""
     if not config.teacher.path:
         return None, None, None
     wanted = None if config.teacher.step < 0 else config.teacher.step
@@ -139,15 +144,37 @@ def _load_teacher(config, mesh):
         )
     trained = saved_config.restored(meta["config"])
     # From the host, since arrays on a device do not move to other processes' devices.
-    params = jax.device_put(jax.device_get(params), sharding.replicated(mesh))
-    return trained, params, meta["step"]
+    return trained, jax.device_get(params), meta["step"]
 
 
-def _compile(program, teacher_params):
-    began = time.perf_counter()
-    step_fn = program.lower(teacher_params).compile()
-    _say(f"compiled the step in {time.perf_counter() - began:.0f} s")
+def _put_teacher(program, params):
+    """Return what the step gets besides state and batch: the teacher's parameters."""
+    if program.teacher is None:
+        return ()
+    abstract = program.abstract_teacher()
+    fit.require_fit(program.config.teacher.path, stored=params, wanted=abstract)
+    return (jax.device_put(params, jax.tree.map(lambda x: x.sharding, abstract)),)
+
+
+def _compile(program):
+    step_fn, seconds = compilation.compile_step(program.lower())
+    memory = compilation.memory_of(step_fn)
+    limit = compilation.memory_limit(program.mesh.devices.flat[0])
+    room = f" of {limit / compilation.GIB:.2f} GiB" if limit else ""
+    _say(f"compiled the step in {seconds:.0f} s; it takes {memory or 'unknown'}{room}")
+    if seconds > _SLOW_SECS and not jax.config.jax_compilation_cache_dir:
+        _say("config.compilation_cache=FOLDER would save that at the next start")
     return step_fn
+
+
+def _write_shardings(program, workdir: str) -> None:
+    """Write `shardings.txt`, a line per array of the state."""
+    lines = [str(decision) for decision in program.decisions]
+    for line in lines:
+        logging.vlog(1, line)
+    if distributed.is_main():
+        path = pathlib.Path(workdir) / SHARDINGS_FILE
+        path.write_text("\n".join(lines) + "\n")
 
 
 def train_and_evaluate(config: ConfigDict, workdir: str) -> int | None:
@@ -165,7 +192,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> int | None:
     default_config.validate(config)
     _require_same_config(config)
     mesh = sharding.make_mesh(**config.mesh)
-    trained, teacher_params, teacher_step = _load_teacher(config, mesh)
+    compilation.use_cache(config.compilation_cache)
+    trained, teacher_params, teacher_step = _load_teacher(config)
     program = make_program(config, mesh, trained)
     # ----------------------------------------------------------- what to compute it on
     check_workdir(config, workdir)
@@ -179,7 +207,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> int | None:
     grid = program.encoder.grid(clip_shape)
     _say(
         f"{counts} clips; {config.model.encoder.size} encoder on {grid} tokens; "
-        f"{sharding.describe(program.shapes, program.shardings)}; "
+        f"{sharding.describe(program.decisions)}; "
         f"mesh {dict(mesh.shape)}\n"
         f"{build.describe_schedules(config)}"
     )
@@ -187,6 +215,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> int | None:
         jax.set_mesh(mesh),
         nn.logical_axis_rules(sharding.RULES),
         checkpoint.Checkpointer(workdir, **config.checkpoint) as checkpointer,
+        compilation.explain_out_of_memory(config, mesh),
         distributed.StopRequest() as stop,
     ):
         start, state = _restore_or_init(
@@ -194,12 +223,13 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> int | None:
         )
         # Not before: a start that fails must not bind the workdir to its config.
         claim_workdir(config, workdir)
+        _write_shardings(program, workdir)
         if start >= config.total_steps:
             _say(f"nothing to do: {workdir} is at step {start}, the end of the run")
             return None
-        extra = () if trained is None else (teacher_params,)
+        extra = _put_teacher(program, teacher_params)
         with account.measure("compile"):
-            step_fn = _compile(program, teacher_params)
+            step_fn = _compile(program)
         account.add_earlier(_earlier_rows(workdir), start)
         with (
             streams.open_streams(

@@ -10,11 +10,8 @@ import jax.numpy as jnp
 import optax
 
 from vjepa_jax import losses, masking
-from vjepa_jax.models.encoder import (
-    VideoEncoder,
-    normalise,
-    take_tokens,
-)
+from vjepa_jax.models.encoder import VideoEncoder, normalise
+from vjepa_jax.models.layers import take_tokens
 from vjepa_jax.models.predictor import Predictor
 from vjepa_jax.optim import Schedule
 from vjepa_jax.train_state import Guard, TrainState
@@ -111,15 +108,18 @@ def make_loss_fn(
     streams: Mapping[str, Stream],
     objective: Objective,
     teacher: VideoEncoder | None = None,
+    target_dtype: str = "",
 ) -> Callable[..., tuple[jax.Array, Metrics]]:
     """Make `loss_fn(params, target, batch, masks, step) -> (loss, metrics)`.
 
     `masks` is explicit, {stream: {mask: (ctx_idx, tgt_idx)}}, so that any can be
     injected; clips are uint8, or float and normalised already. There is no gradient to
-    `target`, which holds the parameters of `teacher`, by default those of an `encoder`.
+    `target`, which holds the parameters of `teacher`, by default those of an `encoder`;
+    `target_dtype` is its `matmul_dtype`.
     """
     total_weight = sum(stream.weight for stream in streams.values())
-    target_encoder = teacher or encoder
+    # Without a gradient there is nothing to recompute.
+    target_encoder = (teacher or encoder).clone(remat="none", matmul_dtype=target_dtype)
 
     def stream_loss(params, target, video, stream, masks, step):
         grid, is_image = encoder.grid(video.shape), encoder.is_image(video.shape)
@@ -238,6 +238,7 @@ def make_train_step(
     accumulate_steps: int = 1,
     spike_guard: SpikeGuard | None = None,
     teacher: VideoEncoder | None = None,
+    target_dtype: str = "",
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """Make the pure `train_step(state, batch) -> (state, metrics)`.
 
@@ -258,12 +259,16 @@ def make_train_step(
       teacher: a frozen encoder whose features are predicted instead of the EMA
         target's (distillation). The step then is
         `train_step(state, batch, teacher_params)`; the target is still averaged.
+      target_dtype: 8-bit type of the matmuls of what is predicted, see
+        `layers.Dense`; "": the encoder's.
 
     Returns:
       The step. Its batch is {stream: {"video": uint8 [B, T, H, W, 3]}}; its metrics are
       float32 scalars, averaged over the batch.
     """
-    loss_fn = make_loss_fn(encoder, predictor, streams, objective, teacher)
+    loss_fn = make_loss_fn(
+        encoder, predictor, streams, objective, teacher, target_dtype
+    )
     grad_fn = jax.grad(loss_fn, has_aux=True)
 
     def accumulate(params, target, batch, masks, step):

@@ -16,11 +16,6 @@ def normalise(video: jax.Array) -> jax.Array:
     return (video.astype(jnp.float32) / 255 - mean) / std
 
 
-def take_tokens(x: jax.Array, idx: jax.Array) -> jax.Array:
-    """Gather tokens: x [B, N, D], idx int [B, K] -> [B, K, D]."""
-    return jnp.take_along_axis(x, idx[..., None], axis=1, mode="promise_in_bounds")
-
-
 def token_grid(
     video_shape: tuple[int, ...], patch_size: int, tubelet_size: int
 ) -> positions.Grid:
@@ -54,7 +49,8 @@ class VideoEncoder(nn.Module):
       image_embed: clips of one frame have a patch embedding of their own, and both
         modalities a learned embedding added to every token (V-JEPA 2.1).
       norm_eps: of the layer norms.
-      scan_layers, remat, attention, dtype: how it is computed, see `layers.Stack`.
+      scan_layers, remat, attention, dtype, matmul_dtype: how it is computed, see
+        `layers.Stack`.
     """
 
     depth: int
@@ -75,6 +71,7 @@ class VideoEncoder(nn.Module):
     remat: str = "none"
     attention: str = "xla"
     dtype: jnp.dtype = jnp.float32
+    matmul_dtype: str = ""
 
     @property
     def num_levels(self) -> int:
@@ -95,7 +92,7 @@ class VideoEncoder(nn.Module):
         tubelet_size = 1 if self.is_image(video_shape) else self.tubelet_size
         return token_grid(video_shape, self.patch_size, tubelet_size)
 
-    def _embed(self, video: jax.Array) -> jax.Array:
+    def _embed(self, video: jax.Array, idx: jax.Array | None) -> jax.Array:
         def embed(name, tubelet_size):
             return layers.TubeletEmbed(
                 self.width, self.patch_size, tubelet_size, self.dtype, name=name
@@ -103,14 +100,14 @@ class VideoEncoder(nn.Module):
 
         video_embed = embed("embed", self.tubelet_size)
         if not self.image_embed:
-            return video_embed(video)
+            return video_embed(video, idx)
         image_embed = embed("image_embed", 1)
         if self.is_initializing():  # whatever the first clip is, both have parameters
             tubelet = (1, self.tubelet_size, self.patch_size, self.patch_size, 3)
             video_embed(jnp.zeros(tubelet))
             image_embed(jnp.zeros(tubelet)[:, :1])
         is_image = self.is_image(video.shape)
-        x = image_embed(video) if is_image else video_embed(video)
+        x = (image_embed if is_image else video_embed)(video, idx)
         return x + layers.modality(self, self.width, is_image).astype(self.dtype)
 
     @nn.compact
@@ -133,11 +130,9 @@ class VideoEncoder(nn.Module):
           [len(out_layers), B, K or N, width] of `out_layers`.
         """
         grid = self.grid(video.shape)
-        x = self._embed(video)
-        idx = jnp.arange(x.shape[1])[None]
-        if ctx_idx is not None:
-            # Gathered before any mixing: hidden tokens cannot leak into the context.
-            x, idx = take_tokens(x, ctx_idx), ctx_idx
+        # Gathered before any mixing: hidden tokens cannot leak into the context.
+        x = self._embed(video, ctx_idx)
+        idx = jnp.arange(x.shape[1])[None] if ctx_idx is None else ctx_idx
         added, tables = layers.position_code(
             self.pos_embed, idx, grid, self.width, self.num_heads, self.base_grid
         )
@@ -155,10 +150,13 @@ class VideoEncoder(nn.Module):
             self.attention,
             self.dtype,
             self.norm_eps,
+            self.matmul_dtype,
             name="stack",
         )(x, tables, out_layers=out_layers or self.levels[-self.num_levels :])
         names = [f"norm_{i}" for i in range(len(self.levels))] or ["norm"]
-        norms = [layers.layer_norm(self.dtype, name, self.norm_eps) for name in names]
+        norms = [
+            layers.LayerNorm(self.dtype, self.norm_eps, name=name) for name in names
+        ]
         unused, norms = norms[: -self.num_levels], norms[-self.num_levels :]
         if self.is_initializing():
             for norm in unused:

@@ -11,48 +11,89 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vjepa_jax.models import positions
-from vjepa_jax.models.attention import attention
+from vjepa_jax.models import functional, positions
+from vjepa_jax.models.attention import OUTPUT_NAME, attention
 
 NORM_EPS = 1e-6
 ACT_AXES = ("act_batch", "act_len", "act_embed")
 
+
+def _is_cudnn_attention(primitive, *_, **__) -> bool:
+    # Its log of the normaliser is a residual without a name.
+    return primitive.name == "dot_product_attention_fwd_wrapper"
+
+
+def _with_attention(policy=None):
+    """Also store what attention gives to its backward pass: no kernel runs twice."""
+    policies = jax.checkpoint_policies
+    named = policies.save_only_these_names(OUTPUT_NAME)
+    either = policies.save_from_both_policies(named, _is_cudnn_attention)
+    return policies.save_from_both_policies(either, policy) if policy else either
+
+
+# What the backward pass need not recompute. With `xla` attention `dots` stores scores.
 REMAT_POLICIES = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_saveable,
-    "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "attention": _with_attention(),
+    "dots": _with_attention(jax.checkpoint_policies.dots_saveable),
+    "dots_no_batch": _with_attention(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    ),
 }
 
 # Official init: normal with sigma 0.02 truncated at +-2 absolute, which never cuts.
 _normal = nn.initializers.normal(0.02)
 
 
-def _dense(features, axes, dtype, name, init=_normal, use_bias=True):
-    return nn.Dense(
-        features,
-        use_bias=use_bias,
-        dtype=dtype,
-        kernel_init=nn.with_logical_partitioning(init, axes),
-        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, axes[-1:]),
-        name=name,
-    )
+class Dense(nn.Module):
+    """Dense layer: [..., in] -> [..., features].
+
+    Attributes:
+      features: channels of the output.
+      axes: logical axes of the kernel.
+      dtype: of the computation; parameters are float32.
+      init: of the kernel.
+      matmul_dtype: 8-bit type of the operands, without a gradient; "": `dtype`.
+    """
+
+    features: int
+    axes: tuple[str, str]
+    dtype: jnp.dtype
+    init: nn.initializers.Initializer = _normal
+    matmul_dtype: str = ""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map [..., in] to [..., features]."""
+        init = nn.with_logical_partitioning(self.init, self.axes)
+        shape = x.shape[-1], self.features
+        kernel = self.param("kernel", init, shape, jnp.float32)
+        init = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[-1:])
+        bias = self.param("bias", init, (self.features,))
+        if self.matmul_dtype:
+            args = self.dtype, self.matmul_dtype
+            return functional.quantised_dense(x, kernel, bias, *args)
+        return functional.dense(x, kernel, bias, self.dtype)
 
 
-def layer_norm(dtype: jnp.dtype, name: str, eps: float = NORM_EPS) -> nn.LayerNorm:
-    """Make a layer norm over channels; statistics are fp32, the output is `dtype`."""
-    return nn.LayerNorm(
-        epsilon=eps,
-        dtype=dtype,
-        scale_init=nn.with_logical_partitioning(nn.initializers.ones, ("norm",)),
-        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("norm",)),
-        name=name,
-    )
+class LayerNorm(nn.Module):
+    """Layer norm over channels; statistics are fp32, the output is `dtype`."""
 
+    dtype: jnp.dtype
+    eps: float = NORM_EPS
 
-def linear(features: int, axes: tuple[str, str], dtype: jnp.dtype, name: str):
-    """Make a dense layer [..., in] -> [..., features], its kernel of logical `axes`."""
-    return _dense(features, axes, dtype, name)
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map [..., D] to [..., D]."""
+
+        def param(name, init):
+            init = nn.with_logical_partitioning(init, ("norm",))
+            return self.param(name, init, x.shape[-1:])
+
+        scale = param("scale", nn.initializers.ones)
+        bias = param("bias", nn.initializers.zeros)
+        return functional.layer_norm(x, scale, bias, self.eps, self.dtype)
 
 
 POS_EMBEDS = ("sincos", "rope", "rope_tiled")
@@ -109,7 +150,8 @@ class TubeletEmbed(nn.Module):
     """Cut a clip into tubelets and project each: [B, T, H, W, C] -> [B, N, width].
 
     Equal to a strided 3-D convolution, written as one matmul over the flattened tubelet
-    because that is what the hardware multiplies fastest. Tokens are in (t, h, w) order.
+    because that is what the hardware multiplies fastest. Tokens are in (t, h, w) order;
+    of given numbers `idx`, int [B, K], only those are projected: [B, K, width].
     """
 
     width: int
@@ -118,13 +160,21 @@ class TubeletEmbed(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, video: jax.Array) -> jax.Array:
+    def __call__(self, video: jax.Array, idx: jax.Array | None = None) -> jax.Array:
         b, t, h, w, c = video.shape
         dt, p = self.tubelet_size, self.patch_size
         x = video.reshape(b, t // dt, dt, h // p, p, w // p, p, c)
         x = x.transpose(0, 1, 3, 5, 2, 4, 6, 7).reshape(b, -1, dt * p * p * c)
-        proj = _dense(self.width, ("patch", "embed"), self.dtype, "proj")
+        # Pixels take no gradient, so that gathering here costs nothing backward.
+        if idx is not None:
+            x = take_tokens(x, idx)
+        proj = Dense(self.width, ("patch", "embed"), self.dtype, name="proj")
         return proj(x.astype(self.dtype))
+
+
+def take_tokens(x: jax.Array, idx: jax.Array) -> jax.Array:
+    """Gather tokens: x [B, N, D], idx int [B, K] -> [B, K, D]."""
+    return jnp.take_along_axis(x, idx[..., None], axis=1, mode="promise_in_bounds")
 
 
 class Block(nn.Module):
@@ -136,6 +186,7 @@ class Block(nn.Module):
       mlp: `gelu` (exact) is fc2(gelu(fc1)); `swiglu` is fc3(silu(fc1) * fc2).
       scale_init: whether output projections start smaller; V-JEPA 1's do not.
       norm_eps: of the layer norms.
+      matmul_dtype: see `Dense`.
     """
 
     width: int
@@ -146,6 +197,7 @@ class Block(nn.Module):
     dtype: jnp.dtype = jnp.float32
     scale_init: bool = True
     norm_eps: float = NORM_EPS
+    matmul_dtype: str = ""
 
     @nn.compact
     def __call__(self, x: jax.Array, layer: jax.Array, tables, mask=None):
@@ -155,24 +207,30 @@ class Block(nn.Module):
             by = jnp.sqrt(2.0 * layer) if self.scale_init else 1.0
             return (_normal(key, shape, dtype) / by).astype(dtype)
 
-        y = layer_norm(self.dtype, "norm1", self.norm_eps)(x)
-        qkv = _dense(3 * self.width, ("embed", "heads"), self.dtype, "qkv")(y)
+        def dense(features, axes, name, init=_normal):
+            kind = self.matmul_dtype
+            return Dense(features, axes, self.dtype, init, kind, name=name)
+
         b, n, _ = x.shape
-        qkv = qkv.reshape(b, n, 3, self.num_heads, self.width // self.num_heads)
-        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        y = LayerNorm(self.dtype, self.norm_eps, name="norm1")(x)
+        qkv = dense(3 * self.width, ("embed", "heads"), "qkv")(y)
+        q, k, v = (
+            part.reshape(b, n, self.num_heads, -1)
+            for part in jnp.split(qkv, 3, axis=-1)
+        )
         if tables is not None:
             q = positions.rotate(q, tables)
             k = positions.rotate(k, tables)
         y = attention(q, k, v, self.attention, mask).reshape(b, n, self.width)
-        x = x + _dense(self.width, ("heads", "embed"), self.dtype, "proj", scaled)(y)
-        y = layer_norm(self.dtype, "norm2", self.norm_eps)(x)
-        hidden = _dense(self.mlp_dim, ("embed", "mlp"), self.dtype, "fc1")(y)
+        x = x + dense(self.width, ("heads", "embed"), "proj", scaled)(y)
+        y = LayerNorm(self.dtype, self.norm_eps, name="norm2")(x)
+        hidden = dense(self.mlp_dim, ("embed", "mlp"), "fc1")(y)
         if self.mlp == "gelu":
-            hidden, last = nn.gelu(hidden, approximate=False), "fc2"
+            hidden, last = functional.gelu(hidden), "fc2"
         else:
-            gate = _dense(self.mlp_dim, ("embed", "mlp"), self.dtype, "fc2")(y)
+            gate = dense(self.mlp_dim, ("embed", "mlp"), "fc2")(y)
             hidden, last = nn.silu(hidden) * gate, "fc3"
-        out = _dense(self.width, ("mlp", "embed"), self.dtype, last, scaled)
+        out = dense(self.width, ("mlp", "embed"), last, scaled)
         return nn.with_logical_constraint(x + out(hidden), ACT_AXES)
 
 
@@ -206,7 +264,7 @@ class Stack(nn.Module):
       remat: what the backward pass recomputes, a key of `REMAT_POLICIES`.
       attention: see `attention.attention`.
       dtype: of the computation.
-      norm_eps: see `Block`.
+      norm_eps, matmul_dtype: see `Block`.
     """
 
     depth: int
@@ -220,6 +278,7 @@ class Stack(nn.Module):
     attention: str = "xla"
     dtype: jnp.dtype = jnp.float32
     norm_eps: float = NORM_EPS
+    matmul_dtype: str = ""
 
     @nn.compact
     def __call__(
@@ -256,6 +315,7 @@ class Stack(nn.Module):
                 self.dtype,
                 self.scale_init,
                 self.norm_eps,
+                self.matmul_dtype,
             )
 
         layers = nn.scan(

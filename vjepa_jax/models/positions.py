@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vjepa_jax.models.platform import platform
+
 Grid = tuple[int, int, int]
 
 
@@ -120,6 +122,15 @@ def rope_tables(
 def rotate(x: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Rotate channel pairs of x [B, N, heads, head_dim] by `rope_tables`, in fp32."""
     cos, sin = tables
-    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
-    turned = jnp.stack([-pairs[..., 1], pairs[..., 0]], axis=-1).reshape(x.shape)
-    return (x * cos + turned * sin).astype(x.dtype)
+    if platform() == "tpu":
+        # Pairs in the innermost axis would fill 2 of 128 lanes; a product with a
+        # constant, exact in any precision, turns them in the matrix unit.
+        swap = np.kron(np.eye(x.shape[-1] // 2), np.array([[0, 1], [-1, 0]]))
+        swap = jnp.asarray(swap, x.dtype)
+        turned = jnp.matmul(
+            x, swap, precision="highest", preferred_element_type=jnp.float32
+        )
+    else:
+        pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
+        turned = jnp.stack([-pairs[..., 1], pairs[..., 0]], axis=-1).reshape(x.shape)
+    return (x.astype(jnp.float32) * cos + turned * sin).astype(x.dtype)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vjepa_jax.models import layers, positions
+from vjepa_jax.models import functional, layers, positions
 
 
 class Predictor(nn.Module):
@@ -78,9 +78,11 @@ class Predictor(nn.Module):
         num_context, num_target = ctx_idx.shape[1], tgt_idx.shape[1]
         x = context
         if self.input_dim:
-            x = layers.linear(self.input_dim, ("embed", "mlp"), self.dtype, "input")(x)
-            x = nn.gelu(x, approximate=False)
-        x = layers.linear(self.width, ("embed", "mlp"), self.dtype, "embed")(x)
+            x = layers.Dense(
+                self.input_dim, ("embed", "mlp"), self.dtype, name="input"
+            )(x)
+            x = functional.gelu(x)
+        x = layers.Dense(self.width, ("embed", "mlp"), self.dtype, name="embed")(x)
         hidden = jnp.broadcast_to(
             mask_tokens[mask_index].astype(self.dtype),
             (x.shape[0], num_target, self.width),
@@ -110,12 +112,12 @@ class Predictor(nn.Module):
         )(x, tables)
         if not self.predict_context:
             x = x[:, num_context:]
-        x = layers.layer_norm(self.dtype, "norm", self.norm_eps)(x)
+        x = layers.LayerNorm(self.dtype, self.norm_eps, name="norm")(x)
         axes = ("mlp", "embed")
-        proj = layers.linear(self.out_dim, axes, self.dtype, "proj")
+        proj = layers.Dense(self.out_dim, axes, self.dtype, name="proj")
         if not self.predict_context:
             return proj(x), None
-        proj_context = layers.linear(self.out_dim, axes, self.dtype, "proj_context")
+        proj_context = layers.Dense(self.out_dim, axes, self.dtype, name="proj_context")
         return proj(x[:, num_context:]), proj_context(x[:, :num_context])
 
 
@@ -175,7 +177,7 @@ class ActionPredictor(nn.Module):
 
         def project(name, x):
             axes = ("embed", "mlp")
-            return layers.linear(self.width, axes, self.dtype, name)(x)
+            return layers.Dense(self.width, axes, self.dtype, name=name)(x)
 
         x = project("embed", tokens).reshape(batch, frames, patches, self.width)
         groups = [project("action", actions), project("state", states)]
@@ -214,5 +216,5 @@ class ActionPredictor(nn.Module):
         )
         x = x.reshape(batch, frames, -1, self.width)[:, :, len(groups) :]
         x = x.reshape(batch, -1, self.width)
-        x = layers.layer_norm(self.dtype, "norm", self.norm_eps)(x)
-        return layers.linear(self.out_dim, ("mlp", "embed"), self.dtype, "proj")(x)
+        x = layers.LayerNorm(self.dtype, self.norm_eps, name="norm")(x)
+        return layers.Dense(self.out_dim, ("mlp", "embed"), self.dtype, name="proj")(x)

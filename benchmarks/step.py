@@ -1,0 +1,159 @@
+"""Time the update of V-JEPA by model size, alone or beside the same in PyTorch.
+
+    python benchmarks/step.py --sizes=tiny,small,base --batch_size=2
+    python benchmarks/step.py --sizes=small --batch_size=2 --peer
+
+Clips of 16 x 224 x 224, V-JEPA 2's rotary positions and predictor, both mask types with
+their usual token counts; bf16 on accelerators, fp32 on CPUs. The steps of both programs
+alternate in one process. Prints a Markdown table of medians, and the fastest step in
+brackets; `ratio` is the median of PyTorch's time over ours, pair by pair.
+"""
+
+import argparse
+import os
+import statistics
+import time
+
+# PyTorch needs the memory, too.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from vjepa_jax import build, default_config, flops, sharding
+from vjepa_jax.program import make_program
+
+
+def make_config(options: argparse.Namespace, size: str):
+    """Return the config of a size: V-JEPA 2's at 16 x 224 x 224."""
+    config = default_config.get_config()
+    config.data.path = "none"
+    config.batch_size = options.batch_size
+    config.mesh.data, config.mesh.fsdp = 1, -1
+    config.model.pos_embed = "rope"
+    config.model.scale_init = True
+    config.model.encoder.size = size
+    config.model.predictor.num_heads = 12
+    config.model.dtype = options.dtype
+    config.model.remat = options.remat
+    config.model.attention = options.attention
+    config.model.scan_layers = options.scan_layers
+    default_config.validate(config)
+    return config
+
+
+class Ours:
+    """The compiled step and its state: call it for one step."""
+
+    def __init__(self, config):
+        """Compiles."""
+        self.mesh = sharding.make_mesh(**config.mesh)
+        self.program = make_program(config, self.mesh)
+        with jax.set_mesh(self.mesh), nn.logical_axis_rules(sharding.RULES):
+            began = time.perf_counter()
+            self.step = self.program.lower().compile()
+            self.compile_secs = time.perf_counter() - began
+            self.state = self.program.make_state()
+        shape = build.video_shapes(config)[default_config.MAIN_STREAM]
+        video = np.random.default_rng(0).integers(
+            0, 256, (config.batch_size, *shape), dtype=np.uint8
+        )
+        self.batch = sharding.shard_batch({"video": {"video": video}}, self.mesh)
+
+    def __call__(self) -> float:
+        """Run one update; return its loss, so that it has ended."""
+        self.state, metrics = self.step(self.state, self.batch)
+        return float(metrics["train/loss"])
+
+    def peak_gib(self) -> float:
+        """Memory of a step on one device, as the compiler plans it."""
+        return self.step.memory_analysis().peak_memory_in_bytes / 2**30
+
+
+def make_peer(ours: Ours):
+    """Make the same step in PyTorch."""
+    import step_peer
+
+    program, config = ours.program, ours.program.config
+    shape = build.video_shapes(config)[default_config.MAIN_STREAM]
+    masks = program.streams[default_config.MAIN_STREAM].masks.values()
+    return step_peer.Peer(
+        program.encoder,
+        program.predictor,
+        shape[:3],
+        program.encoder.grid(shape),
+        [(m.num_context, m.num_target) for m in masks],
+        config.batch_size,
+        config.model.dtype,
+        "cuda" if jax.default_backend() == "gpu" else "cpu",
+    )
+
+
+def measure(steps: list, warmup: int, count: int) -> list[list[float]]:
+    """Time steps in alternation: seconds of each call of each step."""
+    times: list[list[float]] = [[] for _ in steps]
+    for i in range(warmup + count):
+        for step, of_step in zip(steps, times, strict=True):
+            began = time.perf_counter()
+            step()
+            if i >= warmup:
+                of_step.append(time.perf_counter() - began)
+    return times
+
+
+def main() -> None:
+    """Run the command line."""
+    on_cpu = jax.default_backend() == "cpu"
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sizes", default="small", help="of models/registry.py")
+    parser.add_argument("--batch_size", type=int, default=2)
+    parser.add_argument("--dtype", default="float32" if on_cpu else "bfloat16")
+    parser.add_argument("--attention", default="auto")
+    parser.add_argument("--remat", default="none")
+    parser.add_argument(
+        "--scan_layers", action=argparse.BooleanOptionalAction, default=True
+    )
+    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--peer", action="store_true", help="PyTorch beside it")
+    options = parser.parse_args()
+    device = jax.devices()[0]
+    peak = flops.peak_flops(device.device_kind)
+    print(
+        f"{jax.device_count()} x {device.device_kind}, batch {options.batch_size}, "
+        f"{options.dtype}\n"
+        "| size | s/step | clips/s | model TFLOP/s | MFU | peak GiB | compile s "
+        "| PyTorch s/step | ratio |\n" + "|---" * 9 + "|"
+    )
+    for size in options.sizes.split(","):
+        ours = Ours(make_config(options, size))
+        steps = [ours, make_peer(ours)] if options.peer else [ours]
+        times = measure(steps, options.warmup, options.steps)
+        program = ours.program
+        tera = build.step_flops(
+            program.config, program.encoder, program.predictor, program.streams
+        )
+        seconds = statistics.median(times[0])
+        rate = tera / seconds
+        cells = [
+            size,
+            f"{seconds:.3f} ({min(times[0]):.3f})",
+            f"{options.batch_size / seconds:.2f}",
+            f"{rate / 1e12:.3f}",
+            f"{rate / peak / jax.device_count():.1%}" if peak else "-",
+            f"{ours.peak_gib():.2f}",
+            f"{ours.compile_secs:.0f}",
+            "-",
+            "-",
+        ]
+        if options.peer:
+            ratio = statistics.median(b / a for a, b in zip(*times, strict=True))
+            theirs = times[1]
+            cells[-2] = f"{statistics.median(theirs):.3f} ({min(theirs):.3f})"
+            cells[-1] = f"{ratio:.2f}"
+        print("| " + " | ".join(cells) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

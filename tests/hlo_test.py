@@ -1,0 +1,201 @@
+"""What a program does is counted as often as it runs, whatever it is compiled for."""
+
+import math
+import textwrap
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from vjepa_jax import flops, hlo, sharding
+from vjepa_jax.models.layers import Stack
+
+
+def account_of(function, *args, **options):
+    return hlo.account(jax.jit(function, **options).lower(*args).compile().as_text())
+
+
+def test_matmuls_in_nested_loops_count_as_often_as_they_run(rng):
+    outer, inner, m, k, n = (int(x) for x in rng.integers(2, 9, 5) * (1, 1, 8, 8, 8))
+
+    def function(x, w):
+        def again(x, _):
+            return jnp.tanh(x @ w @ w.T), None
+
+        def repeat(x, _):
+            return jax.lax.scan(again, x, length=inner)[0], None
+
+        return jax.lax.scan(repeat, x @ w @ w.T, length=outer)[0]
+
+    counted = account_of(function, jnp.ones((m, k)), jnp.ones((k, n)))
+    assert counted.matmul_flops == (1 + outer * inner) * 2 * 2 * m * k * n
+    assert counted.flops == counted.matmul_flops
+    assert counted.kernel_flops == counted.remat_flops == 0
+    assert not counted.unknown_loops and not counted.collectives
+
+
+def test_batched_matmuls_and_convolutions_are_counted():
+    def function(x, y, image, kernel):
+        scores = jnp.einsum("bqhc,bkhc->bhqk", x, y)
+        return scores, jax.lax.conv(image, kernel, (2, 2), "VALID")
+
+    b, q, k, h, c = 2, 6, 5, 3, 8
+    args = [(b, q, h, c), (b, k, h, c), (1, 3, 9, 9), (4, 3, 3, 3)]
+    counted = account_of(function, *map(jnp.ones, args))
+    taps = 4 * 4 * 3 * 3  # 4 x 4 places of a 3 x 3 window
+    assert counted.matmul_flops == 2 * b * h * q * k * c + 2 * taps * 3 * 4
+
+
+@pytest.mark.parametrize("remat", ["none", "dots_no_batch", "attention", "full"])
+def test_recomputed_forward_passes_are_told_apart(remat):
+    """Backward costs two forward passes; what is stored is not computed again."""
+    size, tokens, batch = flops.Transformer(3, 64, 128), 32, 2
+    stack = Stack(
+        num_heads=2, scan_layers=True, remat=remat, attention="xla", **vars(size)
+    )
+    x = jnp.zeros((batch, tokens, size.width))
+    params = jax.eval_shape(stack.init, jax.random.key(0), x)
+
+    def loss(params, x):
+        return stack.apply(params, x)[0].sum()
+
+    grad = jax.grad(loss, argnums=(0, 1))
+    counted = account_of(grad, nn.unbox(params), x)
+    layers = batch * size.depth
+    forward = batch * size.forward(tokens)
+    # The last matmul's output is nobody's input; scores are needed by their softmax.
+    last = layers * 2 * tokens * size.width * size.mlp_dim
+    scores = layers * 2 * tokens**2 * size.width
+    repeated = {
+        "none": 0,
+        "dots_no_batch": scores,
+        "attention": forward - last - scores,
+        "full": forward - last,
+    }[remat]
+    assert counted.flops == 3 * forward + repeated
+    assert counted.remat_flops == repeated
+
+
+def test_collectives_are_told_by_kind_size_and_count():
+    mesh = sharding.make_mesh(2, 4)
+    depth, width, batch = 3, 64, 16
+
+    def spread(*axes):
+        return NamedSharding(mesh, PartitionSpec(*axes))
+
+    w = jax.ShapeDtypeStruct((depth, width, width), jnp.float32)
+    w = w.update(sharding=spread(None, "fsdp"))
+    x = jax.ShapeDtypeStruct((batch, width), jnp.float32)
+    x = x.update(sharding=spread(("data", "fsdp")))
+
+    def loss(w, x):
+        def layer(x, w):
+            x = jnp.tanh(x @ w)
+            return jax.lax.with_sharding_constraint(x, spread(("data", "fsdp"))), None
+
+        return jax.lax.scan(layer, x, w)[0].sum()
+
+    counted = account_of(jax.grad(loss), w, x, out_shardings=w.sharding)
+    of_layer = 4 * width * width
+    gathers = [c for c in counted.collectives if c.kind == "all-gather"]
+    assert sum(c.bytes for c in gathers) >= 2 * depth * of_layer  # forward, backward
+    assert {c.count for c in gathers} == {depth}
+    reduced = [
+        c
+        for c in counted.collectives
+        if c.kind in ("all-reduce", "reduce-scatter")
+        and max(s.bytes for s in c.shapes) >= of_layer / 4
+    ]
+    assert reduced and all(c.count == depth for c in reduced)
+    # One device's share of the batch, forward and two backward matmuls.
+    assert counted.matmul_flops == 3 * depth * 2 * batch // 8 * width * width
+
+
+# As the TPU compiler writes, shortened: a loop of two layers that steps by one, whose
+# gather shows in two fusions under one channel; a fused reduction and scatter; a matmul
+# of attention as a dilated convolution; a kernel with a line break in its metadata.
+TPU = textwrap.dedent("""\
+    HloModule jit_step, is_scheduled=true
+
+    %gather_start (p.0: bf16[8,64]) -> bf16[64,64] {
+      %p.0 = bf16[8,64]{1,0} parameter(0)
+      ROOT %all-gather.1 = bf16[64,64]{1,0} all-gather(%p.0), channel_id=7, dimensions={0}
+    }
+
+    %gather_done (p.1: bf16[8,64]) -> bf16[64,64] {
+      %p.1 = bf16[8,64]{1,0} parameter(0)
+      ROOT %all-gather.2 = bf16[64,64]{1,0} all-gather(%p.1), channel_id=7, dimensions={0}
+    }
+
+    %all-reduce-scatter.3.clone (input.1: bf16[64,64]) -> bf16[8,64] {
+      %input.1 = bf16[64,64]{1,0} parameter(0)
+      %all-reduce.5 = bf16[64,64]{1,0} all-reduce(%input.1), channel_id=9, to_apply=%add
+      ROOT %slice.1 = bf16[8,64]{1,0} dynamic-slice(%all-reduce.5), sizes={8,64}
+    }
+
+    %body (state: (s32[], bf16[16,64], bf16[8,64])) -> (s32[], bf16[16,64], bf16[8,64]) {
+      %state = (s32[]{:T(128)}, bf16[16,64]{1,0}, bf16[8,64]{1,0}) parameter(0)
+      %i = s32[]{:T(128)} get-tuple-element(%state), index=0
+      %x = bf16[16,64]{1,0} get-tuple-element(%state), index=1
+      %w = bf16[8,64]{1,0} get-tuple-element(%state), index=2
+      %start = bf16[64,64]{1,0} fusion(%w), kind=kCustom, calls=%gather_start
+      %done = bf16[64,64]{1,0} fusion(%w), kind=kCustom, calls=%gather_done
+      %convolution.1 = bf16[16,64]{1,0} convolution(%x, %done), dim_labels=bf_io->bf, metadata={op_name="jit(step)/rematted_computation/fc1/dot_general"}
+      %scattered = bf16[8,64]{1,0} fusion(%done), kind=kCustom, calls=%all-reduce-scatter.3.clone
+      %one = s32[]{:T(128)} constant(STEP)
+      %next = s32[]{:T(128)} add(%i, %one)
+      ROOT %tuple.1 = (s32[]{:T(128)}, bf16[16,64]{1,0}, bf16[8,64]{1,0}) tuple(%next, %convolution.1, %scattered)
+    }
+
+    %condition (state.1: (s32[], bf16[16,64], bf16[8,64])) -> pred[] {
+      %state.1 = (s32[]{:T(128)}, bf16[16,64]{1,0}, bf16[8,64]{1,0}) parameter(0)
+      %i.1 = s32[]{:T(128)} get-tuple-element(%state.1), index=0
+      %bound = s32[]{:T(128)} constant(24)
+      ROOT %compare.1 = pred[]{:T(512)} compare(%i.1, %bound), direction=LT
+    }
+
+    ENTRY %main (q: f32[4,2,16,8], k: f32[4,2,16,8], w.1: bf16[8,64]) -> bf16[16,64] {
+      %q = bf16[4,2,16,8]{3,2,1,0} parameter(0)
+      %k = bf16[4,2,16,8]{3,2,1,0} parameter(1)
+      %w.1 = bf16[8,64]{1,0} parameter(2)
+      %scores = f32[4,2,16,16]{3,2,1,0} convolution(%q, %k), window={size=4x2 stride=3x1 lhs_dilate=4x2}, dim_labels=01bf_01oi->01bf
+      %splash_mha_fwd_residuals.1 = bf16[4,2,16,8]{3,2,1,0} custom-call(%q, %k, %k), custom_call_target="tpu_custom_call", metadata={op_name="jit(step)/attention
+    /splash" stack_frame_id=1}
+      %splash_mha_dkv_no_residuals.1 = (bf16[4,2,16,8]{3,2,1,0}, bf16[4,2,16,8]{3,2,1,0}) custom-call(%q, %k, %k), custom_call_target="tpu_custom_call", metadata={op_name="jit(step)/attention/splash"}
+      %sort_kernel.2 = bf16[16,64]{1,0} custom-call(%w.1), custom_call_target="tpu_custom_call", metadata={op_name="jit(step)/sort"}
+      %tuple.2 = (s32[]{:T(128)}, bf16[16,64]{1,0}, bf16[8,64]{1,0}) tuple(%zero, %sort_kernel.2, %w.1)
+      %while.1 = (s32[]{:T(128)}, bf16[16,64]{1,0}, bf16[8,64]{1,0}) while(%tuple.2), condition=%condition, body=%body
+      ROOT %out = bf16[16,64]{1,0} get-tuple-element(%while.1), index=1
+    }
+    """)  # noqa: E501
+
+
+@pytest.mark.parametrize(("step", "trips"), [(1, 24), (2, 12), (5, 5)])
+def test_programs_of_tpus_are_read(step, trips):
+    counted = hlo.account(TPU.replace("STEP", str(step)))
+    fc1 = 2 * 16 * 64 * 64
+    one_matmul = 2 * 4 * 2 * 16 * 16 * 8  # of attention: [B, H, N, N] times C
+    assert counted.matmul_flops == trips * fc1 + one_matmul
+    assert counted.remat_flops == trips * fc1
+    # Two matmuls forward, five backward.
+    assert counted.kernel_flops == 7 * one_matmul
+    assert counted.unknown_kernels == {"sort_kernel": 1}
+    whole = (hlo.Shape("bf16", (64, 64)),)
+    found = {c.kind: (c.shapes, c.count, c.bytes) for c in counted.collectives}
+    expected = (whole, trips, trips * 64 * 64 * 2)
+    assert found == {"all-gather": expected, "reduce-scatter": expected}
+
+
+def test_loops_without_a_known_end_are_named():
+    text = TPU.replace("STEP", "1").replace("constant(24)", "parameter(1)")
+    counted = hlo.account(text)
+    assert counted.unknown_loops == ("while.1",)
+    assert {c.count for c in counted.collectives} == {1}
+
+
+def test_sizes_of_types():
+    sizes = {"pred": 1, "bf16": 2, "f32": 4, "u8": 1, "s64": 8, "f8e4m3fn": 1}
+    for dtype, size in sizes.items():
+        assert hlo.Shape(dtype, (3, 5)).bytes == math.prod((3, 5)) * size

@@ -1,0 +1,144 @@
+"""From a lowered step to one that runs: its time and memory, and what to do without."""
+
+import contextlib
+import dataclasses
+import os
+import re
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from vjepa_jax.default_config import MAIN_STREAM, ConfigDict, UserError
+
+GIB = 2**30
+# What the backward pass recomputes, from nothing to everything. `dots` is left out: it
+# stores scores of attention where matmuls compute them, and hardly saves anything.
+_REMATS = ("none", "dots_no_batch", "attention", "full")
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """What a compiled program takes of each device, in bytes.
+
+    Attributes:
+      peak: the most that is in use at once, arguments included. The compiler plans it,
+        so it is known before the first step.
+      arguments: state and batch.
+      temporaries: what the program reserves besides; on TPUs an upper bound only.
+    """
+
+    peak: int
+    arguments: int
+    temporaries: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.peak / GIB:.2f} GiB at its peak on each device "
+            f"({self.arguments / GIB:.2f} GiB of it state and batch)"
+        )
+
+
+def memory_of(compiled: jax.stages.Compiled) -> Memory | None:
+    """Return what a program takes; None where its compiler does not say."""
+    stats = compiled.memory_analysis()
+    if stats is None:
+        return None
+    arguments = stats.argument_size_in_bytes
+    temporaries = stats.temp_size_in_bytes
+    peak = stats.peak_memory_in_bytes or arguments + temporaries
+    return Memory(peak, arguments, temporaries)
+
+
+def compile_step(
+    lowered: jax.stages.Lowered, options: dict[str, str] | None = None
+) -> tuple[jax.stages.Compiled, float]:
+    """Compile, with options of the compiler; return the program and the seconds."""
+    began = time.perf_counter()
+    compiled = lowered.compile(compiler_options=options)
+    return compiled, time.perf_counter() - began
+
+
+def memory_limit(device: Any) -> int | None:
+    """Return the bytes that programs may take of a real device; None: unknown."""
+    stats = device.memory_stats()
+    return stats and stats.get("bytes_limit")
+
+
+def use_cache(folder: str) -> None:
+    """Keep compiled programs in a folder, also a gs:// one, for later starts.
+
+    Args:
+      folder: is made where it is missing; "" leaves jax's own setting
+        (`JAX_COMPILATION_CACHE_DIR`) as it is.
+
+    Raises:
+      UserError: nothing can be written there.
+    """
+    if not folder:
+        return
+    if "://" not in folder:
+        folder = os.path.abspath(os.path.expanduser(folder))
+        try:
+            os.makedirs(folder, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"config.compilation_cache={folder}: {error.strerror}; give a folder "
+                'that can be written, or ""'
+            ) from None
+    jax.config.update("jax_compilation_cache_dir", folder)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error of jax says that a device has not enough memory."""
+    return bool(re.search("RESOURCE_EXHAUSTED|[Oo]ut of memory", str(error)))
+
+
+@contextlib.contextmanager
+def explain_out_of_memory(config: ConfigDict, mesh: Any) -> Iterator[None]:
+    """Turn a lack of device memory, in compiling or running, into a UserError.
+
+    Args:
+      config: of the run; what it can change is named.
+      mesh: of the run.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"not enough memory on the devices ({shorten(error)}): "
+            f"{suggest(config, mesh)}"
+        ) from error
+
+
+def shorten(error: Exception) -> str:
+    """Return the first sentence of an error of jax, without its code."""
+    line = str(error).strip().splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: ")
+    return line[:200].rstrip(". ")
+
+
+def suggest(config: ConfigDict, mesh: Any) -> str:
+    """Name the settings that take less memory, the cheapest first."""
+    sizes = [config.batch_size]
+    sizes += [fields.batch_size for fields in config.streams.values()]
+    sizes = [size for size in sizes if size]
+    steps = config.accumulate_steps
+    finer = [
+        n
+        for n in range(steps + 1, min(sizes) // mesh.size + 1)
+        if all(size % (mesh.size * n) == 0 for size in sizes)
+    ]
+    ways = []
+    if mesh.shape["fsdp"] < mesh.size:
+        ways.append("--config.mesh.fsdp=-1 --config.mesh.data=1")
+    if config.model.remat in _REMATS[:-1]:
+        stronger = _REMATS[_REMATS.index(config.model.remat) + 1]
+        ways.append(f"--config.model.remat={stronger}")
+    if finer:
+        ways.append(f"--config.accumulate_steps={finer[0]}")
+    of_streams = "" if len(sizes) == 1 else f" (of {MAIN_STREAM} and the other streams)"
+    ways.append(f"a smaller batch_size than {config.batch_size}{of_streams}")
+    return "try " + ", or ".join(ways)

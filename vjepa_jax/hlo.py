@@ -1,0 +1,402 @@
+"""What a compiled program does, counted from its text: matmuls, kernels, collectives.
+
+The compiler's own cost analysis counts the body of a loop once and knows nothing of
+Pallas kernels. Here every computation counts as often as it runs: the text is that of
+`compiled.as_text()`, partitioned (so numbers are one device's) and scheduled.
+"""
+
+import collections
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+_BYTES = {
+    **dict.fromkeys(("pred", "s8", "u8"), 1),
+    **dict.fromkeys(("s16", "u16", "bf16", "f16"), 2),
+    **dict.fromkeys(("s32", "u32", "f32"), 4),
+    **dict.fromkeys(("s64", "u64", "f64"), 8),
+}
+COLLECTIVES = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "collective-permute",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-broadcast",
+    "send",
+    "recv",
+)
+_SHAPE = re.compile(r"\b(pred|bf16|[suf]\d+|f8\w+)\[([\d,]*)\]")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
+_CALLED = re.compile(r"(?:calls|to_apply)=%?([\w.\-]+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """Of an array: element type and dimensions."""
+
+    dtype: str
+    dims: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Size without padding."""
+        return _BYTES.get(self.dtype, 1) * math.prod(self.dims)
+
+
+@dataclasses.dataclass
+class Instruction:
+    """One line of a computation.
+
+    Attributes:
+      name: unique in its module.
+      opcode: such as `dot`.
+      shapes: of the result, several of a tuple.
+      rest: operands and attributes, as written.
+    """
+
+    name: str
+    opcode: str
+    shapes: tuple[Shape, ...]
+    rest: str
+
+    @functools.cached_property
+    def operands(self) -> tuple[str, ...]:
+        """Names of the operands."""
+        return tuple(re.findall(r"%([\w.\-]+)", self.rest.split(")")[0]))
+
+    def attribute(self, pattern: str) -> str | None:
+        """Return the first group of what matches in the attributes."""
+        found = re.search(pattern, self.rest)
+        return found.group(1) if found else None
+
+    @functools.cached_property
+    def op_name(self) -> str:
+        """Path of the operation that it was made for; '' if unknown."""
+        return self.attribute(r'op_name="([^"]*)"') or ""
+
+
+Computation = dict[str, Instruction]
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """What devices exchange, one channel.
+
+    Attributes:
+      kind: opcode; a TPU's fused all-reduce and slice is a `reduce-scatter`.
+      shapes: of the whole arrays, before they are scattered or after being gathered.
+      count: how often it runs in one step.
+      op_name: see `Instruction`.
+    """
+
+    kind: str
+    shapes: tuple[Shape, ...]
+    count: int
+    op_name: str
+
+    @property
+    def bytes(self) -> int:
+        """Of all runs together."""
+        return self.count * sum(shape.bytes for shape in self.shapes)
+
+    def __str__(self) -> str:
+        arrays = ", ".join(f"{s.dtype}{list(s.dims)}" for s in self.shapes[:4])
+        return (
+            f"{self.kind} x{self.count}, {self.bytes / 1e6:.1f} MB: {arrays} "
+            f"({self.op_name})"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Account:
+    """What one device does in one run of the program.
+
+    Attributes:
+      matmul_flops: of dots and convolutions, two per multiply-add.
+      kernel_flops: of attention kernels, padding included.
+      remat_flops: those of both that repeat what was computed before.
+      collectives: one entry per channel.
+      unknown_loops: loops whose trip count was not found, counted once.
+      unknown_kernels: how often kernels run that are not attention's.
+    """
+
+    matmul_flops: float
+    kernel_flops: float
+    remat_flops: float
+    collectives: tuple[Collective, ...]
+    unknown_loops: tuple[str, ...]
+    unknown_kernels: Mapping[str, int]
+
+    @property
+    def flops(self) -> float:
+        """Executed FLOPs."""
+        return self.matmul_flops + self.kernel_flops
+
+
+def _split_type(text: str) -> tuple[str, str]:
+    if not text.startswith("("):
+        kind, _, rest = text.partition(" ")
+        return kind, rest
+    depth = 0
+    for i, character in enumerate(text):
+        depth += (character == "(") - (character == ")")
+        if depth == 0:
+            return text[: i + 1], text[i + 1 :].lstrip()
+    return text, ""
+
+
+def parse(text: str) -> tuple[dict[str, Computation], str]:
+    """Return all computations by name, and the name of the entry."""
+    computations: dict[str, Computation] = {}
+    current: Computation | None = None
+    entry, last = "", None
+    for line in text.splitlines():
+        if line and not line[0].isspace() and line.endswith("{") and "->" in line:
+            words = line.split()
+            name = words[words[0] == "ENTRY"].lstrip("%")
+            current, last = computations.setdefault(name, {}), None
+            if words[0] == "ENTRY":
+                entry = name
+        elif line.rstrip() == "}":
+            current = None
+        elif current is None:
+            continue
+        elif found := _INSTRUCTION.match(line):
+            kind, rest = _split_type(found.group(2))
+            opcode, _, rest = rest.partition("(")
+            shapes = tuple(
+                Shape(dtype, tuple(int(d) for d in dims.split(",") if d))
+                for dtype, dims in _SHAPE.findall(kind)
+            )
+            last = Instruction(found.group(1), opcode.strip(), shapes, rest)
+            current[last.name] = last
+        elif last is not None:  # a kernel's metadata may hold line breaks
+            last.rest += line
+    return computations, entry
+
+
+def _constant(instruction: Instruction | None) -> int | None:
+    if instruction is None or instruction.opcode != "constant":
+        return None
+    value = instruction.rest.split(")")[0]
+    return int(value) if re.fullmatch(r"-?\d+", value) else None
+
+
+def _trip_count(loop: Instruction, computations) -> int | None:
+    """The compiler's note, else from `counter < constant` and the counter's step."""
+    known = loop.attribute(r'"known_trip_count":\{"n":"?(\d+)')
+    if known:
+        return int(known)
+    condition = computations[loop.attribute(r"condition=%?([\w.\-]+)")]
+    body = computations[loop.attribute(r"body=%?([\w.\-]+)")]
+    bound = index = None
+    for compare in condition.values():
+        if compare.opcode != "compare":
+            continue
+        for name in compare.operands:
+            operand = condition.get(name)
+            value = _constant(operand)
+            if value is not None:
+                bound = value + ("direction=LE" in compare.rest)
+            elif operand and operand.opcode == "get-tuple-element":
+                index = int(operand.attribute(r"index=(\d+)"))
+    if bound is None:
+        return None
+    step = 1
+    result = next((i for i in reversed(body.values()) if i.opcode == "tuple"), None)
+    if result is not None and index is not None and index < len(result.operands):
+        counter = body.get(result.operands[index])
+        while counter and counter.opcode in ("copy", "bitcast"):
+            counter = body.get(counter.operands[0])
+        if counter and counter.opcode == "add":
+            values = [_constant(body.get(name)) for name in counter.operands]
+            step = next((v for v in values if v), 1)
+    return -(-bound // step)
+
+
+def _executions(computations, entry):
+    """Return ({computation: how often it runs}, loops without a known count)."""
+    counts: collections.Counter[str] = collections.Counter()
+    unknown = []
+
+    def visit(name, times):
+        counts[name] += times
+        for instruction in computations[name].values():
+            if instruction.opcode == "while":
+                trips = _trip_count(instruction, computations)
+                if trips is None:
+                    unknown.append(instruction.name)
+                body = instruction.attribute(r"body=%?([\w.\-]+)")
+                visit(body, times * (1 if trips is None else trips))
+            elif instruction.opcode in ("fusion", "call", "custom-call", "async-start"):
+                for called in _CALLED.findall(instruction.rest):
+                    if called in computations:
+                        visit(called, times)
+            elif instruction.opcode == "conditional":
+                branches = instruction.attribute(r"branch_computations=\{([^}]*)\}")
+                for branch in re.findall(r"[\w.\-]+", branches or ""):
+                    visit(branch, times)
+
+    visit(entry, 1)
+    return counts, tuple(unknown)
+
+
+def _window(text: str, key: str, default: str, count: int) -> list[str]:
+    found = re.search(rf"\b{key}=(\S+)", text)
+    return found.group(1).split("x") if found else [default] * count
+
+
+def _taps(out: int, size: int, stride: int, low: int, dilate: int, by: int, has: int):
+    """Count pairs of output and window places that meet an input element."""
+    places = np.arange(out)[:, None] * stride + np.arange(size)[None] * by - low
+    is_real = (places >= 0) & (places % dilate == 0) & (places // dilate < has)
+    return int(is_real.sum())
+
+
+def _convolution_flops(instruction: Instruction, left: Shape, right: Shape) -> float:
+    """TPUs write every matmul as a convolution, batched ones as dilated windows."""
+    out = instruction.shapes[0].dims
+    labels = instruction.attribute(r"dim_labels=([\w>\-]+)")
+    lhs, rest = labels.split("_", 1)
+    rhs, result = rest.split("->")
+    spatial = [c for c in rhs if c.isdigit()]
+    flops = 2.0 * math.prod(out) * right.dims[rhs.index("i")]
+    window = instruction.attribute(r"window=\{([^}]*)\}") or ""
+    sizes = [int(n) for n in _window(window, "size", "1", len(spatial))]
+    strides = [int(n) for n in _window(window, "stride", "1", len(spatial))]
+    low = [int(n.split("_")[0]) for n in _window(window, "pad", "0_0", len(spatial))]
+    dilates = [int(n) for n in _window(window, "lhs_dilate", "1", len(spatial))]
+    by = [int(n) for n in _window(window, "rhs_dilate", "1", len(spatial))]
+    for axis, digit in enumerate(sorted(spatial)):
+        size = out[result.index(digit)]
+        taps = _taps(
+            size,
+            sizes[axis],
+            strides[axis],
+            low[axis],
+            dilates[axis],
+            by[axis],
+            left.dims[lhs.index(digit)],
+        )
+        flops *= taps / size
+    return flops
+
+
+def _dot_flops(instruction: Instruction, left: Shape) -> float:
+    axes = instruction.attribute(r"lhs_contracting_dims=\{([\d,]*)\}") or ""
+    contracted = math.prod(left.dims[int(i)] for i in axes.split(",") if i)
+    return 2.0 * math.prod(instruction.shapes[0].dims) * contracted
+
+
+def _cublas_flops(instruction: Instruction, left: Shape) -> float:
+    axes = instruction.attribute(r'"lhs_contracting_dimensions":\[([^\]]*)\]') or ""
+    contracted = math.prod(left.dims[int(i)] for i in re.findall(r"\d+", axes))
+    # The second result is scratch space.
+    return 2.0 * math.prod(instruction.shapes[0].dims) * contracted
+
+
+def _attention_flops(instruction: Instruction, operands: list[Shape]) -> float | None:
+    """Two matmuls forward, five backward, of queries against all keys.
+
+    The operands that count are the first three of floats: q, k, v, of which the last
+    two axes are places and channels.
+    """
+    named = f"{instruction.name} {instruction.op_name} {instruction.rest[-4000:]}"
+    is_attention = re.search(r"splash|flash_attention|mha|attention", named)
+    arrays = [s for s in operands if s.dtype in ("bf16", "f16", "f32")]
+    arrays = [s for s in arrays if len(s.dims) >= 3]
+    if not is_attention or len(arrays) < 2:
+        return None
+    q, k = arrays[:2]
+    unit = 2.0 * math.prod(q.dims) * k.dims[-2]
+    if "dkv" in instruction.name:
+        return unit * 5
+    return unit * (3 if "dq" in instruction.name else 2)
+
+
+def _is_repeated(instruction: Instruction) -> bool:
+    """By `jax.checkpoint`, or by the compiler when memory is short."""
+    by_jax = "rematted_computation" in instruction.op_name
+    return by_jax or ".remat" in instruction.name
+
+
+def _matmuls(computation: Computation) -> Iterator[tuple[Instruction, float, bool]]:
+    """Yield (instruction, FLOPs, is a kernel) of what multiplies."""
+    for instruction in computation.values():
+        operands = [
+            computation[name].shapes[0]
+            for name in instruction.operands
+            if name in computation and computation[name].shapes
+        ]
+        if instruction.opcode == "dot":
+            yield instruction, _dot_flops(instruction, operands[0]), False
+        elif instruction.opcode == "convolution":
+            yield instruction, _convolution_flops(instruction, *operands[:2]), False
+        elif instruction.opcode == "custom-call":
+            target = instruction.attribute(r'custom_call_target="([^"]+)"') or ""
+            if target.startswith("__cublas$"):
+                yield instruction, _cublas_flops(instruction, operands[0]), False
+            elif target == "tpu_custom_call" or "fmha" in target:
+                flops = _attention_flops(instruction, operands)
+                yield instruction, math.nan if flops is None else flops, True
+
+
+def _collective(instruction: Instruction, computation, owner: str, times: int):
+    """Return (key, Collective), or None for other instructions.
+
+    An asynchronous collective shows in several places (start, steps, done) under one
+    channel.
+    """
+    kind = instruction.opcode.removesuffix("-start")
+    if kind not in COLLECTIVES:
+        return None
+    shapes = instruction.shapes
+    if instruction.opcode.endswith("-start"):  # operands, results and contexts
+        shapes = (max(shapes, key=lambda s: s.bytes),)
+    inputs = [computation[n].shapes for n in instruction.operands if n in computation]
+    inputs = tuple(s for of_operand in inputs for s in of_operand)
+    if kind == "reduce-scatter" and inputs:
+        shapes = inputs
+    if kind == "all-reduce" and owner.startswith("all-reduce-scatter"):
+        kind = "reduce-scatter"
+    channel = instruction.attribute(r"channel_id=(\d+)")
+    key = (kind, channel) if channel else (kind, owner, instruction.name)
+    return key, Collective(kind, shapes, times, instruction.op_name)
+
+
+def account(text: str) -> Account:
+    """Count what a program does.
+
+    Args:
+      text: of `compiled.as_text()`.
+    """
+    computations, entry = parse(text)
+    counts, unknown_loops = _executions(computations, entry)
+    flops = {True: 0.0, False: 0.0}
+    remat, unknown_kernels = 0.0, collections.Counter()
+    channels: dict[tuple, Collective] = {}
+    for name, times in counts.items():
+        for instruction, once, is_kernel in _matmuls(computations[name]):
+            if math.isnan(once):
+                unknown_kernels[re.sub(r"[.\d]+$", "", instruction.name)] += times
+                continue
+            flops[is_kernel] += times * once
+            remat += times * once * _is_repeated(instruction)
+        for instruction in computations[name].values():
+            found = _collective(instruction, computations[name], name, times)
+            if found and (found[0] not in channels or times < channels[found[0]].count):
+                channels[found[0]] = found[1]
+    return Account(
+        matmul_flops=flops[False],
+        kernel_flops=flops[True],
+        remat_flops=remat,
+        collectives=tuple(channels.values()),
+        unknown_loops=unknown_loops,
+        unknown_kernels=dict(unknown_kernels),
+    )

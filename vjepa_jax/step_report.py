@@ -1,0 +1,248 @@
+"""What a step costs one device: memory, FLOPs, collectives; in words and as JSON."""
+
+import collections
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+
+from vjepa_jax import build, compilation, flops, hlo, topologies
+from vjepa_jax.program import Program
+
+GIB = compilation.GIB
+# Statistics of a batch, counts and norms are exchanged as well; they are small.
+_SMALL = 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+    """Collectives of one purpose and kind, of one device in one step."""
+
+    purpose: str
+    kind: str
+    dtype: str
+    count: int
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Of the step of a config on a mesh; bytes, FLOPs and seconds are one device's.
+
+    Attributes:
+      devices, device_kind, mesh: what it was compiled for.
+      batch_sizes: clips per update of each stream, over all devices.
+      clips_per_device: of the main stream, in one microbatch.
+      accumulate_steps, remat, attention, level: how it is computed, and the effort of
+        the compiler, `default` or `O1`.
+      limit_bytes: what a program may take; None: unknown.
+      batch_bytes: the next batch, which waits on the device while the step runs.
+      model_flops: the analytic count.
+      ideal_secs: `model_flops` at the peak of the device; None: the peak is unknown.
+      failure: what the compiler said where the program does not fit; "": it compiled.
+      compile_secs: of the compiler alone.
+      memory: see `compilation.Memory`.
+      executed_flops: with repeated ones and the padding of kernels.
+      kernel_flops, remat_flops: those of attention kernels, those that repeat.
+      unknown: loops and kernels that could not be counted.
+      traffic: collectives; `activations` should not be among the purposes.
+      largest_activations: the worst of these, described.
+    """
+
+    devices: int
+    device_kind: str
+    mesh: Mapping[str, int]
+    batch_sizes: Mapping[str, int]
+    clips_per_device: float
+    accumulate_steps: int
+    remat: str
+    attention: str
+    level: str
+    limit_bytes: int | None
+    batch_bytes: int
+    model_flops: float
+    ideal_secs: float | None
+    failure: str = ""
+    compile_secs: float = 0.0
+    memory: compilation.Memory | None = None
+    executed_flops: float = 0.0
+    kernel_flops: float = 0.0
+    remat_flops: float = 0.0
+    unknown: tuple[str, ...] = ()
+    traffic: tuple[Traffic, ...] = ()
+    largest_activations: tuple[str, ...] = ()
+
+    @property
+    def fits(self) -> bool:
+        """Whether the step and the next batch fit; True where nothing is known."""
+        if self.failure:
+            return False
+        if self.memory is None or self.limit_bytes is None:
+            return True
+        return self.memory.peak + self.batch_bytes <= self.limit_bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as JSON takes it, with the verdict."""
+        return {"fits": self.fits, **dataclasses.asdict(self)}
+
+    def __str__(self) -> str:
+        return "\n".join(self._lines())
+
+    def _lines(self) -> Iterator[str]:
+        sizes = " + ".join(f"{n} {name}" for name, n in self.batch_sizes.items())
+        yield (
+            f"{self.devices} x {self.device_kind}, mesh {dict(self.mesh)}; "
+            f"batch {sizes}, {self.clips_per_device:g} a device in each of "
+            f"{self.accumulate_steps} microbatches; remat {self.remat}, attention "
+            f"{self.attention}"
+        )
+        ideal = f"{1e3 * self.ideal_secs:.0f} ms" if self.ideal_secs else "unknown"
+        yield (
+            f"model       {self.model_flops / 1e12:.2f} TFLOP a step and device, "
+            f"{ideal} at the device's peak"
+        )
+        if self.failure:
+            yield f"does not fit: {self.failure}"
+            return
+        yield f"compiled    in {self.compile_secs:.0f} s, level {self.level}"
+        verdict = "its limit is unknown"
+        if self.limit_bytes:
+            verdict = "fits into " if self.fits else "does not fit into "
+            verdict += f"{self.limit_bytes / GIB:.2f} GiB"
+        yield (
+            f"memory      {self.memory}, and {self.batch_bytes / GIB:.2f} GiB for the "
+            f"next batch: {verdict}"
+        )
+        yield (
+            f"executed    {self.executed_flops / 1e12:.2f} TFLOP, "
+            f"{self.executed_flops / self.model_flops:.3f} of the model's; "
+            f"{self.kernel_flops / 1e12:.2f} in attention kernels, "
+            f"{self.remat_flops / max(self.executed_flops, 1):.1%} repeated"
+        )
+        for part in self.traffic:
+            yield (
+                f"{part.purpose:11} {part.kind} {part.dtype} x{part.count}: "
+                f"{part.bytes / 1e9:.3f} GB"
+            )
+        for line in self.largest_activations:
+            yield f"moves activations: {line}"
+        if self.unknown:
+            yield f"not counted: {', '.join(self.unknown)}"
+
+
+def describe(program: Program, fast: bool) -> Report:
+    """Start the report of a program, as far as it is known before it is compiled."""
+    config, mesh = program.config, program.mesh
+    device = mesh.devices.flat[0]
+    per_step = build.step_flops(
+        config, program.encoder, program.predictor, program.streams, program.teacher
+    )
+    model_flops = per_step / mesh.size
+    peak = flops.peak_flops(device.device_kind)
+    steps, sizes = config.accumulate_steps, build.batch_sizes(config)
+    batch = jax.tree.leaves(program.abstract_batch())
+    return Report(
+        devices=mesh.size,
+        device_kind=device.device_kind,
+        mesh=dict(mesh.shape),
+        batch_sizes=sizes,
+        clips_per_device=config.batch_size / mesh.size / steps,
+        accumulate_steps=steps,
+        remat=config.model.remat,
+        attention=config.model.attention,
+        level="O1" if fast else "default",
+        limit_bytes=topologies.memory_limit(device),
+        batch_bytes=sum(math.prod(x.shape) * x.dtype.itemsize for x in batch)
+        // mesh.size,
+        model_flops=model_flops,
+        ideal_secs=model_flops / peak if peak else None,
+    )
+
+
+def complete(
+    report: Report,
+    program: Program,
+    memory: compilation.Memory | None,
+    counted: hlo.Account,
+    seconds: float,
+) -> Report:
+    """Add what is known once the program is compiled."""
+    forms = _parameter_forms(program)
+    traffic: collections.Counter[tuple[str, str, str]] = collections.Counter()
+    counts: collections.Counter[tuple[str, str, str]] = collections.Counter()
+    moved = []
+    for collective in counted.collectives:
+        purpose = _purpose(collective, forms)
+        if purpose == "activations":
+            moved.append(collective)
+        dtypes = "+".join(sorted({shape.dtype for shape in collective.shapes}))
+        key = purpose, collective.kind, dtypes
+        traffic[key] += collective.bytes
+        counts[key] += collective.count
+    moved.sort(key=lambda collective: -collective.bytes)
+    unknown = [f"loop {name}" for name in counted.unknown_loops]
+    unknown += [f"{n} x {name}" for name, n in counted.unknown_kernels.items()]
+    return dataclasses.replace(
+        report,
+        compile_secs=seconds,
+        memory=memory,
+        executed_flops=counted.flops,
+        kernel_flops=counted.kernel_flops,
+        remat_flops=counted.remat_flops,
+        unknown=tuple(unknown),
+        traffic=tuple(
+            Traffic(*key, counts[key], traffic[key]) for key in sorted(traffic)
+        ),
+        largest_activations=tuple(str(collective) for collective in moved[:5]),
+    )
+
+
+def _parameter_forms(program: Program) -> set[tuple[int, ...]]:
+    """Return the forms in which parameters, gradients or parts of them may travel.
+
+    A form is the sorted dimensions above one, of a stack or of one of its layers, whole
+    or divided over `fsdp`, with the output channels of attention as heads or not.
+    """
+    state, parts = program.abstract_state(), program.mesh.shape["fsdp"]
+    heads = {
+        (module.num_heads, module.width // module.num_heads)
+        for module in (program.encoder, program.predictor)
+    }
+    leaves = [leaf.shape for leaf in jax.tree.leaves(state.params)]
+    if program.teacher is not None:
+        teacher = program.teacher
+        heads.add((teacher.num_heads, teacher.width // teacher.num_heads))
+        leaves += [leaf.shape for leaf in jax.tree.leaves(program.abstract_teacher())]
+    forms = set()
+    for shape in leaves:
+        for dims in (shape, shape[1:]):
+            variants = {dims}
+            for i, size in enumerate(dims):
+                for n, channels in heads:
+                    by_head = {(n, channels), (3, n, channels), (3, n * channels)}
+                    variants |= {
+                        (*dims[:i], *split, *dims[i + 1 :])
+                        for split in by_head
+                        if math.prod(split) == size
+                    }
+            for variant in tuple(variants):
+                for i, size in enumerate(variant):
+                    if size % parts == 0:
+                        variants.add((*variant[:i], size // parts, *variant[i + 1 :]))
+            forms |= {_form(variant) for variant in variants}
+    return forms
+
+
+def _form(dims: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(sorted(size for size in dims if size > 1))
+
+
+def _purpose(collective: hlo.Collective, forms: set[tuple[int, ...]]) -> str:
+    large = [shape for shape in collective.shapes if shape.bytes > _SMALL]
+    if any(_form(shape.dims) not in forms for shape in large or collective.shapes):
+        return "activations" if large else "small"
+    if collective.kind in ("all-reduce", "reduce-scatter"):
+        return "gradients"
+    return "parameters"
