@@ -52,6 +52,7 @@ FLOORS = {
     "topologies": 1,
     "hlo": 1,
     "metrics": 3,
+    "workdirs": 3,
     "data.encode_shards": 3.9,
     "data.encoders": 3.85,
     "data.beam_job": 3,

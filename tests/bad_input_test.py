@@ -7,7 +7,7 @@ import sys
 import pytest
 import video_files
 
-from vjepa_jax import build, cli
+from vjepa_jax import build, cli, workdirs
 from vjepa_jax.data import sources
 from vjepa_jax.default_config import (
     UserError,
@@ -17,7 +17,7 @@ from vjepa_jax.default_config import (
     validate,
 )
 from vjepa_jax.saved_config import restored
-from vjepa_jax.train import check_workdir, claim_workdir, train_and_evaluate
+from vjepa_jax.train import train_and_evaluate
 
 
 @pytest.fixture
@@ -255,26 +255,26 @@ def test_folder_without_videos(tmp_path):
 
 
 def test_workdir_of_another_config_is_kept(config, tmp_path):
-    claim_workdir(config, str(tmp_path / "run"))
+    workdirs.claim(config, str(tmp_path / "run"))
     before = (tmp_path / "run" / "config.json").read_bytes()
     config.optim.learning_rate = 1.0
     with pytest.raises(UserError, match=r"optim\.learning_rate: 0.000625 -> 1.0"):
-        check_workdir(config, str(tmp_path / "run"))
+        workdirs.check(config, str(tmp_path / "run"))
     assert (tmp_path / "run" / "config.json").read_bytes() == before
 
 
 def test_operational_keys_may_change_when_a_run_continues(config, tmp_path):
-    claim_workdir(config, str(tmp_path / "run"))
+    workdirs.claim(config, str(tmp_path / "run"))
     config.data.num_workers = 3
     config.checkpoint.every_steps = 7
     config.model.remat = "full"
-    check_workdir(config, str(tmp_path / "run"))
+    workdirs.check(config, str(tmp_path / "run"))
 
 
 def test_workdir_that_is_a_file(config, tmp_path):
     (tmp_path / "run").write_text("mine")
     with pytest.raises(UserError, match="not a folder"):
-        check_workdir(config, str(tmp_path / "run"))
+        workdirs.check(config, str(tmp_path / "run"))
     assert (tmp_path / "run").read_text() == "mine"
 
 
@@ -325,10 +325,10 @@ def test_command_line_fails_with_one_line(
 
 
 def test_config_of_a_workdir_survives_json(config, tmp_path):
-    claim_workdir(config, str(tmp_path))
+    workdirs.claim(config, str(tmp_path))
     stored = json.loads((tmp_path / "config.json").read_text())
     assert stored["masks"]["long"]["num_blocks"] == 2
-    check_workdir(config, str(tmp_path))
+    workdirs.check(config, str(tmp_path))
 
 
 def test_config_of_an_earlier_release_takes_the_defaults_of_new_keys(config):

@@ -16,9 +16,12 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 ).strip()
 
+import fsspec
 import numpy as np
 import pytest
 from absl import flags
+from buckets import Bucket
+from etils.epath import backend
 
 # Grain's workers read absl flags, which only an absl entry point parses.
 flags.FLAGS.mark_as_parsed()
@@ -30,3 +33,25 @@ def rng():
     seed = np.random.SeedSequence().entropy
     print(f"numpy seed {seed}")
     return np.random.default_rng(seed)
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """Fills gs:// from a dict of contents, in memory."""
+
+    def filesystem(name, **_):
+        assert name in ("gcs", "gs")
+        return Bucket(skip_instance_cache=True)
+
+    monkeypatch.setenv("EPATH_USE_TF", "false")
+    backend.fsspec_backend._get_filesystem.cache_clear()
+    monkeypatch.setattr(fsspec, "filesystem", filesystem)
+    Bucket.store.clear()
+    Bucket.pseudo_dirs[:] = [""]
+
+    def fill(contents):
+        for path, content in contents.items():
+            Bucket().pipe_file(path, content)
+
+    yield fill
+    backend.fsspec_backend._get_filesystem.cache_clear()

@@ -1,49 +1,13 @@
 """Lists and folders in a remote store, a stand-in of which lies in memory."""
 
-from typing import ClassVar
-
 import fsspec
 import pytest
+from buckets import Bucket
 from etils.epath import backend
-from fsspec.implementations.memory import MemoryFileSystem
 from list_files import records, write_list
 
 from vjepa_jax.data import sources
 from vjepa_jax.default_config import UserError
-
-
-class Bucket(MemoryFileSystem):
-    """Stands in for the client of gs://."""
-
-    protocol = "gcs"
-    store: ClassVar[dict] = {}
-    pseudo_dirs: ClassVar[list] = [""]
-
-    @classmethod
-    def _strip_protocol(cls, path):
-        return "/" + str(path).removeprefix("gs://").strip("/")
-
-
-@pytest.fixture
-def bucket(monkeypatch):
-    """Fills gs:// from a dict of contents, in memory."""
-
-    def filesystem(name, **_):
-        assert name in ("gcs", "gs")
-        return Bucket(skip_instance_cache=True)
-
-    monkeypatch.setenv("EPATH_USE_TF", "false")
-    backend.fsspec_backend._get_filesystem.cache_clear()
-    monkeypatch.setattr(fsspec, "filesystem", filesystem)
-    Bucket.store.clear()
-    Bucket.pseudo_dirs[:] = [""]
-
-    def fill(contents):
-        for path, content in contents.items():
-            Bucket().pipe_file(path, content)
-
-    yield fill
-    backend.fsspec_backend._get_filesystem.cache_clear()
 
 
 def test_remote_lists(bucket, tmp_path):

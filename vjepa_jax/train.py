@@ -10,7 +10,6 @@ how each array of the state is spread over the devices (also logged at `--verbos
 import json
 import pathlib
 import sys
-import time
 from collections.abc import Mapping
 
 import flax.linen as nn
@@ -31,6 +30,7 @@ from vjepa_jax import (
     saved_config,
     sharding,
     watchdog,
+    workdirs,
 )
 from vjepa_jax.data import render, streams
 from vjepa_jax.data.bad_videos import REASONS
@@ -38,7 +38,6 @@ from vjepa_jax.default_config import MAIN_STREAM, ConfigDict, UserError, flatten
 from vjepa_jax.goodput import TimeAccount
 from vjepa_jax.program import make_program
 
-CONFIG_FILE = "config.json"
 SHARDINGS_FILE = "shardings.txt"
 # What hosts may have of their own; all else must be the same.
 _PER_HOST = (".path", "data.num_workers", "data.prefetch_megabytes")
@@ -46,35 +45,6 @@ _PER_HOST = (".path", "data.num_workers", "data.prefetch_megabytes")
 _WAIT_SECS = 600
 _RENDER_TIMEOUT_SECS = 4 * 3600
 _SLOW_SECS = 60  # from which a compilation is worth keeping
-
-
-def check_workdir(config: ConfigDict, workdir: str) -> None:
-    """Raise UserError if the workdir is none, or holds a run of another config."""
-    path = pathlib.Path(workdir) / CONFIG_FILE
-    if not path.exists():
-        if path.parent.exists() and not path.parent.is_dir():
-            raise UserError(f"--workdir={workdir} is not a folder: give another")
-        return
-    try:
-        old = saved_config.restored(json.loads(path.read_text())).to_dict()
-    except (ValueError, TypeError, AttributeError, KeyError):
-        raise UserError(f"{path} is no config: give another --workdir") from None
-    changed = saved_config.differences(old, config.to_dict())
-    if changed:
-        raise UserError(
-            f"{workdir} holds a run of another config ({'; '.join(changed)}): give "
-            "another --workdir, or the values of that run"
-        )
-
-
-def claim_workdir(config: ConfigDict, workdir: str) -> None:
-    """Write `config.json`, whole or not at all."""
-    if distributed.is_main():
-        path = pathlib.Path(workdir) / CONFIG_FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
-        temporary.replace(path)
 
 
 def _say(message: str) -> None:
@@ -167,14 +137,13 @@ def _compile(program):
     return step_fn
 
 
-def _write_shardings(program, workdir: str) -> None:
+def _write_shardings(program, folder: pathlib.Path) -> None:
     """Write `shardings.txt`, a line per array of the state."""
     lines = [str(decision) for decision in program.decisions]
     for line in lines:
         logging.vlog(1, line)
     if distributed.is_main():
-        path = pathlib.Path(workdir) / SHARDINGS_FILE
-        path.write_text("\n".join(lines) + "\n")
+        (folder / SHARDINGS_FILE).write_text("\n".join(lines) + "\n")
 
 
 def train_and_evaluate(config: ConfigDict, workdir: str) -> int | None:
@@ -196,7 +165,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> int | None:
     trained, teacher_params, teacher_step = _load_teacher(config)
     program = make_program(config, mesh, trained)
     # ----------------------------------------------------------- what to compute it on
-    check_workdir(config, workdir)
+    workdirs.check(config, workdir)
     if config.world.path and distributed.is_main():
         render.render_world(config.world)
     distributed.barrier("the world is rendered", _RENDER_TIMEOUT_SECS)
@@ -217,35 +186,36 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> int | None:
         checkpoint.Checkpointer(workdir, **config.checkpoint) as checkpointer,
         compilation.explain_out_of_memory(config, mesh),
         distributed.StopRequest() as stop,
+        workdirs.LocalFiles(workdir, fetched="*.jsonl") as files,
     ):
         start, state = _restore_or_init(
             checkpointer, program, fingerprint, teacher_step
         )
         # Not before: a start that fails must not bind the workdir to its config.
-        claim_workdir(config, workdir)
-        _write_shardings(program, workdir)
+        workdirs.claim(config, workdir)
+        _write_shardings(program, files.folder)
         if start >= config.total_steps:
             _say(f"nothing to do: {workdir} is at step {start}, the end of the run")
             return None
         extra = _put_teacher(program, teacher_params)
         with account.measure("compile"):
             step_fn = _compile(program)
-        account.add_earlier(_earlier_rows(workdir), start)
+        account.add_earlier(_earlier_rows(files.folder), start)
         with (
             streams.open_streams(
                 config,
                 opened,
                 build.batch_sizes(config),
                 start,
-                workdir,
+                str(files.folder),
                 distributed.process_index(),
                 distributed.process_count(),
             ) as batches,
             metrics.MetricWriter(
-                workdir, total_steps=config.total_steps, start_step=start
+                files.folder, total_steps=config.total_steps, start_step=start
             ) as writer,
-            profiling.ProfileWindow(workdir, **config.profile) as profile,
-            watchdog.Watchdog(workdir, config.log.watchdog_secs) as dog,
+            profiling.ProfileWindow(files.folder, **config.profile) as profile,
+            watchdog.Watchdog(files.folder, config.log.watchdog_secs) as dog,
         ):
             account.end_startup()
             most_in_row = config.optim.max_skipped_in_row
@@ -292,6 +262,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> int | None:
                         values = jax.device_get(values)
                         skips.check(step, values)
                     with clock.measure("checkpoint"):
+                        files.copy_back()
                         checkpointer.save(
                             step,
                             state,
@@ -345,9 +316,9 @@ class _SkipWatch:
         self._skipped = skipped
 
 
-def _earlier_rows(workdir: str) -> list[dict[str, float]]:
+def _earlier_rows(folder: pathlib.Path) -> list[dict[str, float]]:
     """Return the metrics that the run wrote before it was interrupted."""
-    path = pathlib.Path(workdir) / metrics.FILE
+    path = folder / metrics.FILE
     return metrics.read_metrics(str(path)) if path.exists() else []
 
 

@@ -1,0 +1,92 @@
+"""Workdirs in a remote store, a stand-in of which lies in memory."""
+
+import logging
+
+import pytest
+from buckets import Bucket
+
+from vjepa_jax import default_config, workdirs
+from vjepa_jax.default_config import UserError
+
+
+def stored():
+    return {name.removeprefix("/b/run/"): Bucket().cat(name) for name in Bucket.store}
+
+
+def test_files_are_continued_and_copied_back(bucket):
+    bucket({"gs://b/run/metrics.jsonl": b"1\n", "gs://b/run/big.bin": b"x"})
+    with workdirs.LocalFiles("gs://b/run", fetched="*.jsonl") as files:
+        assert [file.name for file in files.folder.iterdir()] == ["metrics.jsonl"]
+        with open(files.folder / "metrics.jsonl", "a") as file:
+            file.write("2\n")
+        (files.folder / "profile").mkdir()
+        (files.folder / "profile/trace").write_bytes(b"t")
+        files.copy_back()
+        assert stored()["metrics.jsonl"] == b"1\n2\n"
+        (files.folder / "late.txt").write_text("z")
+    assert not files.folder.exists()
+    assert stored() == {
+        "metrics.jsonl": b"1\n2\n",
+        "big.bin": b"x",
+        "profile/trace": b"t",
+        "late.txt": b"z",
+    }
+
+
+def test_what_others_write_is_left_alone(bucket):
+    bucket({"gs://b/run/bad_videos_1.jsonl": b"old"})
+    with workdirs.LocalFiles("gs://b/run", fetched="*.jsonl") as files:
+        bucket({"gs://b/run/bad_videos_1.jsonl": b"newer"})  # by another process
+        (files.folder / "metrics.jsonl").write_text("m")
+    assert stored()["bad_videos_1.jsonl"] == b"newer"
+
+
+def test_changes_are_copied_while_a_run_goes_on(bucket, monkeypatch):
+    monkeypatch.setattr(workdirs, "_EVERY_SECS", 0.01)
+    with workdirs.LocalFiles("gs://b/run", fetched="*.jsonl") as files:
+        (files.folder / "a").write_text("a")
+        for _ in range(1000):
+            if "a" in stored():
+                break
+            files._done.wait(0.01)
+        assert stored()["a"] == b"a"
+
+
+def test_a_copy_that_fails_is_told_and_tried_again(bucket, monkeypatch, caplog):
+    def fail(*_, **__):
+        raise OSError("no network")
+
+    with workdirs.LocalFiles("gs://b/run", fetched="*.jsonl") as files:
+        (files.folder / "a").write_text("a")
+        with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
+            patch.setattr(Bucket, "_open", fail)
+            files.copy_back()
+        assert "a was not copied: no network" in caplog.text
+    assert stored()["a"] == b"a"
+
+
+def test_a_local_workdir_is_itself(tmp_path):
+    with workdirs.LocalFiles(str(tmp_path / "run"), fetched="*.jsonl") as files:
+        assert files.folder == tmp_path / "run"
+        (files.folder / "a").write_text("a")
+        files.copy_back()
+    assert (tmp_path / "run/a").read_text() == "a"
+
+
+def test_a_remote_workdir_belongs_to_its_config(bucket):
+    config = default_config.get_config()
+    workdirs.check(config, "gs://b/run")
+    workdirs.claim(config, "gs://b/run")
+    workdirs.check(config, "gs://b/run")
+    config.optim.learning_rate = 1.0
+    with pytest.raises(UserError, match=r"optim\.learning_rate"):
+        workdirs.check(config, "gs://b/run")
+
+
+def test_a_store_that_does_not_answer_is_told_in_a_line(bucket, monkeypatch):
+    def refuse(*_, **__):
+        raise RuntimeError("no\ncredentials")
+
+    monkeypatch.setattr(Bucket, "exists", refuse)
+    with pytest.raises(UserError, match="run cannot be read: no credentials"):
+        workdirs.check(default_config.get_config(), "gs://b/run")
