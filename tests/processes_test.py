@@ -29,7 +29,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 NUM_VIDEOS = 800  # the first epoch is the last
 BROKEN = range(0, NUM_VIDEOS, 20)
 CHECKPOINT_STEPS = process_config.get_config("").checkpoint.every_steps
-HEARTBEAT_SECS = 5
+HEARTBEAT_SECS = 10
 TIMEOUT_SECS = 240
 
 
@@ -217,8 +217,9 @@ def test_a_killed_process_ends_the_others_in_time(four):
 def test_a_restart_loses_little(four, two):
     assert f"resumed from step {four.saved_step}" in two.texts[0]
     assert four.saved_step >= 2 * CHECKPOINT_STEPS
-    # One interval, and the step whose checkpoint was under way.
-    assert four.rows[-1]["step"] - four.saved_step <= CHECKPOINT_STEPS + 1
+    # One interval, and the steps taken while the next checkpoint was being written,
+    # which is waited for before the one after it.
+    assert four.rows[-1]["step"] - four.saved_step <= 2 * CHECKPOINT_STEPS
 
 
 def test_a_signal_to_one_makes_all_save_the_same_step_and_end(two, alone):
