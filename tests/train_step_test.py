@@ -10,6 +10,7 @@ import pytest
 import video_files
 from step_setup import (
     MASKS,
+    REGULARISED,
     STEPS,
     STREAMS,
     Setup,
@@ -24,7 +25,7 @@ from vjepa_jax import losses, sharding, train_step
 from vjepa_jax.masking import MaskSpec
 from vjepa_jax.models.predictor import Predictor
 from vjepa_jax.train_state import TrainState
-from vjepa_jax.train_step import Objective, Stream
+from vjepa_jax.train_step import Objective, Stream, make_loss_fn
 
 BATCH = 16
 
@@ -300,3 +301,16 @@ def test_a_tiny_run_learns_a_batch_without_collapse(setup):
     assert last < 0.93 * first
     assert history[-1]["repr/target_std"] > 0.3
     assert history[-1]["repr/target_effective_rank"] > 3
+
+
+@pytest.mark.parametrize("target_dtype", ["int8", "float8_e4m3fn"])
+def test_a_target_in_8_bits_changes_the_loss_little(setup, target_dtype, rng):
+    state, video = setup.random_state(rng), videos(rng, 4)
+    masks = {"video": fixed_masks(rng, 4)}
+    args = state.params, state.target, as_batch(video), masks, 0
+    exact, _ = setup.compiled_loss(*args)
+    rounded = make_loss_fn(
+        setup.encoder, setup.predictor, STREAMS, REGULARISED, target_dtype=target_dtype
+    )
+    loss, _ = jax.jit(rounded)(*args)
+    assert 0 < abs(float(loss) / float(exact) - 1) < 0.02
