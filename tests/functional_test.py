@@ -30,6 +30,11 @@ CASES = {
         plain_dense,
         [(2, 5, 12), (12, 7), (7,)],
     ),
+    "widening dense": (
+        lambda *x: functional.dense(*x, jnp.float32),
+        plain_dense,
+        [(2, 5, 7), (7, 12), (12,)],
+    ),
     "gelu": (
         functional.gelu,
         lambda x: jax.nn.gelu(x, approximate=False),

@@ -40,12 +40,16 @@ def _dense_backward(dtype, saved, d_y):
     x, kernel = saved
     leading = tuple(range(x.ndim - 1))
     d_x = (d_y @ kernel.astype(dtype).T).astype(x.dtype)
+    # CPUs copy the transpose of an operand that is summed over its rows: let it be the
+    # narrower one.
+    pair = (x.astype(dtype), d_y)
+    is_narrowing = x.shape[-1] > d_y.shape[-1]
     d_kernel = jax.lax.dot_general(
-        x.astype(dtype),
-        d_y,
+        *(reversed(pair) if is_narrowing else pair),
         ((leading, leading), ((), ())),
         preferred_element_type=jnp.float32,
     )
+    d_kernel = d_kernel.T if is_narrowing else d_kernel
     return d_x, d_kernel, d_y.astype(jnp.float32).sum(leading)
 
 
