@@ -56,7 +56,6 @@ def get_config(arg=""):
 
     config.model.pos_embed = "rope_tiled"
     config.model.scale_init = True
-    config.model.remat = "full"
     config.model.encoder.size = SIZES[name]
     config.model.predictor.num_heads = 12
     config.model.predictor.num_mask_tokens = 10

@@ -95,7 +95,6 @@ def get_config(arg=""):
     config.model.base_grid = (1, 16, 16)
     config.model.scale_init = True
     config.model.image_embed = True
-    config.model.remat = "full"
     config.model.encoder.size = size
     config.model.encoder.levels = levels
     config.model.predictor.num_heads = 12

@@ -30,6 +30,8 @@ class Program:
       mesh: it is laid out on.
       encoder, predictor: its modules.
       teacher: a frozen encoder to predict instead of the target; None: the target.
+      teacher_params: its parameters as `jax.ShapeDtypeStruct` with shardings, by the
+        rules of the state; None without a teacher.
       streams: its streams of clips, with their masks.
       init: from a key to the boxed TrainState.
       shapes: TrainState of shapes and dtypes.
@@ -43,6 +45,7 @@ class Program:
     encoder: VideoEncoder
     predictor: Predictor
     teacher: VideoEncoder | None
+    teacher_params: Any
     streams: Mapping[str, Stream]
     init: Callable[[jax.Array], TrainState]
     shapes: TrainState
@@ -53,20 +56,6 @@ class Program:
     def abstract_state(self) -> TrainState:
         """Return the state as `jax.ShapeDtypeStruct` with shardings."""
         return _with_shardings(self.shapes, self.shardings)
-
-    def abstract_teacher(self) -> Any:
-        """Return the teacher's parameters as `jax.ShapeDtypeStruct` with shardings.
-
-        They are spread by the same rules as the state.
-        """
-        shape = build.video_shapes(self.config)[MAIN_STREAM]
-
-        def init(key):
-            return self.teacher.init(key, jnp.zeros((1, *shape)))["params"]
-
-        return _with_shardings(
-            abstract_state(init), sharding.state_shardings(init, self.mesh)
-        )
 
     def abstract_batch(self) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
         """Return the global batch as `jax.ShapeDtypeStruct` with shardings."""
@@ -93,9 +82,16 @@ class Program:
             out_shardings=(self.shardings, sharding.replicated(self.mesh)),
             donate_argnums=0,
         )
-        extra = () if self.teacher is None else (self.abstract_teacher(),)
+        extra = () if self.teacher is None else (self.teacher_params,)
         with jax.set_mesh(self.mesh), nn.logical_axis_rules(sharding.RULES):
             return step.lower(self.abstract_state(), self.abstract_batch(), *extra)
+
+
+def _abstract_params(encoder: VideoEncoder, clip_shape, mesh: Mesh) -> Any:
+    def init(key):
+        return encoder.init(key, jnp.zeros((1, *clip_shape)))["params"]
+
+    return _with_shardings(abstract_state(init), sharding.state_shardings(init, mesh))
 
 
 def _with_shardings(shapes: Any, shardings: Any) -> Any:
@@ -127,6 +123,7 @@ def make_program(
     if trained is not None:
         teacher = build.make_teacher(config, trained, encoder, predictor)
     clip_shape = build.video_shapes(config)[MAIN_STREAM]
+    teacher_params = teacher and _abstract_params(teacher, clip_shape, mesh)
     init = make_init(encoder, predictor, tx, clip_shape, config.optim.spike_window)
     train_step = make_train_step(
         encoder,
@@ -148,6 +145,7 @@ def make_program(
         encoder=encoder,
         predictor=predictor,
         teacher=teacher,
+        teacher_params=teacher_params,
         streams=streams,
         init=init,
         shapes=shapes,

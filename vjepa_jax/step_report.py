@@ -214,7 +214,7 @@ def _parameter_forms(program: Program) -> set[tuple[int, ...]]:
     if program.teacher is not None:
         teacher = program.teacher
         heads.add((teacher.num_heads, teacher.width // teacher.num_heads))
-        leaves += [leaf.shape for leaf in jax.tree.leaves(program.abstract_teacher())]
+        leaves += [leaf.shape for leaf in jax.tree.leaves(program.teacher_params)]
     forms = set()
     for shape in leaves:
         for dims in (shape, shape[1:]):

@@ -121,7 +121,7 @@ def _put_teacher(program, params):
     """Return what the step gets besides state and batch: the teacher's parameters."""
     if program.teacher is None:
         return ()
-    abstract = program.abstract_teacher()
+    abstract = program.teacher_params
     fit.require_fit(program.config.teacher.path, stored=params, wanted=abstract)
     return (jax.device_put(params, jax.tree.map(lambda x: x.sharding, abstract)),)
 
