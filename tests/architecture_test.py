@@ -63,6 +63,8 @@ FLOORS = {
     "data.shards": 2.9,
     "data.tfds_source": 2.9,
     "data.records": 2.8,
+    "data.scenes": 2.8,
+    "data.painting": 2.9,
     "data.world": 3,
     "data.survey": 4,
     "data.children": 3,
