@@ -34,7 +34,7 @@ CLASSES = (
 )
 
 _SUBSTEPS = 8  # integration steps per frame: a fast object moves under 1 % of the side
-_CORNER = 1.25  # the furthest point of any shape, in radii
+CORNER = 1.25  # the furthest point of any shape, in radii
 _GAP = 0.015  # least distance between any two things at the middle frame
 
 
@@ -88,7 +88,7 @@ def draw_scene(world: World, rng: np.random.Generator) -> Scene:
     centre = position[0].copy()
     # Corners reach beyond the radius, and soft edges half a pixel further: were they to
     # touch, what is in front would show.
-    reach = _CORNER * radius[0] + 1 / world.size
+    reach = CORNER * radius[0] + 1 / world.size
     centre[axis] += side * (reach + half[axis] + rng.uniform(0, 0.045))
     centre[1 - axis] += rng.uniform(-0.02, 0.02)
     occluder = np.concatenate([centre, half])
