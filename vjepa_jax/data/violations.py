@@ -206,7 +206,7 @@ def _permanence(world: World, rng: np.random.Generator, is_odd: bool) -> _Draft:
     _require_apart(track)
     beyond = np.abs(track.position[:, 0, axis] - centre[axis]) + reach > half[axis]
     (hidden,) = np.nonzero(~beyond)
-    _require(len(hidden) > 0 and 2 <= hidden[0] and hidden[-1] < frames - _AFTER)
+    _require(len(hidden) > 0 and hidden[0] >= 2 and hidden[-1] < frames - _AFTER)
     shown, cut = copy.deepcopy(track), int(hidden[-1]) + 1
     other = copy.deepcopy(track)
     if is_odd:
@@ -395,6 +395,9 @@ def make_pair(world: World, seed: int | tuple[int, ...], name: str, index: int) 
         )
         differs = np.any(possible.video != impossible.video, axis=(1, 2, 3))
         onset = int(np.argmax(differs))
-        if world.num_frames // 2 <= onset <= world.num_frames - _AFTER and differs.any():
+        if (
+            world.num_frames // 2 <= onset <= world.num_frames - _AFTER
+            and differs.any()
+        ):
             return Pair(possible, impossible, onset)
     raise RuntimeError(f"no pair of {name} in {_ATTEMPTS} draws")
