@@ -69,6 +69,7 @@ FLOORS = {
     "data.painting": 2.9,
     "data.world": 3,
     "data.violations": 3.1,
+    "data.play": 3.1,
     "data.survey": 4,
     "data.children": 3,
     "data.findings": 4.5,
