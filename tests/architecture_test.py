@@ -25,6 +25,8 @@ FLOORS = {
     "data.check": 5,
     "evals.registry": 4.9,
     "evals.world": 4.8,
+    "evals.physics": 4.8,
+    "evals.physics_data": 4.5,
     "evals.features": 4.5,
     "data.streams": 4.5,
     "evals.frozen": 4.4,

@@ -61,9 +61,13 @@ def draw(world: World, rng: np.random.Generator):
     scene = draw_scene(looks, rng)
     scene.radius = rng.uniform(*_RADIUS, NUM_OBJECTS)
     scene.position = _draw_places(rng, scene.radius)
-    # Of the size to hide the first object whole.
+    # Of the size to hide the first object whole, which at first can be seen.
     half = CORNER * scene.radius[0] + rng.uniform(0.02, 0.08, 2)
-    scene.occluder = np.concatenate([rng.uniform(0.3, 0.7, 2), half])
+    for _ in range(_ATTEMPTS):
+        centre = rng.uniform(0.3, 0.7, 2)
+        if np.any(np.abs(scene.position[0] - centre) > half + scene.radius[0]):
+            break
+    scene.occluder = np.concatenate([centre, half])
     gravity = 0.0
     if rng.uniform() < _GRAVITY_SHARE:
         # As in the class that falls.

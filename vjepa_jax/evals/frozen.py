@@ -250,11 +250,15 @@ def random_init(frozen: Frozen, seed: int) -> Frozen:
 
     Its target encoder is its online encoder, as at the start of a run.
     """
-    init = _make_init(frozen.encoder, frozen.predictor, frozen.video_shape)
-    key = jax.random.key(seed)
-    shardings = sharding.state_shardings(init, frozen.mesh)
-    params = nn.unbox(jax.jit(init, out_shardings=shardings)(key))
+    parts = frozen.encoder, frozen.predictor, frozen.video_shape, frozen.mesh
+    params = nn.unbox(_compiled_init(*parts)(jax.random.key(seed)))
     return dataclasses.replace(frozen, params=params)
+
+
+@functools.lru_cache(maxsize=2)  # of many seeds, the first alone is compiled
+def _compiled_init(encoder, predictor, video_shape, mesh):
+    init = _make_init(encoder, predictor, video_shape)
+    return jax.jit(init, out_shardings=sharding.state_shardings(init, mesh))
 
 
 def _make_init(encoder, predictor, video_shape):
