@@ -175,7 +175,12 @@ def welch_p(one: np.ndarray, other: np.ndarray) -> float:
     """Return the p-value of Welch's t-test, two-sided; 1 where nothing varies."""
     if np.ptp(one) == np.ptp(other) == 0:
         return float(np.mean(one) == np.mean(other))
-    return float(scipy.stats.ttest_ind(one, other, equal_var=False).pvalue)
+    parts = [f(x) for x in (one, other) for f in (np.mean, _spread, len)]
+    return float(scipy.stats.ttest_ind_from_stats(*parts, equal_var=False).pvalue)
+
+
+def _spread(values: np.ndarray) -> float:
+    return np.std(values, ddof=1)
 
 
 def summarise(
@@ -199,8 +204,9 @@ def summarise(
         accuracy: share of pairs that are right (relative accuracy).
         null_accuracy, null_std: mean and spread of the same over the untrained models.
         p_value: of Welch's t-test between the pairs of the trained model and those of
-          the untrained ones; in the row `mean`, between properties, and properties
-          times seeds.
+          the untrained ones, right or wrong; in the row `mean`, of all properties.
+        p_over_properties: of the same test between the accuracies of the properties
+          and those of properties times untrained models; in the row `mean` alone.
         auroc: of single videos.
         context_C_accuracy, filtered_accuracy, best_accuracy: of each context, of their
           minimum per window, and of the best of these, chosen after the fact.
@@ -229,12 +235,18 @@ def summarise(
         k: np.mean([row[k] for row in rows.values()]) for k in next(iter(rows.values()))
     }
     if len(null):
+        hits, of_null = (
+            np.concatenate([m[name].hits(chosen) for m in models for name in rows])
+            for models in ([trained], null)
+        )
+        mean["p_value"] = welch_p(hits, of_null)
         per_seed = np.array(
             [[other[name].hits(chosen).mean() for name in rows] for other in null]
         )
         mean["null_std"] = per_seed.mean(1).std(ddof=1)
         per_property = np.array([row["accuracy"] for row in rows.values()])
-        mean["p_value"] = welch_p(per_property, per_seed.ravel())
+        if len(rows) > 1:
+            mean["p_over_properties"] = welch_p(per_property, per_seed.ravel())
     rows[MEAN] = mean
     return {
         name: {column: float(value) for column, value in row.items()}
