@@ -56,7 +56,10 @@ class Frozen:
         missing = -count % self.mesh.size
         video = np.pad(video, [(0, missing)] + [(0, 0)] * (video.ndim - 1))
         with jax.set_mesh(self.mesh), nn.logical_axis_rules(sharding.RULES):
-            placed = jax.device_put(video, sharding.batch_sharding(self.mesh))
+            over_devices = sharding.batch_sharding(self.mesh)
+            placed = jax.make_array_from_callback(
+                video.shape, over_devices, video.__getitem__
+            )
             found = function(self.params, placed, **static)
             found = multihost_utils.process_allgather(found, tiled=True)
             return jax.tree.map(lambda x: x[:count], found)
@@ -241,6 +244,8 @@ def load(path: str, step: int | None = None, mesh: Mesh | None = None) -> Frozen
     video_shape = tuple(meta["video_shape"])
     mesh = sharding.make_mesh() if mesh is None else mesh
     init = _make_init(encoder, predictor, video_shape)
+    # From the host: devices of several processes do not take each other's arrays.
+    params = jax.tree.map(np.asarray, params)
     placed = jax.device_put(params, sharding.state_shardings(init, mesh))
     return Frozen(encoder, predictor, placed, config, video_shape, mesh)
 
