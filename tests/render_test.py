@@ -8,7 +8,7 @@ import pytest
 from vjepa_jax.data import play, render, sources, violations, world
 from vjepa_jax.data.decode import read_clip
 from vjepa_jax.data.transforms import central_box
-from vjepa_jax.default_config import UserError, get_config
+from vjepa_jax.default_config import UserError, get_config, validate
 
 
 def tiny_world(path):
@@ -110,6 +110,18 @@ def test_worlds_of_earlier_releases_are_the_same_worlds(rendered):
     with pytest.raises(UserError, match="other settings"):
         render.render_world(config)
     manifest.write_text(now)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("physics_pairs", 3), ("physics_pairs", -2), ("play_fraction", 1.5)],
+)
+def test_values_out_of_range_are_named(key, value):
+    config = get_config()
+    config.world.path, config.data.path = "world", "world/pretrain.csv"
+    config.world[key] = value
+    with pytest.raises(UserError, match=rf"config\.world\.{key}={value}"):
+        validate(config)
 
 
 def test_pairs_want_clips_of_some_length(tmp_path):
