@@ -161,9 +161,9 @@ def test_permanence_what_is_hidden_comes_out_or_was_never_there(draw):
             seen = (clip.masks == 1).any((1, 2))
             assert seen[:2].all() == before and seen[:2].any() == before
             assert seen[-2:].all() == after and seen[-2:].any() == after
-            # Wherever it is, nobody sees it happen.
+            # Wherever it is, nobody sees it happen; soft corners reach a little far.
             assert not seen[onset - 1]
-            assert clip.visibility[onset - 1, 0] == 0
+            assert clip.visibility[onset - 1, 0] < 1e-3
 
 
 def test_continuity_and_inertia_change_place_or_direction_once(draw):
