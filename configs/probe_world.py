@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 def get_config():
     """Return the evaluation's config."""
     config = ConfigDict()
+    config.evaluation = "world"
     config.seed = 0  # of the probes and of the random-init encoder
     config.step = -1  # checkpoint to probe; -1: the latest
     config.batch_size = 100  # clips per call of the encoder

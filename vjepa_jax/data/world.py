@@ -12,10 +12,12 @@ both halves obey it. Whether an object is in front of the occluder or behind it 
 be seen at the middle frame either, since main object and occluder keep a gap there.
 """
 
-import dataclasses
 import math
 
 import numpy as np
+
+from vjepa_jax.data.painting import paint
+from vjepa_jax.data.scenes import SHAPES, Clip, Motion, Scene, Track, World
 
 CLASSES = (
     "left",
@@ -30,92 +32,10 @@ CLASSES = (
     "collide",
     "hide",
 )
-SHAPES = ("disc", "square", "triangle", "cross")
 
 _SUBSTEPS = 8  # integration steps per frame: a fast object moves under 1 % of the side
-_CORNER = 1.25  # the furthest point of any shape, in radii
+CORNER = 1.25  # the furthest point of any shape, in radii
 _GAP = 0.015  # least distance between any two things at the middle frame
-
-
-@dataclasses.dataclass(frozen=True)
-class World:
-    """What a world looks like; with a seed and an index it determines every pixel.
-
-    Attributes:
-      size: side of the square frame in pixels, even (H.264 with 4:2:0 chroma).
-      num_frames: frames per clip.
-      num_companions: objects besides the main one, at least 1.
-      main_radius, companion_radius: (low, high), in sides.
-      companion_speed: their largest speed, sides per frame.
-      camera_speed: largest speed of the scrolling background, sides per frame.
-      still_fraction: share of the clips whose background does not move.
-      background_contrast: amplitude of the background's texture, 0 to 1.
-      background_change: random walk of the texture's phases, radians per frame; what
-        cannot be foreseen is not worth a predictor's while.
-      light_change: random walk of the light's three colours, relative, per frame.
-    """
-
-    size: int = 48
-    num_frames: int = 16
-    num_companions: int = 1
-    companion_speed: float = 0.006
-    main_radius: tuple[float, float] = (0.13, 0.16)
-    companion_radius: tuple[float, float] = (0.06, 0.08)
-    camera_speed: float = 0.03
-    still_fraction: float = 0.3
-    background_contrast: float = 0.02
-    background_change: float = 0.4
-    light_change: float = 0.02
-
-
-@dataclasses.dataclass
-class Scene:
-    """Everything drawn at the middle frame, before a class is chosen.
-
-    Objects are indexed along the first axis; the main object is number 0.
-    """
-
-    position: np.ndarray  # [K, 2] x, y (y grows downwards)
-    radius: np.ndarray  # [K]
-    angle: np.ndarray  # [K] radians
-    shape: np.ndarray  # [K] index into SHAPES
-    colours: np.ndarray  # [K, 2, 3] the two colours of the stripes, 0 to 1
-    stripes: np.ndarray  # [K, 2] stripes per radius, phase
-    occluder: np.ndarray  # [4] centre x, y, half width, half height
-    occluder_colours: np.ndarray  # [2, 3]
-    waves: np.ndarray  # [W, 6] background: fx, fy, phase, and an amplitude per channel
-    background: np.ndarray  # [3] mean colour
-    camera: np.ndarray  # [2] background velocity
-    phases: np.ndarray  # [T, W] what is added to the waves' phases
-    light: np.ndarray  # [T, 3] gain of each colour
-
-
-@dataclasses.dataclass
-class Motion:
-    """What the class decides: velocities at the middle frame and the laws at work."""
-
-    velocity: np.ndarray  # [K, 2]
-    spin: np.ndarray  # [K] radians per frame
-    growth: np.ndarray  # [K] relative growth per frame
-    gravity: float
-    behind: np.ndarray  # [K] bool: passes behind the occluder
-
-
-@dataclasses.dataclass
-class Clip:
-    """A rendered clip with its ground truth: `T` frames, `K` objects, 0 the main one.
-
-    Positions and velocities are fractions of the side (per frame). `visibility` is the
-    visible share of an object's area; `masks` holds 0 for the background, k + 1 for
-    object k and K + 1 for the occluder.
-    """
-
-    video: np.ndarray  # uint8 [T, S, S, 3]
-    masks: np.ndarray  # uint8 [T, S, S]
-    position: np.ndarray  # float32 [T, K, 2]
-    velocity: np.ndarray  # float32 [T, K, 2]
-    visibility: np.ndarray  # float32 [T, K]
-    label: int
 
 
 def _rgb(rng: np.random.Generator, value: tuple[float, float], n: int) -> np.ndarray:
@@ -168,7 +88,7 @@ def draw_scene(world: World, rng: np.random.Generator) -> Scene:
     centre = position[0].copy()
     # Corners reach beyond the radius, and soft edges half a pixel further: were they to
     # touch, what is in front would show.
-    reach = _CORNER * radius[0] + 1 / world.size
+    reach = CORNER * radius[0] + 1 / world.size
     centre[axis] += side * (reach + half[axis] + rng.uniform(0, 0.045))
     centre[1 - axis] += rng.uniform(-0.02, 0.02)
     occluder = np.concatenate([centre, half])
@@ -283,6 +203,29 @@ def _collide(position, velocity, radius, mass):
                 velocity[j] += impulse * mass[i] * normal
 
 
+def advance(
+    position: np.ndarray,
+    velocity: np.ndarray,
+    radius: np.ndarray,
+    mass: np.ndarray,
+    gravity: float = 0.0,
+) -> None:
+    """Integrate one frame, in place: free flight, and elastic walls and contacts.
+
+    Args:
+      position, velocity: [K, 2]; lengths in sides, time in frames.
+      radius, mass: [K].
+      gravity: downwards, sides per frame squared.
+    """
+    dt = 1 / _SUBSTEPS
+    for _ in range(_SUBSTEPS):
+        # Gravity is even under time reversal: half of it before, half after.
+        velocity[:, 1] += gravity * dt / 2
+        position += velocity * dt
+        velocity[:, 1] += gravity * dt / 2
+        _collide(position, velocity, radius, mass)
+
+
 def simulate(world: World, scene: Scene, motion: Motion):
     """Integrate both halves of the clip from its middle frame.
 
@@ -299,105 +242,18 @@ def simulate(world: World, scene: Scene, motion: Motion):
     mass = scene.radius**2
     for direction in (1, -1):
         x, v = scene.position.copy(), direction * motion.velocity
-        dt = 1 / _SUBSTEPS
         frame = middle
         while 0 <= frame < frames:
             position[frame], velocity[frame] = x, direction * v
-            for _ in range(_SUBSTEPS):
-                # Gravity is even under time reversal: the same sign in both halves.
-                v[:, 1] += motion.gravity * dt / 2
-                x += v * dt
-                v[:, 1] += motion.gravity * dt / 2
-                _collide(x, v, radius[frame], mass)
+            advance(x, v, radius[frame], mass, motion.gravity)
             frame += direction
     return position, velocity, radius, angle
 
 
-def _coverage(shape: str, x, y, radius, softness):
-    """Antialiased coverage 0..1 of a shape at object coordinates x, y."""
-    if shape == "disc":
-        distance = np.hypot(x, y) - radius
-    elif shape == "square":
-        distance = np.maximum(np.abs(x), np.abs(y)) - 0.86 * radius
-    elif shape == "triangle":
-        side = np.maximum(0.866 * x + 0.5 * y, -0.866 * x + 0.5 * y)
-        distance = np.maximum(side, -y) - 0.62 * radius
-    else:
-        arm = 0.36 * radius
-        horizontal = np.maximum(np.abs(x) - radius, np.abs(y) - arm)
-        vertical = np.maximum(np.abs(x) - arm, np.abs(y) - radius)
-        distance = np.minimum(horizontal, vertical)
-    return np.clip(0.5 - distance / softness, 0, 1)
-
-
-def _paint_background(world: World, scene: Scene) -> np.ndarray:
-    """Sum the scene's plane waves, scrolled by the camera: float32 [T, S, S, 3]."""
-    frames, size = world.num_frames, world.size
-    grid = ((np.arange(size) + 0.5) / size).astype(np.float32)
-    time = (np.arange(frames, dtype=np.float32) - frames // 2)[:, None, None]
-    x = grid[None, None, :] - np.float32(scene.camera[0]) * time
-    y = grid[None, :, None] - np.float32(scene.camera[1]) * time
-    video = np.empty((frames, size, size, 3), np.float32)
-    video[:] = scene.background
-    phases = scene.phases.astype(np.float32).T[..., None, None]
-    for (fx, fy, phase, *amplitude), change in zip(
-        scene.waves.astype(np.float32), phases, strict=True
-    ):
-        wave = np.cos(2 * np.float32(math.pi) * (fx * x + fy * y) + phase + change)
-        video += wave[..., None] * np.stack(amplitude)
-    return video
-
-
 def render(world: World, scene: Scene, motion: Motion, label: int) -> Clip:
-    """Draw the clip: background, objects behind the occluder, occluder, the others."""
-    frames, size, count = world.num_frames, world.size, len(scene.radius)
-    position, velocity, radius, angle = (
-        x.astype(np.float32) for x in simulate(world, scene, motion)
-    )
-    grid = ((np.arange(size) + 0.5) / size).astype(np.float32)
-    gx, gy = grid[None, None, :], grid[None, :, None]
-    video = _paint_background(world, scene)
-    masks = np.zeros((frames, size, size), np.uint8)
-    area = np.ones((frames, count))
-    visible = {}  # object -> what is left to see of it, [T, S, S]
-    layers = [k for k in range(count) if motion.behind[k]] + [count]
-    layers += [k for k in reversed(range(count)) if not motion.behind[k]]
-    for k in layers:
-        if k == count:
-            cx, cy, *half = scene.occluder.astype(np.float32)
-            distance = np.maximum(np.abs(gx - cx) - half[0], np.abs(gy - cy) - half[1])
-            alpha = np.clip(0.5 - distance * size, 0, 1)
-            stripe = 0.5 + 0.5 * np.sin(2 * math.pi * 9 * (gx + gy))
-            colours = scene.occluder_colours
-        else:
-            dx = gx - position[:, k, 0, None, None]
-            dy = gy - position[:, k, 1, None, None]
-            cos, sin = (f(angle[:, k])[:, None, None] for f in (np.cos, np.sin))
-            x, y = cos * dx + sin * dy, cos * dy - sin * dx
-            r = radius[:, k, None, None]
-            alpha = _coverage(SHAPES[scene.shape[k]], x, y, r, 1 / size)
-            pitch, phase = scene.stripes[k].astype(np.float32)
-            stripe = 0.5 + 0.5 * np.sin(math.pi * pitch * x / r + phase)
-            colours = scene.colours[k]
-            area[:, k] = alpha.sum((1, 2))
-        for j in visible:
-            visible[j] = visible[j] * (1 - alpha)
-        if k < count:
-            visible[k] = alpha
-        colours = colours.astype(np.float32)
-        paint = colours[1] + stripe[..., None] * (colours[0] - colours[1])
-        video += alpha[..., None] * (paint - video)
-        masks = np.where(alpha > 0.5, np.uint8(k + 1), masks)
-    video *= scene.light.astype(np.float32)[:, None, None]
-    visibility = np.stack([visible[k].sum((1, 2)) for k in range(count)], 1)
-    return Clip(
-        video=np.clip(np.rint(video * 255), 0, 255).astype(np.uint8),
-        masks=masks,
-        position=position,
-        velocity=velocity,
-        visibility=(visibility / np.maximum(area, 1e-6)).astype(np.float32),
-        label=label,
-    )
+    """Draw the clip that a motion makes of a scene."""
+    track = Track.of(scene, *simulate(world, scene, motion))
+    return paint(world, scene, track, motion.behind, label)
 
 
 def make_clip(

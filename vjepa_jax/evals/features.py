@@ -8,8 +8,7 @@ import numpy as np
 from vjepa_jax.data.read_all import read_all
 from vjepa_jax.data.reading import Reading
 from vjepa_jax.data.records import Source
-from vjepa_jax.encode import make_encode as make_grid_encode
-from vjepa_jax.models.encoder import VideoEncoder, token_grid
+from vjepa_jax.models.encoder import token_grid
 
 # uint8 video [B, T, H, W, 3] -> tokens float32 [B, T', S, D]
 Encode = Callable[[np.ndarray], np.ndarray]
@@ -41,17 +40,6 @@ class Features:
         """Return all tokens of a clip in one axis: [N, T' * S, D]."""
         n, t, s, d = self.tokens.shape
         return self.tokens.reshape(n, t * s, d)
-
-
-def make_encode(encoder: VideoEncoder, params) -> Encode:
-    """Make the function from uint8 clips to an encoder's tokens."""
-    features = make_grid_encode(encoder, params)
-
-    def in_one_axis(video: np.ndarray) -> np.ndarray:
-        found = features(video)
-        return found.reshape(*found.shape[:2], -1, found.shape[-1])
-
-    return in_one_axis
 
 
 def make_pixel_encode(patch_size: int, tubelet_size: int, cell: int = 2) -> Encode:

@@ -5,15 +5,17 @@ Every set of features gets the same read-outs: pretrained, random-init, raw pixe
 
 import dataclasses
 import pathlib
+import sys
 
 import numpy as np
 
-from vjepa_jax.data import sources
+from vjepa_jax.data import sources, streams
 from vjepa_jax.data.reading import Reading
 from vjepa_jax.data.world import CLASSES
-from vjepa_jax.default_config import UserError
+from vjepa_jax.default_config import ConfigDict, UserError
 from vjepa_jax.evals import probes
-from vjepa_jax.evals.features import Encode, Features, extract
+from vjepa_jax.evals.features import Encode, Features, extract, make_pixel_encode
+from vjepa_jax.evals.frozen import Frozen, random_init
 
 MEASURES = (
     "attentive_accuracy",
@@ -157,3 +159,50 @@ def chance() -> dict[str, float]:
     """Return what guessing gives: one class of all, the mean position."""
     accuracy = 1 / len(CLASSES)
     return {m: accuracy if m.endswith("accuracy") else 0.0 for m in MEASURES}
+
+
+def evaluate(frozen: Frozen, config: ConfigDict) -> dict[str, dict[str, float]]:
+    """Probe a run of the world, an untrained network and raw pixels.
+
+    Args:
+      frozen: the run.
+      config: as in `configs/probe_world.py`.
+
+    Returns:
+      {measure: {features' name: value}}, chance among them.
+
+    Raises:
+      UserError: the run is not of the synthetic world, or the world is not there.
+    """
+    run, encoder = frozen.config, frozen.encoder
+    if not run.world.path:
+        raise UserError(
+            "the run has no config.world.path: configs/probe_world.py probes runs of "
+            "the synthetic world"
+        )
+    encodes = {
+        "pretrained": frozen.encode,
+        "random_init": random_init(frozen, config.seed).encode,
+        "pixels": make_pixel_encode(encoder.patch_size, encoder.tubelet_size),
+    }
+    splits = read_features(
+        encodes,
+        run.world.path,
+        streams.make_reading(run.data, run.data),
+        config.batch_size,
+        config.num_workers,
+    )
+    columns: dict[str, dict[str, float]] = {}
+    for name in encodes:
+        print(f"probing {name} features", file=sys.stderr, flush=True)
+        columns[name] = measure(
+            splits[name],
+            num_heads=config.num_heads,
+            labels_per_class=config.labels_per_class,
+            draws=config.draws,
+            hidden_visibility=config.hidden_visibility,
+            attentive=dict(config.attentive),
+            seed=config.seed,
+        )
+    columns["chance"] = chance()
+    return {m: {c: columns[c][m] for c in columns} for m in MEASURES}

@@ -1,0 +1,288 @@
+"""A trained model with its weights frozen: what every evaluation starts from."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from vjepa_jax import build, checkpoint, losses, sharding
+from vjepa_jax.default_config import ConfigDict, UserError
+from vjepa_jax.models.encoder import VideoEncoder, normalise, take_tokens
+from vjepa_jax.models.predictor import Predictor
+from vjepa_jax.saved_config import restored
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    """A checkpoint's modules and weights, laid out on a mesh.
+
+    Attributes:
+      encoder: module of both encoders.
+      predictor: module; None where the checkpoint has no weights for it.
+      params: `target` and, where there is a predictor, `encoder` and `predictor`.
+      config: of the run, or as the conversion made it.
+      video_shape: (T, H, W, C) of the clips it was trained on.
+      mesh: of the devices that compute; batches are split over all of them.
+    """
+
+    encoder: VideoEncoder
+    predictor: Predictor | None
+    params: Mapping[str, Any]
+    config: ConfigDict
+    video_shape: tuple[int, int, int, int]
+    mesh: Mesh
+
+    def call(self, function: Callable[..., Any], video: np.ndarray, **static) -> Any:
+        """Call a jitted function on a batch that is split over the mesh.
+
+        Args:
+          function: `function(params, video, **static)`, jitted, to arrays whose first
+            axis is the batch. Compiled once for all models of one architecture.
+          video: [B, T, H, W, 3] of any B, whole on every process; what is missing to a
+            multiple of the devices is filled up and left out of the result.
+          static: further arguments, hashable.
+
+        Returns:
+          Its arrays on the host, whole on every process.
+        """
+        count = len(video)
+        missing = -count % self.mesh.size
+        video = np.pad(video, [(0, missing)] + [(0, 0)] * (video.ndim - 1))
+        with jax.set_mesh(self.mesh), nn.logical_axis_rules(sharding.RULES):
+            over_devices = sharding.batch_sharding(self.mesh)
+            placed = jax.make_array_from_callback(
+                video.shape, over_devices, video.__getitem__
+            )
+            found = function(self.params, placed, **static)
+            found = multihost_utils.process_allgather(found, tiled=True)
+            return jax.tree.map(lambda x: x[:count], found)
+
+    def encode(
+        self,
+        video: np.ndarray,
+        out_layers: Sequence[int] = (),
+        params_of: str = "target",
+    ) -> np.ndarray:
+        """Encode clips.
+
+        Args:
+          video: uint8 [B, T, H, W, 3] of a size that tubelets fill.
+          out_layers: blocks, counted from 0, whose outputs are wanted instead of the
+            features, each through the last layer norm, side by side in the channels.
+          params_of: `target`, or `encoder` for the online encoder.
+
+        Returns:
+          Tokens, float32 [B, T', S, D]: T' time steps of S places.
+
+        Raises:
+          UserError: tubelets do not fill the clips, there is no such block, or the
+            checkpoint has no online encoder.
+        """
+        out_layers = tuple(out_layers)
+        if any(not 0 <= layer < self.encoder.depth for layer in out_layers):
+            last = self.encoder.depth - 1
+            raise UserError(f"out_layers={out_layers}: the blocks are 0 to {last}")
+        if params_of not in self.params:
+            raise UserError(f"the checkpoint has no '{params_of}' to encode with")
+        grid = self.grid(video.shape)
+        tokens = self.call(
+            _encode,
+            video,
+            encoder=self.encoder,
+            out_layers=out_layers,
+            params_of=params_of,
+        )
+        return tokens.reshape(len(video), grid[0], grid[1] * grid[2], -1)
+
+    def predict(
+        self,
+        video: np.ndarray,
+        ctx_idx: Sequence[int],
+        tgt_idx: Sequence[int],
+        mask_index: int = 0,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Predict the features of hidden tokens from visible ones.
+
+        Args:
+          video: uint8 [B, T, H, W, 3] of a size that tubelets fill.
+          ctx_idx: [K], the tokens that the online encoder sees in every clip.
+          tgt_idx: [M], the tokens to predict.
+          mask_index: which of the predictor's mask tokens stands for them.
+
+        Returns:
+          The predictions and the target encoder's features of the whole clip at the
+          same places, layer-normalised as in training; both float32 [B, M, D].
+
+        Raises:
+          UserError: tubelets do not fill the clips, or `require_predictor` does.
+        """
+        self.require_predictor()
+        self.grid(video.shape)
+        return self.call(
+            _predict,
+            video,
+            encoder=self.encoder,
+            predictor=self.predictor,
+            ctx_idx=tuple(map(int, ctx_idx)),
+            tgt_idx=tuple(map(int, tgt_idx)),
+            mask_index=mask_index,
+        )
+
+    def grid(self, video_shape: Sequence[int]) -> tuple[int, int, int]:
+        """Return the (T, H, W) tokens of clips, or raise UserError."""
+        try:
+            return self.encoder.grid(tuple(video_shape))
+        except ValueError as error:
+            raise UserError(str(error)) from None
+
+    def require_predictor(self) -> None:
+        """Raise UserError unless there is a predictor of the target's features."""
+        if self.predictor is None:
+            raise UserError(
+                "the checkpoint has no predictor of masked tokens: give the workdir of "
+                "a pretraining run, or converted weights that hold one"
+            )
+        if self.predictor.out_dim != self.encoder.out_dim:
+            raise UserError(
+                f"the predictor gives {self.predictor.out_dim} channels, a teacher's, "
+                f"and the target encoder has {self.encoder.out_dim}: nothing compares"
+            )
+
+
+@functools.partial(jax.jit, static_argnames=("encoder", "out_layers", "params_of"))
+def _encode(params, video, *, encoder, out_layers, params_of):
+    tokens = encoder.apply(
+        {"params": params[params_of]}, normalise(video), out_layers=out_layers
+    )
+    if out_layers:
+        tokens = jnp.concatenate([*tokens], axis=-1)
+    return tokens.astype(jnp.float32)
+
+
+def target_features(params: Any, video: jax.Array, encoder: VideoEncoder) -> jax.Array:
+    """Return what the predictor was trained to predict: float32 [B, N, D].
+
+    Args:
+      params: see `Frozen`.
+      video: normalised, float [B, T, H, W, 3].
+      encoder: module.
+    """
+    features = encoder.apply({"params": params["target"]}, video)
+    return losses.normalise_target(features, encoder.num_levels)
+
+
+def predicted_features(
+    params: Any,
+    video: jax.Array,
+    encoder: VideoEncoder,
+    predictor: Predictor,
+    ctx_idx: Sequence[int],
+    tgt_idx: Sequence[int],
+    mask_index: int,
+) -> jax.Array:
+    """Return the prediction of `tgt_idx` [M] from `ctx_idx` [K]: float32 [B, M, D]."""
+    ctx_idx, tgt_idx = (
+        jnp.broadcast_to(jnp.asarray(idx, jnp.int32), (len(video), len(idx)))
+        for idx in (ctx_idx, tgt_idx)
+    )
+    context = encoder.apply({"params": params["encoder"]}, video, ctx_idx)
+    prediction, _ = predictor.apply(
+        {"params": params["predictor"]},
+        context,
+        ctx_idx,
+        tgt_idx,
+        encoder.grid(video.shape),
+        mask_index=mask_index,
+        is_image=encoder.is_image(video.shape),
+    )
+    return prediction.astype(jnp.float32)
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("encoder", "predictor", "ctx_idx", "tgt_idx", "mask_index"),
+)
+def _predict(params, video, *, encoder, predictor, ctx_idx, tgt_idx, mask_index):
+    video = normalise(video)
+    prediction = predicted_features(
+        params, video, encoder, predictor, ctx_idx, tgt_idx, mask_index
+    )
+    features = target_features(params, video, encoder)
+    wanted = jnp.broadcast_to(jnp.asarray(tgt_idx), (len(video), len(tgt_idx)))
+    return prediction, take_tokens(features, wanted)
+
+
+def load(path: str, step: int | None = None, mesh: Mesh | None = None) -> Frozen:
+    """Load a run's checkpoint or converted weights.
+
+    Args:
+      path: the workdir of a run, or the folder of a conversion.
+      step: a saved step; None takes the latest.
+      mesh: where to compute; None: all devices share every batch.
+
+    Raises:
+      UserError: there is no such checkpoint, or no encoder in it.
+    """
+    params, meta = checkpoint.restore_models(path, step)
+    kind = meta.get("kind", "pretraining")
+    if "config" not in meta:
+        raise UserError(f"{path} holds a {kind}, not an encoder")
+    config = restored(meta["config"])
+    encoder, predictor = build.make_models(config)
+    # The predictor of robots' actions is another module.
+    if "predictor" not in params or kind == "action":
+        params, predictor = {"target": params["target"]}, None
+    else:
+        params = {name: params[name] for name in ("target", "encoder", "predictor")}
+    video_shape = tuple(meta["video_shape"])
+    mesh = sharding.make_mesh() if mesh is None else mesh
+    init = _make_init(encoder, predictor, video_shape)
+    # From the host: devices of several processes do not take each other's arrays.
+    params = jax.tree.map(np.asarray, params)
+    placed = jax.device_put(params, sharding.state_shardings(init, mesh))
+    return Frozen(encoder, predictor, placed, config, video_shape, mesh)
+
+
+def random_init(frozen: Frozen, seed: int) -> Frozen:
+    """Return an untrained model of the same architecture.
+
+    Its target encoder is its online encoder, as at the start of a run.
+    """
+    parts = frozen.encoder, frozen.predictor, frozen.video_shape, frozen.mesh
+    params = nn.unbox(_compiled_init(*parts)(jax.random.key(seed)))
+    return dataclasses.replace(frozen, params=params)
+
+
+@functools.lru_cache(maxsize=2)  # of many seeds, the first alone is compiled
+def _compiled_init(encoder, predictor, video_shape, mesh):
+    init = _make_init(encoder, predictor, video_shape)
+    return jax.jit(init, out_shardings=sharding.state_shardings(init, mesh))
+
+
+def _make_init(encoder, predictor, video_shape):
+    """Make the function from a key to boxed `Frozen.params`."""
+
+    def init(key):
+        # Not the run's own seed: that encoder is where the run started.
+        video = jnp.zeros((1, *video_shape))
+        weights = encoder.init(jax.random.fold_in(key, 1), video)["params"]
+        if predictor is None:
+            return {"target": weights}
+        one = jnp.zeros((1, 1), jnp.int32)
+        of_predictor = predictor.init(
+            jax.random.fold_in(key, 2),
+            jnp.zeros((1, 1, encoder.out_dim)),
+            one,
+            one,
+            encoder.grid(video_shape),
+        )["params"]
+        return {"target": weights, "encoder": weights, "predictor": of_predictor}
+
+    return init

@@ -1,0 +1,28 @@
+"""The evaluations by name, as the key `evaluation` of a config chooses them."""
+
+from collections.abc import Callable
+from typing import Any
+
+from vjepa_jax.default_config import ConfigDict, UserError
+from vjepa_jax.evals import physics, world
+from vjepa_jax.evals.frozen import Frozen
+
+# (frozen, config) -> {measure: number, or {column: number}}; opens its own data.
+Evaluation = Callable[[Frozen, ConfigDict], dict[str, Any]]
+
+EVALUATIONS: dict[str, Evaluation] = {
+    "physics": physics.evaluate,
+    "world": world.evaluate,
+}
+
+
+def evaluate(frozen: Frozen, config: ConfigDict) -> dict[str, Any]:
+    """Run the evaluation that a config names.
+
+    Raises:
+      UserError: there is none of this name.
+    """
+    if config.evaluation not in EVALUATIONS:
+        known = ", ".join(EVALUATIONS)
+        raise UserError(f"config.evaluation={config.evaluation!r}: known: {known}")
+    return EVALUATIONS[config.evaluation](frozen, config)
