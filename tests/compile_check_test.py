@@ -120,6 +120,7 @@ def test_collectives_of_activations_are_found(report):
         gathered("reduce-scatter", (1024, 4096)),
         gathered("all-reduce", (1, 256, 4096), (1024,)),
         gathered("all-reduce", (), (7, 9)),
+        gathered("send", (256, 4096)),
         gathered("all-gather", (2, 2048, 1024)),  # clips, tokens, channels
         gathered("all-to-all", (16, 512, 512), count=5),
     ]
@@ -130,6 +131,7 @@ def test_collectives_of_activations_are_found(report):
         ("parameters", "all-gather"): 3 * 4 * 1024 * (4096 + 2 * 4096 + 3072 + 1024),
         ("gradients", "reduce-scatter"): 3 * 4 * 1024 * 4096,
         ("gradients", "all-reduce"): 3 * 4 * (256 * 4096 + 1024),
+        ("gradients", "send"): 3 * 4 * 256 * 4096,
         ("small", "all-reduce"): 3 * 4 * (1 + 63),
         ("activations", "all-gather"): 3 * 4 * 2 * 2048 * 1024,
         ("activations", "all-to-all"): 5 * 4 * 16 * 512 * 512,

@@ -359,6 +359,8 @@ def _collective(instruction: Instruction, computation, owner: str, times: int):
     shapes = instruction.shapes
     if instruction.opcode.endswith("-start"):  # operands, results and contexts
         shapes = (max(shapes, key=lambda s: s.bytes),)
+    if kind in ("send", "recv"):  # the array, a context and a token
+        shapes = shapes[:1]
     inputs = [computation[n].shapes for n in instruction.operands if n in computation]
     inputs = tuple(s for of_operand in inputs for s in of_operand)
     if kind == "reduce-scatter" and inputs:

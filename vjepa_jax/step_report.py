@@ -243,6 +243,7 @@ def _purpose(collective: hlo.Collective, forms: set[tuple[int, ...]]) -> str:
     large = [shape for shape in collective.shapes if shape.bytes > _SMALL]
     if any(_form(shape.dims) not in forms for shape in large or collective.shapes):
         return "activations" if large else "small"
-    if collective.kind in ("all-reduce", "reduce-scatter"):
+    # Between slices, over which the mesh has `data` alone, only gradients travel.
+    if collective.kind in ("all-reduce", "reduce-scatter", "send", "recv"):
         return "gradients"
     return "parameters"
