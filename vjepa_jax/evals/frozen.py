@@ -14,7 +14,8 @@ from jax.sharding import Mesh
 
 from vjepa_jax import build, checkpoint, losses, sharding
 from vjepa_jax.default_config import ConfigDict, UserError
-from vjepa_jax.models.encoder import VideoEncoder, normalise, take_tokens
+from vjepa_jax.models.encoder import VideoEncoder, normalise
+from vjepa_jax.models.layers import take_tokens
 from vjepa_jax.models.predictor import Predictor
 from vjepa_jax.saved_config import restored
 
