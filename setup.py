@@ -34,6 +34,7 @@ setup(
         "pillow>=12,<14",
         "safetensors>=0.5",
         "scikit-learn>=1.5",
+        "scipy>=1.13",
         "tensorboardX>=2.6.2",
         "tqdm>=4.66",
     ],
