@@ -73,7 +73,7 @@ def evaluate(frozen: Frozen, config: ConfigDict) -> dict[str, dict[str, Any]]:
       `held_out_accuracy`: of that head on the videos it was chosen by.
       `official_best_on_test_accuracy`: of the head that is best on the test videos
       themselves, which is what the official code reports; flattering.
-      `chosen_head`, and per head its accuracy held out and in the test.
+      `chosen_head`, counted from 1, and each head's accuracy held out and in the test.
 
     Raises:
       UserError: config, data and model do not fit.
@@ -116,7 +116,7 @@ def _evaluate(frozen: Frozen, config: ConfigDict) -> dict[str, Any]:
         "class_mean_accuracy": balanced_accuracy_score(labels, best[:, 0]),
         "held_out_accuracy": float(held_out_accuracies[chosen]),
         "official_best_on_test_accuracy": float(accuracies.max()),
-        "chosen_head": describe(grid.heads[chosen]),
+        "chosen_head": chosen + 1,
         "videos_fitted": len(fit),
         "videos_held_out": len(chosen_by.labels),
         "videos_tested": len(labels),
@@ -179,7 +179,7 @@ class _Preparation:
             fields = {key: data[key] for key in _AUGMENTATION}
             batches = clip_tokens.augmented_batches(
                 videos,
-                ClipTransform(data.resolution, **fields),
+                ClipTransform(videos.reading.resolution, **fields),
                 batch_size=size,
                 seed=config.seed,
                 prefetch_megabytes=data.prefetch_megabytes,

@@ -202,7 +202,10 @@ def make_videos(
     Raises:
       UserError: tubelets do not fill the clips.
     """
-    data = config.data
+    data = config.data.copy_and_resolve_references()
+    with data.unlocked():
+        data.num_frames = data.num_frames or frozen.video_shape[0]
+        data.resolution = data.resolution or frozen.video_shape[1]
     reading = streams.make_reading(data, data)
     frozen.grid(reading.shape()[1:])
     encoder = Encoder(

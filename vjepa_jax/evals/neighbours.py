@@ -9,14 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import accuracy_score
-from sklearn.neighbors import NearestCentroid
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import Normalizer, StandardScaler
+from sklearn.metrics import accuracy_score, pairwise_distances_argmin
+from sklearn.preprocessing import normalize
 
 from vjepa_jax.default_config import ConfigDict, UserError
-from vjepa_jax.evals import clip_tokens, settings
+from vjepa_jax.evals import clip_tokens, probes, settings
 from vjepa_jax.evals.frozen import Frozen, random_init
 
 _LINEAR_PENALTY = 2e-2  # L2 per sample
@@ -115,12 +112,11 @@ def knn_accuracies(
             for k in ks
         ]
 
-    unit = Normalizer().transform
-    train = jnp.asarray(unit(train))
+    train, test = jnp.asarray(normalize(train)), normalize(test)
     labels = jnp.asarray(train_labels, jnp.int32)
     starts = range(0, len(test), queries_at_once)
     found = [
-        np.asarray(vote(unit(test[i : i + queries_at_once]), train, labels, ks=ks))
+        np.asarray(vote(test[i : i + queries_at_once], train, labels, ks=ks))
         for i in starts
     ]
     said = np.concatenate(found, axis=1)
@@ -161,30 +157,26 @@ def few_shot_accuracies(
     Raises:
       UserError: a class has too few videos.
     """
-    makers = {
-        "nearest_mean": lambda _: make_pipeline(Normalizer(), NearestCentroid()),
-        "linear": lambda count: make_pipeline(
-            StandardScaler(),
-            LogisticRegression(C=1 / (_LINEAR_PENALTY * count), max_iter=1000),
-        ),
-    }
     require_shots(train_labels, shots)
     classes = np.unique(train_labels)
     rng = np.random.default_rng(seed)
     results: dict[str, float] = {}
     for shot in shots:
-        scores: dict[str, list[float]] = {name: [] for name in makers}
+        nearest, linear = [], []
         for _ in range(draws):
-            chosen = np.concatenate(
-                [
-                    rng.choice(np.flatnonzero(train_labels == c), shot, replace=False)
-                    for c in classes
-                ]
+            of_class = [
+                rng.choice(np.flatnonzero(train_labels == c), shot, replace=False)
+                for c in classes
+            ]
+            means = [normalize(train[chosen]).mean(0) for chosen in of_class]
+            said = classes[pairwise_distances_argmin(normalize(test), means)]
+            nearest.append(accuracy_score(test_labels, said))
+            chosen = np.concatenate(of_class)
+            fit = train[chosen], train_labels[chosen]
+            linear.append(
+                probes.linear_accuracy(*fit, test, test_labels, _LINEAR_PENALTY)
             )
-            for name, make in makers.items():
-                model = make(len(chosen)).fit(train[chosen], train_labels[chosen])
-                scores[name].append(model.score(test, test_labels))
-        for name, values in scores.items():
-            results[f"few_shot_{shot}_{name}_accuracy"] = float(np.mean(values))
-            results[f"few_shot_{shot}_{name}_spread"] = float(np.std(values))
+        for name, scores in (("nearest_mean", nearest), ("linear", linear)):
+            results[f"few_shot_{shot}_{name}_accuracy"] = float(np.mean(scores))
+            results[f"few_shot_{shot}_{name}_spread"] = float(np.std(scores))
     return results

@@ -19,7 +19,7 @@ def _evaluation(name: str) -> ConfigDict:
     config.data = ConfigDict()  # as data of a run, where keys are the same
     config.data.train_path = ""  # labelled videos to learn from, as data.path of a run
     config.data.test_path = ""  # labelled videos to judge by
-    config.data.num_frames = 16  # frames per clip
+    config.data.num_frames = 16  # frames per clip; 0: as the model was trained
     # One of these three is positive: how far a clip's frames are apart.
     config.data.frame_step = 4  # in frames of the video
     config.data.fps = 0.0  # so many a second
@@ -28,7 +28,7 @@ def _evaluation(name: str) -> ConfigDict:
     config.data.num_views = 1  # crops of a clip in tests, seen apart
     config.data.sampling = "exact"  # or `official`, whose steps are whole frames
     config.data.allow_clip_overlap = False  # of `official`, in too short videos
-    config.data.resolution = 224  # side of the clip in pixels
+    config.data.resolution = 224  # side in pixels; 0: as the model was trained
     config.data.resize = "antialias"  # or `official`, bilinear without a filter
     config.data.max_pixels = 1 << 25  # of a frame; larger ones are refused
     config.data.time_limit_secs = 60.0  # of a processor, for one video
@@ -87,9 +87,62 @@ def grid() -> ConfigDict:
     return config
 
 
+# Encoders of the papers; side of their clips in pixels. V-JEPA 1's have names with it.
+VARIANTS = {
+    "vitl16": 256,
+    "vith16": 256,
+    "vitg16": 256,
+    "vitg16_384": 384,
+    "vjepa_vitl16": 224,
+    "vjepa_vith16": 224,
+    "vjepa_vith16_384": 384,
+}
+
+
+def of_paper(name: str, variant: str) -> tuple[ConfigDict, str]:
+    """Return the settings that V-JEPA's and V-JEPA 2's data sets have in common.
+
+    V-JEPA 1 has one head with one block of cross-attention, 2 a grid of heads with four
+    blocks, computed in bfloat16 for their many tokens.
+
+    Args:
+      name: of the results.
+      variant: one of `VARIANTS`; "": the first.
+
+    Returns:
+      (config, variant).
+
+    Raises:
+      UserError: the variant is unknown.
+    """
+    variant = variant or next(iter(VARIANTS))
+    if variant not in VARIANTS:
+        raise UserError(
+            f"'{variant}' is no variant of this config; known: {', '.join(VARIANTS)}"
+        )
+    config = classification()
+    config.name = name
+    config.data.resolution = VARIANTS[variant]
+    config.head.update(remat="full", dtype="bfloat16")
+    if variant.startswith("vjepa_"):
+        config.clip_norm = 1.0
+        config.head.update(depth=1, num_heads=0)
+        config.grids.main = one_head(0.01)
+    return config, variant
+
+
+def one_head(weight_decay: float) -> ConfigDict:
+    """Return the grid of V-JEPA 1's only head."""
+    config = grid()
+    config.update(learning_rates=(1e-3,), weight_decays=(weight_decay,))
+    config.final_weight_decay_share = 1e-6 / weight_decay  # as the official code falls
+    return config
+
+
 def neighbours() -> ConfigDict:
     """Return the defaults of `evals/neighbours.py`."""
     config = _evaluation("neighbours")
+    config.data.num_frames = config.data.resolution = 0
     config.k = (10, 20, 100, 200)  # nearest neighbours that vote; larger ones than
     # there are videos are left out
     config.temperature = 0.07  # of the votes: exp(cosine / temperature)
@@ -101,6 +154,7 @@ def neighbours() -> ConfigDict:
 def health() -> ConfigDict:
     """Return the defaults of `evals/health.py`, which needs no labels."""
     config = _evaluation("health")
+    config.data.num_frames = config.data.resolution = 0
     config.data.num_clips = 2  # two clips of a video should look alike
     config.num_videos = 2048  # of test_path, at most
     config.tokens_per_clip = 16  # that enter the statistics
@@ -138,7 +192,9 @@ _NOT_NEGATIVE = (
     "clip_norm",
     "heads_at_once",
     "head.num_heads",
+    "data.num_frames",
     "data.num_workers",
+    "data.resolution",
 )
 
 
