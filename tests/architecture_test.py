@@ -29,7 +29,7 @@ FLOORS = {
     "evals.health": 4.8,
     "evals.token_cache": 4.7,
     "evals.clip_tokens": 4.6,
-    "evals.head_grid": 4,
+    "evals.head_grid": 3.9,
     "evals.settings": 1,
     "evals.world": 4.8,
     "evals.features": 4.5,

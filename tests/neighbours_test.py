@@ -103,7 +103,8 @@ def test_alignment_and_uniformity_are_their_definitions(rng, videos, clips, widt
 def frozen():
     encoder = VideoEncoder(depth=1, width=16, num_heads=2, mlp_dim=32, patch_size=8)
     shape = (4, SIDE, SIDE, 3)
-    params = nn.unbox(encoder.init(jax.random.key(0), jnp.zeros((1, *shape))))
+    init = jax.jit(encoder.init)
+    params = nn.unbox(init(jax.random.key(0), jnp.zeros((1, *shape))))
     mesh = sharding.make_mesh()
     return Frozen(encoder, None, {"target": params["params"]}, None, shape, mesh)
 

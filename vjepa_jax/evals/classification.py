@@ -19,7 +19,6 @@ from absl import logging
 from scipy.stats import binomtest
 from sklearn.metrics import accuracy_score, balanced_accuracy_score
 
-from vjepa_jax import sharding
 from vjepa_jax.data.records import Source
 from vjepa_jax.data.subset import hold_out
 from vjepa_jax.data.transforms import ClipTransform
@@ -89,8 +88,6 @@ def evaluate(frozen: Frozen, config: ConfigDict) -> dict[str, dict[str, Any]]:
 
 def _evaluate(frozen: Frozen, config: ConfigDict) -> dict[str, Any]:
     data = config.data
-    for size in (config.batch_size, config.test_batch_size):
-        sharding.check_divides(frozen.mesh, size, 1)
     test = clip_tokens.open_source(data.test_path)
     fit, held_out = open_training(config)
     largest = max(int(np.max(source.labels)) for source in (fit, held_out))

@@ -7,7 +7,6 @@ decay. They are one array with a leading axis, and one compiled update trains th
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -155,14 +154,15 @@ class HeadGrid:
         """Update every head once.
 
         Args:
-          tokens: float [B, N, D], B being a multiple of the devices.
+          tokens: float [B, N, D].
           labels: int [B].
           weights: float [B]; 0 leaves a row out of the mean.
 
         Returns:
           The losses before the update, [H]; the host need not wait for them.
         """
-        placed = self._placed(tokens, labels, np.asarray(weights, np.float32))
+        weights = np.asarray(weights, np.float32)
+        placed = self._placed(tokens, labels, weights)
         self.state, losses = self._update(self.state, *placed)
         return losses
 
@@ -170,18 +170,21 @@ class HeadGrid:
         """Return the most probable classes by every head, the best first.
 
         Args:
-          tokens: float [B, views, N, D], B being a multiple of the devices; softmax is
-            averaged over views.
+          tokens: float [B, views, N, D]; softmax is averaged over views.
           num_best: classes to return.
 
         Returns:
           int32 [H, B, num_best].
         """
         (placed,) = self._placed(tokens)
-        return np.asarray(self._classify(self.state[0], placed, num_best=num_best))
+        best = self._classify(self.state[0], placed, num_best=num_best)
+        return np.asarray(best)[:, : len(tokens)]
 
-    def _placed(self, *arrays: Any) -> Any:
-        return jax.device_put(arrays, sharding.batch_sharding(self._mesh))
+    def _placed(self, *arrays: np.ndarray) -> list[jax.Array]:
+        """Split arrays over the devices, filled up with zeros to a multiple of them."""
+        missing = -len(arrays[0]) % self._mesh.size
+        filled = [np.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1)) for x in arrays]
+        return jax.device_put(filled, sharding.batch_sharding(self._mesh))
 
 
 def describe(head: tuple[float, float]) -> str:

@@ -43,8 +43,8 @@ def classification() -> ConfigDict:
     config.random_init = False  # as costly as the evaluation itself
     config.num_classes = 0  # 0: one more than the largest label to learn from
     config.epochs = 20
-    config.batch_size = 256  # videos per update over all devices
-    config.test_batch_size = 64  # videos classified at once over all devices
+    config.batch_size = 256  # videos per update, over all devices
+    config.test_batch_size = 64  # videos classified at once
     config.clip_norm = 0.0  # largest norm of a head's gradient; 0: no clip
     config.heads_at_once = 0  # heads whose activations are in memory together; 0: all
 
