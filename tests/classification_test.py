@@ -261,7 +261,11 @@ def test_cached_equals_on_the_fly(tmp_path, frozen, config, monkeypatch):
     monkeypatch.setattr(Frozen, "encode", None)
     assert results_of(config, frozen) == wanted
     assert wanted["accuracy"] > 0.9  # a colour is easy
-    assert wanted["accuracy_low"] < wanted["accuracy"] <= wanted["accuracy_high"]
+    assert (
+        wanted["lower_bound_accuracy"]
+        < wanted["accuracy"]
+        <= wanted["upper_bound_accuracy"]
+    )
     assert wanted["videos_fitted"] == 32 and wanted["videos_tested"] == 19
 
 

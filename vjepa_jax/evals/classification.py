@@ -67,8 +67,8 @@ def evaluate(frozen: Frozen, config: ConfigDict) -> dict[str, dict[str, Any]]:
       {measure: {"pretrained": value}}, with `config.random_init` also `random_init`:
 
       `accuracy`, `top5_accuracy`, `class_mean_accuracy`: on the test videos, of the
-      head that was best on the videos held out for choosing. `accuracy_low` and
-      `accuracy_high` bound the first with 95 % confidence (Wilson).
+      head that was best on the videos held out for choosing. `lower_bound_accuracy` and
+      `upper_bound_accuracy` bound the first with 95 % confidence (Wilson).
       `held_out_accuracy`: of that head on the videos it was chosen by.
       `official_best_on_test_accuracy`: of the head that is best on the test videos
       themselves, which is what the official code reports; flattering.
@@ -107,8 +107,8 @@ def _evaluate(frozen: Frozen, config: ConfigDict) -> dict[str, Any]:
     interval = binomtest(num_right, len(labels)).proportion_ci(method="wilson")
     results = {
         "accuracy": float(accuracies[chosen]),
-        "accuracy_low": interval.low,
-        "accuracy_high": interval.high,
+        "lower_bound_accuracy": interval.low,
+        "upper_bound_accuracy": interval.high,
         "top5_accuracy": float((best == labels[:, None]).any(1).mean()),
         "class_mean_accuracy": balanced_accuracy_score(labels, best[:, 0]),
         "held_out_accuracy": float(held_out_accuracies[chosen]),
