@@ -181,6 +181,34 @@ def test_heads_start_differently():
     assert (kernel[0] != kernel[1]).mean() > 0.9
 
 
+def test_head_computes_the_same_in_other_ways(rng):
+    """In bfloat16 but for rounding, and with blocks computed anew in the backward."""
+    tokens = rng.normal(size=(2, 6, 16)).astype(np.float32)
+    head = AttentiveClassifier(5, num_heads=2, depth=2)
+    params = nn.unbox(jax.jit(head.init)(jax.random.key(0), tokens))
+    params = jax.tree.map(lambda x: x + rng.normal(0, 0.2, x.shape), params)
+
+    def of(head):
+        def total(params):
+            logits = head.apply(params, tokens)
+            return jnp.square(logits).sum(), logits
+
+        return jax.jit(jax.grad(total, has_aux=True))(params)
+
+    gradient, logits = of(head)
+    again, same = of(head.clone(remat="full"))
+    np.testing.assert_allclose(same, logits, rtol=1e-5, atol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3),
+        again,
+        gradient,
+    )
+    rounded = head.clone(dtype="bfloat16").apply(params, tokens)
+    assert rounded.dtype == jnp.float32
+    error = np.abs(rounded - logits).max() / np.abs(logits).max()
+    assert 1e-5 < error < 0.05
+
+
 def test_softmax_is_averaged_over_views(rng):
     head = LinearClassifier(7)
     mesh = sharding.make_mesh()
@@ -237,7 +265,7 @@ def results_of(config, frozen):
 def test_cached_tokens_are_those_of_the_clips(tmp_path, frozen, config):
     """To the last bit, in any order, with padding."""
     config.data.update(num_clips=2)
-    source = Subset(clip_tokens.open_source(config.data.test_path), np.arange(7))
+    source = Subset(clip_tokens.open_source(config, "test_path"), np.arange(7))
     videos = clip_tokens.make_videos(frozen, config, source, False, num_views=2)
     cached = token_cache.cached(videos, str(tmp_path), "float32", 4, "digest")
     for order in (None, np.array([3, 3, 0, 6, 1, 2, 6, 5, 4])):
@@ -299,7 +327,7 @@ def test_unreadable_videos_are_left_out_in_both_ways(tmp_path, videos, frozen, c
         lists[name] = tmp_path / f"{name}.csv"
         lists[name].write_text("\n".join(lines) + "\n")
         config.data[f"{name}_path"] = str(lists[name])
-    source = clip_tokens.open_source(config.data.train_path)
+    source = clip_tokens.open_source(config, "train_path")
     config.seed = next(  # of which the broken one is trained on
         seed
         for seed in range(99)
@@ -341,7 +369,7 @@ def test_cache_depends_on_what_tokens_depend_on(tmp_path, frozen, config):
         return sum(p.name[0] != "." for p in (tmp_path / "cache").iterdir())
 
     digest = token_cache.weights_digest(frozen)
-    source = Subset(clip_tokens.open_source(config.data.test_path), np.arange(3))
+    source = Subset(clip_tokens.open_source(config, "test_path"), np.arange(3))
 
     def cache(changes=(), dtype="float32", digest=digest, source=source, pooled=False):
         other = config.copy_and_resolve_references()
@@ -437,7 +465,7 @@ def test_epochs_order_sees_every_video_once_per_epoch(rng):
         ({"batch_size": 40}, "batch_size=40 exceeds the 32 videos"),
         ({"data.held_out_share": 1.0}, "held_out_share=1.0 is out of range"),
         ({"data.augment": True, "cache.path": "x"}, "set config.data.augment=False"),
-        ({"data.train_path": ""}, "data.path is not set"),
+        ({"data.train_path": ""}, r"config\.data\.train_path is not set"),
         ({"data.num_frames": 5}, "cannot be cut into tubelets"),
         ({"out_layers": (3,)}, "the blocks are 0 to 2"),
         ({"num_classes": 2}, "has the label 2, and there are 2 classes"),

@@ -146,5 +146,5 @@ def test_health_reads_a_spread_of_the_videos(frozen, listed, monkeypatch):
     assert [part.shape for part in seen[0]] == [(5, 2, 3, 16), (5, 2, 16)]
     assert 1 <= found["token_effective_rank"]["pretrained"] <= 16
     config.data.test_path = ""
-    with pytest.raises(UserError, match=r"data\.path is not set"):
+    with pytest.raises(UserError, match=r"config\.data\.test_path is not set"):
         health.evaluate(frozen, config)

@@ -88,7 +88,7 @@ def evaluate(frozen: Frozen, config: ConfigDict) -> dict[str, dict[str, Any]]:
 
 def _evaluate(frozen: Frozen, config: ConfigDict) -> dict[str, Any]:
     data = config.data
-    test = clip_tokens.open_source(data.test_path)
+    test = clip_tokens.open_source(config, "test_path")
     fit, held_out = open_training(config)
     largest = max(int(np.max(source.labels)) for source in (fit, held_out))
     num_classes = config.num_classes or largest + 1
@@ -136,9 +136,9 @@ def open_training(config: ConfigDict) -> tuple[Source, Source]:
       UserError: a source cannot be opened, or there are too few videos.
     """
     data = config.data
-    train_source = clip_tokens.open_source(data.train_path)
+    train_source = clip_tokens.open_source(config, "train_path")
     if data.val_path:
-        fit, held_out = train_source, clip_tokens.open_source(data.val_path)
+        fit, held_out = train_source, clip_tokens.open_source(config, "val_path")
     else:
         fit, held_out = hold_out(train_source, data.held_out_share, config.seed)
     if len(fit) < config.batch_size:

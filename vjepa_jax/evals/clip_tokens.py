@@ -177,8 +177,18 @@ def augmented_batches(
             yield TokenBatch(tokens, labels[index], index, valid)
 
 
-def open_source(path: str) -> Source:
-    """Open `data.*_path`, several sources with commas between as one."""
+def open_source(config: ConfigDict, key: str) -> Source:
+    """Open `config.data[key]`, several sources with commas between as one.
+
+    Raises:
+      UserError: it is not set, or cannot be opened.
+    """
+    path = config.data[key]
+    if not path:
+        raise UserError(
+            f"config.data.{key} is not set: give a list file with one 'path label' per "
+            "line, or what else data.path of a run may be"
+        )
     parts = [source for source, _ in sources.open_sources(path)]
     return parts[0] if len(parts) == 1 else Joined(parts)
 

@@ -34,7 +34,7 @@ def evaluate(frozen: Frozen, config: ConfigDict) -> dict[str, dict[str, Any]]:
       UserError: config, data and model do not fit.
     """
     settings.validate(config)
-    source = clip_tokens.open_source(config.data.test_path)
+    source = clip_tokens.open_source(config, "test_path")
     if len(source) > config.num_videos:  # evenly spaced, as lists often go by class
         places = np.linspace(0, len(source) - 1, config.num_videos).astype(np.int64)
         source = Subset(source, places)

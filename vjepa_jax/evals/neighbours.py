@@ -36,8 +36,9 @@ def evaluate(frozen: Frozen, config: ConfigDict) -> dict[str, dict[str, Any]]:
       UserError: config, data and model do not fit.
     """
     settings.validate(config)
-    data = config.data
-    sources = [clip_tokens.open_source(p) for p in (data.train_path, data.test_path)]
+    sources = [
+        clip_tokens.open_source(config, key) for key in ("train_path", "test_path")
+    ]
     require_shots(sources[0].labels, tuple(config.shots))
     models = {"pretrained": frozen}
     if config.random_init:
