@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from vjepa_jax.data import render, sources
+from vjepa_jax.data import play, render, sources, violations, world
 from vjepa_jax.data.decode import read_clip
 from vjepa_jax.data.transforms import central_box
-from vjepa_jax.default_config import UserError, get_config
+from vjepa_jax.default_config import UserError, get_config, validate
 
 
 def tiny_world(path):
@@ -95,3 +95,119 @@ def test_world_path_that_is_a_file_is_refused(tmp_path):
     path.write_text("")
     with pytest.raises(UserError, match="not a folder"):
         render.render_world(tiny_world(path))
+
+
+def test_worlds_of_earlier_releases_are_the_same_worlds(rendered):
+    manifest = rendered / render.MANIFEST
+    now = manifest.read_text()
+    earlier = json.loads(now)
+    for key in ("play_fraction", "physics_pairs"):
+        del earlier["world"][key]
+    manifest.write_text(json.dumps(earlier))
+    assert render.render_world(tiny_world(rendered)) is False
+    config = tiny_world(rendered)
+    config.physics_pairs = 2
+    with pytest.raises(UserError, match="other settings"):
+        render.render_world(config)
+    manifest.write_text(now)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("physics_pairs", 3), ("physics_pairs", -2), ("play_fraction", 1.5)],
+)
+def test_values_out_of_range_are_named(key, value):
+    config = get_config()
+    config.world.path, config.data.path = "world", "world/pretrain.csv"
+    config.world[key] = value
+    with pytest.raises(UserError, match=rf"config\.world\.{key}={value}"):
+        validate(config)
+
+
+def test_pairs_want_clips_of_some_length(tmp_path):
+    config = tiny_world(tmp_path / "world")
+    config.physics_pairs = 2
+    with pytest.raises(UserError, match="num_frames of 12 or more"):
+        render.render_world(config)
+
+
+# --------------------------------------------------------------------- pairs and play
+
+
+def pair_world(path):
+    config = tiny_world(path)
+    config.num_frames = 12
+    config.pretrain_videos = 30
+    config.play_fraction = 0.5
+    config.physics_pairs = 2
+    return config
+
+
+@pytest.fixture(scope="module")
+def with_pairs(tmp_path_factory):
+    root = tmp_path_factory.mktemp("pairs")
+    render.render_world(pair_world(root))
+    return root
+
+
+def frames_of(path):
+    return read_clip(
+        str(path), num_frames=12, frame_step=1, size=16, crop=central_box
+    ).astype(int)
+
+
+def test_pairs_are_listed_with_what_they_are(with_pairs):
+    truth = np.load(with_pairs / "physics.npz")
+    names = list(violations.PROPERTIES)
+    assert truth["property"].tolist() == [n for n in names for _ in range(4)]
+    assert truth["pair"].tolist() == [0, 0, 1, 1] * len(names)
+    assert truth["possible"].tolist() == [1, 0] * (2 * len(names))
+    assert ((truth["onset"] >= 6) & (truth["onset"] <= 8)).all()
+    source = sources.open_source(str(with_pairs / "physics.csv"))
+    np.testing.assert_array_equal(source.labels, truth["possible"])
+    for i in (0, 1, 4 * len(names) - 1):
+        index, kind = truth["pair"][i], ("im" * (i % 2)) + "possible"
+        name = f"{truth['property'][i]}_{index:04d}_{kind}.mp4"
+        assert source.path_of(i) == str(with_pairs / "physics" / name)
+
+
+def test_decoded_pairs_are_equal_up_to_the_onset_bit_for_bit(with_pairs, tmp_path):
+    """And would not be, were frames allowed to depend on later ones."""
+    truth = np.load(with_pairs / "physics.npz")
+    source = sources.open_source(str(with_pairs / "physics.csv"))
+    looks = world.World(size=16, num_frames=12)
+    leaks = 0
+    for i in range(0, len(source), 2):
+        onset = truth["onset"][i]
+        pair = [frames_of(source.path_of(j)) for j in (i, i + 1)]
+        np.testing.assert_array_equal(pair[0][:onset], pair[1][:onset])
+        assert np.any(pair[0][onset:] != pair[1][onset:])
+        name, index = str(truth["property"][i]), int(truth["pair"][i])
+        drawn = violations.make_pair(looks, (0, 5), name, index)
+        assert drawn.onset == onset
+        for j, clip in enumerate((drawn.possible, drawn.impossible)):
+            assert np.abs(pair[j] - clip.video).mean() < 8
+            render.write_video(tmp_path / f"{j}.mp4", clip.video)
+        usual = [frames_of(tmp_path / f"{j}.mp4")[:onset] for j in (0, 1)]
+        leaks += np.any(usual[0] != usual[1])
+    assert leaks > 0
+
+
+def test_play_is_a_share_of_the_clips_and_leaves_the_others_as_they_are(with_pairs):
+    truth = np.load(with_pairs / "pretrain.npz")
+    config = pair_world(with_pairs)
+    is_play = np.array([play.is_play(0.5, (0, 0), i) for i in range(30)])
+    assert 5 < is_play.sum() < 25
+    np.testing.assert_array_equal(truth["label"] == play.LABEL, is_play)
+    assert truth["position"].shape == (30, 12, 2, 2)
+    looks = world.World(size=16, num_frames=12)
+    split = render.splits(config)[0]
+    for index in range(6):
+        clip = split.make_clip(looks, index)
+        if is_play[index]:
+            wanted = play.make_play(looks, split.seed, index)
+        else:
+            wanted = world.make_clip(looks, split.seed, index)
+        np.testing.assert_array_equal(clip.video, wanted.video)
+    # None of the splits that probes are fitted and judged on has any.
+    assert [s.play_fraction for s in render.splits(config)[1:]] == [0] * 4

@@ -131,6 +131,9 @@ def get_config() -> ConfigDict:
     config.world.probe_test_videos = 880  # labelled videos to judge probes
     config.world.hidden_train_videos = 1000  # videos of occlusions, to fit
     config.world.hidden_test_videos = 500  # videos of occlusions, to judge
+    config.world.play_fraction = 0.0  # of pretrain_videos: several objects, 0..1
+    # Possible and impossible clips per property, for intuitive physics; even.
+    config.world.physics_pairs = 0
     config.world.size = 32  # side in pixels, even
     config.world.num_frames = 16  # frames per video
 
@@ -368,6 +371,11 @@ def _validate_world(world: ConfigDict) -> None:
     for key in world:
         if key.endswith("_videos"):
             _require(world[key] > 0, f"world.{key}", world[key], "give 1 or more")
+    share, pairs = world.play_fraction, world.physics_pairs
+    mend = "give a number from 0 to 1"
+    _require(0 <= share <= 1, "world.play_fraction", share, mend)
+    mend = "give 0 or an even number, since pairs come as twins"
+    _require(pairs >= 0 and pairs % 2 == 0, "world.physics_pairs", pairs, mend)
 
 
 def _validate_mask(prefix: str, spec: ConfigDict) -> None:

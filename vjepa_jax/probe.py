@@ -14,7 +14,6 @@ import sys
 import time
 from typing import Any
 
-import jax
 from absl import flags
 from etils import epath
 
@@ -69,8 +68,6 @@ def probe(config: ConfigDict, path: str) -> dict[str, Any]:
     began = time.perf_counter()
     model = frozen.load(path, None if config.step < 0 else config.step)
     results = registry.evaluate(model, config)
-    if jax.process_index():
-        return results
     seconds = {"probe": time.perf_counter() - began}
     if config.evaluation == "world":
         _draw(model, config.seed, pathlib.Path(path))

@@ -17,6 +17,7 @@ OPERATIONAL = (
     "data.accept_change",
     "data.path",
     "world.path",
+    "world.physics_pairs",
     "teacher.step",
     "optim.max_skipped_in_row",
     "model.scan_layers",

@@ -3,6 +3,10 @@
 A world is a folder of splits. Each split has H.264 files, a list of `path label` lines
 and the ground truth of every frame (`.npz`); `world.json`, written last, says that all
 is there. Rendering is deterministic, skips files that exist, and may be interrupted.
+
+The split `physics` holds matched pairs, a possible clip and an impossible one after the
+other; their label says which is possible, and `physics.npz` holds `property` (a name),
+`pair`, `possible` and `onset` (the first frame that differs) of every clip.
 """
 
 import concurrent.futures
@@ -18,28 +22,59 @@ import av
 import numpy as np
 import tqdm
 
-from vjepa_jax.data import world
+from vjepa_jax.data import play, violations, world
 from vjepa_jax.default_config import ConfigDict, UserError
 
 MANIFEST = "world.json"
 FPS = 12
+PHYSICS = "physics"  # the split of matched pairs
 _CHUNK = 64  # clips per task of a rendering process
+# Keys of `config.world` that came later, and what worlds without them are.
+_ADDED = {"play_fraction": 0.0, "physics_pairs": 0}
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """A part of the world: its name, its clips and the classes they take in turn."""
+    """A part of the world.
+
+    Attributes:
+      name: of its folder and list.
+      num_videos: in it.
+      seed: of its clips.
+      classes: that its clips take in turn.
+      play_fraction: share of the clips that are play instead, see `data.play`.
+    """
 
     name: str
     num_videos: int
     seed: tuple[int, int]
     classes: tuple[str, ...] = world.CLASSES
+    play_fraction: float = 0.0
+
+    def make_clip(self, looks: world.World, index: int) -> world.Clip:
+        """Make a clip, whose ground truth is of the main object and the companions."""
+        if not play.is_play(self.play_fraction, self.seed, index):
+            return world.make_clip(looks, self.seed, index, self.classes)
+        clip = play.make_play(looks, self.seed, index)
+        # As many objects as the other clips have, to be stored in one array with them.
+        shown = slice(1 + looks.num_companions)
+        return dataclasses.replace(
+            clip,
+            position=clip.position[:, shown],
+            velocity=clip.velocity[:, shown],
+            visibility=clip.visibility[:, shown],
+        )
 
 
 def splits(config: ConfigDict) -> list[Split]:
     """List the splits of a world; each has random numbers of its own."""
     return [
-        Split("pretrain", config.pretrain_videos, (config.seed, 0)),
+        Split(
+            "pretrain",
+            config.pretrain_videos,
+            (config.seed, 0),
+            play_fraction=config.play_fraction,
+        ),
         Split("probe_train", config.probe_train_videos, (config.seed, 1)),
         Split("probe_test", config.probe_test_videos, (config.seed, 2)),
         Split("hidden_train", config.hidden_train_videos, (config.seed, 3), ("hide",)),
@@ -47,13 +82,24 @@ def splits(config: ConfigDict) -> list[Split]:
     ]
 
 
-def write_video(path: pathlib.Path, video: np.ndarray, fps: int = FPS) -> None:
-    """Write uint8 [T, H, W, 3] as H.264; the file appears under its name when whole."""
+def write_video(
+    path: pathlib.Path, video: np.ndarray, fps: int = FPS, is_causal: bool = False
+) -> None:
+    """Write uint8 [T, H, W, 3] as H.264; the file appears under its name when whole.
+
+    Args:
+      path: of the file.
+      video: its frames.
+      fps: frames per second.
+      is_causal: no frame depends on a later one, so that videos which begin alike are
+        decoded alike up to where they part; the file is a little larger.
+    """
     temporary = path.with_suffix(f".{os.getpid()}.part")
+    options = {"crf": "12", "preset": "veryfast"}
+    if is_causal:
+        options["tune"] = "zerolatency"  # neither B-frames nor a look ahead
     with av.open(str(temporary), "w", format="mp4") as container:
-        stream = container.add_stream(
-            "libx264", rate=Fraction(fps), options={"crf": "12", "preset": "veryfast"}
-        )
+        stream = container.add_stream("libx264", rate=Fraction(fps), options=options)
         stream.height, stream.width = video.shape[1:3]
         stream.pix_fmt = "yuv420p"
         # The pool has a process per core already.
@@ -71,13 +117,37 @@ def _render_chunk(
     """Render clips and return their ground truth, stacked."""
     clips = []
     for index in indices:
-        clip = world.make_clip(looks, split.seed, index, split.classes)
+        clip = split.make_clip(looks, index)
         path = folder / f"{index:06d}.mp4"
         if not path.exists():
             write_video(path, clip.video)
         clips.append(clip)
     fields = ("position", "velocity", "visibility", "label")
     return {name: np.stack([getattr(c, name) for c in clips]) for name in fields}
+
+
+def _render_pairs(
+    folder: pathlib.Path,
+    looks: world.World,
+    seed: tuple[int, int],
+    pairs: list[tuple[str, int]],
+) -> dict[str, np.ndarray]:
+    """Render pairs, given as (property, index); return what `physics.npz` holds."""
+    rows = []
+    for name, index in pairs:
+        pair = violations.make_pair(looks, seed, name, index)
+        for is_possible, clip in ((1, pair.possible), (0, pair.impossible)):
+            path = folder / _pair_file(name, index, is_possible)
+            if not path.exists():
+                write_video(path, clip.video, is_causal=True)
+            rows.append((name, index, is_possible, pair.onset))
+    fields = zip(*rows, strict=True)
+    names = "property", "pair", "possible", "onset"
+    return {k: np.array(v) for k, v in zip(names, fields, strict=True)}
+
+
+def _pair_file(name: str, index: int, is_possible: int) -> str:
+    return f"{name}_{index:04d}_{'possible' if is_possible else 'impossible'}.mp4"
 
 
 def render_world(config: ConfigDict) -> bool:
@@ -104,6 +174,11 @@ def render_world(config: ConfigDict) -> bool:
             )
     if manifest.exists():
         return False
+    if config.physics_pairs and config.num_frames < violations.MIN_FRAMES:
+        raise UserError(
+            f"config.world.physics_pairs={config.physics_pairs}: pairs need "
+            f"world.num_frames of {violations.MIN_FRAMES} or more"
+        )
     try:
         root.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
@@ -111,7 +186,8 @@ def render_world(config: ConfigDict) -> bool:
     began = time.perf_counter()
     if not started.exists():
         started.write_text(json.dumps({"world": described}))
-    total = sum(split.num_videos for split in splits(config))
+    pairs = [(n, i) for n in violations.PROPERTIES for i in range(config.physics_pairs)]
+    total = sum(split.num_videos for split in splits(config)) + 2 * len(pairs)
     context = multiprocessing.get_context("spawn")
     with (
         concurrent.futures.ProcessPoolExecutor(mp_context=context) as pool,
@@ -119,6 +195,8 @@ def render_world(config: ConfigDict) -> bool:
     ):
         for split in splits(config):
             _render_split(root, looks, split, pool, progress)
+        if pairs:
+            _render_physics(root, looks, (config.seed, 5), pairs, pool, progress)
     seconds = time.perf_counter() - began
     started.write_text(json.dumps({"world": described, "seconds": seconds}))
     started.replace(manifest)
@@ -128,7 +206,7 @@ def render_world(config: ConfigDict) -> bool:
 def _read_manifest(path: pathlib.Path) -> dict | None:
     """Return the settings in a manifest; None where a kill left half of one."""
     try:
-        return json.loads(path.read_text())["world"]
+        return _ADDED | json.loads(path.read_text())["world"]
     except ValueError:
         return None
 
@@ -139,18 +217,31 @@ def render_seconds(path: str) -> float:
 
 
 def _render_split(root, looks, split: Split, pool, progress) -> None:
-    folder = root / split.name
-    folder.mkdir(exist_ok=True)
-    chunks = [
-        range(i, min(i + _CHUNK, split.num_videos))
-        for i in range(0, split.num_videos, _CHUNK)
-    ]
-    futures = [pool.submit(_render_chunk, folder, looks, split, c) for c in chunks]
-    for future, chunk in zip(futures, chunks, strict=True):
-        count = len(chunk)
-        future.add_done_callback(lambda _, n=count: progress.update(n))
-    parts = [future.result() for future in futures]
-    truth = {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
-    np.savez_compressed(root / f"{split.name}.npz", **truth)
+    indices = range(split.num_videos)
+    truth = _collect(root, split.name, indices, pool, progress, 1, looks, split)
     lines = [f"{split.name}/{i:06d}.mp4 {k}\n" for i, k in enumerate(truth["label"])]
     (root / f"{split.name}.csv").write_text("".join(lines))
+
+
+def _render_physics(root, looks, seed, pairs, pool, progress) -> None:
+    truth = _collect(root, PHYSICS, pairs, pool, progress, 2, looks, seed)
+    rows = zip(*(truth[k] for k in ("property", "pair", "possible")), strict=True)
+    lines = [f"{PHYSICS}/{_pair_file(*row)} {row[-1]}\n" for row in rows]
+    (root / f"{PHYSICS}.csv").write_text("".join(lines))
+
+
+def _collect(root, name, items, pool, progress, videos_per_item, *what):
+    """Render a split in chunks of its items; write and return the ground truth."""
+    folder = root / name
+    folder.mkdir(exist_ok=True)
+    task = _render_pairs if name == PHYSICS else _render_chunk
+    futures = []
+    for start in range(0, len(items), _CHUNK):
+        chunk = items[start : start + _CHUNK]
+        futures.append(pool.submit(task, folder, *what, chunk))
+        count = len(chunk) * videos_per_item
+        futures[-1].add_done_callback(lambda _, n=count: progress.update(n))
+    parts = [future.result() for future in futures]
+    truth = {key: np.concatenate([p[key] for p in parts]) for key in parts[0]}
+    np.savez_compressed(root / f"{name}.npz", **truth)
+    return truth

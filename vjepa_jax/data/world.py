@@ -185,13 +185,13 @@ def draw_motion(
     return Motion(velocity, spin, growth, gravity, behind)
 
 
-def _collide(position, velocity, radius, mass, walls, contacts):
+def _collide(position, velocity, radius, mass):
     """Reflect at walls and exchange momentum between touching pairs, in place."""
-    for axis in range(2) if walls else ():
+    for axis in range(2):
         low = (position[:, axis] < radius) & (velocity[:, axis] < 0)
         high = (position[:, axis] > 1 - radius) & (velocity[:, axis] > 0)
         velocity[low | high, axis] *= -1
-    for i in range(len(radius)) if contacts else ():
+    for i in range(len(radius)):
         for j in range(i):
             between = position[i] - position[j]
             distance = math.hypot(*between)
@@ -209,17 +209,13 @@ def advance(
     radius: np.ndarray,
     mass: np.ndarray,
     gravity: float = 0.0,
-    walls: bool = True,
-    contacts: bool = True,
 ) -> None:
-    """Integrate one frame, in place.
+    """Integrate one frame, in place: free flight, and elastic walls and contacts.
 
     Args:
       position, velocity: [K, 2]; lengths in sides, time in frames.
       radius, mass: [K].
       gravity: downwards, sides per frame squared.
-      walls: objects are reflected at the frame's edges.
-      contacts: objects are reflected at each other.
     """
     dt = 1 / _SUBSTEPS
     for _ in range(_SUBSTEPS):
@@ -227,7 +223,7 @@ def advance(
         velocity[:, 1] += gravity * dt / 2
         position += velocity * dt
         velocity[:, 1] += gravity * dt / 2
-        _collide(position, velocity, radius, mass, walls, contacts)
+        _collide(position, velocity, radius, mass)
 
 
 def simulate(world: World, scene: Scene, motion: Motion):

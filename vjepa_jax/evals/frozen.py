@@ -56,7 +56,10 @@ class Frozen:
         missing = -count % self.mesh.size
         video = np.pad(video, [(0, missing)] + [(0, 0)] * (video.ndim - 1))
         with jax.set_mesh(self.mesh), nn.logical_axis_rules(sharding.RULES):
-            placed = jax.device_put(video, sharding.batch_sharding(self.mesh))
+            over_devices = sharding.batch_sharding(self.mesh)
+            placed = jax.make_array_from_callback(
+                video.shape, over_devices, video.__getitem__
+            )
             found = function(self.params, placed, **static)
             found = multihost_utils.process_allgather(found, tiled=True)
             return jax.tree.map(lambda x: x[:count], found)
@@ -241,6 +244,8 @@ def load(path: str, step: int | None = None, mesh: Mesh | None = None) -> Frozen
     video_shape = tuple(meta["video_shape"])
     mesh = sharding.make_mesh() if mesh is None else mesh
     init = _make_init(encoder, predictor, video_shape)
+    # From the host: devices of several processes do not take each other's arrays.
+    params = jax.tree.map(np.asarray, params)
     placed = jax.device_put(params, sharding.state_shardings(init, mesh))
     return Frozen(encoder, predictor, placed, config, video_shape, mesh)
 
@@ -250,11 +255,15 @@ def random_init(frozen: Frozen, seed: int) -> Frozen:
 
     Its target encoder is its online encoder, as at the start of a run.
     """
-    init = _make_init(frozen.encoder, frozen.predictor, frozen.video_shape)
-    key = jax.random.key(seed)
-    shardings = sharding.state_shardings(init, frozen.mesh)
-    params = nn.unbox(jax.jit(init, out_shardings=shardings)(key))
+    parts = frozen.encoder, frozen.predictor, frozen.video_shape, frozen.mesh
+    params = nn.unbox(_compiled_init(*parts)(jax.random.key(seed)))
     return dataclasses.replace(frozen, params=params)
+
+
+@functools.lru_cache(maxsize=2)  # of many seeds, the first alone is compiled
+def _compiled_init(encoder, predictor, video_shape, mesh):
+    init = _make_init(encoder, predictor, video_shape)
+    return jax.jit(init, out_shardings=sharding.state_shardings(init, mesh))
 
 
 def _make_init(encoder, predictor, video_shape):

@@ -1,0 +1,281 @@
+"""Videos of possible and impossible events: the folders of the benchmarks.
+
+A group is what is compared: a possible and an impossible video, or the two of each that
+make a quadruplet of IntPhys. Frames are resized as a whole, nothing is cropped.
+"""
+
+import csv
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Callable
+
+import numpy as np
+
+from vjepa_jax.data import decode, render
+from vjepa_jax.default_config import UserError
+
+# Its 16 properties in the order of the reference evaluation.
+GRASP_PROPERTIES = (
+    "Collision",
+    "Continuity",
+    "Gravity",
+    "GravityContinuity",
+    "GravityInertia",
+    "GravityInertia2",
+    "GravitySupport",
+    "Inertia",
+    "Inertia2",
+    "ObjectPermanence",
+    "ObjectPermanence2",
+    "ObjectPermanence3",
+    "SolidityContinuity",
+    "SolidityContinuity2",
+    "Unchangeableness",
+    "Unchangeableness2",
+)
+INFLEVEL_PROPERTIES = ("continuity", "solidity", "gravity")
+INTPHYS_PROPERTIES = ("O1", "O2", "O3")
+
+
+@dataclasses.dataclass(frozen=True)
+class Video:
+    """A video file, or a folder of frames.
+
+    Attributes:
+      path: of it.
+      is_possible: what it shows; None where that is not published.
+      start: frames left out at the beginning.
+    """
+
+    path: pathlib.Path
+    is_possible: bool | None
+    start: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Videos of one scene.
+
+    Attributes:
+      property: what the impossible ones break.
+      videos: a possible and an impossible one, or two of each.
+      is_end_aligned: the videos are cut at the beginning to the length of the shorter.
+    """
+
+    property: str
+    videos: tuple[Video, ...]
+    is_end_aligned: bool = False
+
+
+def open_groups(dataset: str, path: str, lists: str = "") -> list[Group]:
+    """List the groups of a data set.
+
+    Args:
+      dataset: `world`, `intphys`, `grasp` or `inflevel`.
+      path: its folder.
+      lists: folder of InfLevel's lists, `PROPERTY.csv`; "": `path`.
+
+    Raises:
+      UserError: there is no such data set, or the folder is none of it.
+    """
+    if dataset not in _LAYOUTS:
+        known = ", ".join(_LAYOUTS)
+        raise UserError(f"config.dataset={dataset!r}: known: {known}")
+    root = pathlib.Path(path)
+    if not root.is_dir():
+        raise UserError(f"config.path={path!r} is not a folder")
+    groups = _LAYOUTS[dataset](root, pathlib.Path(lists or path))
+    if not groups:
+        raise UserError(f"no videos of {dataset} in {path}: see docs/physics.md")
+    return groups
+
+
+def _world(root: pathlib.Path, lists: pathlib.Path) -> list[Group]:
+    """The split `physics` of a world, see `data.render`."""
+    del lists
+    truth_path = root / f"{render.PHYSICS}.npz"
+    if not truth_path.exists():
+        raise UserError(
+            f"{truth_path} is missing: render a world with world.physics_pairs "
+            "(python -m vjepa_jax.data.prepare --config=...)"
+        )
+    names = (root / f"{render.PHYSICS}.csv").read_text().split("\n")
+    paths = [root / name.rsplit(" ", 1)[0] for name in names if name]
+    with np.load(truth_path) as truth:
+        rows = zip(paths, truth["property"], truth["possible"], strict=True)
+        videos = [(str(name), Video(p, bool(possible))) for p, name, possible in rows]
+    return [
+        Group(name, (video, other))
+        for (name, video), (_, other) in zip(videos[::2], videos[1::2], strict=True)
+    ]
+
+
+def _intphys(root: pathlib.Path, lists: pathlib.Path) -> list[Group]:
+    """O1/SCENE/1..4/scene/*.png, and status.json where labels are published."""
+    del lists
+    groups = []
+    for name in INTPHYS_PROPERTIES:
+        for scene in _folders(root / name):
+            videos = []
+            for folder in _folders(scene):
+                status, label = folder / "status.json", None
+                if status.exists():
+                    label = bool(
+                        json.loads(status.read_text())["header"]["is_possible"]
+                    )
+                videos.append(Video(folder / "scene", label))
+            labels = [video.is_possible for video in videos]
+            if len(videos) != 4 or labels.count(True) != labels.count(False):
+                raise UserError(f"{scene} does not hold a quadruplet of IntPhys")
+            groups.append(Group(name, tuple(videos)))
+    return groups
+
+
+def _grasp(root: pathlib.Path, lists: pathlib.Path) -> list[Group]:
+    """P_PROPERTY/SCENE and IP_PROPERTY/SCENE."""
+    del lists
+    groups = []
+    for name in GRASP_PROPERTIES:
+        folders = [root / f"{kind}_{name}" for kind in ("P", "IP")]
+        if not any(folder.is_dir() for folder in folders):
+            continue
+        scenes = [set(os.listdir(f)) if f.is_dir() else set() for f in folders]
+        if scenes[0] != scenes[1]:
+            odd = min(scenes[0] ^ scenes[1])
+            raise UserError(f"{odd} is in only one of {folders[0]} and {folders[1]}")
+        for scene in sorted(scenes[0]):
+            pair = Video(folders[0] / scene, True), Video(folders[1] / scene, False)
+            groups.append(Group(name, pair))
+    return groups
+
+
+def _inflevel(root: pathlib.Path, lists: pathlib.Path) -> list[Group]:
+    """Pairs of the lists PROPERTY.csv, without the priming part of the videos."""
+    groups = []
+    for name in INFLEVEL_PROPERTIES:
+        path = lists / f"{name}.csv"
+        if not path.exists():
+            continue
+        with path.open(newline="") as file:
+            for row in csv.DictReader(file):
+                try:
+                    videos = [
+                        Video(
+                            root / row[f"{v}_path"],
+                            row[f"{v}_label"] == "possible",
+                            int(row[f"{v}_end_priming_2"]) + 1,
+                        )
+                        for v in ("vid1", "vid2")
+                    ]
+                except (KeyError, ValueError, TypeError) as error:
+                    raise UserError(
+                        f"{path}: not a list of InfLevel ({error})"
+                    ) from None
+                groups.append(Group(name, tuple(videos), is_end_aligned=True))
+    return groups
+
+
+def _folders(path: pathlib.Path) -> list[pathlib.Path]:
+    if not path.is_dir():
+        return []
+    return sorted(child for child in path.iterdir() if child.is_dir())
+
+
+_LAYOUTS: dict[str, Callable[[pathlib.Path, pathlib.Path], list[Group]]] = {
+    "world": _world,
+    "intphys": _intphys,
+    "grasp": _grasp,
+    "inflevel": _inflevel,
+}
+
+
+def read_group(
+    group: Group, *, size: int, frame_step: int, max_frames: int = 0
+) -> list[np.ndarray]:
+    """Read the videos of a group, every frame resized to a square as a whole.
+
+    Args:
+      group: what to read.
+      size: side of the output in pixels, S.
+      frame_step: one frame in so many is kept, from the first one on.
+      max_frames: of the file that count; 0: all. A last step that is not whole then
+        is left out, as by the reference evaluation (49 frames of 99 with step 2).
+
+    Returns:
+      uint8 [n, S, S, 3] of each video.
+
+    Raises:
+      UserError: a video cannot be read.
+    """
+    try:
+        counts = [_count_frames(video.path) - video.start for video in group.videos]
+        shortest = min(counts)
+        out = []
+        for video, count in zip(group.videos, counts, strict=True):
+            first = video.start
+            if group.is_end_aligned:
+                first, count = first + count - shortest, shortest
+            if max_frames:
+                count = min(count, max_frames // frame_step * frame_step)
+            frames = range(first, first + count, frame_step)
+            out.append(_read_frames(video.path, frames, size))
+    except decode.DecodeError as error:
+        raise UserError(f"{error}: repair it, or leave its group out") from None
+    return out
+
+
+def _whole(height: int, width: int) -> tuple[int, int, int, int]:
+    return 0, 0, height, width
+
+
+def _frame_files(folder: pathlib.Path) -> list[pathlib.Path]:
+    return sorted(folder.iterdir())
+
+
+def _count_frames(path: pathlib.Path) -> int:
+    if path.is_dir():
+        return len(_frame_files(path))
+    return decode.inspect(str(path)).frames
+
+
+def _read_frames(path: pathlib.Path, frames: range, size: int) -> np.ndarray:
+    how = {"frame_step": 1, "size": size, "crop": _whole}
+    if not len(frames):
+        return np.empty((0, size, size, 3), np.uint8)
+    if path.is_dir():
+        files = [_frame_files(path)[i] for i in frames]
+        return np.concatenate(
+            [decode.read_clip(str(f), num_frames=1, **how) for f in files]
+        )
+    num_frames = decode.inspect(str(path)).frames
+    return decode.read_clip(str(path), num_frames=num_frames, **how)[
+        frames.start : frames.stop : frames.step
+    ]
+
+
+def matched_pairs(group: Group, videos: list[np.ndarray]) -> list[tuple[int, int]]:
+    """Return which possible video is compared with which impossible one.
+
+    Of a quadruplet, those that begin alike the longest.
+
+    Args:
+      group: of labelled videos.
+      videos: from `read_group`.
+
+    Returns:
+      (place of the possible one, place of the impossible one) of each pair.
+    """
+    possible = [i for i, video in enumerate(group.videos) if video.is_possible]
+    impossible = [i for i, video in enumerate(group.videos) if not video.is_possible]
+    first = max(impossible, key=lambda j: shared_frames(videos[possible[0]], videos[j]))
+    rest = [j for j in impossible if j != first]
+    return [*zip(possible, [first, *rest], strict=True)]
+
+
+def shared_frames(one: np.ndarray, other: np.ndarray) -> int:
+    """Return how many frames two videos have in common from their beginning on."""
+    count = min(len(one), len(other))
+    differs = np.any(one[:count] != other[:count], axis=(1, 2, 3))
+    return int(np.argmax(differs)) if differs.any() else count
