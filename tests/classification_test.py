@@ -152,14 +152,15 @@ def test_grid_equals_heads_trained_one_by_one(rng, kind):
     assert at_once.heads == [plan[:2] for plan in plans]
     for number, (peak, decay, start, warmup, share) in enumerate(plans):
         params = jax.tree.map(lambda x, i=number: x[i], initial)
-        moments = adam.init(params)
+        moments = jax.jit(adam.init)(params)
         for step, batch in enumerate(batches):
             rate = learning_rate(peak, start, warmup, step)
             cosine = 0.5 * (1 + np.cos(np.pi * (step + 1) / steps))
             decayed = decay * (share + (1 - share) * cosine)
             params, moments = reference(params, moments, batch, rate, decayed)
         for grid in grids:
-            trained = jax.tree.map(lambda x, i=number: x[i], grid.state[0])
+            trained = jax.device_get(grid.state[0])
+            trained = jax.tree.map(lambda x, i=number: x[i], trained)
             jax.tree.map(
                 # Adam divides small gradients by their size: rounding grows.
                 lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4),
@@ -186,7 +187,10 @@ def test_head_computes_the_same_in_other_ways(rng):
     tokens = rng.normal(size=(2, 6, 16)).astype(np.float32)
     head = AttentiveClassifier(5, num_heads=2, depth=2)
     params = nn.unbox(jax.jit(head.init)(jax.random.key(0), tokens))
-    params = jax.tree.map(lambda x: x + rng.normal(0, 0.2, x.shape), params)
+    params = jax.device_get(params)
+    params = jax.tree.map(
+        lambda x: x + rng.normal(0, 0.2, x.shape).astype(x.dtype), params
+    )
 
     def of(head):
         def total(params):
@@ -203,7 +207,7 @@ def test_head_computes_the_same_in_other_ways(rng):
         again,
         gradient,
     )
-    rounded = head.clone(dtype="bfloat16").apply(params, tokens)
+    rounded = jax.jit(head.clone(dtype="bfloat16").apply)(params, tokens)
     assert rounded.dtype == jnp.float32
     error = np.abs(rounded - logits).max() / np.abs(logits).max()
     assert 1e-5 < error < 0.05
