@@ -93,7 +93,7 @@ def test_batches_have_shape_type_and_variety(source):
 def test_batch_holds_one_stream_of_one_array(source):
     with make_iterator(source) as batches:
         batch = next(batches)
-        assert list(batch) == ["video"] and list(batch["video"]) == ["video"]
+        assert list(batch) == ["video", "index"] and list(batch["video"]) == ["video"]
         assert batches.step == 1
 
 
@@ -125,6 +125,24 @@ def test_every_video_comes_once_per_epoch_in_new_order(source):
     epochs = [tuple(order[i : i + NUM_VIDEOS]) for i in range(0, 44, NUM_VIDEOS)]
     assert all(sorted(epoch) == list(range(NUM_VIDEOS)) for epoch in epochs)
     assert len(set(epochs)) == 4
+
+
+def test_index_names_the_video_that_was_read_in_the_end(tmp_path, folder):
+    source = make_list(tmp_path, folder, bad=(2, 5))
+    reading = Reading(Sampling(12, frame_step=1), resolution=32)
+    whole = {"crop_scale": (1.0, 1.0), "crop_aspect_ratio": (1.0, 1.0)}
+    transform = ClipTransform(32, **whole, flip_probability=0)
+    seen = set()
+    with make_iterator(source, reading=reading, transform=transform) as batches:
+        for _ in range(6):
+            batch = next(batches)
+            for clip, index in zip(
+                batch["video"]["video"], batch["index"], strict=True
+            ):
+                wanted = video_files.decode_plainly(source[int(index)].path)
+                np.testing.assert_array_equal(clip, wanted)
+            seen |= set(batch["index"].tolist())
+    assert seen == set(range(NUM_VIDEOS)) - {2, 5}
 
 
 def test_fewer_videos_than_a_batch_are_enough(source):
@@ -412,6 +430,17 @@ def test_read_all_pads_the_last_batch_if_asked(tmp_path, folder):
     assert last["valid"].tolist() == [True, True, True, False]
     assert last["index"].tolist() == [8, 9, 10, -1]
     assert last["label"].tolist() == [8, 9, 10, 0]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_videos_are_read_in_a_given_order(source, num_workers):
+    plain = np.concatenate([b["video"]["video"] for b in read_all(source)])
+    order = np.array([3, 3, 10, 0, 7, 3])
+    found = read_all(source, order=order, num_workers=num_workers)
+    assert [len(batch["index"]) for batch in found] == [4, 2]
+    np.testing.assert_array_equal(concatenate(found, "index"), order)
+    clips = np.concatenate([np.array(b["video"]["video"]) for b in found])
+    np.testing.assert_array_equal(clips, plain[order])
 
 
 def test_reasons_fit_the_report():

@@ -221,6 +221,9 @@ def make_train_iterator(
 class TrainIterator(Iterator):
     """Yields `{"video": {"video": uint8 [B, T, H, W, 3]}}`, B being clips per process.
 
+    Under `index` stand the records that the clips are of, int64 [videos]; one that was
+    unreadable is replaced there too.
+
     Close it, or use it as a context manager, to end its workers. With workers, batches
     lie in shared memory until they are dropped; those that outlive the iterator make
     Python warn of leaked shared memory at exit.
@@ -257,8 +260,12 @@ class TrainIterator(Iterator):
         batch = next(self._batches)
         self._bad_videos.account(batch["tried"], batch["reasons"], self.step)
         self.step += 1
-        video = batch["video"]
-        return {"video": {"video": video.reshape(-1, *video.shape[2:])}}
+        video, tried = batch["video"], batch["tried"]
+        num_tried = (tried >= 0).sum(1)
+        return {
+            "video": {"video": video.reshape(-1, *video.shape[2:])},
+            "index": tried[np.arange(len(tried)), num_tried - 1],
+        }
 
     def close(self) -> None:
         """Ends the workers; the iterator is of no use afterwards."""

@@ -63,6 +63,7 @@ def read_all(
     worker_timeout_secs: float = 300.0,
     views: Sequence[Crop] = (central_box,),
     padded: bool = False,
+    order: np.ndarray | None = None,
 ) -> Iterator[Batch]:
     """Reads every video once, in order, as an evaluation does: nothing is drawn.
 
@@ -76,6 +77,8 @@ def read_all(
       views: crops of every clip, see `decode.read_clips`; picklable.
       padded: fill the last batch up to `batch_size` with invalid rows, for compiled
         functions of one shape; otherwise the last batch may be smaller.
+      order: int `[n]`, the videos to read, as often and in the order as they stand
+        there, such as epochs of a training; None: every video once, in order.
 
     Yields:
       `{"video": {"video": uint8 [B, K, T, H, W, 3]}, "label": int64 [B], "index": int64
@@ -84,10 +87,14 @@ def read_all(
       padding are zeros with `valid` False; the padding's index is -1.
     """
     work_log = WorkLog()
+    if order is None:
+        numbers = grain.MapDataset.range(len(source))
+    else:
+        numbers = grain.MapDataset.source(np.asarray(order, np.int64))
 
     def open_batches(step: int, quarantined: Mapping[int, str]) -> Iterator:
         read_clips = _ReadEvalClips(source, reading, views, quarantined, work_log)
-        indices = grain.MapDataset.range(len(source)).batch(batch_size)
+        indices = numbers.batch(batch_size)
         dataset = indices.map(read_clips)[step:]
         return iter(decoded_ahead(dataset, num_workers, batches_ahead, work_log))
 

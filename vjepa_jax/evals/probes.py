@@ -5,17 +5,15 @@ read-outs see averages over tokens, on which untrained features are poor; the at
 probe pools with a learned query, as V-JEPA does (paper §4.2).
 """
 
-import functools
 from collections.abc import Sequence
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from sklearn.linear_model import LogisticRegression, RidgeCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from vjepa_jax import sharding
+from vjepa_jax.evals.head_grid import HeadGrid, Schedules
 from vjepa_jax.models.heads import AttentiveClassifier
 
 
@@ -119,57 +117,27 @@ def attentive_accuracy(
     mean, std = train.mean((0, 1)), train.std((0, 1)) + 1e-6
     train, test = (train - mean) / std, (test - mean) / std
     rng = np.random.default_rng(seed)
-    order = rng.permutation(len(train))
-    held_out, fit = np.split(order, [len(train) // 10])
-    head = AttentiveClassifier(int(train_labels.max()) + 1, num_heads)
-    steps = epochs * (len(fit) // batch_size)
-    tx = optax.inject_hyperparams(optax.adamw)(
-        learning_rate=0.0, weight_decay=weight_decay
+    held_out, fit = np.split(rng.permutation(len(train)), [len(train) // 10])
+    batches = max(1, len(fit) // batch_size)
+    grid = HeadGrid(
+        AttentiveClassifier(int(train_labels.max()) + 1, num_heads),
+        [Schedules(tuple(learning_rates), (weight_decay,))],
+        total_steps=epochs * batches,
+        token_shape=train.shape[1:],
+        seed=seed,
+        mesh=sharding.make_mesh(),
     )
-
-    def init(key):
-        params = head.init(key, jnp.asarray(train[:1]))["params"]
-        return params, tx.init(params)
-
-    def update(params, opt_state, rate, tokens, labels):
-        def loss_fn(params):
-            logits = head.apply({"params": params}, tokens)
-            return optax.softmax_cross_entropy_with_integer_labels(
-                logits, labels
-            ).mean()
-
-        opt_state.hyperparams["learning_rate"] = rate
-        updates, opt_state = tx.update(jax.grad(loss_fn)(params), opt_state, params)
-        return optax.apply_updates(params, updates), opt_state
-
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def update_all(params, opt_state, rates, tokens, labels):
-        each = jax.vmap(update, in_axes=(0, 0, 0, None, None))
-        return each(params, opt_state, rates, tokens, labels)
-
-    @jax.jit
-    def predict_all(params, tokens):
-        return jax.vmap(lambda p: head.apply({"params": p}, tokens).argmax(-1))(params)
-
-    peaks = np.asarray(learning_rates, np.float32)
-    keys = jax.random.split(jax.random.key(seed), len(peaks))
-    params, opt_state = jax.vmap(init)(keys)
-    for step in range(steps):
-        position = step % (len(fit) // batch_size)
-        if position == 0:
-            shuffled = rng.permutation(fit)
-        chosen = shuffled[position * batch_size : (position + 1) * batch_size]
-        rates = peaks * 0.5 * (1 + np.cos(np.pi * step / steps))
-        params, opt_state = update_all(
-            params, opt_state, rates, train[chosen], train_labels[chosen]
-        )
+    for _ in range(epochs):
+        shuffled = rng.permutation(fit)[: batches * batch_size]
+        for chosen in np.split(shuffled, batches):
+            grid.update(train[chosen], train_labels[chosen], np.ones(len(chosen)))
 
     def accuracies(tokens, labels):
         parts = [
-            np.asarray(predict_all(params, tokens[i : i + batch_size]))
+            grid.classify(tokens[i : i + batch_size, None])
             for i in range(0, len(tokens), batch_size)
         ]
-        return (np.concatenate(parts, axis=1) == labels).mean(1)
+        return (np.concatenate(parts, axis=1)[..., 0] == labels).mean(1)
 
     best = int(np.argmax(accuracies(train[held_out], train_labels[held_out])))
     return float(accuracies(test, test_labels)[best])

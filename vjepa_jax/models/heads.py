@@ -28,6 +28,7 @@ class AttentiveClassifier(nn.Module):
       outputs: (name, classes) of several linear layers, each with a learned query of
         its own, instead of the one of `num_classes` (V-JEPA 2's action anticipation).
       complete_block: False leaves cross-attention without norms, residuals and MLP.
+      remat, dtype: see `layers.Stack`; the linear layers on top compute in float32.
     """
 
     num_classes: int
@@ -36,6 +37,8 @@ class AttentiveClassifier(nn.Module):
     blocks_on_query: bool = False
     complete_block: bool = True
     outputs: tuple[tuple[str, int], ...] = ()
+    remat: str = "none"
+    dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array | dict[str, jax.Array]:
@@ -51,10 +54,13 @@ class AttentiveClassifier(nn.Module):
                 self.num_heads,
                 4 * width,
                 norm_eps=_NORM_EPS,
+                remat=self.remat,
+                dtype=self.dtype,
                 name="stack",
             )
             return stack(x)[0]
 
+        tokens = tokens.astype(self.dtype)
         x = tokens if self.blocks_on_query else blocks(tokens)
         x = self._cross_attend(x)
         x = blocks(x) if self.blocks_on_query else x
@@ -69,24 +75,42 @@ class AttentiveClassifier(nn.Module):
         batch, count, width = tokens.shape
         num = len(self.outputs) or 1
         query = self.param("query", nn.initializers.normal(0.02), (1, num, width))
-        y = _norm("norm1")(tokens) if self.complete_block else tokens
-        kv = _dense(2 * width, "kv")(y)
+        y = self._norm("norm1")(tokens) if self.complete_block else tokens
+        kv = self._dense(2 * width, "kv")(y)
         k, v = jnp.split(kv.reshape(batch, count, 2 * self.num_heads, -1), 2, axis=2)
-        q = _dense(width, "q")(query).reshape(1, num, self.num_heads, -1)
+        q = self._dense(width, "q")(query).reshape(1, num, self.num_heads, -1)
         q = jnp.broadcast_to(q, (batch, *q.shape[1:]))
         y = attention(q, k, v).reshape(batch, num, width)
         if self.blocks_on_query and self.is_initializing():
-            _dense(width, "proj")(y)
+            self._dense(width, "proj")(y)
         if not self.complete_block:
             return y
         x = query + y
-        y = _dense(4 * width, "fc1")(_norm("norm2")(x))
-        return x + _dense(width, "fc2")(nn.gelu(y, approximate=False))
+        y = self._dense(4 * width, "fc1")(self._norm("norm2")(x))
+        return x + self._dense(width, "fc2")(nn.gelu(y, approximate=False))
+
+    def _dense(self, features: int, name: str) -> nn.Dense:
+        return _dense(features, name, self.dtype)
+
+    def _norm(self, name: str) -> nn.LayerNorm:
+        return nn.LayerNorm(epsilon=_NORM_EPS, dtype=self.dtype, name=name)
 
 
-def _dense(features: int, name: str) -> nn.Dense:
-    return nn.Dense(features, kernel_init=nn.initializers.normal(0.02), name=name)
+class LinearClassifier(nn.Module):
+    """Classify the mean token with a linear layer.
+
+    Attributes:
+      num_classes: classes.
+    """
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """Map tokens [B, N, D] to logits [B, num_classes]."""
+        return _dense(self.num_classes, "linear")(tokens.mean(1))
 
 
-def _norm(name: str) -> nn.LayerNorm:
-    return nn.LayerNorm(epsilon=_NORM_EPS, name=name)
+def _dense(features: int, name: str, dtype: jnp.dtype = jnp.float32) -> nn.Dense:
+    init = nn.initializers.normal(0.02)
+    return nn.Dense(features, kernel_init=init, dtype=dtype, name=name)

@@ -1,0 +1,164 @@
+"""A grid of heads trains and classifies as its heads would one by one."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from sklearn.metrics import top_k_accuracy_score
+from step_setup import one_device
+
+from vjepa_jax import sharding
+from vjepa_jax.evals.head_grid import HeadGrid, Schedules
+from vjepa_jax.models.heads import AttentiveClassifier, LinearClassifier
+
+
+@pytest.mark.parametrize("kind", ["attentive", "linear"])
+def test_grid_equals_heads_trained_one_by_one(rng, kind):
+    """With warm-up, decay and clipping; also where some are in memory together."""
+    head = LinearClassifier(5)
+    if kind == "attentive":
+        head = AttentiveClassifier(5, num_heads=2)
+    groups = [
+        Schedules((3e-3,), (0.1, 0.8)),
+        Schedules((1e-2,), (0.5,), 1e-3, warmup_steps=2, final_weight_decay_share=0.1),
+    ]
+    steps, num_tokens = 4, 6
+    batches = [
+        (
+            rng.normal(size=(11, num_tokens, 8)).astype(np.float32),
+            rng.integers(0, 5, 11),
+            np.arange(11) != rng.integers(11),
+        )
+        for _ in range(steps)
+    ]
+
+    def make(groups, heads_at_once=0):
+        return HeadGrid(
+            head,
+            groups,
+            total_steps=steps,
+            token_shape=(num_tokens, 8),
+            seed=3,
+            mesh=sharding.make_mesh() if kind == "linear" else one_device(),
+            clip_norm=0.05,
+            heads_at_once=heads_at_once,
+        )
+
+    at_once = make(groups)
+    grids = [at_once] + [make(groups, heads_at_once=2)] * (kind == "linear")
+    initial = jax.tree.map(np.array, at_once.state[0])
+    for batch in batches:
+        for grid in grids:
+            grid.update(*batch)
+
+    adam = optax.scale_by_adam()
+
+    def loss_fn(params, tokens, labels, weights):
+        logits = head.apply({"params": params}, tokens)
+        each = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return (each * weights).sum() / jnp.maximum(weights.sum(), 1)
+
+    @jax.jit
+    def reference(params, moments, batch, rate, decay):
+        gradient = jax.grad(loss_fn)(params, *batch)
+        norm = jnp.sqrt(sum(jnp.square(g).sum() for g in jax.tree.leaves(gradient)))
+        gradient = jax.tree.map(lambda g: g * jnp.minimum(1, 0.05 / norm), gradient)
+        change, moments = adam.update(gradient, moments)
+        params = jax.tree.map(lambda p, u: p - rate * (u + decay * p), params, change)
+        return params, moments
+
+    def learning_rate(peak, start, warmup, step):
+        step += 1
+        if step < warmup:
+            return start + step / warmup * (peak - start)
+        return peak * 0.5 * (1 + np.cos(np.pi * (step - warmup) / (steps - warmup)))
+
+    plans = [(r, d, 0, 0, 1) for r in (3e-3,) for d in (0.1, 0.8)]
+    plans.append((1e-2, 0.5, 1e-3, 2, 0.1))
+    assert at_once.heads == [plan[:2] for plan in plans]
+    for number, (peak, decay, start, warmup, share) in enumerate(plans):
+        params = jax.tree.map(lambda x, i=number: x[i], initial)
+        moments = jax.jit(adam.init)(params)
+        for step, batch in enumerate(batches):
+            rate = learning_rate(peak, start, warmup, step)
+            cosine = 0.5 * (1 + np.cos(np.pi * (step + 1) / steps))
+            decayed = decay * (share + (1 - share) * cosine)
+            params, moments = reference(params, moments, batch, rate, decayed)
+        for grid in grids:
+            trained = jax.device_get(grid.state[0])
+            trained = jax.tree.map(lambda x, i=number: x[i], trained)
+            jax.tree.map(
+                # Adam divides small gradients by their size: rounding grows.
+                lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4),
+                trained,
+                params,
+            )
+
+
+def test_heads_start_differently():
+    grid = HeadGrid(
+        LinearClassifier(4),
+        [Schedules((1e-3,), (0.0, 0.0))],
+        total_steps=1,
+        token_shape=(2, 8),
+        seed=0,
+        mesh=sharding.make_mesh(),
+    )
+    kernel = np.asarray(grid.state[0]["linear"]["kernel"])
+    assert (kernel[0] != kernel[1]).mean() > 0.9
+
+
+def test_head_computes_the_same_in_other_ways(rng):
+    """In bfloat16 but for rounding, and with blocks computed anew in the backward."""
+    tokens = rng.normal(size=(2, 6, 16)).astype(np.float32)
+    head = AttentiveClassifier(5, num_heads=2, depth=2)
+    params = nn.unbox(jax.jit(head.init)(jax.random.key(0), tokens))
+    params = jax.device_get(params)
+    params = jax.tree.map(
+        lambda x: x + rng.normal(0, 0.2, x.shape).astype(x.dtype), params
+    )
+
+    def of(head):
+        def total(params):
+            logits = head.apply(params, tokens)
+            return jnp.square(logits).sum(), logits
+
+        return jax.jit(jax.grad(total, has_aux=True))(params)
+
+    gradient, logits = of(head)
+    again, same = of(head.clone(remat="full"))
+    np.testing.assert_allclose(same, logits, rtol=1e-5, atol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3),
+        again,
+        gradient,
+    )
+    rounded = jax.jit(head.clone(dtype="bfloat16").apply)(params, tokens)
+    assert rounded.dtype == jnp.float32
+    error = np.abs(rounded - logits).max() / np.abs(logits).max()
+    assert 1e-5 < error < 0.05
+
+
+def test_softmax_is_averaged_over_views(rng):
+    head = LinearClassifier(7)
+    mesh = sharding.make_mesh()
+    schedules = [Schedules((1e-3, 1e-2), (0.1,))]
+    grid = HeadGrid(
+        head, schedules, total_steps=1, token_shape=(5, 8), seed=1, mesh=mesh
+    )
+    # Far apart, so that a mean of softmax and one of logits do not agree.
+    tokens = rng.normal(0, 60, (59, 3, 5, 8)).astype(np.float32)
+    found = grid.classify(tokens, num_best=3)
+    for number in range(2):
+        params = jax.tree.map(lambda x, i=number: x[i], grid.state[0])
+        logits = np.asarray(head.apply({"params": params}, tokens.reshape(-1, 5, 8)))
+        shares = np.exp(logits - logits.max(-1, keepdims=True))
+        shares = (shares / shares.sum(-1, keepdims=True)).reshape(59, 3, 7).mean(1)
+        np.testing.assert_array_equal(found[number], np.argsort(-shares)[:, :3])
+        labels = rng.integers(0, 7, 59)
+        top = (found[number] == labels[:, None]).any(1).mean()
+        assert top == pytest.approx(
+            top_k_accuracy_score(labels, shares, k=3, labels=np.arange(7))
+        )

@@ -1,0 +1,150 @@
+"""Neighbours vote as scikit-learn's, few shots are few, health is what was written."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import video_files
+from sklearn.neighbors import KNeighborsClassifier
+
+from vjepa_jax import sharding
+from vjepa_jax.default_config import UserError
+from vjepa_jax.evals import health, neighbours, settings
+from vjepa_jax.evals.frozen import Frozen
+from vjepa_jax.models.encoder import VideoEncoder
+
+SIDE = 16
+
+
+@pytest.mark.parametrize("temperature", [0.07, 1.0])
+def test_votes_are_those_of_scikit_learn(rng, temperature):
+    train, test = (rng.normal(size=(n, 6)) for n in (90, 53))
+    labels, truth = (rng.integers(0, 7, n) for n in (90, 53))
+    ks = (1, 5, 20, 200)
+    found = neighbours.knn_accuracies(
+        train, labels, test, truth, ks, temperature, queries_at_once=20
+    )
+    assert set(found) == {f"knn_{k}_accuracy" for k in ks[:-1]}
+    for k in ks[:-1]:
+        model = KNeighborsClassifier(
+            k,
+            metric="cosine",
+            weights=lambda distance: np.exp((1 - distance) / temperature),
+        )
+        wanted = model.fit(train, labels).score(test, truth)
+        # One video of 53 may fall on the other side of a tie that rounding breaks.
+        assert abs(found[f"knn_{k}_accuracy"] - wanted) < 1.5 / 53
+
+
+def test_with_few_videos_all_of_them_vote(rng):
+    train, labels = rng.normal(size=(7, 3)), np.arange(7) % 2
+    found = neighbours.knn_accuracies(train, labels, train, labels, (10, 20), 0.07)
+    assert found == {"knn_7_accuracy": pytest.approx(1.0)}
+
+
+def test_few_shots_learn_what_there_is(rng):
+    centres = 5 * np.eye(4)
+    labels, truth = (np.repeat(np.arange(4), n) for n in (12, 30))
+    train, test = (
+        centres[y] + rng.normal(0, 0.3, (len(y), 4)) for y in (labels, truth)
+    )
+    arguments = ((1, 5), 6, int(rng.integers(99)))
+    found = neighbours.few_shot_accuracies(train, labels, test, truth, *arguments)
+    accuracies = [v for k, v in found.items() if k.endswith("accuracy")]
+    assert len(accuracies) == 4 and min(accuracies) > 0.95
+    noise = rng.normal(size=train.shape)
+    found = neighbours.few_shot_accuracies(noise, labels, test, truth, *arguments)
+    assert found["few_shot_1_linear_accuracy"] < 0.6
+    assert found["few_shot_1_nearest_mean_spread"] > 0
+
+
+def test_few_shots_use_so_many_labels_and_the_nearest_mean(rng):
+    """Of one video per class, the nearest mean is the nearest neighbour."""
+    train, test = rng.normal(size=(3, 5)), rng.normal(size=(40, 5))
+    labels, truth = np.arange(3), rng.integers(0, 3, 40)
+    found = neighbours.few_shot_accuracies(train, labels, test, truth, (1,), 2, 0)
+    (nearest,) = neighbours.knn_accuracies(
+        train, labels, test, truth, (1,), 0.07
+    ).values()
+    assert found["few_shot_1_nearest_mean_accuracy"] == pytest.approx(nearest)
+    assert found["few_shot_1_nearest_mean_spread"] == 0
+    with pytest.raises(UserError, match=r"has 1 videos in data\.train_path"):
+        neighbours.few_shot_accuracies(train, labels, test, truth, (1, 2), 2, 0)
+
+
+@pytest.mark.parametrize(("videos", "clips", "width"), [(2, 2, 3), (9, 4, 6)])
+def test_alignment_and_uniformity_are_their_definitions(rng, videos, clips, width):
+    tokens = rng.normal(size=(videos, clips, 3, width))
+    pooled = tokens.mean(2)
+    found = health.measure(tokens, pooled)
+    unit = pooled / np.linalg.norm(pooled, axis=-1, keepdims=True)
+    within, across = [], []
+    for i in range(videos):
+        for j in range(videos):
+            for a in range(clips):
+                for b in range(clips):
+                    distance = np.square(unit[i, a] - unit[j, b]).sum()
+                    if i == j and a < b:
+                        within.append(distance)
+                    if i < j and a == b:
+                        across.append(distance)
+    assert found["alignment"] == pytest.approx(np.mean(within), rel=1e-4)
+    wanted = np.log(np.mean(np.exp(-2 * np.array(across))))
+    assert found["uniformity"] == pytest.approx(wanted, rel=1e-4)
+    flat = tokens.reshape(-1, width)
+    assert found["token_std"] == pytest.approx(flat.std(0).mean(), rel=1e-3)
+    spectrum = np.linalg.eigvalsh(np.cov(pooled.reshape(-1, width).T))
+    rank = spectrum.sum() ** 2 / np.square(spectrum).sum()
+    assert found["pooled_effective_rank"] == pytest.approx(rank, rel=1e-2)
+
+
+@pytest.fixture(scope="module")
+def frozen():
+    encoder = VideoEncoder(depth=1, width=16, num_heads=2, mlp_dim=32, patch_size=8)
+    shape = (4, SIDE, SIDE, 3)
+    init = jax.jit(encoder.init)
+    params = nn.unbox(init(jax.random.key(0), jnp.zeros((1, *shape))))
+    mesh = sharding.make_mesh()
+    return Frozen(encoder, None, {"target": params["params"]}, None, shape, mesh)
+
+
+@pytest.fixture(scope="module")
+def listed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("videos")
+    rng = np.random.default_rng(0)
+    lines = []
+    for i in range(12):
+        frames = rng.integers(0, 60, (12, 32, 48, 3), dtype=np.uint8)
+        frames[..., i % 3] += 150
+        lines.append(f"{video_files.write_video(folder / f'{i}.mp4', frames)} {i % 3}")
+    (folder / "list.csv").write_text("\n".join(lines))
+    return str(folder / "list.csv")
+
+
+def test_evaluations_stand_beside_an_untrained_encoder(frozen, listed):
+    config = settings.neighbours()
+    config.data.update(train_path=listed, test_path=listed, frame_step=1, num_workers=0)
+    config.data.update(num_clips=2, num_views=2)
+    config.update(k=(1, 3), shots=(1, 2), draws=2, clips_per_call=16)
+    found = neighbours.evaluate(frozen, config)
+    assert found["knn_1_accuracy"] == {"pretrained": 1.0, "random_init": 1.0}
+    assert set(found["few_shot_2_linear_accuracy"]) == {"pretrained", "random_init"}
+    config.shots = (1, 5)
+    with pytest.raises(UserError, match="has 4 videos"):
+        neighbours.evaluate(frozen, config)
+
+
+def test_health_reads_a_spread_of_the_videos(frozen, listed, monkeypatch):
+    config = settings.health()
+    config.data.update(test_path=listed, frame_step=1, num_workers=0)
+    config.update(num_videos=5, tokens_per_clip=3, random_init=False)
+    seen = []
+    measure = health.measure
+    monkeypatch.setattr(health, "measure", lambda *a: seen.append(a) or measure(*a))
+    found = health.evaluate(frozen, config)
+    assert [part.shape for part in seen[0]] == [(5, 2, 3, 16), (5, 2, 16)]
+    assert 1 <= found["token_effective_rank"]["pretrained"] <= 16
+    config.data.test_path = ""
+    with pytest.raises(UserError, match=r"config\.data\.test_path is not set"):
+        health.evaluate(frozen, config)

@@ -1,0 +1,54 @@
+"""The papers' evaluations: every variant is valid and makes the heads it should."""
+
+import importlib.util
+import pathlib
+
+import pytest
+
+from vjepa_jax.default_config import UserError
+from vjepa_jax.evals import classification, registry, settings
+from vjepa_jax.models import registry as models
+
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
+# Heads that V-JEPA 2 trains, by data set.
+HEADS = {"k400": 20, "ssv2": 20, "coin": 20, "in1k": 21, "diving48": 3, "jester": 3}
+SIZES = {"vitl16": "large", "vith16": "huge", "vitg16": "giant"}
+
+
+def load(name):
+    path = CONFIGS / f"probe_{name}.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("variant", settings.VARIANTS)
+def test_variant_is_valid_and_has_its_heads(name, variant):
+    config = load(name).get_config(variant)
+    settings.validate(config)
+    assert config.is_locked and config.name == name
+    assert config.evaluation in registry.EVALUATIONS
+    schedules = classification.make_schedules(config, steps_per_epoch=10)
+    is_first = variant.startswith("vjepa_") and name not in ("diving48", "jester")
+    heads = [pair for group in schedules for pair in group.heads()]
+    assert len(heads) == (1 if is_first else HEADS[name])
+    assert config.head.depth == (1 if is_first else 4)
+    of_size = SIZES[variant.removeprefix("vjepa_").removesuffix("_384")]
+    encoder = models.make_encoder(of_size, mlp="gelu")
+    assert encoder.width % (config.head.num_heads or encoder.num_heads) == 0
+    assert all(0 <= layer < encoder.depth for layer in config.out_layers)
+    assert config.data.resolution % 16 == 0 and config.data.num_frames % 2 == 0
+
+
+@pytest.mark.parametrize("name", ["neighbours", "health"])
+def test_others_are_valid(name):
+    config = load(name).get_config()
+    settings.validate(config)
+    assert config.evaluation in registry.EVALUATIONS
+
+
+def test_unknown_variant_is_named():
+    with pytest.raises(UserError, match="'vitx' is no variant of this config; known"):
+        load("ssv2").get_config("vitx")

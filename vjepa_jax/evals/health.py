@@ -1,0 +1,101 @@
+"""Whether features are spread out, and whether clips of one video look alike.
+
+What training logs of a batch (`losses.collapse_statistics`), on a whole data set and
+for single tokens and pooled clips alike; and alignment and uniformity (Wang and Isola,
+arXiv 2005.10242) of clips of the same video.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from scipy.spatial.distance import pdist
+from sklearn.preprocessing import normalize
+
+from vjepa_jax import losses
+from vjepa_jax.data.subset import Subset
+from vjepa_jax.default_config import ConfigDict, UserError
+from vjepa_jax.evals import clip_tokens, settings
+from vjepa_jax.evals.frozen import Frozen, random_init
+
+
+def evaluate(frozen: Frozen, config: ConfigDict) -> dict[str, dict[str, Any]]:
+    """Describe the features of a data set's videos; labels are not used.
+
+    Args:
+      frozen: the model.
+      config: from `settings.health`.
+
+    Returns:
+      {measure: {"pretrained": value}}, with `config.random_init` also `random_init`;
+      see `measure`.
+
+    Raises:
+      UserError: config, data and model do not fit.
+    """
+    settings.validate(config)
+    source = clip_tokens.open_source(config, "test_path")
+    if len(source) > config.num_videos:  # evenly spaced, as lists often go by class
+        places = np.linspace(0, len(source) - 1, config.num_videos).astype(np.int64)
+        source = Subset(source, places)
+    models = {"pretrained": frozen}
+    if config.random_init:
+        models["random_init"] = random_init(frozen, config.seed)
+    columns = {}
+    for name, model in models.items():
+        videos = clip_tokens.make_videos(model, config, source, False, num_views=1)
+        columns[name] = measure(*_read(videos, config))
+    return {m: {n: columns[n][m] for n in columns} for m in columns["pretrained"]}
+
+
+def _read(
+    videos: clip_tokens.Videos, config: ConfigDict
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return some tokens [videos, clips, K, D] and pooled clips [videos, clips, D]."""
+    num_clips = videos.encoder.num_clips
+    rng = np.random.default_rng(config.seed)
+    some, pooled = [], []
+    for batch in videos.batches(max(1, config.clips_per_call // num_clips)):
+        tokens = batch.tokens[batch.valid, 0]
+        layers = max(len(config.out_layers), 1)
+        tokens = tokens.reshape(len(tokens), layers, num_clips, -1, tokens.shape[-1])
+        tokens = np.concatenate([*tokens.transpose(1, 0, 2, 3, 4)], axis=2)
+        count = min(config.tokens_per_clip, tokens.shape[2])
+        # The same places in no two batches: positions would show as structure.
+        some.append(tokens[:, :, rng.permutation(tokens.shape[2])[:count]])
+        pooled.append(tokens.mean(2))
+    if sum(map(len, pooled)) < 2:
+        raise UserError(
+            f"fewer than 2 videos of {videos.source.name!r} can be read, which says "
+            "nothing about their spread"
+        )
+    return np.concatenate(some), np.concatenate(pooled)
+
+
+def measure(tokens: np.ndarray, pooled: np.ndarray) -> dict[str, float]:
+    """Describe features.
+
+    Args:
+      tokens: float [videos, clips, K, D], some tokens of every clip.
+      pooled: float [videos, clips, D], the mean of all tokens of every clip.
+
+    Returns:
+      `token_std`, `token_effective_rank`, `token_cosine` and the same of `pooled`, see
+      `losses.collapse_statistics`. With two clips or more of a video: `alignment`, the
+      mean squared distance of two clips of one video, and `uniformity`, the logarithm
+      of the mean of exp(-2 * squared distance) over clips of different videos; both of
+      pooled clips of unit length, the lower the better.
+    """
+    _, clips, width = pooled.shape
+    results = {}
+    for name, features in (("token", tokens), ("pooled", pooled)):
+        flat = jnp.asarray(features.reshape(-1, 1, width))
+        statistics = losses.collapse_statistics(flat, max_tokens=len(flat))
+        results |= {f"{name}_{key}": float(v) for key, v in statistics.items()}
+    if clips > 1:
+        unit = normalize(pooled.reshape(-1, width)).reshape(pooled.shape)
+        within = [pdist(video, "sqeuclidean") for video in unit]
+        across = [pdist(unit[:, i], "sqeuclidean") for i in range(clips)]
+        results["alignment"] = float(np.mean(within))
+        results["uniformity"] = float(np.log(np.mean(np.exp(-2 * np.array(across)))))
+    return results
