@@ -246,7 +246,7 @@ def _is_form(dims: tuple[int, ...], forms: set[tuple[int, ...]], padded: bool) -
         return wanted in forms
     return any(
         len(form) == len(wanted)
-        and all(a <= b <= 1.125 * a for a, b in zip(form, wanted, strict=True))
+        and all(a <= b <= 1.2 * a for a, b in zip(form, wanted, strict=True))
         and sum(a != b for a, b in zip(form, wanted, strict=True)) == 1
         for form in forms
     )
