@@ -239,9 +239,25 @@ def _form(dims: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(sorted(size for size in dims if size > 1))
 
 
+def _is_form(dims: tuple[int, ...], forms: set[tuple[int, ...]], padded: bool) -> bool:
+    """Whether dimensions are a form; what is scattered is padded to whole tiles."""
+    wanted = _form(dims)
+    if wanted in forms or not padded:
+        return wanted in forms
+    return any(
+        len(form) == len(wanted)
+        and all(a <= b <= 1.2 * a for a, b in zip(form, wanted, strict=True))
+        and sum(a != b for a, b in zip(form, wanted, strict=True)) == 1
+        for form in forms
+    )
+
+
 def _purpose(collective: hlo.Collective, forms: set[tuple[int, ...]]) -> str:
     large = [shape for shape in collective.shapes if shape.bytes > _SMALL]
-    if any(_form(shape.dims) not in forms for shape in large or collective.shapes):
+    scatters = collective.kind == "reduce-scatter"
+    if not all(
+        _is_form(shape.dims, forms, scatters) for shape in large or collective.shapes
+    ):
         return "activations" if large else "small"
     # Between slices, over which the mesh has `data` alone, only gradients travel.
     if collective.kind in ("all-reduce", "reduce-scatter", "send", "recv"):
