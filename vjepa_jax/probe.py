@@ -15,9 +15,8 @@ import time
 from typing import Any
 
 from absl import flags
-from etils import epath
 
-from vjepa_jax import build, checkpoint, cli, metrics
+from vjepa_jax import build, checkpoint, cli, metrics, workdirs
 from vjepa_jax.data import render, sources, streams
 from vjepa_jax.default_config import ConfigDict, UserError
 from vjepa_jax.evals import features, frozen, pictures, registry
@@ -68,23 +67,21 @@ def probe(config: ConfigDict, path: str) -> dict[str, Any]:
     began = time.perf_counter()
     model = frozen.load(path, None if config.step < 0 else config.step)
     results = registry.evaluate(model, config)
-    seconds = {"probe": time.perf_counter() - began}
-    if config.evaluation == "world":
-        _draw(model, config.seed, pathlib.Path(path))
-        seconds = _earlier_seconds(model.config, path) | {
-            "probe": time.perf_counter() - began
-        }
-        name = WORLD_RESULTS_FILE
-    else:
-        name = f"results_{config.get('name', config.evaluation)}.json"
-    text = json.dumps(results | {"seconds": seconds}, indent=2)
-    (epath.Path(path) / name).write_text(text + "\n")
+    with workdirs.LocalFiles(path, fetched=metrics.FILE) as files:
+        seconds, name = {}, f"results_{config.get('name', config.evaluation)}.json"
+        if config.evaluation == "world":
+            _draw(model, config.seed, files.folder)
+            seconds = _earlier_seconds(model.config, files.folder)
+            name = WORLD_RESULTS_FILE
+        seconds |= {"probe": time.perf_counter() - began}
+        text = json.dumps(results | {"seconds": seconds}, indent=2)
+        (files.folder / name).write_text(text + "\n")
     return results
 
 
-def _earlier_seconds(run: ConfigDict, workdir: str) -> dict[str, float]:
+def _earlier_seconds(run: ConfigDict, folder: pathlib.Path) -> dict[str, float]:
     """Return how long rendering and training took, as they noted it."""
-    rows = metrics.read_metrics(workdir)
+    rows = metrics.read_metrics(str(folder))
     return {
         "render": render.render_seconds(run.world.path),
         "train": rows[-1]["perf/wall_seconds"] if rows else 0.0,

@@ -118,6 +118,8 @@ def make_loss_fn(
     `target_dtype` is its `matmul_dtype`.
     """
     total_weight = sum(stream.weight for stream in streams.values())
+    # Covariances are as wide as all levels, and are added up over devices.
+    is_regularised = bool(objective.variance_weight or objective.covariance_weight)
     # Without a gradient there is nothing to recompute.
     target_encoder = (teacher or encoder).clone(remat="none", matmul_dtype=target_dtype)
 
@@ -161,9 +163,10 @@ def make_loss_fn(
                     terms["context"].append(
                         losses.regression(of_context, wanted, p, weights)
                     )
-                variance, covariance = losses.variance_covariance(context)
-                terms["variance"].append(variance)
-                terms["covariance"].append(covariance)
+                if is_regularised:
+                    variance, covariance = losses.variance_covariance(context)
+                    terms["variance"].append(variance)
+                    terms["covariance"].append(covariance)
             predictions.append(prediction)
             metrics[f"train/loss_{name}"] = loss
         means = {name: sum(values) / len(values) for name, values in terms.items()}
@@ -175,18 +178,17 @@ def make_loss_fn(
             term = losses.prediction_variance(predictions)
             total += objective.prediction_variance_weight * term
             metrics["train/prediction_variance_term"] = term
-        if objective.variance_weight:
+        if is_regularised:
             total += objective.variance_weight * means["variance"]
-        if objective.covariance_weight:
             total += objective.covariance_weight * means["covariance"]
+            metrics["train/variance_term"] = means["variance"]
+            metrics["train/covariance_term"] = means["covariance"]
         of_target = losses.collapse_statistics(features)
         of_encoder = losses.collapse_statistics(context)
         of_prediction = losses.collapse_statistics(prediction)
         metrics |= {
             "train/loss": means["regression"],
             "train/total_loss": total,
-            "train/variance_term": means["variance"],
-            "train/covariance_term": means["covariance"],
             "repr/target_std": of_target["std"],
             "repr/target_effective_rank": of_target["effective_rank"],
             "repr/target_cosine": of_target["cosine"],
