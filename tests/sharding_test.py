@@ -17,7 +17,7 @@ from vjepa_jax.default_config import UserError
 from vjepa_jax.models import layers
 from vjepa_jax.models.encoder import VideoEncoder
 from vjepa_jax.models.predictor import Predictor
-from vjepa_jax.train_state import abstract_state, make_init
+from vjepa_jax.train_state import abstract_state, make_init, unbox
 
 VIDEO = (4, 8, 8, 3)
 
@@ -155,8 +155,10 @@ def test_initial_state_is_made_where_it_belongs_and_independent_of_the_mesh():
     init = init_of()
     states = []
     for sizes in ((4, 2), (8, 1)):
-        shardings = sharding.state_shardings(init, sharding.make_mesh(*sizes))
-        state = nn.unbox(jax.jit(init, out_shardings=shardings)(jax.random.key(3)))
+        mesh = sharding.make_mesh(*sizes)
+        shardings = sharding.state_shardings(init, mesh)
+        with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
+            state = unbox(jax.jit(init, out_shardings=shardings)(jax.random.key(3)))
         for s, x in zip(
             jax.tree.leaves(shardings), jax.tree.leaves(state), strict=True
         ):

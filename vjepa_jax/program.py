@@ -17,7 +17,7 @@ from vjepa_jax import build, sharding
 from vjepa_jax.default_config import MAIN_STREAM, ConfigDict
 from vjepa_jax.models.encoder import VideoEncoder
 from vjepa_jax.models.predictor import Predictor
-from vjepa_jax.train_state import TrainState, abstract_state, make_init
+from vjepa_jax.train_state import TrainState, abstract_state, make_init, unbox
 from vjepa_jax.train_step import Objective, Stream, make_train_step
 
 
@@ -73,7 +73,7 @@ class Program:
     def make_state(self) -> TrainState:
         """Compute the state of a new run, on its devices."""
         make = jax.jit(self.init, out_shardings=self.shardings)
-        return nn.unbox(make(jax.random.key(self.config.seed)))
+        return unbox(make(jax.random.key(self.config.seed)))
 
     def lower(self) -> jax.stages.Lowered:
         """Lower `train_step(state, batch[, teacher_params])`; the state is donated."""

@@ -129,7 +129,7 @@ def _put_teacher(program, params):
 def _compile(program):
     step_fn, seconds = compilation.compile_step(program.lower())
     memory = compilation.memory_of(step_fn)
-    limit = compilation.memory_limit(program.mesh.devices.flat[0])
+    limit = compilation.memory_limit(program.mesh.local_mesh.devices.flat[0])
     room = f" of {limit / compilation.GIB:.2f} GiB" if limit else ""
     _say(f"compiled the step in {seconds:.0f} s; it takes {memory or 'unknown'}{room}")
     if seconds > _SLOW_SECS and not jax.config.jax_compilation_cache_dir:

@@ -99,3 +99,15 @@ def make_init(
 def abstract_state(init) -> TrainState:
     """Return the state's shapes and dtypes without boxes and without computing it."""
     return nn.unbox(jax.eval_shape(init, jax.random.key(0)))
+
+
+def unbox(tree: Any) -> Any:
+    """Take arrays out of their boxes, and leave them where they are.
+
+    `nn.unbox` would lay them out by the axis rules that are set, each axis by itself.
+    """
+
+    def is_box(x):
+        return isinstance(x, nn.LogicallyPartitioned)
+
+    return jax.tree.map(lambda x: x.value if is_box(x) else x, tree, is_leaf=is_box)

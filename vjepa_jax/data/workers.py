@@ -91,7 +91,9 @@ class WorkLog:
     def read(self) -> list[Work]:
         """Returns what every process is at."""
         works = []
-        for name in os.listdir(self._folder):
+        # At the end of the program the folder may be gone before the processes are.
+        names = os.listdir(self._folder) if os.path.isdir(self._folder) else []
+        for name in names:
             note = np.fromfile(os.path.join(self._folder, name), np.int64)
             if len(note) == 2:
                 record, began = note.tolist()
@@ -147,6 +149,11 @@ class _Puller:
         self._wanted.put(False)
 
 
+# Those not closed yet. Their threads must not run on while the interpreter ends, even
+# where the program has forgotten them.
+_open: set["SupervisedBatches"] = set()
+
+
 class SupervisedBatches(Iterator):
     """The batches of processes, which are started again when one of them fails.
 
@@ -185,6 +192,7 @@ class SupervisedBatches(Iterator):
         self._failures: Counter[int] = Counter()
         self._restarts = 0
         self._batches = self._puller = None
+        _open.add(self)
         self._open()
 
     def __next__(self) -> Any:
@@ -200,6 +208,7 @@ class SupervisedBatches(Iterator):
 
     def close(self) -> None:
         """Ends the processes."""
+        _open.discard(self)
         self._close()
         self._log.remove()
 
@@ -280,12 +289,14 @@ class SupervisedBatches(Iterator):
 
 
 @atexit.register
-def _kill_children() -> None:
-    """Ends processes that nobody closed, before multiprocessing does.
+def _end_children() -> None:
+    """Ends the processes that nobody closed, before multiprocessing does.
 
     It would send SIGTERM, to which they are deaf, and wait. Functions that were
     registered later are called earlier, hence the import of `util` above.
     """
+    for batches in list(_open):
+        batches.close()
     for child in multiprocessing.active_children():
         if child.daemon:
             child.kill()

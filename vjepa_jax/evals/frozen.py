@@ -18,6 +18,7 @@ from vjepa_jax.models.encoder import VideoEncoder, normalise
 from vjepa_jax.models.layers import take_tokens
 from vjepa_jax.models.predictor import Predictor
 from vjepa_jax.saved_config import restored
+from vjepa_jax.train_state import unbox
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,7 +258,7 @@ def random_init(frozen: Frozen, seed: int) -> Frozen:
     Its target encoder is its online encoder, as at the start of a run.
     """
     parts = frozen.encoder, frozen.predictor, frozen.video_shape, frozen.mesh
-    params = nn.unbox(_compiled_init(*parts)(jax.random.key(seed)))
+    params = unbox(_compiled_init(*parts)(jax.random.key(seed)))
     return dataclasses.replace(frozen, params=params)
 
 
