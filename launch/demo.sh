@@ -2,7 +2,7 @@
 # Render the synthetic world, pretrain a small V-JEPA on its files, probe what it learned.
 # Safe to interrupt and to run again: what is complete is kept, training resumes.
 #   ./launch/demo.sh [--config.key=value ...]     overrides for the training config
-. "$(dirname "$0")/setup.sh"
+. "$(dirname "$0")/setup.sh" "" # no extra, nor the overrides that a sourced file would get
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
 python=.venv/bin/python
 run=runs/demo
