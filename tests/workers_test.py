@@ -37,7 +37,9 @@ def read_list(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_a_process_that_dies_once_costs_no_batch(tmp_path, plain):
+def test_a_process_that_dies_once_costs_no_batch(tmp_path, plain, monkeypatch):
+    prefix = f"vj{uuid.uuid4().hex[:6]}"
+    monkeypatch.setenv("SHM_PREFIX", prefix)  # of the processes' shared memory
     source = FaultySource(NUM_RECORDS, {5: "kill"}, tmp_path, times=1)
     listing = tmp_path / "bad_videos.jsonl"
     with mock.patch.object(workers.logging, "error") as error:
@@ -50,6 +52,8 @@ def test_a_process_that_dies_once_costs_no_batch(tmp_path, plain):
     assert "crashed on 'record-5' (Worker process" in message % tuple(arguments)
     assert "exit code -9)" in message % tuple(arguments)
     assert not listing.exists()
+    # Nor the batch that it had begun, although this program runs on.
+    assert not list(pathlib.Path("/dev/shm").glob(f"{prefix}*"))
 
 
 @pytest.mark.parametrize(("fault", "reason"), [("kill", "crashed"), ("hang", "hung")])
@@ -120,7 +124,7 @@ def test_closing_does_not_wait_for_a_process_that_hangs(tmp_path, monkeypatch):
 
 def test_all_processes_hanging_at_once_is_no_records_fault(tmp_path, plain):
     source = FaultySource(NUM_RECORDS, dict.fromkeys((1, 4), "hang"), tmp_path)
-    log = workers.WorkLog()
+    log = workers.WorkLog(has_workers=True)
     works = [workers.Work(1, 1, 9.0), workers.Work(2, 4, 9.0)]
     quarantined = []
     supervised = workers.SupervisedBatches(

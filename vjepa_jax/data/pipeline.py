@@ -54,11 +54,13 @@ class _ReadTrainClips(grain.transforms.Map):
 
     def map(self, elements: np.ndarray) -> Batch:
         shape = len(elements), _MAX_TRIES
-        # Clips are decoded to their places: stacking them would copy megabytes.
-        video = np.empty((len(elements), *self._reading.shape()), np.uint8)
         tried, reasons = np.full(shape, -1, np.int64), np.full(shape, -1, np.int8)
-        for place, element in enumerate(elements.tolist()):
-            self._read_sample(element, video[place], tried[place], reasons[place])
+        # Clips are decoded to their places: to stack and to share them would copy
+        # megabytes twice.
+        with self._work_log.array((len(elements), *self._reading.shape())) as video:
+            clips = np.asarray(video)
+            for place, element in enumerate(elements.tolist()):
+                self._read_sample(element, clips[place], tried[place], reasons[place])
         return {"video": video, "tried": tried, "reasons": reasons}
 
     def _read_sample(
@@ -179,7 +181,7 @@ def make_train_iterator(
     require_shared_memory(needed)
     bad_videos = BadVideos(source, bad_videos_path, max_bad_fraction, process_index)
     quarantined = bad_videos.quarantined()
-    work_log = WorkLog()
+    work_log = WorkLog(has_workers=num_workers > 0)
 
     def open_batches(step: int, since: Mapping[int, str]) -> Iterator:
         read_clips = _ReadTrainClips(

@@ -86,7 +86,7 @@ def read_all(
       no axis K where it is 1. Rows of unreadable videos, which are logged, and of
       padding are zeros with `valid` False; the padding's index is -1.
     """
-    work_log = WorkLog()
+    work_log = WorkLog(has_workers=num_workers > 0)
     if order is None:
         numbers = grain.MapDataset.range(len(source))
     else:

@@ -19,11 +19,13 @@ import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
+from multiprocessing.shared_memory import SharedMemory
 from typing import Any, NamedTuple
 
 import numpy as np
 from absl import logging
+from grain.multiprocessing import SharedMemoryArray
 
 from vjepa_jax.default_config import UserError
 
@@ -40,12 +42,24 @@ _MAX_RESTARTS = 6
 _MAX_FAILURES = 2
 
 
+# What a process writes of itself; `array` is the name of shared memory.
+_NOTE = np.dtype([("record", "i8"), ("began", "i8"), ("array", "S64")])
+
+
 class Work(NamedTuple):
-    """What a process is at: `record`, -1 for none, and for how long."""
+    """What a process is at.
+
+    Attributes:
+      pid: of the process.
+      record: -1 for none.
+      secs: for how long.
+      array: name of the shared memory that it fills, empty for none.
+    """
 
     pid: int
     record: int
     secs: float
+    array: str = ""
 
 
 class WorkLog:
@@ -54,8 +68,9 @@ class WorkLog:
     Picklable: a process that gets a copy keeps its own note.
     """
 
-    def __init__(self):
+    def __init__(self, has_workers: bool):
         """Makes the folder."""
+        self._has_workers = has_workers
         self._folder = tempfile.mkdtemp(prefix="vjepa_workers_")
         self._notes: dict[int, np.ndarray] = {}
         # At the latest when this process ends; a copy in another one does not remove.
@@ -63,30 +78,49 @@ class WorkLog:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leaves out the notes, which belong to this process."""
-        return {"_folder": self._folder, "_notes": {}}
+        return self.__dict__ | {"_notes": {}, "_remove": None}
 
     def begin(self) -> None:
         """Makes this process known, at no record."""
-        path = os.path.join(self._folder, str(os.getpid()))
-        self._notes = {os.getpid(): np.memmap(path, np.int64, "w+", shape=2)}
         self._note(-1)
 
     @contextlib.contextmanager
     def at(self, record: int) -> Iterator[None]:
         """Notes that this process is at a record; one at a time."""
-        if os.getpid() not in self._notes:
-            self.begin()
         self._note(record)
         try:
             yield
         finally:
             self._note(-1)
 
+    def _own_note(self) -> np.ndarray:
+        if os.getpid() not in self._notes:
+            path = os.path.join(self._folder, str(os.getpid()))
+            self._notes = {os.getpid(): np.memmap(path, _NOTE, "w+", shape=())}
+            self._note(-1)
+        return self._notes[os.getpid()]
+
     def _note(self, record: int) -> None:
-        note = self._notes[os.getpid()]
+        note = self._own_note()
         # The time first: a reader in between must not find the record with an old one.
-        note[1] = time.monotonic_ns()
-        note[0] = record
+        note["began"] = time.monotonic_ns()
+        note["record"] = record
+
+    @contextlib.contextmanager
+    def array(self, shape: Sequence[int]) -> Iterator[np.ndarray]:
+        """Gives a uint8 array to fill, from which nothing is copied on the way.
+
+        That of a worker is shared memory, removed by whoever gets it from the queue;
+        of a worker that dies while it fills one, `remove_arrays` does.
+        """
+        if not self._has_workers:
+            yield np.empty(shape, np.uint8)
+            return
+        array = SharedMemoryArray(shape, np.uint8)
+        note = self._own_note()
+        note["array"] = array.metadata.name
+        yield array
+        note["array"] = ""
 
     def read(self) -> list[Work]:
         """Returns what every process is at."""
@@ -94,12 +128,20 @@ class WorkLog:
         # At the end of the program the folder may be gone before the processes are.
         names = os.listdir(self._folder) if os.path.isdir(self._folder) else []
         for name in names:
-            note = np.fromfile(os.path.join(self._folder, name), np.int64)
-            if len(note) == 2:
-                record, began = note.tolist()
+            notes = np.fromfile(os.path.join(self._folder, name), _NOTE)
+            for record, began, array in notes.tolist():
                 secs = (time.monotonic_ns() - began) / 1e9
-                works.append(Work(int(name), record, secs))
+                works.append(Work(int(name), record, secs, array.decode()))
         return works
+
+    def remove_arrays(self) -> None:
+        """Removes what processes that have ended left half filled."""
+        for work in self.read():
+            with contextlib.suppress(FileNotFoundError):
+                if work.array:
+                    left = SharedMemory(work.array)
+                    left.close()
+                    left.unlink()
 
     def clear(self) -> None:
         """Forgets the processes, which have ended."""
@@ -233,6 +275,7 @@ class SupervisedBatches(Iterator):
                 for work in self._log.read():
                     _kill(work.pid)
                 ending.join(_END_SECS)
+            self._log.remove_arrays()
             self._batches = self._puller = None
 
     def _draw(self) -> Any:
