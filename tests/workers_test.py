@@ -128,7 +128,7 @@ def test_all_processes_hanging_at_once_is_no_records_fault(tmp_path, plain):
     works = [workers.Work(1, 1, 9.0), workers.Work(2, 4, 9.0)]
     quarantined = []
     supervised = workers.SupervisedBatches(
-        lambda step, since: iter(()),
+        lambda step, since: mock.Mock(),
         log,
         start_step=0,
         timeout_secs=5.0,
@@ -146,7 +146,7 @@ def test_all_processes_hanging_at_once_is_no_records_fault(tmp_path, plain):
         ):
             supervised._draw()
         assert caught.value.records == (set() if len(records) > 1 else records)
-    log.remove()
+    supervised.close()
 
 
 def test_every_process_reads_the_quarantine_of_all(tmp_path):
