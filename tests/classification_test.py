@@ -1,49 +1,29 @@
 """Heads on frozen features are trained, chosen and judged as their protocol says."""
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-import video_files
+from colour_videos import SIDE, make_frozen, write_videos
 
-from vjepa_jax import sharding
 from vjepa_jax.data.records import Source
 from vjepa_jax.data.subset import Subset, hold_out
 from vjepa_jax.default_config import UserError
 from vjepa_jax.evals import classification, clip_tokens, settings, token_cache
 from vjepa_jax.evals.frozen import Frozen
-from vjepa_jax.models.encoder import VideoEncoder
-
-CLASSES = 3
-SIDE = 16
 
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory):
-    """Write videos whose class is a colour, and lists to train on and to test by."""
+    """Lists of videos to train on and to test by."""
     folder = tmp_path_factory.mktemp("videos")
-    rng = np.random.default_rng(0)
-    for name, count in (("train", 40), ("test", 19)):
-        lines = []
-        for i in range(count):
-            label = i % CLASSES
-            frames = rng.integers(0, 60, (12, 32, 48, 3), dtype=np.uint8)
-            frames[..., label] += 150
-            path = video_files.write_video(folder / f"{name}{i}.mp4", frames)
-            lines.append(f"{path} {label}\n")
-        (folder / f"{name}.csv").write_text("".join(lines))
+    write_videos(folder, "train", 40)
+    write_videos(folder, "test", 19)
     return folder
 
 
 @pytest.fixture(scope="module")
 def frozen():
-    encoder = VideoEncoder(depth=3, width=16, num_heads=2, mlp_dim=32, patch_size=8)
-    shape = (4, SIDE, SIDE, 3)
-    init = jax.jit(encoder.init)
-    params = nn.unbox(init(jax.random.key(0), jnp.zeros((1, *shape))))
-    mesh = sharding.make_mesh()
-    return Frozen(encoder, None, {"target": params["params"]}, None, shape, mesh)
+    return make_frozen(depth=3)
 
 
 @pytest.fixture
