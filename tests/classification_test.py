@@ -191,6 +191,24 @@ def test_half_written_cache_is_not_used(tmp_path, frozen, config, monkeypatch):
     assert results_of(config, frozen) == wanted
 
 
+def test_of_two_programs_that_write_a_cache_one_is_kept(
+    tmp_path, frozen, config, monkeypatch
+):
+    source = Subset(clip_tokens.open_source(config, "test_path"), np.arange(3))
+    videos = clip_tokens.make_videos(frozen, config, source, False)
+    write = token_cache._write
+
+    def write_after_another_program(videos, folder, *arguments):
+        write(videos, folder, *arguments)
+        monkeypatch.setattr(token_cache, "_write", write)
+        token_cache.cached(videos, str(tmp_path), "float32", 4, "digest")
+
+    monkeypatch.setattr(token_cache, "_write", write_after_another_program)
+    cached = token_cache.cached(videos, str(tmp_path), "float32", 4, "digest")
+    assert next(cached.batches(4)).valid.sum() == 3
+    assert [path.name for path in tmp_path.iterdir()] == [cached.folder.name]
+
+
 def test_cache_depends_on_what_tokens_depend_on(tmp_path, frozen, config):
     config.cache.path = str(tmp_path / "cache")
 
