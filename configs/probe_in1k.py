@@ -20,8 +20,8 @@ as videos are; the official code takes timm's policy for images.
 Hours are estimates (docs/evaluation.md). V-JEPA's variants (`vjepa_*`) have its one
 head with one block.
 
-Command, DIR being a run (`--workdir`) or converted weights; lists of images, their
-folders' shards, or tfds:
+Command, DIR being a run (`--workdir`) or converted weights; the images are a list, a
+folder of class folders, or of TFDS:
 
     python -m vjepa_jax.probe --config=configs/probe_in1k.py:vitl16 --checkpoint=DIR \
         --config.data.train_path=tfds:imagenet2012:train \

@@ -9,6 +9,7 @@ from vjepa_jax.data.records import Source
 from vjepa_jax.data.subset import Subset, hold_out
 from vjepa_jax.default_config import UserError
 from vjepa_jax.evals import classification, clip_tokens, settings, token_cache
+from vjepa_jax.evals import frozen as frozen_models
 from vjepa_jax.evals.frozen import Frozen
 
 
@@ -138,9 +139,7 @@ def test_augmented_training_learns(frozen, config):
 
 def test_an_untrained_encoder_stands_beside(frozen, config, monkeypatch):
     config.random_init = True
-    monkeypatch.setattr(
-        classification, "random_init", lambda model, seed: (model, seed)
-    )
+    monkeypatch.setattr(frozen_models, "random_init", lambda model, seed: (model, seed))
     monkeypatch.setattr(classification, "_evaluate", lambda model, _: {"is": model})
     found = classification.evaluate(frozen, config)
     assert found == {"is": {"pretrained": frozen, "random_init": (frozen, config.seed)}}
@@ -315,7 +314,7 @@ def test_epochs_order_sees_every_video_once_per_epoch(rng):
         ({"data.train_path": ""}, r"config\.data\.train_path is not set"),
         ({"data.num_frames": 5}, "cannot be cut into tubelets"),
         ({"out_layers": (3,)}, "the blocks are 0 to 2"),
-        ({"num_classes": 2}, "has the label 2, and there are 2 classes"),
+        ({"num_classes": 2}, "has the label 2, and there are 2 classes: .*num_classes"),
         ({"grids.main.warmup_epochs": 2}, "give a number below config.epochs=2"),
         ({"grids.main.learning_rates": ()}, "learning_rates"),
         ({"cache.path": "gs://bucket/cache"}, "must be a local folder"),

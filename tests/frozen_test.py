@@ -243,6 +243,8 @@ def test_an_unknown_evaluation_is_named(saved):
     config = make_evaluation(evaluation="palmistry")
     with pytest.raises(UserError, match=r"'palmistry': known: .*physics, world"):
         probe.probe(config, saved[0])
+    with pytest.raises(UserError, match=r"not of an evaluation: give a configs/probe"):
+        probe.probe(make_config(), saved[0])
 
 
 def test_probes_of_the_world_want_a_run_of_it(saved):

@@ -1,5 +1,7 @@
 """Neighbours vote as scikit-learn's, few shots are few, health is what was written."""
 
+import pathlib
+
 import numpy as np
 import pytest
 from colour_videos import make_frozen, write_videos
@@ -111,6 +113,11 @@ def test_evaluations_stand_beside_an_untrained_encoder(frozen, listed):
     assert set(found["few_shot_2_linear_accuracy"]) == {"pretrained", "random_init"}
     config.shots = (1, 5)
     with pytest.raises(UserError, match="has 4 videos"):
+        neighbours.evaluate(frozen, config)
+    unlabelled = pathlib.Path(listed).with_name("unlabelled.csv")
+    unlabelled.write_text(pathlib.Path(listed).read_text().replace(" 0\n", " -1\n"))
+    config.data.test_path = str(unlabelled)
+    with pytest.raises(UserError, match="has the label -1, and labels count from 0"):
         neighbours.evaluate(frozen, config)
 
 

@@ -64,8 +64,11 @@ def probe(config: ConfigDict, path: str) -> dict[str, Any]:
       path: workdir of a run, or folder of a conversion.
 
     Raises:
-      UserError: there is no checkpoint, or it does not suit the evaluation.
+      UserError: the config is not of an evaluation, or there is no checkpoint, or it
+        does not suit the evaluation.
     """
+    if "evaluation" not in config:
+        raise UserError("--config is not of an evaluation: give a configs/probe_*.py")
     began = time.perf_counter()
     model = frozen.load(path, None if config.step < 0 else config.step)
     results = registry.evaluate(model, config)

@@ -240,9 +240,12 @@ def require_labels(source: Source, num_classes: int) -> None:
     labels = np.asarray(source.labels)
     wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
     if len(wrong):
-        index = int(wrong[0])
-        raise UserError(
-            f"{source.path_of(index)!r} of {source.name!r} has the label "
-            f"{labels[index]}, and there are {num_classes} classes: mend the list, or "
-            "set config.num_classes"
+        label = labels[wrong[0]]
+        said = (
+            "and labels count from 0: mend the list"
+            if label < 0
+            else f"and there are {num_classes} classes: mend the list, or set "
+            "config.num_classes"
         )
+        path = source.path_of(int(wrong[0]))
+        raise UserError(f"{path!r} of {source.name!r} has the label {label}, {said}")

@@ -272,6 +272,28 @@ def random_init(frozen: Frozen, seed: int) -> Frozen:
     return dataclasses.replace(frozen, params=params)
 
 
+def beside_untrained(
+    measure: Callable[[Frozen], Mapping[str, Any]], model: Frozen, config: ConfigDict
+) -> dict[str, dict[str, Any]]:
+    """Measure a model and, with `config.random_init`, an untrained one beside it.
+
+    Args:
+      measure: from a model to {measure: value}.
+      model: what is judged.
+      config: of the evaluation.
+
+    Returns:
+      {measure: {"pretrained": value, "random_init": value}}.
+    """
+    columns = {"pretrained": measure(model)}
+    if config.random_init:
+        columns["random_init"] = measure(random_init(model, config.seed))
+    return {
+        name: {column: values[name] for column, values in columns.items()}
+        for name in columns["pretrained"]
+    }
+
+
 @functools.lru_cache(maxsize=2)  # of many seeds, the first alone is compiled
 def _compiled_init(encoder, predictor, video_shape, mesh):
     init = _make_init(encoder, predictor, video_shape)
