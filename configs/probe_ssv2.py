@@ -34,6 +34,7 @@ def get_config(arg=""):
     config.data.update(num_clips=2, num_views=3)
     if variant == "vitg16_384":
         config.data.update(num_frames=64, frame_step=2)
+        config.clips_per_call = 8  # of 28 MB each
     config.test_batch_size = 16
     config.heads_at_once = 4
     return config.lock()

@@ -1,5 +1,8 @@
 """Heads on frozen features are trained, chosen and judged as their protocol says."""
 
+import contextlib
+import itertools
+
 import jax
 import numpy as np
 import pytest
@@ -83,6 +86,49 @@ def test_tokens_of_clips_stand_together_and_views_apart(
             if is_pooled:
                 wanted = wanted.mean(0, keepdims=True)
             np.testing.assert_allclose(found[b, view], wanted, atol=2e-5)
+
+
+@pytest.mark.parametrize("is_augmented", [False, True])
+def test_batches_are_read_in_parts(frozen, config, monkeypatch, is_augmented):
+    """Of `clips_per_call`, or of one video; in any case the same batches."""
+    owner = clip_tokens.pipeline if is_augmented else clip_tokens
+    name = "make_train_iterator" if is_augmented else "read_all"
+    read, sizes = getattr(owner, name), []
+
+    def recorded(*args, batch_size, **options):
+        sizes.append(batch_size)
+        return read(*args, batch_size=batch_size, **options)
+
+    monkeypatch.setattr(owner, name, recorded)
+    config.data.num_clips = 2
+    source = Subset(clip_tokens.open_source(config, "test_path"), np.arange(10))
+    found = []
+    for clips_per_call in (64, 9, 1):
+        config.clips_per_call = clips_per_call
+        views = 1 if is_augmented else 2
+        videos = clip_tokens.make_videos(frozen, config, source, False, views)
+        if is_augmented:
+            options = {"seed": 3, "prefetch_megabytes": 1.0, "max_bad_fraction": 0.0}
+            transform = clip_tokens.ClipTransform(SIDE)
+            batches = clip_tokens.augmented_batches(
+                videos, transform, batch_size=8, **options
+            )
+        else:
+            batches = videos.batches(8)
+        with contextlib.closing(batches):
+            found.append([*itertools.islice(batches, 2)])
+    # Videos, and of augmented ones their clips.
+    assert sizes == ([16, 8, 2] if is_augmented else [8, 2, 1])
+    for parts in found[1:]:
+        for ours, wanted in zip(parts, found[0], strict=True):
+            for field in ("index", "valid", "labels"):
+                np.testing.assert_array_equal(
+                    getattr(ours, field), getattr(wanted, field)
+                )
+            np.testing.assert_allclose(
+                ours.tokens[ours.valid], wanted.tokens[wanted.valid], atol=2e-5
+            )
+    assert found[0][1].valid.sum() == (8 if is_augmented else 2)
 
 
 def results_of(config, frozen):

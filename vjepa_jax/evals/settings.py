@@ -14,7 +14,7 @@ def _evaluation(name: str) -> ConfigDict:
     config.step = -1  # checkpoint to evaluate; -1: the latest
     config.random_init = True  # evaluate an untrained encoder beside it
     config.out_layers = ()  # blocks whose tokens are taken, from 0; (): the features
-    config.clips_per_call = 64  # clips that the encoder sees at once
+    config.clips_per_call = 64  # clips decoded and encoded at once
 
     config.data = ConfigDict()  # as data of a run, where keys are the same
     config.data.train_path = ""  # labelled videos to learn from, as data.path of a run
