@@ -14,10 +14,7 @@ encoder each; 3 views in tests; 100 epochs; 3 heads.
 V-JEPA 2.1, by its paper: ViT-g 384 89.0, ViT-G 384 89.2. Published numbers are those of
 the head that is best on the test set (`official_best_on_test_accuracy` here); that of
 V-JEPA 1's ViT-H is by this protocol too, hence with 4 blocks.
-Hours are of one H100 at 40 % of its bf16 peak for encoder (training in every epoch,
-test) and heads, by `vjepa_jax/flops.py`; an estimate, none was run here. The heads cost
-far more than the encoder: one (`--config.grids.main.learning_rates="(1e-3,)"`) is
-cheaper.
+Hours are estimates (docs/evaluation.md).
 
 Command, DIR being a run (`--workdir`) or converted weights:
 

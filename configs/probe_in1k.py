@@ -17,13 +17,11 @@ V-JEPA 2.1, by its paper: ViT-g 384 84.8, ViT-G 384 85.5; `--config.data.num_fra
 gives its embedding of images. Published numbers are those of the head that is best on
 the test set (`official_best_on_test_accuracy` here). Crops are mirrored, and augmented
 as videos are; the official code takes timm's policy for images.
-Hours are of one H100 at 40 % of its bf16 peak for encoder (training in every epoch,
-test) and heads, by `vjepa_jax/flops.py`; an estimate, none was run here. Twenty
-heads cost more than the encoder: fewer (`--config.grids.main.weight_decays="(0.1,)"`)
-are cheaper. V-JEPA's variants (`vjepa_*`) have its one head with one block.
+Hours are estimates (docs/evaluation.md). V-JEPA's variants (`vjepa_*`) have its one
+head with one block.
 
-Command, DIR being a run (`--workdir`) or converted weights; lists of images, their
-folders' shards, or tfds:
+Command, DIR being a run (`--workdir`) or converted weights; the images are a list, a
+folder of class folders, or of TFDS:
 
     python -m vjepa_jax.probe --config=configs/probe_in1k.py:vitl16 --checkpoint=DIR \
         --config.data.train_path=tfds:imagenet2012:train \

@@ -14,10 +14,7 @@ encoder each; 3 views in tests; 100 epochs; 3 heads.
 Published numbers are those of the head that is best on the test set
 (`official_best_on_test_accuracy` here); that of V-JEPA 1's ViT-H is by this protocol
 too, hence with 4 blocks.
-Hours are of one H100 at 40 % of its bf16 peak for encoder (training in every epoch,
-test) and heads, by `vjepa_jax/flops.py`; an estimate, none was run here. The heads cost
-far more than the encoder: one (`--config.grids.main.learning_rates="(1e-3,)"`) is
-cheaper.
+Hours are estimates (docs/evaluation.md).
 
 Command, DIR being a run (`--workdir`) or converted weights:
 
@@ -26,28 +23,16 @@ Command, DIR being a run (`--workdir`) or converted weights:
         --config.data.test_path=jester_val.csv
 """
 
-from vjepa_jax.evals import settings
+import pathlib
+import runpy
 
-LAYERS = {
-    "vitl16": (17, 19, 21, 23),
-    "vith16": (25, 27, 29, 31),
-    "vitg16": (24, 29, 34, 39),
-}
+# Config files are no package: that of the same protocol is found beside this one.
+_DIVING48 = runpy.run_path(str(pathlib.Path(__file__).with_name("probe_diving48.py")))
 
 
 def get_config(arg=""):
     """Return the config of a variant, by default V-JEPA 2's ViT-L."""
-    config, variant = settings.of_paper("jester", arg)
+    config = _DIVING48["get_config"](arg)
+    config.name = "jester"
     config.num_classes = 27
-    config.out_layers = LAYERS[variant.removeprefix("vjepa_").removesuffix("_384")]
-    config.data.update(num_frames=32, frame_step=2, num_clips=4, num_views=3)
-    config.epochs = 100
-    config.batch_size = 128
-    config.test_batch_size = 8
-    config.clips_per_call = 32
-    config.clip_norm = 0.0
-    config.head.update(depth=4, num_heads=16)
-    config.heads_at_once = 1
-    config.grids.main = settings.grid()
-    config.grids.main.update(learning_rates=(1e-3, 3e-4, 1e-4), weight_decays=(0.8,))
-    return config.lock()
+    return config

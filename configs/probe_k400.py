@@ -14,10 +14,8 @@ r"""Kinetics-400, 400 classes: V-JEPA's and V-JEPA 2's frozen evaluation.
 
 V-JEPA 2.1, by its paper: ViT-g 384 87.0, ViT-G 384 87.7. Published numbers are those of
 the head that is best on the test set (`official_best_on_test_accuracy` here).
-Hours are of one H100 at 40 % of its bf16 peak for encoder (training in every epoch,
-test) and heads, by `vjepa_jax/flops.py`; an estimate, none was run here. Twenty
-heads cost more than the encoder: fewer (`--config.grids.main.weight_decays="(0.1,)"`)
-are cheaper. V-JEPA's variants (`vjepa_*`) have its one head with one block.
+Hours are estimates (docs/evaluation.md). V-JEPA's variants (`vjepa_*`) have its one
+head with one block.
 
 Command, DIR being a run (`--workdir`) or converted weights:
 

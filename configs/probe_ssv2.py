@@ -15,10 +15,8 @@ both together; 3 views in tests; 20 epochs.
 
 V-JEPA 2.1, by its paper: ViT-g 384 76.9, ViT-G 384 77.7. Published numbers are those of
 the head that is best on the test set (`official_best_on_test_accuracy` here).
-Hours are of one H100 at 40 % of its bf16 peak for encoder (training in every epoch,
-test) and heads, by `vjepa_jax/flops.py`; an estimate, none was run here. Twenty
-heads cost more than the encoder: fewer (`--config.grids.main.weight_decays="(0.1,)"`)
-are cheaper. V-JEPA's variants (`vjepa_*`) have its one head with one block.
+Hours are estimates (docs/evaluation.md). V-JEPA's variants (`vjepa_*`) have its one
+head with one block.
 
 Command, DIR being a run (`--workdir`) or converted weights:
 
@@ -36,6 +34,7 @@ def get_config(arg=""):
     config.data.update(num_clips=2, num_views=3)
     if variant == "vitg16_384":
         config.data.update(num_frames=64, frame_step=2)
+        config.clips_per_call = 8  # of 28 MB each
     config.test_batch_size = 16
     config.heads_at_once = 4
     return config.lock()

@@ -95,17 +95,21 @@ def test_folder_under_the_limit_and_needs_of_a_config(tmp_path):
         path = tmp_path / f"{name}.mp4"
         video_files.write_video(path, video_files.moving_frames(8))
     (tmp_path / "d.mp4").touch()
+    large = video_files.moving_frames(4, height=200, width=320)
+    video_files.write_video(tmp_path / "e.mp4", large)
     config = pathlib.Path(__file__).parents[1] / "configs" / "vjepa.py"
     done = run(
         f"--config={config}",
         f"--data={tmp_path}",
         "--config.data.num_frames=8",
-        "--max_bad_fraction=0.25",
+        "--config.data.max_pixels=50000",
+        "--max_bad_fraction=0.4",
         "--workers=1",
         env={**os.environ, "JAX_PLATFORMS": "cpu"},
     )
     assert done.returncode == 0, done.stderr
     assert "(8 frames, step 4, 224 pixels" in done.stdout
+    assert "e.mp4: too_large" in done.stdout
     for chip in check.CHIPS:
         assert f"  {chip} " in done.stdout
 

@@ -1,49 +1,33 @@
 """Heads on frozen features are trained, chosen and judged as their protocol says."""
 
-import flax.linen as nn
+import contextlib
+import itertools
+
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-import video_files
+from colour_videos import SIDE, make_frozen, write_videos
 
-from vjepa_jax import sharding
 from vjepa_jax.data.records import Source
 from vjepa_jax.data.subset import Subset, hold_out
 from vjepa_jax.default_config import UserError
 from vjepa_jax.evals import classification, clip_tokens, settings, token_cache
+from vjepa_jax.evals import frozen as frozen_models
 from vjepa_jax.evals.frozen import Frozen
-from vjepa_jax.models.encoder import VideoEncoder
-
-CLASSES = 3
-SIDE = 16
 
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory):
-    """Write videos whose class is a colour, and lists to train on and to test by."""
+    """Lists of videos to train on and to test by."""
     folder = tmp_path_factory.mktemp("videos")
-    rng = np.random.default_rng(0)
-    for name, count in (("train", 40), ("test", 19)):
-        lines = []
-        for i in range(count):
-            label = i % CLASSES
-            frames = rng.integers(0, 60, (12, 32, 48, 3), dtype=np.uint8)
-            frames[..., label] += 150
-            path = video_files.write_video(folder / f"{name}{i}.mp4", frames)
-            lines.append(f"{path} {label}\n")
-        (folder / f"{name}.csv").write_text("".join(lines))
+    write_videos(folder, "train", 40)
+    write_videos(folder, "test", 19)
     return folder
 
 
 @pytest.fixture(scope="module")
 def frozen():
-    encoder = VideoEncoder(depth=3, width=16, num_heads=2, mlp_dim=32, patch_size=8)
-    shape = (4, SIDE, SIDE, 3)
-    init = jax.jit(encoder.init)
-    params = nn.unbox(init(jax.random.key(0), jnp.zeros((1, *shape))))
-    mesh = sharding.make_mesh()
-    return Frozen(encoder, None, {"target": params["params"]}, None, shape, mesh)
+    return make_frozen(depth=3)
 
 
 @pytest.fixture
@@ -104,6 +88,49 @@ def test_tokens_of_clips_stand_together_and_views_apart(
             np.testing.assert_allclose(found[b, view], wanted, atol=2e-5)
 
 
+@pytest.mark.parametrize("is_augmented", [False, True])
+def test_batches_are_read_in_parts(frozen, config, monkeypatch, is_augmented):
+    """Of `clips_per_call`, or of one video; in any case the same batches."""
+    owner = clip_tokens.pipeline if is_augmented else clip_tokens
+    name = "make_train_iterator" if is_augmented else "read_all"
+    read, sizes = getattr(owner, name), []
+
+    def recorded(*args, batch_size, **options):
+        sizes.append(batch_size)
+        return read(*args, batch_size=batch_size, **options)
+
+    monkeypatch.setattr(owner, name, recorded)
+    config.data.num_clips = 2
+    source = Subset(clip_tokens.open_source(config, "test_path"), np.arange(10))
+    found = []
+    for clips_per_call in (64, 9, 1):
+        config.clips_per_call = clips_per_call
+        views = 1 if is_augmented else 2
+        videos = clip_tokens.make_videos(frozen, config, source, False, views)
+        if is_augmented:
+            options = {"seed": 3, "prefetch_megabytes": 1.0, "max_bad_fraction": 0.0}
+            transform = clip_tokens.ClipTransform(SIDE)
+            batches = clip_tokens.augmented_batches(
+                videos, transform, batch_size=8, **options
+            )
+        else:
+            batches = videos.batches(8)
+        with contextlib.closing(batches):
+            found.append([*itertools.islice(batches, 2)])
+    # Videos, and of augmented ones their clips.
+    assert sizes == ([16, 8, 2] if is_augmented else [8, 2, 1])
+    for parts in found[1:]:
+        for ours, wanted in zip(parts, found[0], strict=True):
+            for field in ("index", "valid", "labels"):
+                np.testing.assert_array_equal(
+                    getattr(ours, field), getattr(wanted, field)
+                )
+            np.testing.assert_allclose(
+                ours.tokens[ours.valid], wanted.tokens[wanted.valid], atol=2e-5
+            )
+    assert found[0][1].valid.sum() == (8 if is_augmented else 2)
+
+
 def results_of(config, frozen):
     return {
         measure: columns["pretrained"]
@@ -158,9 +185,7 @@ def test_augmented_training_learns(frozen, config):
 
 def test_an_untrained_encoder_stands_beside(frozen, config, monkeypatch):
     config.random_init = True
-    monkeypatch.setattr(
-        classification, "random_init", lambda model, seed: (model, seed)
-    )
+    monkeypatch.setattr(frozen_models, "random_init", lambda model, seed: (model, seed))
     monkeypatch.setattr(classification, "_evaluate", lambda model, _: {"is": model})
     found = classification.evaluate(frozen, config)
     assert found == {"is": {"pretrained": frozen, "random_init": (frozen, config.seed)}}
@@ -209,6 +234,24 @@ def test_half_written_cache_is_not_used(tmp_path, frozen, config, monkeypatch):
     monkeypatch.setattr(Frozen, "encode", encode)
     assert not [p for p in (tmp_path / "cache").iterdir() if p.name[0] != "."]
     assert results_of(config, frozen) == wanted
+
+
+def test_of_two_programs_that_write_a_cache_one_is_kept(
+    tmp_path, frozen, config, monkeypatch
+):
+    source = Subset(clip_tokens.open_source(config, "test_path"), np.arange(3))
+    videos = clip_tokens.make_videos(frozen, config, source, False)
+    write = token_cache._write
+
+    def write_after_another_program(videos, folder, *arguments):
+        write(videos, folder, *arguments)
+        monkeypatch.setattr(token_cache, "_write", write)
+        token_cache.cached(videos, str(tmp_path), "float32", 4, "digest")
+
+    monkeypatch.setattr(token_cache, "_write", write_after_another_program)
+    cached = token_cache.cached(videos, str(tmp_path), "float32", 4, "digest")
+    assert next(cached.batches(4)).valid.sum() == 3
+    assert [path.name for path in tmp_path.iterdir()] == [cached.folder.name]
 
 
 def test_cache_depends_on_what_tokens_depend_on(tmp_path, frozen, config):
@@ -317,7 +360,7 @@ def test_epochs_order_sees_every_video_once_per_epoch(rng):
         ({"data.train_path": ""}, r"config\.data\.train_path is not set"),
         ({"data.num_frames": 5}, "cannot be cut into tubelets"),
         ({"out_layers": (3,)}, "the blocks are 0 to 2"),
-        ({"num_classes": 2}, "has the label 2, and there are 2 classes"),
+        ({"num_classes": 2}, "has the label 2, and there are 2 classes: .*num_classes"),
         ({"grids.main.warmup_epochs": 2}, "give a number below config.epochs=2"),
         ({"grids.main.learning_rates": ()}, "learning_rates"),
         ({"cache.path": "gs://bucket/cache"}, "must be a local folder"),

@@ -230,10 +230,21 @@ def test_a_run_or_a_conversion_is_wanted(monkeypatch, capsys, folders):
         run_main(monkeypatch, capsys, make_evaluation(), *folders)
 
 
+def test_one_of_several_processes_is_refused(plain, saved, monkeypatch, capsys):
+    monkeypatch.setenv("SLURM_STEP_NODELIST", "node[1-2]")
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    with pytest.raises(UserError, match=r"one process, .*: start it once"):
+        run_main(monkeypatch, capsys, make_evaluation(), None, saved[0])
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "1")
+    assert "width" in run_main(monkeypatch, capsys, make_evaluation(), None, saved[0])
+
+
 def test_an_unknown_evaluation_is_named(saved):
     config = make_evaluation(evaluation="palmistry")
     with pytest.raises(UserError, match=r"'palmistry': known: .*physics, world"):
         probe.probe(config, saved[0])
+    with pytest.raises(UserError, match=r"not of an evaluation: give a configs/probe"):
+        probe.probe(make_config(), saved[0])
 
 
 def test_probes_of_the_world_want_a_run_of_it(saved):

@@ -1,20 +1,14 @@
 """Neighbours vote as scikit-learn's, few shots are few, health is what was written."""
 
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
+import pathlib
+
 import numpy as np
 import pytest
-import video_files
+from colour_videos import make_frozen, write_videos
 from sklearn.neighbors import KNeighborsClassifier
 
-from vjepa_jax import sharding
 from vjepa_jax.default_config import UserError
 from vjepa_jax.evals import health, neighbours, settings
-from vjepa_jax.evals.frozen import Frozen
-from vjepa_jax.models.encoder import VideoEncoder
-
-SIDE = 16
 
 
 @pytest.mark.parametrize("temperature", [0.07, 1.0])
@@ -101,25 +95,12 @@ def test_alignment_and_uniformity_are_their_definitions(rng, videos, clips, widt
 
 @pytest.fixture(scope="module")
 def frozen():
-    encoder = VideoEncoder(depth=1, width=16, num_heads=2, mlp_dim=32, patch_size=8)
-    shape = (4, SIDE, SIDE, 3)
-    init = jax.jit(encoder.init)
-    params = nn.unbox(init(jax.random.key(0), jnp.zeros((1, *shape))))
-    mesh = sharding.make_mesh()
-    return Frozen(encoder, None, {"target": params["params"]}, None, shape, mesh)
+    return make_frozen(depth=1)
 
 
 @pytest.fixture(scope="module")
 def listed(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("videos")
-    rng = np.random.default_rng(0)
-    lines = []
-    for i in range(12):
-        frames = rng.integers(0, 60, (12, 32, 48, 3), dtype=np.uint8)
-        frames[..., i % 3] += 150
-        lines.append(f"{video_files.write_video(folder / f'{i}.mp4', frames)} {i % 3}")
-    (folder / "list.csv").write_text("\n".join(lines))
-    return str(folder / "list.csv")
+    return write_videos(tmp_path_factory.mktemp("videos"), "list", 12)
 
 
 def test_evaluations_stand_beside_an_untrained_encoder(frozen, listed):
@@ -132,6 +113,11 @@ def test_evaluations_stand_beside_an_untrained_encoder(frozen, listed):
     assert set(found["few_shot_2_linear_accuracy"]) == {"pretrained", "random_init"}
     config.shots = (1, 5)
     with pytest.raises(UserError, match="has 4 videos"):
+        neighbours.evaluate(frozen, config)
+    unlabelled = pathlib.Path(listed).with_name("unlabelled.csv")
+    unlabelled.write_text(pathlib.Path(listed).read_text().replace(" 0\n", " -1\n"))
+    config.data.test_path = str(unlabelled)
+    with pytest.raises(UserError, match="has the label -1, and labels count from 0"):
         neighbours.evaluate(frozen, config)
 
 

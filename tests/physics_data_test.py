@@ -67,6 +67,16 @@ def test_the_test_set_of_intphys_has_no_labels(tmp_path, rng):
     assert [v.is_possible for v in group.videos] == [None] * 4
 
 
+def test_labels_of_some_videos_alone_are_refused(tmp_path, rng):
+    write_intphys(tmp_path, {"O1/01": quadruplet(rng), "O1/02": quadruplet(rng)})
+    for number in (1, 2):  # a pair is left, which is no quadruplet with labels
+        (tmp_path / "O1" / "02" / str(number) / "status.json").unlink()
+    with pytest.raises(
+        UserError, match=r"2 of the 8 videos .* first being .*/O1/02/1/scene"
+    ):
+        open_groups("intphys", str(tmp_path))
+
+
 def test_an_incomplete_quadruplet_is_named(tmp_path, rng):
     write_intphys(tmp_path, {"O1/03": quadruplet(rng)[:3]}, labels=[True, False, False])
     with pytest.raises(UserError, match=r"O1/03 does not hold a quadruplet"):
@@ -134,6 +144,11 @@ def test_inflevel_leaves_the_priming_out_and_aligns_the_ends(tmp_path):
     np.testing.assert_array_equal(one, frames["a"][4::3])
     np.testing.assert_array_equal(other, frames["b"][7::3])
     assert matched_pairs(group, [one, other]) == [(1, 0)]
+    (tmp_path / "lists" / "gravity.csv").write_text(
+        HEADER + rows.replace("impossible", "possible")
+    )
+    with pytest.raises(UserError, match=r"a\.mp4 and gravity/b\.mp4 are not one"):
+        open_groups("inflevel", str(tmp_path), str(tmp_path / "lists"))
     (tmp_path / "lists" / "gravity.csv").write_text("path,label\na,1\n")
     with pytest.raises(UserError, match=r"gravity\.csv: not a list of InfLevel"):
         open_groups("inflevel", str(tmp_path), str(tmp_path / "lists"))

@@ -1,5 +1,6 @@
+"""Shards: made on Apache Beam, stopped and continued, refused over others."""
+
 import functools
-import io
 import json
 import os
 import pathlib
@@ -9,11 +10,12 @@ import subprocess
 import sys
 import time
 
-import numpy as np
 import pytest
 from video_files import (
+    decode_content,
     decode_plainly,
     moving_frames,
+    psnr,
     write_video,
 )
 
@@ -29,15 +31,6 @@ from vjepa_jax.default_config import UserError
 
 # One process, no servers: what is tested here does not depend on the runner.
 IN_MEMORY = ("--direct_running_mode=in_memory", "--direct_num_workers=1")
-
-
-def decoded(content):
-    return decode_plainly(io.BytesIO(content))
-
-
-def psnr(a, b):
-    error = np.mean((a.astype(np.float64) - b) ** 2)
-    return 10 * np.log10(255**2 / error)
 
 
 def test_every_input_has_one_shard():
@@ -88,7 +81,7 @@ def test_a_folder_becomes_shards(folder):
     for record, index in zip(map(source.read, range(6)), good, strict=True):
         assert record.path == original.path_of(index)
         assert (record.id, record.label) == (original.entry(index), index // 3)
-        frames, expected = decoded(record.video), decode_plainly(record.path)
+        frames, expected = decode_content(record.video), decode_plainly(record.path)
         assert len(frames) == record.num_frames == len(expected)
         assert psnr(frames, expected) > 36
     assert source.labels.tolist() == [0, 0, 0, 1, 1, 1]

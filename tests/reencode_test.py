@@ -15,8 +15,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from video_files import (
+    decode_content,
     decode_plainly,
     moving_frames,
+    psnr,
     write_rotated_video,
     write_video,
 )
@@ -24,15 +26,6 @@ from video_files import (
 from vjepa_jax.data import media, reencode
 from vjepa_jax.data.media import DecodeError
 from vjepa_jax.default_config import UserError
-
-
-def decoded(content):
-    return decode_plainly(io.BytesIO(content))
-
-
-def psnr(a, b):
-    error = np.mean((a.astype(np.float64) - b) ** 2)
-    return 10 * np.log10(255**2 / error)
 
 
 def encode(path, **settings):
@@ -47,7 +40,7 @@ def test_videos_of_the_same_size_stay_close(tmp_path, codec):
     assert video.fps == pytest.approx(12, rel=1e-3)
     original = decode_plainly(path)
     # A frame off by one would cost 15 dB.
-    assert psnr(decoded(video.content), original) > 36
+    assert psnr(decode_content(video.content), original) > 36
 
 
 @pytest.mark.parametrize(
@@ -60,7 +53,7 @@ def test_colours_survive(tmp_path, pix_fmt, colours):
         tmp_path / "a.mkv", moving_frames(5), pix_fmt=pix_fmt, codec_options=options
     )
     original = decode_plainly(path)
-    assert psnr(decoded(encode(path, crf=5).content), original) > 30
+    assert psnr(decode_content(encode(path, crf=5).content), original) > 30
 
 
 def test_key_frames_keep_the_pace_and_nothing_is_reordered(tmp_path):
@@ -92,7 +85,7 @@ def test_rotation_is_applied(tmp_path):
     with av.open(path) as container:
         turns = round(next(container.decode(video=0)).rotation / 90)
     upright = np.rot90(decode_plainly(path), turns, axes=(1, 2))
-    assert psnr(decoded(video.content), upright) > 36
+    assert psnr(decode_content(video.content), upright) > 36
 
 
 @pytest.mark.parametrize(
@@ -112,7 +105,7 @@ def test_sizes(tmp_path, size, short_side, expected):
     assert (video.height, video.width) == expected
     if short_side == 320:
         original = decode_plainly(path)[:, : expected[0], : expected[1]]
-        assert psnr(decoded(video.content), original) > 30
+        assert psnr(decode_content(video.content), original) > 30
 
 
 @given(
@@ -133,7 +126,7 @@ def test_frames_are_left_out_evenly(tmp_path, fps, kept):
     video = encode(path, fps=fps)
     assert video.fps == pytest.approx(fps, rel=1e-3)
     original = decode_plainly(path)[list(kept)]
-    assert psnr(decoded(video.content), original) > 36
+    assert psnr(decode_content(video.content), original) > 36
 
 
 @pytest.mark.parametrize("fps", [12, 30, 0])
@@ -155,7 +148,7 @@ def test_images_become_videos_of_one_frame(tmp_path):
     write_image(path)
     video = encode(path)
     assert (video.num_frames, video.width, video.height) == (1, 60, 40)
-    assert psnr(decoded(video.content), decode_plainly(str(path))) > 30
+    assert psnr(decode_content(video.content), decode_plainly(str(path))) > 30
 
 
 def test_why_a_video_fails(tmp_path):
@@ -175,7 +168,7 @@ def test_why_a_video_fails(tmp_path):
             outcome = bad_files.GOOD
             # All of them last 3.3 seconds at most, but for one with an uneven rate.
             assert video.num_frames == 1 or video.fps > 5
-            assert len(decoded(video.content)) == video.num_frames
+            assert len(decode_content(video.content)) == video.num_frames
         assert outcome in case.outcomes, path
 
 

@@ -11,16 +11,12 @@ from vjepa_jax.data.transforms import central_box
 from vjepa_jax.default_config import UserError, get_config, validate
 
 
-def tiny_world(path):
+def tiny_world(path, **fields):
     config = get_config().world
-    config.path = str(path)
-    config.size = 16
-    config.num_frames = 8
-    config.pretrain_videos = 13
-    config.probe_train_videos = 11
-    config.probe_test_videos = 11
-    config.hidden_train_videos = 2
-    config.hidden_test_videos = 2
+    config.update(path=str(path), size=16, num_frames=8, pretrain_videos=13)
+    config.update(probe_train_videos=11, probe_test_videos=11)
+    config.update(hidden_train_videos=2, hidden_test_videos=2)
+    config.update(fields)
     return config
 
 
@@ -64,8 +60,7 @@ def test_complete_world_is_left_alone(rendered):
 
 def test_other_settings_are_refused_and_nothing_is_touched(rendered):
     before = contents(rendered)
-    config = tiny_world(rendered)
-    config.pretrain_videos = 14
+    config = tiny_world(rendered, pretrain_videos=14)
     with pytest.raises(UserError, match=r"other settings.*world\.path"):
         render.render_world(config)
     assert contents(rendered) == before
@@ -105,8 +100,7 @@ def test_worlds_of_earlier_releases_are_the_same_worlds(rendered):
         del earlier["world"][key]
     manifest.write_text(json.dumps(earlier))
     assert render.render_world(tiny_world(rendered)) is False
-    config = tiny_world(rendered)
-    config.physics_pairs = 2
+    config = tiny_world(rendered, physics_pairs=2)
     with pytest.raises(UserError, match="other settings"):
         render.render_world(config)
     manifest.write_text(now)
@@ -125,8 +119,7 @@ def test_values_out_of_range_are_named(key, value):
 
 
 def test_pairs_want_clips_of_some_length(tmp_path):
-    config = tiny_world(tmp_path / "world")
-    config.physics_pairs = 2
+    config = tiny_world(tmp_path / "world", physics_pairs=2)
     with pytest.raises(UserError, match="num_frames of 12 or more"):
         render.render_world(config)
 
@@ -134,19 +127,18 @@ def test_pairs_want_clips_of_some_length(tmp_path):
 # --------------------------------------------------------------------- pairs and play
 
 
-def pair_world(path):
-    config = tiny_world(path)
-    config.num_frames = 12
-    config.pretrain_videos = 30
-    config.play_fraction = 0.5
-    config.physics_pairs = 2
-    return config
+PAIRS = {
+    "num_frames": 12,
+    "pretrain_videos": 30,
+    "play_fraction": 0.5,
+    "physics_pairs": 2,
+}
 
 
 @pytest.fixture(scope="module")
 def with_pairs(tmp_path_factory):
     root = tmp_path_factory.mktemp("pairs")
-    render.render_world(pair_world(root))
+    render.render_world(tiny_world(root, **PAIRS))
     return root
 
 
@@ -195,7 +187,7 @@ def test_decoded_pairs_are_equal_up_to_the_onset_bit_for_bit(with_pairs, tmp_pat
 
 def test_play_is_a_share_of_the_clips_and_leaves_the_others_as_they_are(with_pairs):
     truth = np.load(with_pairs / "pretrain.npz")
-    config = pair_world(with_pairs)
+    config = tiny_world(with_pairs, **PAIRS)
     is_play = np.array([play.is_play(0.5, (0, 0), i) for i in range(30)])
     assert 5 < is_play.sum() < 25
     np.testing.assert_array_equal(truth["label"] == play.LABEL, is_play)

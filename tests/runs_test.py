@@ -272,3 +272,17 @@ def test_other_videos_than_before_are_refused_or_accepted(folder, first, capsys)
     config.data.accept_change = True
     assert train_and_evaluate(config, str(workdir)) is None
     assert "other videos than before, from step 2 on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("names", [("list.csv",), ("list.csv", "list.csv")])
+def test_other_shares_than_before_are_refused_or_accepted(folder, first, names, capsys):
+    workdir = folder / f"shares_{len(names)}"
+    shutil.copytree(folder / "first", workdir)
+    config = make_config(folder, total_steps=2)
+    config.data.path = ",".join(str(folder / name) for name in names)
+    config.data.mix_weights = (0.25, 0.75)[: len(names)]
+    with pytest.raises(UserError, match=r"their shares in a mixture, are not those"):
+        train_and_evaluate(config, str(workdir))
+    config.data.accept_change = True
+    assert train_and_evaluate(config, str(workdir)) is None
+    assert "other videos than before, from step 2 on" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """Video files for tests, made on the spot."""
 
+import io
 import struct
 from collections.abc import Sequence
 from fractions import Fraction
@@ -99,9 +100,20 @@ def write_sound(path) -> str:
     return str(path)
 
 
-def decode_plainly(path: str) -> np.ndarray:
+def decode_plainly(path: str | io.BytesIO) -> np.ndarray:
     """Decodes every frame from the first to the last: uint8 `[T, H, W, 3]`."""
     with av.open(path) as container:
         return np.stack(
             [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
         )
+
+
+def decode_content(content: bytes) -> np.ndarray:
+    """Decodes every frame of a file in memory, see `decode_plainly`."""
+    return decode_plainly(io.BytesIO(content))
+
+
+def psnr(pixels: np.ndarray, others: np.ndarray) -> float:
+    """Returns the peak signal-to-noise ratio of bytes in dB; infinite where equal."""
+    error = np.mean((pixels.astype(np.float64) - others) ** 2)
+    return 10 * np.log10(255**2 / error) if error else np.inf

@@ -149,6 +149,33 @@ def test_all_processes_hanging_at_once_is_no_records_fault(tmp_path, plain):
     supervised.close()
 
 
+def test_accidents_at_one_record_long_after_each_other_do_not_quarantine_it():
+    opened, quarantined = [], []
+
+    def open_batches(step, since):
+        opened.append((step, since))
+        return mock.Mock(close=mock.Mock())
+
+    supervised = workers.SupervisedBatches(
+        open_batches,
+        workers.WorkLog(),
+        start_step=7,
+        timeout_secs=5.0,
+        name_of=str,
+        on_quarantine=lambda *args: quarantined.append(args),
+    )
+    limit = workers._FAILS_AGAIN_WITHIN_STEPS
+    try:
+        for record, steps in ((3, 0), (4, limit), (3, 1), (3, limit), (4, 2)):
+            supervised._step += steps
+            supervised._start_again(workers._Failure("crashed", {record}, "died"))
+    finally:
+        supervised.close()
+    third = 7 + limit + 1 + limit
+    assert quarantined == [(3, "crashed", third)]
+    assert opened[-2:] == [(third, {3: "crashed"}), (third + 2, {3: "crashed"})]
+
+
 def test_every_process_reads_the_quarantine_of_all(tmp_path):
     source = Mixture([(FaultySource(NUM_RECORDS, {}, tmp_path), 1.0)])
     path = str(tmp_path / "bad_videos.jsonl")

@@ -5,10 +5,12 @@
 
 Reads the checkpoint of a run, or converted weights; prints one table and writes it to
 `results_NAME.json` beside the checkpoints, NAME being the config's `name` or else its
-`evaluation`. The probe of the synthetic world writes `results.json`, and pictures.
+`evaluation`. The probe of the synthetic world writes `results.json`, and pictures. One
+process computes, on all devices that it sees.
 """
 
 import json
+import os
 import pathlib
 import sys
 import time
@@ -16,7 +18,7 @@ from typing import Any
 
 from absl import flags
 
-from vjepa_jax import build, checkpoint, cli, metrics, workdirs
+from vjepa_jax import build, checkpoint, cli, cluster, metrics, workdirs
 from vjepa_jax.data import render, sources, streams
 from vjepa_jax.default_config import ConfigDict, UserError
 from vjepa_jax.evals import features, frozen, pictures, registry
@@ -62,8 +64,11 @@ def probe(config: ConfigDict, path: str) -> dict[str, Any]:
       path: workdir of a run, or folder of a conversion.
 
     Raises:
-      UserError: there is no checkpoint, or it does not suit the evaluation.
+      UserError: the config is not of an evaluation, or there is no checkpoint, or it
+        does not suit the evaluation.
     """
+    if "evaluation" not in config:
+        raise UserError("--config is not of an evaluation: give a configs/probe_*.py")
     began = time.perf_counter()
     model = frozen.load(path, None if config.step < 0 else config.step)
     results = registry.evaluate(model, config)
@@ -108,6 +113,12 @@ def main() -> None:
     if bool(_WORKDIR.value) == bool(_CHECKPOINT.value):
         raise UserError(
             "give either the --workdir of a run or a converted --checkpoint"
+        )
+    if cluster.describe(os.environ) is not None:
+        raise UserError(
+            "an evaluation is one process, and the environment says that this is one "
+            "of several: start it once, outside of their job, or with "
+            "JAX_NUM_PROCESSES=1 where it is alone"
         )
     path = _WORKDIR.value or _CHECKPOINT.value
     checkpoint.quiet_orbax()

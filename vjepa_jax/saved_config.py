@@ -82,5 +82,8 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def _is_operational(key: str) -> bool:
-    is_path = key.startswith("streams.") and key.endswith(".path")
-    return is_path or key.startswith(OPERATIONAL)
+    # Videos and their shares are judged by the fingerprint of the data, which is not
+    # overruled but by `data.accept_change`.
+    is_of_data = key.startswith(("data.", "streams."))
+    is_fingerprinted = is_of_data and key.endswith((".path", ".mix_weights"))
+    return is_fingerprinted or key.startswith(OPERATIONAL)

@@ -78,9 +78,10 @@ def _restore_or_init(checkpointer, program, fingerprint, teacher_step):
         if position["fingerprint"] != fingerprint:
             if not config.data.accept_change:
                 raise UserError(
-                    "the videos of config.data.path are not those that this run was "
-                    "reading: bring them back, give another --workdir, or continue "
-                    "with the new ones by --config.data.accept_change=True"
+                    "the videos of config.data.path, or their shares in a mixture, are "
+                    "not those that this run was reading: bring them back, give "
+                    "another --workdir, or continue with the new ones by "
+                    "--config.data.accept_change=True"
                 )
             _say(f"other videos than before, from step {step} on")
         if meta.get("teacher_step", teacher_step) != teacher_step:

@@ -12,6 +12,7 @@ Exit code 1: the share of unreadable videos is above --max_bad_fraction.
 """
 
 import contextlib
+import dataclasses
 import os
 import sys
 from collections.abc import Iterable, Iterator
@@ -109,10 +110,14 @@ def check(
         data.flip_probability,
     )
     sampling = make_sampling(data, data)
-    examine = survey.Examination(sampling, transform, deep, timeout_secs)
+    examine = survey.Examination(
+        sampling, transform, deep, timeout_secs, data.resize, data.max_pixels
+    )
     output = None
     if output_path:
-        output = Output(output_path, sources.fingerprint(source, deep=deep))
+        asked_for = {"deep": deep, "max_pixels": data.max_pixels}
+        asked_for |= dataclasses.asdict(sampling)
+        output = Output(output_path, sources.fingerprint(source, **asked_for))
     done = output.done if output else {}
     summary = Summary(sampling)
     if done:

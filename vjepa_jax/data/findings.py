@@ -58,8 +58,8 @@ class Output:
             self._write(wanted)
         elif header != json.dumps(wanted) + "\n":
             raise UserError(
-                f"{self.partial_path} is of other videos, or was made with another "
-                "--deep: delete it, or give another --output"
+                f"{self.partial_path} is of other videos or clips, or was made with "
+                "another --deep: delete it, or give another --output"
             )
         else:
             self._read_done(len(header))

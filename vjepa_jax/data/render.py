@@ -204,10 +204,10 @@ def render_world(config: ConfigDict) -> bool:
 
 
 def _read_manifest(path: pathlib.Path) -> dict | None:
-    """Return the settings in a manifest; None where a kill left half of one."""
+    """Return the settings in a manifest; None where there are none, or but half."""
     try:
         return _ADDED | json.loads(path.read_text())["world"]
-    except ValueError:
+    except (ValueError, KeyError, TypeError):
         return None
 
 

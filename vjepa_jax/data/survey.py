@@ -55,21 +55,26 @@ class Examination:
       transform: crop and size of the clip.
       deep: decode every frame as well.
       time_limit_secs: processor time that decoding may take.
+      resize, max_pixels: see `decode.read_clips`.
     """
 
     sampling: Sampling
     transform: ClipTransform
     deep: bool
     time_limit_secs: float
+    resize: str = "antialias"
+    max_pixels: int = decode.MAX_PIXELS
 
     def __call__(self, record: Record) -> Finding:
         """Examines one video; one that gives no clip is described by its reason."""
         # The same clip in every run, so that its outcome can be reproduced.
         rng = np.random.default_rng(0)
+        limits = {
+            "max_pixels": self.max_pixels,
+            "time_limit_secs": self.time_limit_secs,
+        }
         try:
-            info = decode.inspect(
-                record, deep=self.deep, time_limit_secs=self.time_limit_secs
-            )
+            info = decode.inspect(record, deep=self.deep, **limits)
             start_secs = time.process_time()
             clips = decode.read_clips(
                 record,
@@ -77,7 +82,8 @@ class Examination:
                 rng=rng,
                 size=self.transform.resolution,
                 crop=lambda height, width: self.transform.crop_box(height, width, rng),
-                time_limit_secs=self.time_limit_secs,
+                resize=self.resize,
+                **limits,
             )
         except decode.DecodeError as error:
             # Of what the system says, not the path, which is there already.

@@ -3,11 +3,12 @@
 Every process notes which record it works on. When one dies or takes too long, the note
 names the record; the processes are started again at the step that is due, which gives
 the same batches, since the stream is a pure function of (seed, step). A record that
-does it again is quarantined.
+does it again soon is quarantined.
 """
 
 import atexit
 import contextlib
+import math
 import multiprocessing
 import multiprocessing.util
 import os
@@ -18,7 +19,6 @@ import tempfile
 import threading
 import time
 import weakref
-from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from multiprocessing.shared_memory import SharedMemory
 from typing import Any, NamedTuple
@@ -37,10 +37,10 @@ _END_SECS = 10
 _START_SECS = 120
 # Restarts without a batch in between that end the run.
 _MAX_RESTARTS = 6
-# Failures of one record that quarantine it: the first may have had another cause, such
-# as another program that took the memory.
-_MAX_FAILURES = 2
-
+# A record may fail once for reasons of the machine, such as another program that took
+# the memory. One that is to blame fails again at once, its batch being due still; what
+# comes after more steps than are decoded ahead is another accident.
+_FAILS_AGAIN_WITHIN_STEPS = 1000
 
 # What a process writes of itself; `array` is the name of shared memory.
 _NOTE = np.dtype([("record", "i8"), ("began", "i8"), ("array", "S64")])
@@ -231,7 +231,7 @@ class SupervisedBatches(Iterator):
         self._name_of = name_of
         self._on_quarantine = on_quarantine
         self._quarantined: dict[int, str] = {}
-        self._failures: Counter[int] = Counter()
+        self._failed_at: dict[int, int] = {}
         self._restarts = 0
         self._batches = self._puller = None
         _open.add(self)
@@ -315,8 +315,9 @@ class SupervisedBatches(Iterator):
         )
         self._restarts += 1
         for record in failure.records:
-            self._failures[record] += 1
-            if self._failures[record] >= _MAX_FAILURES:
+            steps = self._step - self._failed_at.get(record, -math.inf)
+            self._failed_at[record] = self._step
+            if steps <= _FAILS_AGAIN_WITHIN_STEPS:
                 self._quarantined[record] = failure.how
                 self._on_quarantine(record, failure.how, self._step)
         if self._restarts > _MAX_RESTARTS:

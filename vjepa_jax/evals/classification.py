@@ -25,7 +25,7 @@ from vjepa_jax.data.transforms import ClipTransform
 from vjepa_jax.default_config import ConfigDict, UserError
 from vjepa_jax.evals import clip_tokens, settings, token_cache
 from vjepa_jax.evals.clip_tokens import TokenBatch, Videos
-from vjepa_jax.evals.frozen import Frozen, random_init
+from vjepa_jax.evals.frozen import Frozen, beside_untrained
 from vjepa_jax.evals.head_grid import HeadGrid, Schedules, describe
 from vjepa_jax.evals.token_cache import CachedVideos
 from vjepa_jax.models.heads import AttentiveClassifier, LinearClassifier
@@ -78,12 +78,7 @@ def evaluate(frozen: Frozen, config: ConfigDict) -> dict[str, dict[str, Any]]:
       UserError: config, data and model do not fit.
     """
     settings.validate(config)
-    models = {"pretrained": frozen}
-    if config.random_init:
-        models["random_init"] = random_init(frozen, config.seed)
-    columns = {name: _evaluate(model, config) for name, model in models.items()}
-    measures = columns["pretrained"]
-    return {m: {name: columns[name][m] for name in columns} for m in measures}
+    return beside_untrained(lambda model: _evaluate(model, config), frozen, config)
 
 
 def _evaluate(frozen: Frozen, config: ConfigDict) -> dict[str, Any]:

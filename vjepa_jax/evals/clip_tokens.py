@@ -3,8 +3,9 @@
 What a head sees of a video are the tokens of all its clips together, once per view.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -116,6 +117,20 @@ class Videos:
           order: int [n], the videos to encode, as often as they stand there; None:
             every video once.
         """
+        size = self.read_size(batch_size, self.num_views)
+        return _joined(self._parts(size, order), batch_size)
+
+    def read_size(self, batch_size: int, num_views: int = 1) -> int:
+        """Return how many of a batch's videos are decoded and encoded together.
+
+        As many as give the encoder `clips_per_call`: of a batch of the papers, 2048
+        clips, the pixels alone have gigabytes, in every decoding process.
+        """
+        per_video = self.encoder.num_clips * num_views
+        most = max(1, self.encoder.clips_per_call // per_video)
+        return max(n for n in range(1, most + 1) if batch_size % n == 0)
+
+    def _parts(self, batch_size: int, order: np.ndarray | None) -> Iterator[TokenBatch]:
         for batch in read_all(
             self.source,
             reading=self.reading,
@@ -157,6 +172,21 @@ def augmented_batches(
     Raises:
       UserError: too many of the videos are unreadable.
     """
+    size = videos.read_size(batch_size)
+    parts = _augmented_parts(
+        videos,
+        transform,
+        size,
+        seed=seed,
+        prefetch_megabytes=prefetch_megabytes,
+        max_bad_fraction=max_bad_fraction,
+    )
+    return _joined(parts, batch_size)
+
+
+def _augmented_parts(
+    videos: Videos, transform: ClipTransform, batch_size: int, **options
+) -> Iterator[TokenBatch]:
     num_clips = videos.reading.sampling.num_clips
     labels = np.asarray(videos.source.labels)
     with pipeline.make_train_iterator(
@@ -164,17 +194,44 @@ def augmented_batches(
         reading=videos.reading,
         transform=transform,
         batch_size=batch_size * num_clips,
-        seed=seed,
         num_workers=videos.num_workers,
-        prefetch_megabytes=prefetch_megabytes,
         worker_timeout_secs=videos.worker_timeout_secs,
-        max_bad_fraction=max_bad_fraction,
+        **options,
     ) as iterator:
         for batch in iterator:
             clips, index = np.asarray(batch["video"]["video"]), batch["index"]
             tokens = videos.encoder(clips.reshape(-1, num_clips, *clips.shape[1:]))
             valid = np.ones(len(index), bool)
             yield TokenBatch(tokens, labels[index], index, valid)
+
+
+def _joined(parts: Iterator[TokenBatch], batch_size: int) -> Iterator[TokenBatch]:
+    """Join batches of a divisor of `batch_size` to such ones, the last one padded."""
+    with contextlib.closing(parts):
+        group: list[TokenBatch] = []
+        for part in parts:
+            group.append(part)
+            if len(group) * len(part.index) == batch_size:
+                yield _concatenated(group)
+                group = []
+        if group:
+            missing = batch_size - len(group) * len(group[0].index)
+            padding = TokenBatch(
+                np.zeros((missing, *group[0].tokens.shape[1:]), np.float32),
+                np.zeros(missing, np.int64),
+                np.full(missing, -1, np.int64),
+                np.zeros(missing, bool),
+            )
+            yield _concatenated([*group, padding])
+
+
+def _concatenated(group: Sequence[TokenBatch]) -> TokenBatch:
+    if len(group) == 1:
+        return group[0]
+    names = (field.name for field in dataclasses.fields(TokenBatch))
+    return TokenBatch(
+        *(np.concatenate([getattr(part, name) for part in group]) for name in names)
+    )
 
 
 def open_source(config: ConfigDict, key: str) -> Source:
@@ -240,9 +297,12 @@ def require_labels(source: Source, num_classes: int) -> None:
     labels = np.asarray(source.labels)
     wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
     if len(wrong):
-        index = int(wrong[0])
-        raise UserError(
-            f"{source.path_of(index)!r} of {source.name!r} has the label "
-            f"{labels[index]}, and there are {num_classes} classes: mend the list, or "
-            "set config.num_classes"
+        label = labels[wrong[0]]
+        said = (
+            "and labels count from 0: mend the list"
+            if label < 0
+            else f"and there are {num_classes} classes: mend the list, or set "
+            "config.num_classes"
         )
+        path = source.path_of(int(wrong[0]))
+        raise UserError(f"{path!r} of {source.name!r} has the label {label}, {said}")

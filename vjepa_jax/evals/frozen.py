@@ -125,7 +125,7 @@ class Frozen:
         Raises:
           UserError: tubelets do not fill the clips, or `require_predictor` does.
         """
-        self.require_predictor()
+        self.require_predictor(mask_index)
         self.grid(video.shape)
         return self.call(
             _predict,
@@ -144,8 +144,12 @@ class Frozen:
         except ValueError as error:
             raise UserError(str(error)) from None
 
-    def require_predictor(self) -> None:
-        """Raise UserError unless there is a predictor of the target's features."""
+    def require_predictor(self, mask_index: int = 0) -> None:
+        """Raise UserError unless there is a predictor of the target's features.
+
+        Args:
+          mask_index: of its mask tokens, which has to be there.
+        """
         if self.predictor is None:
             raise UserError(
                 "the checkpoint has no predictor of masked tokens: give the workdir of "
@@ -155,6 +159,12 @@ class Frozen:
             raise UserError(
                 f"the predictor gives {self.predictor.out_dim} channels, a teacher's, "
                 f"and the target encoder has {self.encoder.out_dim}: nothing compares"
+            )
+        count = self.predictor.num_mask_tokens
+        if not 0 <= mask_index < count:
+            raise UserError(
+                f"mask_index={mask_index}: the predictor has {count} mask tokens, "
+                "counted from 0"
             )
 
 
@@ -260,6 +270,28 @@ def random_init(frozen: Frozen, seed: int) -> Frozen:
     parts = frozen.encoder, frozen.predictor, frozen.video_shape, frozen.mesh
     params = unbox(_compiled_init(*parts)(jax.random.key(seed)))
     return dataclasses.replace(frozen, params=params)
+
+
+def beside_untrained(
+    measure: Callable[[Frozen], Mapping[str, Any]], model: Frozen, config: ConfigDict
+) -> dict[str, dict[str, Any]]:
+    """Measure a model and, with `config.random_init`, an untrained one beside it.
+
+    Args:
+      measure: from a model to {measure: value}.
+      model: what is judged.
+      config: of the evaluation.
+
+    Returns:
+      {measure: {"pretrained": value, "random_init": value}}.
+    """
+    columns = {"pretrained": measure(model)}
+    if config.random_init:
+        columns["random_init"] = measure(random_init(model, config.seed))
+    return {
+        name: {column: values[name] for column, values in columns.items()}
+        for name in columns["pretrained"]
+    }
 
 
 @functools.lru_cache(maxsize=2)  # of many seeds, the first alone is compiled

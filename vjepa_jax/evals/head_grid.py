@@ -4,9 +4,10 @@ All heads see the same batches and differ in initialisation, learning rate and w
 decay. They are one array with a leading axis, and one compiled update trains them all.
 """
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import flax.linen as nn
 import jax
@@ -58,6 +59,7 @@ class HeadGrid:
       head: module of each.
       heads: (learning rate, weight decay) of every head, H of them.
       state: parameters and moments, every leaf with a leading axis of H.
+      mesh: batches are split over its devices, heads are whole on each.
     """
 
     def __init__(
@@ -80,13 +82,13 @@ class HeadGrid:
           total_steps: length of the schedules.
           token_shape: (N, D).
           seed: of the initialisation.
-          mesh: batches are split over its devices, heads are whole on each.
+          mesh: see there.
           clip_norm: largest norm of a head's gradient; 0: no clip.
           heads_at_once: heads whose activations are in memory together; 0: all.
         """
         self.head = head
         self.heads = [pair for group in schedules for pair in group.heads()]
-        self._mesh = mesh
+        self.mesh = mesh
         tx = optax.chain(
             optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity(),
             optax.scale_by_adam(),
@@ -142,7 +144,8 @@ class HeadGrid:
             return over_heads(one)(params)
 
         whole = sharding.replicated(mesh)
-        self.state = jax.jit(init, out_shardings=whole)(jax.random.key(seed))
+        with self._on_mesh():
+            self.state = jax.jit(init, out_shardings=whole)(jax.random.key(seed))
         self._update = jax.jit(update, donate_argnums=0, out_shardings=whole)
         self._classify = jax.jit(
             classify, static_argnames="num_best", out_shardings=whole
@@ -163,7 +166,8 @@ class HeadGrid:
         """
         weights = np.asarray(weights, np.float32)
         placed = self._placed(tokens, labels, weights)
-        self.state, losses = self._update(self.state, *placed)
+        with self._on_mesh():
+            self.state, losses = self._update(self.state, *placed)
         return losses
 
     def classify(self, tokens: np.ndarray, num_best: int = 1) -> np.ndarray:
@@ -177,14 +181,21 @@ class HeadGrid:
           int32 [H, B, num_best].
         """
         (placed,) = self._placed(tokens)
-        best = self._classify(self.state[0], placed, num_best=num_best)
+        with self._on_mesh():
+            best = self._classify(self.state[0], placed, num_best=num_best)
         return np.asarray(best)[:, : len(tokens)]
+
+    @contextlib.contextmanager
+    def _on_mesh(self) -> Iterator[None]:
+        """Let attention see how batches are split, as its kernels are not by XLA."""
+        with jax.set_mesh(self.mesh), nn.logical_axis_rules(sharding.RULES):
+            yield
 
     def _placed(self, *arrays: np.ndarray) -> list[jax.Array]:
         """Split arrays over the devices, filled up with zeros to a multiple of them."""
-        missing = -len(arrays[0]) % self._mesh.size
+        missing = -len(arrays[0]) % self.mesh.size
         filled = [np.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1)) for x in arrays]
-        return jax.device_put(filled, sharding.batch_sharding(self._mesh))
+        return jax.device_put(filled, sharding.batch_sharding(self.mesh))
 
 
 def describe(head: tuple[float, float]) -> str:

@@ -16,7 +16,7 @@ from vjepa_jax import losses
 from vjepa_jax.data.subset import Subset
 from vjepa_jax.default_config import ConfigDict, UserError
 from vjepa_jax.evals import clip_tokens, settings
-from vjepa_jax.evals.frozen import Frozen, random_init
+from vjepa_jax.evals.frozen import Frozen, beside_untrained
 
 
 def evaluate(frozen: Frozen, config: ConfigDict) -> dict[str, dict[str, Any]]:
@@ -38,14 +38,12 @@ def evaluate(frozen: Frozen, config: ConfigDict) -> dict[str, dict[str, Any]]:
     if len(source) > config.num_videos:  # evenly spaced, as lists often go by class
         places = np.linspace(0, len(source) - 1, config.num_videos).astype(np.int64)
         source = Subset(source, places)
-    models = {"pretrained": frozen}
-    if config.random_init:
-        models["random_init"] = random_init(frozen, config.seed)
-    columns = {}
-    for name, model in models.items():
+
+    def describe(model: Frozen) -> dict[str, float]:
         videos = clip_tokens.make_videos(model, config, source, False, num_views=1)
-        columns[name] = measure(*_read(videos, config))
-    return {m: {n: columns[n][m] for n in columns} for m in columns["pretrained"]}
+        return measure(*_read(videos, config))
+
+    return beside_untrained(describe, frozen, config)
 
 
 def _read(

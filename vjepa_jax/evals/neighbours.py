@@ -14,7 +14,7 @@ from sklearn.preprocessing import normalize
 
 from vjepa_jax.default_config import ConfigDict, UserError
 from vjepa_jax.evals import clip_tokens, probes, settings
-from vjepa_jax.evals.frozen import Frozen, random_init
+from vjepa_jax.evals.frozen import Frozen, beside_untrained
 
 _LINEAR_PENALTY = 2e-2  # L2 per sample
 
@@ -39,24 +39,25 @@ def evaluate(frozen: Frozen, config: ConfigDict) -> dict[str, dict[str, Any]]:
     sources = [
         clip_tokens.open_source(config, key) for key in ("train_path", "test_path")
     ]
+    num_classes = 1 + max(int(np.max(source.labels)) for source in sources)
+    for source in sources:
+        clip_tokens.require_labels(source, num_classes)
     require_shots(sources[0].labels, tuple(config.shots))
-    models = {"pretrained": frozen}
-    if config.random_init:
-        models["random_init"] = random_init(frozen, config.seed)
-    columns: dict[str, dict[str, float]] = {}
-    for name, model in models.items():
+
+    def measure(model: Frozen) -> dict[str, float]:
         train, test = (
             pooled_features(
                 clip_tokens.make_videos(model, config, source, True), config
             )
             for source in sources
         )
-        columns[name] = knn_accuracies(
+        return knn_accuracies(
             *train, *test, tuple(config.k), config.temperature
         ) | few_shot_accuracies(
             *train, *test, tuple(config.shots), config.draws, config.seed
         )
-    return {m: {n: columns[n][m] for n in columns} for m in columns["pretrained"]}
+
+    return beside_untrained(measure, frozen, config)
 
 
 def pooled_features(

@@ -19,7 +19,7 @@ import scipy.stats
 from sklearn.metrics import roc_auc_score
 
 from vjepa_jax.default_config import ConfigDict, UserError
-from vjepa_jax.evals import physics_data
+from vjepa_jax.evals import physics_data, settings
 from vjepa_jax.evals.frozen import (
     Frozen,
     predicted_features,
@@ -264,7 +264,8 @@ def evaluate(frozen: Frozen, config: ConfigDict) -> dict[str, Any]:
     Raises:
       UserError: the model cannot predict, or protocol, data and model do not fit.
     """
-    frozen.require_predictor()
+    settings.validate(config)
+    frozen.require_predictor(config.mask_index)
     protocol = Protocol(
         config.num_frames or frozen.video_shape[0],
         config.stride,

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from vjepa_jax.data import decode, render
+from vjepa_jax.data import decode, render, sources
 from vjepa_jax.default_config import UserError
 
 # Its 16 properties in the order of the reference evaluation.
@@ -89,6 +89,13 @@ def open_groups(dataset: str, path: str, lists: str = "") -> list[Group]:
     groups = _LAYOUTS[dataset](root, pathlib.Path(lists or path))
     if not groups:
         raise UserError(f"no videos of {dataset} in {path}: see docs/physics.md")
+    videos = [video for group in groups for video in group.videos]
+    unlabelled = [video.path for video in videos if video.is_possible is None]
+    if 0 < len(unlabelled) < len(videos):
+        raise UserError(
+            f"{len(unlabelled)} of the {len(videos)} videos in {path} have no label, "
+            f"the first being {unlabelled[0]}: complete the labels, or remove all"
+        )
     return groups
 
 
@@ -101,8 +108,8 @@ def _world(root: pathlib.Path, lists: pathlib.Path) -> list[Group]:
             f"{truth_path} is missing: render a world with world.physics_pairs "
             "(python -m vjepa_jax.data.prepare --config=...)"
         )
-    names = (root / f"{render.PHYSICS}.csv").read_text().split("\n")
-    paths = [root / name.rsplit(" ", 1)[0] for name in names if name]
+    source = sources.open_source(str(root / f"{render.PHYSICS}.csv"))
+    paths = [pathlib.Path(source.path_of(i)) for i in range(len(source))]
     with np.load(truth_path) as truth:
         rows = zip(paths, truth["property"], truth["possible"], strict=True)
         videos = [(str(name), Video(p, bool(possible))) for p, name, possible in rows]
@@ -173,6 +180,11 @@ def _inflevel(root: pathlib.Path, lists: pathlib.Path) -> list[Group]:
                     raise UserError(
                         f"{path}: not a list of InfLevel ({error})"
                     ) from None
+                if videos[0].is_possible == videos[1].is_possible:
+                    raise UserError(
+                        f"{path}: {row['vid1_path']} and {row['vid2_path']} are not "
+                        "one 'possible' and one other: mend vid1_label or vid2_label"
+                    )
                 groups.append(Group(name, tuple(videos), is_end_aligned=True))
     return groups
 
@@ -210,17 +222,18 @@ def read_group(
       UserError: a video cannot be read.
     """
     try:
-        counts = [_count_frames(video.path) - video.start for video in group.videos]
+        totals = [_count_frames(video.path) for video in group.videos]
+        counts = [n - v.start for n, v in zip(totals, group.videos, strict=True)]
         shortest = min(counts)
         out = []
-        for video, count in zip(group.videos, counts, strict=True):
+        for video, total, count in zip(group.videos, totals, counts, strict=True):
             first = video.start
             if group.is_end_aligned:
                 first, count = first + count - shortest, shortest
             if max_frames:
                 count = min(count, max_frames // frame_step * frame_step)
             frames = range(first, first + count, frame_step)
-            out.append(_read_frames(video.path, frames, size))
+            out.append(_read_frames(video.path, total, frames, size))
     except decode.DecodeError as error:
         raise UserError(f"{error}: repair it, or leave its group out") from None
     return out
@@ -240,19 +253,20 @@ def _count_frames(path: pathlib.Path) -> int:
     return decode.inspect(str(path)).frames
 
 
-def _read_frames(path: pathlib.Path, frames: range, size: int) -> np.ndarray:
-    how = {"frame_step": 1, "size": size, "crop": _whole}
+def _read_frames(
+    path: pathlib.Path, total: int, frames: range, size: int
+) -> np.ndarray:
+    """Read some of the `total` frames of a file, or of a folder: [n, S, S, 3]."""
     if not len(frames):
         return np.empty((0, size, size, 3), np.uint8)
+    how = {"frame_step": 1, "size": size, "crop": _whole}
     if path.is_dir():
-        files = [_frame_files(path)[i] for i in frames]
+        files = _frame_files(path)[frames.start : frames.stop : frames.step]
         return np.concatenate(
             [decode.read_clip(str(f), num_frames=1, **how) for f in files]
         )
-    num_frames = decode.inspect(str(path)).frames
-    return decode.read_clip(str(path), num_frames=num_frames, **how)[
-        frames.start : frames.stop : frames.step
-    ]
+    pixels = decode.read_clip(str(path), num_frames=total, **how)
+    return pixels[frames.start : frames.stop : frames.step]
 
 
 def matched_pairs(group: Group, videos: list[np.ndarray]) -> list[tuple[int, int]]:

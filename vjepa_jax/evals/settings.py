@@ -14,7 +14,7 @@ def _evaluation(name: str) -> ConfigDict:
     config.step = -1  # checkpoint to evaluate; -1: the latest
     config.random_init = True  # evaluate an untrained encoder beside it
     config.out_layers = ()  # blocks whose tokens are taken, from 0; (): the features
-    config.clips_per_call = 64  # clips that the encoder sees at once
+    config.clips_per_call = 64  # clips decoded and encoded at once
 
     config.data = ConfigDict()  # as data of a run, where keys are the same
     config.data.train_path = ""  # labelled videos to learn from, as data.path of a run
@@ -176,6 +176,8 @@ _POSITIVE = (
     "test_batch_size",
     "temperature",
     "draws",
+    "frame_step",
+    "groups_at_once",
     "num_videos",
     "tokens_per_clip",
     "head.depth",
@@ -188,9 +190,15 @@ _POSITIVE = (
 )
 _NOT_NEGATIVE = (
     "seed",
+    "null_seeds",
     "num_classes",
+    "num_workers",
     "clip_norm",
     "heads_at_once",
+    "mask_index",
+    "max_frames",
+    "num_frames",
+    "resolution",
     "head.num_heads",
     "data.num_frames",
     "data.num_workers",

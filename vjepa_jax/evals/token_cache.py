@@ -131,8 +131,11 @@ def cached(
         )
         try:
             _write(videos, temporary, dtype, batch_size)
-            if not place.exists():  # another program may have been faster
+            try:
                 temporary.rename(place)
+            except OSError:  # another program was faster
+                if not place.exists():
+                    raise
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     logging.info("tokens of %s are in %s", videos.source.name, place)

@@ -55,6 +55,7 @@ class AttentiveClassifier(nn.Module):
                 4 * width,
                 norm_eps=_NORM_EPS,
                 remat=self.remat,
+                attention="auto",  # the tokens of several clips are many
                 dtype=self.dtype,
                 name="stack",
             )
