@@ -29,22 +29,6 @@ def sizes():
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    """Runs that differ in what is not compiled share what is."""
-    names = (
-        "jax_compilation_cache_dir",
-        "jax_persistent_cache_min_compile_time_secs",
-    )
-    old = {name: getattr(jax.config, name) for name in names}
-    values = (str(tmp_path_factory.mktemp("compiled")), 0.5)
-    for name, value in zip(names, values, strict=True):
-        jax.config.update(name, value)
-    yield
-    for name, value in old.items():
-        jax.config.update(name, value)
-
-
-@pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A folder of three videos, where the runs go too."""
     folder = tmp_path_factory.mktemp("runs")
@@ -92,7 +76,7 @@ def adam_of(fields):
 
 
 @pytest.fixture(scope="module")
-def first(folder, sizes, compiled):
+def first(folder, sizes, compile_cache):
     """A run of two updates, its config and last state."""
     config = make_config(folder, total_steps=2)
     assert train_and_evaluate(config, str(folder / "first")) is None
