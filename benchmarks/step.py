@@ -21,7 +21,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from vjepa_jax import build, default_config, flops, sharding
+from vjepa_jax import build, compilation, config_rules, default_config, flops, sharding
 from vjepa_jax.program import make_program
 
 
@@ -39,7 +39,7 @@ def make_config(options: argparse.Namespace, size: str):
     config.model.remat = options.remat
     config.model.attention = options.attention
     config.model.scan_layers = options.scan_layers
-    default_config.validate(config)
+    config_rules.validate(config)
     return config
 
 

@@ -11,7 +11,7 @@ import pytest
 from ml_collections import ConfigDict
 
 import vjepa_jax
-from vjepa_jax.default_config import validate
+from vjepa_jax.config_rules import validate
 
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "vjepa_jax"
@@ -111,6 +111,7 @@ FLOORS = {
     "default_config": 0,
     "distributed": 0.5,
     "cluster": 0.2,
+    "config_rules": 0.5,
     "goodput": 1,
     "watchdog": 1,
     "profiling": 1,

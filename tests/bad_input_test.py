@@ -8,14 +8,9 @@ import pytest
 import video_files
 
 from vjepa_jax import build, cli, workdirs
+from vjepa_jax.config_rules import validate
 from vjepa_jax.data import sources
-from vjepa_jax.default_config import (
-    UserError,
-    get_config,
-    mask,
-    stream,
-    validate,
-)
+from vjepa_jax.default_config import UserError, get_config, mask, stream
 from vjepa_jax.saved_config import restored
 from vjepa_jax.train import train_and_evaluate
 

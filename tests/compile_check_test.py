@@ -21,6 +21,7 @@ from vjepa_jax import (
     build,
     cli,
     compilation,
+    config_rules,
     compile_check,
     default_config,
     hlo,
@@ -58,7 +59,7 @@ def small_config(**changes):
 @pytest.fixture(scope="module")
 def report():
     config = compile_check.without_files(small_config())
-    default_config.validate(config)
+    config_rules.validate(config)
     return compile_check.check(config, jax.devices())
 
 

@@ -23,6 +23,7 @@ from vjepa_jax import (
     build,
     cli,
     compilation,
+    config_rules,
     default_config,
     hlo,
     sharding,
@@ -142,7 +143,7 @@ def main() -> None:
     if _TOPOLOGY.value != topologies.LOCAL:
         topologies.prepare()
     config = without_files(_CONFIG.value)
-    default_config.validate(config)
+    config_rules.validate(config)
     trained = _TEACHER.value
     if config.teacher.path and trained is None:
         raise UserError(

@@ -21,7 +21,7 @@ from vjepa_jax import (
     checkpoint,
     cli,
     compilation,
-    default_config,
+    config_rules,
     distributed,
     fit,
     flops,
@@ -158,7 +158,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> int | None:
     """
     account = TimeAccount()
     # ---------------------------------------------------------------- what to compute
-    default_config.validate(config)
+    config_rules.validate(config)
     _require_same_config(config)
     mesh = sharding.make_mesh(**config.mesh)
     compilation.use_cache(config.compilation_cache)
