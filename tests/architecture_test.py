@@ -63,6 +63,7 @@ FLOORS = {
     "topologies": 1,
     "hlo": 1,
     "metrics": 3,
+    "hlo_text": 0.9,
     "workdirs": 3,
     "data.encode_shards": 3.9,
     "data.encoders": 3.85,

@@ -29,6 +29,7 @@ from vjepa_jax import (
     step_report,
     topologies,
 )
+from vjepa_jax.hlo_text import Shape
 from vjepa_jax.default_config import UserError, mask, stream
 from vjepa_jax.program import make_program
 
@@ -104,7 +105,7 @@ def test_what_fits_is_decided_with_the_next_batch(report):
 
 
 def gathered(kind, *dims, count=3):
-    shapes = tuple(hlo.Shape("f32", d) for d in dims)
+    shapes = tuple(Shape("f32", d) for d in dims)
     return hlo.Collective(kind, shapes, count, "op")
 
 
