@@ -18,7 +18,6 @@ import pytest
 from ml_collections import ConfigDict
 
 from vjepa_jax import (
-    build,
     cli,
     compilation,
     config_rules,
@@ -67,10 +66,7 @@ def report():
 def test_report_counts_what_the_step_costs(report):
     config = small_config()
     program = make_program(config, sharding.make_mesh(2, 4))
-    per_step = build.step_flops(
-        config, program.encoder, program.predictor, program.streams
-    )
-    assert report.model_flops == per_step / 8
+    assert report.model_flops == program.step_flops() / 8
     # Beside the model's matmuls, those of the covariances, which are large here; and
     # blockwise attention computes scores twice.
     assert 1.0 < report.executed_flops / report.model_flops < 1.6

@@ -56,14 +56,11 @@ def _make_clock(program, start, account):
     config, mesh = program.config, program.mesh
     peak = flops.peak_flops(mesh.devices.flat[0].device_kind)
     clips = sum(build.batch_sizes(config).values())
-    per_step = build.step_flops(
-        config, program.encoder, program.predictor, program.streams, program.teacher
-    )
     return metrics.StepClock(
         total_steps=config.total_steps,
         batch_size=clips,
         start_step=start,
-        flops_per_clip=per_step / clips,
+        flops_per_clip=program.step_flops() / clips,
         peak_flops=peak and peak * mesh.size,
         account=account,
     )
