@@ -60,7 +60,7 @@ FLOORS = {
     "optim": 3,
     "sharding": 3,
     "compilation": 3,
-    "topologies": 1,
+    "topologies": 3.1,
     "hlo": 1,
     "metrics": 3,
     "hlo_text": 0.9,

@@ -20,16 +20,16 @@ from ml_collections import ConfigDict
 from vjepa_jax import (
     cli,
     compilation,
-    config_rules,
     compile_check,
+    config_rules,
     default_config,
     hlo,
     sharding,
     step_report,
     topologies,
 )
-from vjepa_jax.hlo_text import Shape
 from vjepa_jax.default_config import UserError, mask, stream
+from vjepa_jax.hlo_text import Shape
 from vjepa_jax.program import make_program
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -156,6 +156,7 @@ def test_search_finds_the_largest_batch(monkeypatch, rng, image_batch, report):
         return dataclasses.replace(report, clips_per_device=clips, failure=failure)
 
     monkeypatch.setattr(compile_check, "check", judge)
+    monkeypatch.setattr(topologies, "memory_limit", lambda device: 2**30)
     config = small_config(accumulate_steps=2)
     unit = 1
     if image_batch:
@@ -167,6 +168,11 @@ def test_search_finds_the_largest_batch(monkeypatch, rng, image_batch, report):
     assert best.clips_per_device == max(most // unit, 1) * unit
     assert len(tried) == len(set(tried)) <= 2 * int(np.log2(most + 1)) + 2
     assert config.batch_size == 16  # the config itself is as it was
+
+
+def test_search_needs_to_know_the_memory():
+    with pytest.raises(UserError, match=r"kind cpu .*leave out --search"):
+        compile_check.largest_batch(small_config(), jax.devices())
 
 
 # ------------------------------------------------------------------------ topologies
@@ -193,6 +199,16 @@ def test_memory_limit_is_known_by_device_kind():
     device = types.SimpleNamespace(device_kind="TPU v5 lite")
     assert topologies.memory_limit(device) == int(15.75 * 2**30)
     assert topologies.memory_limit(jax.devices()[0]) is None
+    real = types.SimpleNamespace(
+        device_kind="another", memory_stats=lambda: {"bytes_limit": 7}
+    )
+    assert topologies.memory_limit(real) == 7
+
+
+def test_what_is_here_is_not_multiplied():
+    assert topologies.devices(topologies.LOCAL) == jax.devices()
+    with pytest.raises(UserError, match="leave out --num_slices"):
+        topologies.devices(topologies.LOCAL, 2)
 
 
 @pytest.mark.skipif(
