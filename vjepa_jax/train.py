@@ -4,7 +4,8 @@
 
 The same command continues an interrupted run. DIR receives `config.json`,
 `metrics.jsonl`, `tensorboard/`, `checkpoints/`, `bad_videos.jsonl` and `shardings.txt`,
-how each array of the state is spread over the devices (also logged at `--verbosity=1`).
+how each array of the state is spread over the devices (also logged at `--verbosity=1`);
+a trace in `profile/` where one is asked for, `stacks_0.txt` where a step took too long.
 """
 
 import json
@@ -188,15 +189,15 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> int | None:
         start, state = _restore_or_init(
             checkpointer, program, fingerprint, teacher_step
         )
-        # Not before: a start that fails must not bind the workdir to its config.
-        workdirs.claim(config, workdir)
-        _write_shardings(program, files.folder)
         if start >= config.total_steps:
             _say(f"nothing to do: {workdir} is at step {start}, the end of the run")
             return None
         extra = _put_teacher(program, teacher_params)
         with account.measure("compile"):
             step_fn = _compile(program)
+        # Not before: a start that fails must not bind the workdir to its config.
+        workdirs.claim(config, workdir)
+        _write_shardings(program, files.folder)
         account.add_earlier(_earlier_rows(files.folder), start)
         with (
             streams.open_streams(
@@ -256,7 +257,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> int | None:
                         report(*pending)
                         pending = None
                     else:
-                        values = jax.device_get(values)
+                        with clock.measure("step"):
+                            values = jax.device_get(values)
                         skips.check(step, values)
                     with clock.measure("checkpoint"):
                         files.copy_back()
