@@ -47,6 +47,7 @@ FLOORS = {
     "official": 4,
     "train_step": 4,
     "checkpoint": 4,
+    "checkpoint_format": 3,
     "data.pipeline": 4,
     "data.read_all": 4,
     "data.reading": 3.95,
