@@ -109,10 +109,13 @@ require_trainer_flags() {
     die "--workdir=$workdir is lost with the workers: give one on gs://"
 }
 
-# The id makes a start that is repeated for one worker harmless to the others.
+# The id makes a start that is repeated for one worker harmless to the others. The count is
+# for babysit, whose runs may fail within the second in which they were started.
+starts=0
 start_run() {
   local id
-  id=$(date +%s)-$$
+  starts=$((starts + 1))
+  id=$(date +%s)-$$-$starts
   [[ -z $TPU_DRY_RUN ]] || id=ID
   attempt on_all "$(worker_command start "$id" \
     ${repeated[@]+"${repeated[@]}"} -- "${rest[@]}")"

@@ -42,7 +42,9 @@ require_idle() {
 clear_leftovers() {
   local lock=${LIBTPU_LOCKFILE:-/tmp/libtpu_lockfile}
   read_session
-  if [[ -n $session ]] && pkill -KILL -s "$session"; then
+  # As long as one of them lives, the system gives the session's number to no new process.
+  if [[ -n $session && $(ps -o stat= -p "$session") != [!Z]* ]] &&
+    pkill -KILL -s "$session"; then
     echo "$host: ended processes of an earlier run" >&2
     for _ in {1..50}; do
       pgrep -s "$session" >/dev/null || break

@@ -11,7 +11,7 @@ import pytest
 from ml_collections import ConfigDict
 
 import vjepa_jax
-from vjepa_jax.default_config import validate
+from vjepa_jax.config_rules import validate
 
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "vjepa_jax"
@@ -47,6 +47,7 @@ FLOORS = {
     "official": 4,
     "train_step": 4,
     "checkpoint": 4,
+    "checkpoint_format": 3,
     "data.pipeline": 4,
     "data.read_all": 4,
     "data.reading": 3.95,
@@ -60,12 +61,14 @@ FLOORS = {
     "optim": 3,
     "sharding": 3,
     "compilation": 3,
-    "topologies": 1,
+    "topologies": 3.1,
     "hlo": 1,
+    "hlo_text": 0.9,
     "metrics": 3,
     "workdirs": 3,
     "data.encode_shards": 3.9,
     "data.encoders": 3.85,
+    "data.shard_job": 3.85,
     "data.beam_job": 3,
     "data.reencode": 3.8,
     "data.decode": 3.5,
@@ -108,6 +111,7 @@ FLOORS = {
     "huggingface": 1,
     "smoke": 1,
     "saved_config": 0.5,
+    "config_rules": 0.5,
     "default_config": 0,
     "distributed": 0.5,
     "cluster": 0.2,

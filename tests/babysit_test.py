@@ -1,29 +1,10 @@
 """`tpu.sh babysit`: whatever happens to a run and its TPU, against a fake gcloud."""
 
 import json
-import sys
 
-import fake_gcloud
-import pytest
-from pod import CREATE, TRAIN, Pod
+from pod import CREATE, LINUX_ONLY, TIMEOUT_SECS, TRAIN
 
-pytestmark = pytest.mark.skipif(
-    sys.platform != "linux", reason="the commands of workers run here, which are Linux"
-)
-
-
-@pytest.fixture
-def make_pod(tmp_path):
-    """Return a function that makes a Pod of a plan; its processes end with the test."""
-    pods = []
-
-    def make(**plan):
-        pods.append(Pod(tmp_path, **plan))
-        return pods[-1]
-
-    yield make
-    for pod in pods:
-        fake_gcloud.kill_all(pod.cloud)
+pytestmark = LINUX_ONLY
 
 
 def test_babysit_brings_a_run_through_a_preemption(make_pod):
@@ -79,8 +60,15 @@ def test_babysit_gives_up_after_crashes_in_a_row(make_pod):
 def test_a_run_that_lived_long_clears_the_count_of_failures(make_pod):
     pod = make_pod(trainer=[1, 1, 1, 0])
     limits = {"TPU_MAX_FAILURES": "2", "TPU_HEALTHY_SECS": "0"}
-    pod("babysit", "pod", *CREATE, "--", *TRAIN, **limits)
-    assert pod.verbs().count("start") == 4
+    _, err = pod("babysit", "pod", *CREATE, "--", *TRAIN, **limits)
+    assert pod.verbs().count("start") == 4, err
+
+
+def test_runs_that_fail_within_a_second_are_started_one_by_one(make_pod):
+    pod = make_pod(trainer=[1, 1, 0])
+    pod.stub("date", "echo 1")  # the clock stands still
+    _, err = pod("babysit", "pod", *CREATE, "--", *TRAIN)
+    assert pod.verbs().count("start") == len(pod.read("trainer.jsonl")) == 3, err
 
 
 def test_babysit_does_not_repeat_a_mistake(make_pod):
@@ -108,7 +96,7 @@ def test_babysit_ends_when_the_run_is_stopped_or_its_tpu_deleted(make_pod):
         process = pod.start("babysit", "pod", *CREATE, "--", *TRAIN)
         pod.wait_for(lambda n=before: len(pod.read("trainer.jsonl")) > n)
         pod(*command)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=TIMEOUT_SECS)
         assert process.returncode == 75, err
     assert "deleted by somebody else" in err
 
@@ -130,7 +118,7 @@ def test_babysit_watches_a_run_that_is_going_on(make_pod):
             process.terminate()
         else:
             pod("stop", "pod")
-        process.communicate(timeout=60)
+        process.communicate(timeout=TIMEOUT_SECS)
         assert process.returncode == {"interrupted": 130, "stopped": 75}[end]
     assert pod.verbs().count("start") == 1
 

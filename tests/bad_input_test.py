@@ -8,14 +8,9 @@ import pytest
 import video_files
 
 from vjepa_jax import build, cli, workdirs
+from vjepa_jax.config_rules import validate
 from vjepa_jax.data import sources
-from vjepa_jax.default_config import (
-    UserError,
-    get_config,
-    mask,
-    stream,
-    validate,
-)
+from vjepa_jax.default_config import UserError, get_config, mask, stream
 from vjepa_jax.saved_config import restored
 from vjepa_jax.train import train_and_evaluate
 
@@ -268,7 +263,17 @@ def test_operational_keys_may_change_when_a_run_continues(config, tmp_path):
     config.data.num_workers = 3
     config.checkpoint.every_steps = 7
     config.model.remat = "full"
+    config.accumulate_steps = 2
     workdirs.check(config, str(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("term", ["variance", "covariance"])
+def test_losses_of_all_clips_together_keep_their_microbatches(config, tmp_path, term):
+    config.objective[f"{term}_weight"] = 0.1
+    workdirs.claim(config, str(tmp_path / "run"))
+    config.accumulate_steps = 2
+    with pytest.raises(UserError, match="accumulate_steps: 1 -> 2"):
+        workdirs.check(config, str(tmp_path / "run"))
 
 
 def test_workdir_that_is_a_file(config, tmp_path):

@@ -23,6 +23,7 @@ from vjepa_jax.checkpoint import (
     restore_target,
     save_converted,
 )
+from vjepa_jax.checkpoint_format import FORMAT_VERSION
 from vjepa_jax.default_config import UserError
 
 
@@ -120,7 +121,7 @@ def test_converted_weights_are_a_checkpoint_of_step_zero(run, converted, abstrac
     models, meta = restore_models(converted / "whole")
     assert_identical(to_host(models), run[1].params | {"target": run[1].target})
     assert meta["config"] == META["config"]
-    assert meta["format_version"] == checkpoint.FORMAT_VERSION
+    assert meta["format_version"] == FORMAT_VERSION
     models, _ = restore_models(converted / "encoder")
     assert models.keys() == {"target"}
     for name in ("whole", "encoder"):

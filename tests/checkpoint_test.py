@@ -20,6 +20,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from vjepa_jax import checkpoint
 from vjepa_jax.checkpoint import Checkpointer, restore_target
+from vjepa_jax.checkpoint_format import FORMAT_VERSION
 from vjepa_jax.default_config import UserError
 
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2))
@@ -138,7 +139,7 @@ def test_restored_state_is_identical(run, abstract):
     assert_identical(to_host(state), states[2])
     assert data == {"step": 2, "fingerprint": "abc"}
     assert meta["config"] == META["config"]
-    assert meta["format_version"] == checkpoint.FORMAT_VERSION
+    assert meta["format_version"] == FORMAT_VERSION
     assert meta["versions"]["jax"] == jax.__version__
 
 

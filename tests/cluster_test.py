@@ -130,7 +130,8 @@ def metadata_server():
         def do_GET(self):
             key = self.path.rpartition("/")[2]
             is_asked_well = self.headers["Metadata-Flavor"] == "Google"
-            self.send_response(200 if key in answers and is_asked_well else 404)
+            is_known = key in answers and is_asked_well
+            self.send_response(200 if is_known else answers.get("status", 404))
             self.end_headers()
             self.wfile.write(answers.get(key, "").encode())
 
@@ -154,7 +155,7 @@ def metadata_server():
     ],
 )
 def test_a_tpu_machine_asks_its_metadata_server(
-    metadata_server, tmp_path, answers, is_pod
+    metadata_server, tmp_path, caplog, answers, is_pod
 ):
     address, given_answers = metadata_server
     given_answers |= answers
@@ -163,8 +164,16 @@ def test_a_tpu_machine_asks_its_metadata_server(
     (tmp_path / "accel0").touch()
     assert cluster.describe(env) == ({} if is_pod else None)
     assert cluster.describe(env | {"TPU_SKIP_MDS_QUERY": "1"}) is None
+    assert not caplog.text
 
 
-def test_a_tpu_machine_without_metadata_is_alone(tmp_path):
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_tpu_machine_without_metadata_is_alone_and_says_so(
+    metadata_server, tmp_path, caplog, is_there
+):
+    address, answers = metadata_server
+    answers["status"] = 503
     (tmp_path / "accel0").touch()
-    assert cluster.describe({"GCE_METADATA_IP": "localhost:9"}) is None
+    env = {"GCE_METADATA_IP": address if is_there else "localhost:9"}
+    assert cluster.describe(env) is None
+    assert "taken for the only one of its run" in caplog.text

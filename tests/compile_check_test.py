@@ -18,10 +18,10 @@ import pytest
 from ml_collections import ConfigDict
 
 from vjepa_jax import (
-    build,
     cli,
     compilation,
     compile_check,
+    config_rules,
     default_config,
     hlo,
     sharding,
@@ -29,6 +29,7 @@ from vjepa_jax import (
     topologies,
 )
 from vjepa_jax.default_config import UserError, mask, stream
+from vjepa_jax.hlo_text import Shape
 from vjepa_jax.program import make_program
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -58,17 +59,14 @@ def small_config(**changes):
 @pytest.fixture(scope="module")
 def report():
     config = compile_check.without_files(small_config())
-    default_config.validate(config)
+    config_rules.validate(config)
     return compile_check.check(config, jax.devices())
 
 
 def test_report_counts_what_the_step_costs(report):
     config = small_config()
     program = make_program(config, sharding.make_mesh(2, 4))
-    per_step = build.step_flops(
-        config, program.encoder, program.predictor, program.streams
-    )
-    assert report.model_flops == per_step / 8
+    assert report.model_flops == program.step_flops() / 8
     # Beside the model's matmuls, those of the covariances, which are large here; and
     # blockwise attention computes scores twice.
     assert 1.0 < report.executed_flops / report.model_flops < 1.6
@@ -103,7 +101,7 @@ def test_what_fits_is_decided_with_the_next_batch(report):
 
 
 def gathered(kind, *dims, count=3):
-    shapes = tuple(hlo.Shape("f32", d) for d in dims)
+    shapes = tuple(Shape("f32", d) for d in dims)
     return hlo.Collective(kind, shapes, count, "op")
 
 
@@ -158,6 +156,7 @@ def test_search_finds_the_largest_batch(monkeypatch, rng, image_batch, report):
         return dataclasses.replace(report, clips_per_device=clips, failure=failure)
 
     monkeypatch.setattr(compile_check, "check", judge)
+    monkeypatch.setattr(topologies, "memory_limit", lambda device: 2**30)
     config = small_config(accumulate_steps=2)
     unit = 1
     if image_batch:
@@ -169,6 +168,11 @@ def test_search_finds_the_largest_batch(monkeypatch, rng, image_batch, report):
     assert best.clips_per_device == max(most // unit, 1) * unit
     assert len(tried) == len(set(tried)) <= 2 * int(np.log2(most + 1)) + 2
     assert config.batch_size == 16  # the config itself is as it was
+
+
+def test_search_needs_to_know_the_memory():
+    with pytest.raises(UserError, match=r"kind cpu .*leave out --search"):
+        compile_check.largest_batch(small_config(), jax.devices())
 
 
 # ------------------------------------------------------------------------ topologies
@@ -195,6 +199,16 @@ def test_memory_limit_is_known_by_device_kind():
     device = types.SimpleNamespace(device_kind="TPU v5 lite")
     assert topologies.memory_limit(device) == int(15.75 * 2**30)
     assert topologies.memory_limit(jax.devices()[0]) is None
+    real = types.SimpleNamespace(
+        device_kind="another", memory_stats=lambda: {"bytes_limit": 7}
+    )
+    assert topologies.memory_limit(real) == 7
+
+
+def test_what_is_here_is_not_multiplied():
+    assert topologies.devices(topologies.LOCAL) == jax.devices()
+    with pytest.raises(UserError, match="leave out --num_slices"):
+        topologies.devices(topologies.LOCAL, 2)
 
 
 @pytest.mark.skipif(

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 
 from vjepa_jax import build, sharding, smoke
-from vjepa_jax.default_config import UserError, get_config, validate
+from vjepa_jax.config_rules import validate
+from vjepa_jax.default_config import UserError, get_config
 from vjepa_jax.models import registry
 from vjepa_jax.train_state import abstract_state, make_init
 from vjepa_jax.train_step import Objective, make_loss_fn, make_train_step

@@ -17,11 +17,13 @@ os.environ["XLA_FLAGS"] = (
 ).strip()
 
 import fsspec
+import jax
 import numpy as np
 import pytest
 from absl import flags
 from buckets import Bucket
 from etils.epath import backend
+from pod import Pod
 
 # Grain's workers read absl flags, which only an absl entry point parses.
 flags.FLAGS.mark_as_parsed()
@@ -55,3 +57,32 @@ def bucket(monkeypatch):
 
     yield fill
     backend.fsspec_backend._get_filesystem.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def compile_cache(tmp_path_factory):
+    """Runs of a module's tests that differ in what is not compiled share what is."""
+    values = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.1,
+    }
+    old = {name: getattr(jax.config, name) for name in values}
+    for name, value in values.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in old.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture
+def make_pod(tmp_path):
+    """Return a function that makes a Pod of a plan; its processes end with the test."""
+    pods = []
+
+    def make(**plan):
+        pods.append(Pod(tmp_path, **plan))
+        return pods[-1]
+
+    yield make
+    for pod in pods:
+        pod.end()

@@ -10,7 +10,8 @@ from official_files import NAMES, Golden
 
 import vjepa_jax
 from vjepa_jax import build, checkpoint, convert, official, weight_files, weights
-from vjepa_jax.default_config import UserError, validate
+from vjepa_jax.config_rules import validate
+from vjepa_jax.default_config import UserError
 from vjepa_jax.models import positions, registry
 from vjepa_jax.models.encoder import normalise
 from vjepa_jax.saved_config import restored

@@ -3,6 +3,7 @@
 python distributed_program.py MODE ADDRESS COUNT RANK
 """
 
+import signal
 import sys
 import time
 
@@ -27,12 +28,15 @@ def meet(rank):
         print(str(error).replace("\n", " "), flush=True)
 
 
-def stop(rank):
-    """Take steps, of different lengths, until all stop."""
+def stop(rank, ctrl_c=0):
+    """Take steps of different lengths until all stop; Ctrl-C comes to the first."""
     with distributed.StopRequest() as request:
         for step in range(1, 10_000):
             print(step, flush=True)
             time.sleep(0.01 * (1 + rank))
+            if rank == 0 and step == 5:
+                for _ in range(ctrl_c):
+                    signal.raise_signal(signal.SIGINT)
             # Orbax may ask once more.
             if request.is_agreed(step) or request.is_agreed(step):
                 sys.exit(request.exit_code)
@@ -60,6 +64,8 @@ def main():
             meet(rank)
         elif mode == "stop":
             stop(rank)
+        elif mode == "ctrl_c_twice":
+            stop(rank, ctrl_c=2)
         elif mode == "fail_all":
             fail(rank, 0, 1)
         elif mode == "fail_one":

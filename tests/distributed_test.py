@@ -88,12 +88,7 @@ def test_a_signal_to_one_stops_all_after_the_same_step(number):
 
 
 def test_a_second_ctrl_c_ends_at_once():
-    group = Group("stop")
-    group.read_line("5")
-    for _ in range(20):  # two at least arrive one by one
-        group.processes[0].send_signal(signal.SIGINT)
-        time.sleep(0.01)
-    codes, _, messages = group.end()
+    codes, _, messages = Group("ctrl_c_twice").end()
     assert codes == [128 + signal.SIGINT, distributed.EXIT_TRY_AGAIN], messages
     assert "interrupted again" in messages[0]
 
@@ -107,8 +102,10 @@ def test_what_is_wrong_for_all_is_told_by_all():
 
 
 def test_one_that_fails_alone_ends_and_the_others_with_it():
+    group = Group("fail_one")
+    group.read_line("started")
     began = time.monotonic()
-    codes, _, messages = Group("fail_one").end()
+    codes, _, messages = group.end()
     assert codes == [
         distributed.EXIT_TRY_AGAIN,
         distributed_program.USER_ERROR_CODE,

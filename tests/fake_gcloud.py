@@ -8,9 +8,9 @@ joined as gcloud and ssh do it.
 
 Plan: `workers` per node; `states` of a new queued resource before it is ACTIVE; `fail`,
 {verb: number of calls that fail first}; `old_python`, whether the machine's interpreter
-is too old; `trainer`, what each start on a worker does (or
-a list of that by worker): an exit code, "save" (wait for SIGTERM, then exit 75), "hang"
-(ignore it), "preempt", "preempt_node" (only the node tells) or "deafen" (ssh fails).
+is too old; `trainer`, what each start on a worker does (or a list of that by worker):
+an exit code, "save" (wait for SIGTERM, then exit 75), "hang" (ignore it), "preempt",
+"preempt_node" (only the node tells) or "deafen" (ssh fails).
 """
 
 import contextlib
@@ -51,9 +51,26 @@ def _write_stubs(folder, stubs):
 
 
 def kill_all(folder: pathlib.Path) -> None:
-    """End every process of every worker."""
-    for session in folder.glob("homes/*/vjepa_jax_run/session"):
-        subprocess.run(["pkill", "-KILL", "-s", session.read_text().split()[1]])
+    """End every process of every worker, and wait until they are gone."""
+    while pids := _processes(folder):
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.01)
+
+
+def _processes(folder: pathlib.Path) -> list[int]:
+    """List the processes of the runs, and no others: numbers are used again."""
+    files = folder.glob("homes/*/vjepa_jax_run/session")
+    sessions = {int(file.read_text().split()[1]) for file in files}
+    found = []
+    for entry in pathlib.Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended, or is another user's
+            if os.getsid(int(entry.name)) in sessions:
+                environment = (entry / "environ").read_bytes().split(b"\0")
+                if f"FAKE_GCLOUD={folder}".encode() in environment:
+                    found.append(int(entry.name))
+    return found
 
 
 class _Cloud:
@@ -227,7 +244,7 @@ def _train(cloud, argv):
                 for queued in state["queued"].values():
                     queued["states"] = ["SUSPENDED"]
             state["nodes"] = dict.fromkeys(state["nodes"], "PREEMPTED")
-    time.sleep(60)
+    time.sleep(3600)  # the test ends it, see kill_all
     return 1
 
 

@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from vjepa_jax import flops, hlo, sharding
+from vjepa_jax.hlo_text import Shape
 from vjepa_jax.models.layers import Stack
 
 
@@ -182,7 +183,7 @@ def test_programs_of_tpus_are_read(step, trips):
     # Two matmuls forward, five backward.
     assert counted.kernel_flops == 7 * one_matmul
     assert counted.unknown_kernels == {"sort_kernel": 1}
-    whole = (hlo.Shape("bf16", (64, 64)),)
+    whole = (Shape("bf16", (64, 64)),)
     found = {c.kind: (c.shapes, c.count, c.bytes) for c in counted.collectives}
     expected = (whole, trips, trips * 64 * 64 * 2)
     assert found == {"all-gather": expected, "reduce-scatter": expected}
@@ -198,4 +199,4 @@ def test_loops_without_a_known_end_are_named():
 def test_sizes_of_types():
     sizes = {"pred": 1, "bf16": 2, "f32": 4, "u8": 1, "s64": 8, "f8e4m3fn": 1}
     for dtype, size in sizes.items():
-        assert hlo.Shape(dtype, (3, 5)).bytes == math.prod((3, 5)) * size
+        assert Shape(dtype, (3, 5)).bytes == math.prod((3, 5)) * size

@@ -11,31 +11,14 @@ import shutil
 import subprocess
 import sys
 
-import fake_gcloud
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from pod import CREATE, ROOT, TRAIN, Pod
+from pod import CREATE, LINUX_ONLY, ROOT, TRAIN, Pod
 
-pytestmark = pytest.mark.skipif(
-    sys.platform != "linux", reason="the commands of workers run here, which are Linux"
-)
+pytestmark = LINUX_ONLY
 
 GOLDENS = ROOT / "tests" / "goldens" / "launch"
-
-
-@pytest.fixture
-def make_pod(tmp_path):
-    """Return a function that makes a Pod of a plan; its processes end with the test."""
-    pods = []
-
-    def make(**plan):
-        pods.append(Pod(tmp_path, **plan))
-        return pods[-1]
-
-    yield make
-    for pod in pods:
-        fake_gcloud.kill_all(pod.cloud)
 
 
 DRY_RUNS = {
@@ -122,7 +105,7 @@ def ready_pod(tmp_path_factory):
     pod("create", "pod", *CREATE, "--num-slices=2")
     pod("setup", "pod")
     yield pod
-    fake_gcloud.kill_all(pod.cloud)
+    pod.end()
 
 
 ANY_TEXT = st.text(
@@ -262,13 +245,15 @@ def test_a_start_clears_what_an_earlier_run_left(make_pod):
     assert not (pod.home() / "libtpu_lockfile").exists()
 
 
-def test_processes_from_before_a_reboot_are_not_touched(make_pod):
+@pytest.mark.parametrize("is_rebooted", [True, False])
+def test_processes_that_have_an_old_number_are_not_touched(make_pod, is_rebooted):
+    boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     pod = make_pod()
     pod("create", "pod", *CREATE)
     pod("setup", "pod")
     with subprocess.Popen(["sleep", "60"], start_new_session=True) as other:
         session = pod.home() / "vjepa_jax_run" / "session"
-        session.write_text(f"another-boot {other.pid}\n")
+        session.write_text(f"{'another' if is_rebooted else boot} {other.pid}\n")
         pod("run", "pod", "--", *TRAIN)
         assert other.poll() is None
         other.kill()

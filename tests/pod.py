@@ -5,12 +5,18 @@ import os
 import pathlib
 import shutil
 import subprocess
+import sys
 import time
 
 import fake_gcloud
+import pytest
 
+LINUX_ONLY = pytest.mark.skipif(
+    sys.platform != "linux", reason="the commands of workers run here, which are Linux"
+)
 ROOT = pathlib.Path(__file__).parents[1]
 CREATE = ("--zone=us-z", "--accelerator-type=v5litepod-16")
+TIMEOUT_SECS = 180  # of one command, on a busy machine
 TRAIN = ("--config=configs/x.py:a,b", "--workdir=gs://bucket/run")
 
 
@@ -50,7 +56,7 @@ class Pod:
     def __call__(self, *argv: str, code: int = 0, stdin: str = "", **env: str):
         """Run tpu.sh; return (stdout, stderr)."""
         process = self.start(*argv, **env)
-        out, err = process.communicate(stdin, timeout=60)
+        out, err = process.communicate(stdin, timeout=TIMEOUT_SECS)
         assert process.returncode == code, f"{argv}: {process.returncode}\n{out}{err}"
         return out, err
 
@@ -79,9 +85,19 @@ class Pod:
         """Return a worker's home."""
         return self.cloud / "homes" / worker
 
+    def stub(self, name: str, script: str) -> None:
+        """Put a program of this name before the machine's on tpu.sh's PATH."""
+        path = self.cloud / "bin" / name
+        path.write_text(f"#!/bin/sh\n{script}\n")
+        path.chmod(0o755)
+
+    def end(self) -> None:
+        """End what runs on the workers."""
+        fake_gcloud.kill_all(self.cloud)
+
     def wait_for(self, condition) -> None:
         """Wait until something that a worker does in the background is done."""
-        end = time.monotonic() + 30
+        end = time.monotonic() + TIMEOUT_SECS
         while not condition():
-            assert time.monotonic() < end, "waited in vain for 30 s"
+            assert time.monotonic() < end, "waited in vain"
             time.sleep(0.02)

@@ -24,6 +24,7 @@ from vjepa_jax.data import (
     encode_shards,
     encoders,
     reencode,
+    shard_job,
     shards,
     sources,
 )
@@ -35,8 +36,8 @@ IN_MEMORY = ("--direct_running_mode=in_memory", "--direct_num_workers=1")
 
 def test_every_input_has_one_shard():
     for num_inputs in (1, 2, 17, 1000, 123457):
-        count = min(encode_shards.default_num_shards(num_inputs), num_inputs)
-        job = encode_shards.Job("", "", num_inputs, count, reencode.Encoding())
+        count = min(shard_job.default_num_shards(num_inputs), num_inputs)
+        job = shard_job.Job("", "", num_inputs, count, reencode.Encoding())
         parts = [job.inputs_of(i) for i in range(count)]
         assert [i for part in parts for i in part] == list(range(num_inputs))
         assert all(1 <= len(part) <= 512 for part in parts)

@@ -5,10 +5,11 @@ import json
 import numpy as np
 import pytest
 
+from vjepa_jax.config_rules import validate
 from vjepa_jax.data import play, render, sources, violations, world
 from vjepa_jax.data.decode import read_clip
 from vjepa_jax.data.transforms import central_box
-from vjepa_jax.default_config import UserError, get_config, validate
+from vjepa_jax.default_config import UserError, get_config
 
 
 def tiny_world(path, **fields):

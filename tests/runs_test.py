@@ -9,7 +9,7 @@ import pytest
 import video_files
 from step_setup import abstract_of
 
-from vjepa_jax import checkpoint, metrics
+from vjepa_jax import checkpoint, compilation, metrics
 from vjepa_jax.default_config import UserError, get_config, mask, stream
 from vjepa_jax.models import registry
 from vjepa_jax.train import train_and_evaluate
@@ -26,22 +26,6 @@ def sizes():
             size = registry.Size(1, width, 2, 2 * width)
             patch.setitem(registry.SIZES, name, size)
         yield
-
-
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    """Runs that differ in what is not compiled share what is."""
-    names = (
-        "jax_compilation_cache_dir",
-        "jax_persistent_cache_min_compile_time_secs",
-    )
-    old = {name: getattr(jax.config, name) for name in names}
-    values = (str(tmp_path_factory.mktemp("compiled")), 0.5)
-    for name, value in zip(names, values, strict=True):
-        jax.config.update(name, value)
-    yield
-    for name, value in old.items():
-        jax.config.update(name, value)
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +76,7 @@ def adam_of(fields):
 
 
 @pytest.fixture(scope="module")
-def first(folder, sizes, compiled):
+def first(folder, sizes, compile_cache):
     """A run of two updates, its config and last state."""
     config = make_config(folder, total_steps=2)
     assert train_and_evaluate(config, str(folder / "first")) is None
@@ -191,7 +175,11 @@ def test_two_streams_run_together(folder, cooldowns):
     assert np.abs(of_image).max() > 0
 
 
-def test_a_start_that_fails_leaves_the_workdir_free(folder, first):
+def run_out_of_memory(*_):
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: too large")
+
+
+def test_a_start_that_fails_leaves_the_workdir_free(folder, first, monkeypatch):
     workdir = str(folder / "failed")
     config = make_config(folder, **{"init.path": str(folder / "nowhere")})
     with pytest.raises(UserError, match="no such folder"):
@@ -203,6 +191,9 @@ def test_a_start_that_fails_leaves_the_workdir_free(folder, first):
     # Not "a run of another config": none has begun.
     with pytest.raises(UserError, match="does not fit this model"):
         train_and_evaluate(config, workdir)
+    monkeypatch.setattr(compilation, "compile_step", run_out_of_memory)
+    with pytest.raises(UserError, match="a smaller batch_size than 8"):
+        train_and_evaluate(make_config(folder), workdir)
     assert not (folder / "failed" / "config.json").exists()
 
 

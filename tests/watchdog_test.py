@@ -2,9 +2,11 @@
 
 import threading
 import time
+import types
 
 import pytest
 
+from vjepa_jax import watchdog
 from vjepa_jax.watchdog import Watchdog
 
 
@@ -55,17 +57,25 @@ def test_steps_keep_it_quiet(tmp_path, stream):
 
 
 def test_a_step_puts_it_off(tmp_path, stream, monkeypatch):
-    dumps = []
-    dog = Watchdog(str(tmp_path), 1.0, stream=stream)
-    monkeypatch.setattr(dog, "_dump", lambda secs: dumps.append(secs))
+    now, dumps, looks = [0.0], [], []
+
+    def monotonic():
+        looks.append(now[0])
+        return now[0]
+
+    monkeypatch.setattr(watchdog, "time", types.SimpleNamespace(monotonic=monotonic))
+    dog = Watchdog(str(tmp_path), 0.05, stream=stream)
+    monkeypatch.setattr(dog, "_dump", dumps.append)
     with dog:
-        end = time.monotonic() + 1.5
-        while time.monotonic() < end:
-            dog.finished(1)
-            time.sleep(0.01)
+        for step in range(1, 5):
+            now[0] = 0.04 * step
+            dog.finished(step)
+            looks.clear()
+            wait_until(lambda: len(looks) > 4)  # twice at the least
         assert not dumps
+        now[0] += 0.06
         wait_until(lambda: dumps)
-        assert dumps[0] >= 1.0
+    assert dumps[0] == pytest.approx(0.06)
 
 
 def test_a_workdir_that_cannot_be_written_ends_nothing(tmp_path, stream):

@@ -1,6 +1,7 @@
 """Workdirs in a remote store, a stand-in of which lies in memory."""
 
 import logging
+import os
 
 import pytest
 from buckets import Bucket
@@ -63,6 +64,19 @@ def test_a_copy_that_fails_is_told_and_tried_again(bucket, monkeypatch, caplog):
             files.copy_back()
         assert "a was not copied: no network" in caplog.text
     assert stored()["a"] == b"a"
+
+
+def test_a_file_that_vanishes_while_it_is_looked_at_is_left_out(bucket, monkeypatch):
+    walk = os.walk
+
+    def walk_with_ghosts(folder):
+        for path, folders, names in walk(folder):
+            yield path, folders, [*names, "renamed.tmp"]
+
+    with workdirs.LocalFiles("gs://b/run", fetched="*.jsonl") as files:
+        (files.folder / "a").write_text("a")
+        monkeypatch.setattr(os, "walk", walk_with_ghosts)
+    assert stored() == {"a": b"a"}
 
 
 def test_a_local_workdir_is_itself(tmp_path):

@@ -1,12 +1,4 @@
-"""Checkpoints: the only file that knows Orbax.
-
-A step is a folder `<workdir>/checkpoints/<step>` with four items, so that each reader
-takes only what it needs:
-
-    state    step, params, opt_state, guard   what only training needs
-    target   the target encoder        what probes and downstream users need
-    data     JSON                      position and fingerprint of the data stream
-    meta     JSON                      config, model description, versions
+"""Checkpoints, saved and restored; only this and `checkpoint_format` know Orbax.
 
 Orbax writes a step under a temporary name and renames it when all items are complete:
 what a killed process leaves behind never counts as a checkpoint.
@@ -22,13 +14,16 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
-import vjepa_jax
 from vjepa_jax import fit
+from vjepa_jax.checkpoint_format import (
+    FOLDER,
+    absolute,
+    handler_registry,
+    provenance,
+    require_format,
+    require_step,
+)
 from vjepa_jax.default_config import UserError
-
-FOLDER = "checkpoints"
-# Raised when a reader of the old layout would misread the new one.
-FORMAT_VERSION = 1
 
 _STATE_FIELDS = ("step", "params", "opt_state", "guard")
 
@@ -53,7 +48,7 @@ class Checkpointer:
             so a full disk or a missing permission shows at the start of a run.
           keep: number of checkpoints that are kept, the latest ones, at least 1.
         """
-        self._folder = _absolute(workdir) / FOLDER
+        self._folder = absolute(workdir) / FOLDER
         options = ocp.CheckpointManagerOptions(
             save_decision_policy=policies.FixedIntervalPolicy(every_steps),
             preservation_policy=policies.LatestN(keep),
@@ -61,7 +56,7 @@ class Checkpointer:
             enable_async_checkpointing=True,
         )
         self._manager = _Manager(
-            self._folder, options=options, handler_registry=_handler_registry()
+            self._folder, options=options, handler_registry=handler_registry()
         )
 
     def __enter__(self) -> "Checkpointer":
@@ -116,7 +111,7 @@ class Checkpointer:
             state=ocp.args.StandardSave({f: getattr(state, f) for f in _STATE_FIELDS}),
             target=ocp.args.StandardSave(state.target),
             data=ocp.args.JsonSave(json.loads(json.dumps(data))),
-            meta=ocp.args.JsonSave(json.loads(json.dumps(meta | _provenance()))),
+            meta=ocp.args.JsonSave(json.loads(json.dumps(meta | provenance()))),
         )
         with self._naming_the_folder():
             return self._manager.save(step, args=args, force=True)
@@ -139,7 +134,7 @@ class Checkpointer:
           UserError: no such step; written by a newer release; or names, shapes or
             dtypes differ from the model's (up to 10 of them are listed).
         """
-        _require_step(self._manager, step)
+        require_step(self._manager, step)
         if "data" not in self._manager.item_metadata(step):
             raise UserError(
                 f"{self._folder / str(step)} is not of a training run but of converted "
@@ -151,7 +146,7 @@ class Checkpointer:
                 data=ocp.args.JsonRestore(), meta=ocp.args.JsonRestore()
             ),
         )
-        _require_format(self._folder / str(step), json_items["meta"])
+        require_format(self._folder / str(step), json_items["meta"])
 
         wanted = {f: getattr(abstract_state, f) for f in _STATE_FIELDS}
         stored = self._manager.item_metadata(step)
@@ -211,7 +206,7 @@ class _Manager(ocp.CheckpointManager):
 @contextlib.contextmanager
 def _reader(path: str, step: int | None):
     """Opens a workdir or `checkpoints` folder: yields (manager, step, meta)."""
-    folder = _absolute(path)
+    folder = absolute(path)
     if not folder.is_dir():
         raise UserError(f"no such folder: {folder}; give the workdir of a training run")
     if (folder / FOLDER).is_dir():
@@ -219,7 +214,7 @@ def _reader(path: str, step: int | None):
     # Not `read_only`, which warns three times; a manager that never saves only reads.
     options = ocp.CheckpointManagerOptions(create=False)
     with ocp.CheckpointManager(
-        folder, options=options, handler_registry=_handler_registry()
+        folder, options=options, handler_registry=handler_registry()
     ) as manager:
         if step is None:
             step = manager.latest_step()
@@ -228,7 +223,7 @@ def _reader(path: str, step: int | None):
                 f"no checkpoint in {folder}; give the workdir of a training run that "
                 "has saved one"
             )
-        _require_step(manager, step)
+        require_step(manager, step)
         stored = manager.item_metadata(step)
         if "meta" not in stored or stored.get("target") is None:
             raise UserError(
@@ -238,7 +233,7 @@ def _reader(path: str, step: int | None):
         meta = manager.restore(
             step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
         )["meta"]
-        _require_format(folder / str(step), meta)
+        require_format(folder / str(step), meta)
         yield manager, step, meta | {"step": step}
 
 
@@ -369,16 +364,16 @@ def save_converted(
     Raises:
       UserError: there are checkpoints in `path`.
     """
-    folder = _absolute(path) / FOLDER
+    folder = absolute(path) / FOLDER
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty: give another folder")
     items = {
         "target": ocp.args.StandardSave(target),
-        "meta": ocp.args.JsonSave(json.loads(json.dumps(meta | _provenance()))),
+        "meta": ocp.args.JsonSave(json.loads(json.dumps(meta | provenance()))),
     }
     if params is not None:
         items["state"] = ocp.args.StandardSave({"params": params})
-    with ocp.CheckpointManager(folder, handler_registry=_handler_registry()) as manager:
+    with ocp.CheckpointManager(folder, handler_registry=handler_registry()) as manager:
         manager.save(0, args=ocp.args.Composite(**items))
         manager.wait_until_finished()
 
@@ -395,54 +390,3 @@ def quiet_orbax() -> None:
 
 def _is_wanted(record: logging.LogRecord) -> bool:
     return record.levelno >= logging.WARNING or "/orbax/" not in record.pathname
-
-
-def _absolute(path: str) -> epath.Path:
-    # Orbax refuses relative paths, and only local ones can be relative.
-    if "://" in str(path):
-        return epath.Path(path)
-    return epath.Path(path).expanduser().resolve()
-
-
-def _handler_registry() -> ocp.handlers.DefaultCheckpointHandlerRegistry:
-    """Names the items' types, so that metadata can be read before any restore."""
-    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
-    for item in ("state", "target"):
-        handler = ocp.StandardCheckpointHandler()
-        registry.add(item, ocp.args.StandardSave, handler)
-        registry.add(item, ocp.args.StandardRestore, handler)
-    for item in ("data", "meta"):
-        handler = ocp.JsonCheckpointHandler()
-        registry.add(item, ocp.args.JsonSave, handler)
-        registry.add(item, ocp.args.JsonRestore, handler)
-    return registry
-
-
-def _provenance() -> dict[str, Any]:
-    return {
-        "format_version": FORMAT_VERSION,
-        "versions": {
-            "vjepa_jax": vjepa_jax.__version__,
-            "jax": jax.__version__,
-            "orbax": ocp.__version__,
-        },
-    }
-
-
-def _require_step(manager: ocp.CheckpointManager, step: int) -> None:
-    steps = sorted(manager.all_steps())
-    if step not in steps:
-        there = ", ".join(map(str, steps)) or "none"
-        raise UserError(
-            f"no checkpoint of step {step} in {manager.directory}; saved steps: {there}"
-        )
-
-
-def _require_format(folder: epath.Path, meta: dict[str, Any]) -> None:
-    version = meta.get("format_version")
-    if version is None or version > FORMAT_VERSION:
-        raise UserError(
-            f"{folder} has checkpoint format {version}, this release reads up to "
-            f"{FORMAT_VERSION}; install the release that wrote it "
-            f"({meta.get('versions')})"
-        )

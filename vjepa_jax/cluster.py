@@ -5,12 +5,15 @@ machine.
 """
 
 import glob
+import http.client
 import importlib.util
 import re
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from typing import Any
+
+from absl import logging
 
 from vjepa_jax.default_config import UserError
 
@@ -134,14 +137,23 @@ def _is_tpu_pod(env: Mapping[str, str]) -> bool:
     # The same variable keeps jax and libtpu from asking.
     if not has_chips or "TPU_SKIP_MDS_QUERY" in env:
         return False
-    slices = re.search(r"MEGASCALE_NUM_SLICES: '?(\d+)", _metadata(env, "tpu-env"))
-    if slices and int(slices[1]) > 1:
-        return True
-    return "," in _metadata(env, "worker-network-endpoints")
+    try:
+        slices = re.search(r"MEGASCALE_NUM_SLICES: '?(\d+)", _metadata(env, "tpu-env"))
+        if slices and int(slices[1]) > 1:
+            return True
+        return "," in _metadata(env, "worker-network-endpoints")
+    except (OSError, http.client.HTTPException) as error:
+        logging.warning(
+            "no metadata server answers (%s), so this TPU machine is taken for the "
+            "only one of its run: where it is not, give --coordinator_address, "
+            "--num_processes and --process_id",
+            error,
+        )
+        return False
 
 
 def _metadata(env: Mapping[str, str], key: str) -> str:
-    """Ask the machine's metadata server; "" where there is none, or no such key."""
+    """Ask the machine's metadata server; "" where it knows no such key."""
     host = env.get("GCE_METADATA_IP", "metadata.google.internal")
     request = urllib.request.Request(
         _METADATA.format(host, key), headers={"Metadata-Flavor": "Google"}
@@ -150,8 +162,10 @@ def _metadata(env: Mapping[str, str], key: str) -> str:
     try:
         with direct.open(request, timeout=_METADATA_TIMEOUT_SECS) as answer:
             return answer.read().decode()
-    except (urllib.error.URLError, OSError):
-        return ""
+    except urllib.error.HTTPError as error:
+        if error.code == 404:
+            return ""
+        raise
 
 
 def _is_kubernetes_job(env: Mapping[str, str]) -> bool:

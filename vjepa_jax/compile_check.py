@@ -23,6 +23,7 @@ from vjepa_jax import (
     build,
     cli,
     compilation,
+    config_rules,
     default_config,
     hlo,
     sharding,
@@ -85,7 +86,15 @@ def largest_batch(config: ConfigDict, devices: Any, **options: Any):
 
     Returns:
       The report of the largest that fits, or of the smallest where none does.
+
+    Raises:
+      UserError: see `check`; or nobody knows what the devices hold.
     """
+    if topologies.memory_limit(devices[0]) is None:
+        raise UserError(
+            f"the memory of a device of kind {devices[0].device_kind} is unknown, so "
+            "that any batch would fit: leave out --search"
+        )
     sizes = build.batch_sizes(config)
     # The smallest batch of every stream whose proportions are those of the config.
     shared = math.gcd(*sizes.values())
@@ -139,10 +148,12 @@ def main() -> None:
         return
     if _CONFIG.value is None or not _TOPOLOGY.value:
         raise UserError("give --config and --topology, or --list to see topologies")
+    if _SEARCH.value and _HLO.value:
+        raise UserError("--search compiles many programs: leave out --hlo")
     if _TOPOLOGY.value != topologies.LOCAL:
         topologies.prepare()
     config = without_files(_CONFIG.value)
-    default_config.validate(config)
+    config_rules.validate(config)
     trained = _TEACHER.value
     if config.teacher.path and trained is None:
         raise UserError(

@@ -12,6 +12,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator, Sequence
+from typing import NoReturn
 
 import jax
 from jax._src import distributed as jax_distributed
@@ -108,9 +109,14 @@ def _exit_on_abort() -> None:
     ctypes.CDLL(None).signal(int(signal.SIGABRT), handler)
 
 
-def _end(code: int, message: str) -> None:
-    """End this process at once: what runs at exit would wait for the others."""
+def _end(code: int, message: str) -> NoReturn:
+    """Tell why, and end at once: what runs at exit would wait for the others."""
     print(f"error: {message}", file=sys.stderr)
+    _exit(code)
+
+
+def _exit(code: int) -> NoReturn:
+    """End this process without what runs at exit."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -298,7 +304,7 @@ def ending_together(user_error_code: int) -> Iterator[None]:
         _leave(1, wait_secs)
 
 
-def _leave(code: int, wait_secs: float) -> None:
+def _leave(code: int, wait_secs: float) -> NoReturn:
     """End after a failure, in order if all processes come here."""
     try:
         _client().wait_at_barrier("vjepa_jax/failed", int(wait_secs * 1000))
@@ -307,4 +313,4 @@ def _leave(code: int, wait_secs: float) -> None:
             _end(EXIT_TRY_AGAIN, _why_aborted)
         _end(code, "this process failed alone; the others will end after it")
     jax.distributed.shutdown()
-    os._exit(code)
+    _exit(code)

@@ -253,8 +253,9 @@ class StepClock:
         return scalars
 
     def _estimate_left(self, step: int, seconds_per_step: float) -> float:
-        # The first window holds the compilation, so the second replaces it; from then
-        # on the speed is smoothed, since one slow window says little about the rest.
+        # The first window holds what is slow at the start, so the second replaces it;
+        # from then on the speed is smoothed, since one slow window says little about
+        # the rest.
         self._num_windows += 1
         weight = 1.0 if self._num_windows <= 2 else 0.3
         previous = 0.0 if weight == 1.0 else self._seconds_per_step

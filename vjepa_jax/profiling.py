@@ -14,8 +14,8 @@ class ProfileWindow:
     """Traces steps on the main process; a context manager.
 
     Steps have their number in the trace, host work the name under which its time is
-    booked, device work the names `target`, `encoder`, `predictor`, `loss` and
-    `optimiser`.
+    booked, device work the names `target`, `encoder`, `predictor`, `loss`, `optimiser`
+    and `ema`.
     """
 
     def __init__(self, workdir: str, *, start_step: int, num_steps: int):

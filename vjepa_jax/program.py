@@ -70,6 +70,12 @@ class Program:
             for name, shape in build.video_shapes(self.config).items()
         }
 
+    def step_flops(self) -> int:
+        """Count the model's FLOPs of one update, over all devices."""
+        return build.step_flops(
+            self.config, self.encoder, self.predictor, self.streams, self.teacher
+        )
+
     def make_state(self) -> TrainState:
         """Compute the state of a new run, on its devices."""
         make = jax.jit(self.init, out_shardings=self.shardings)

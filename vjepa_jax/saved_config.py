@@ -26,7 +26,8 @@ OPERATIONAL = (
     "model.remat",
     "model.attention",
 )
-
+# Losses of all clips together, no means over clips: microbatches change them.
+_JOINT_LOSSES = ("objective.variance_weight", "objective.covariance_weight")
 
 # Of earlier releases, without a successor that computes anything else.
 _REMOVED = ("data.prefetch_batches",)
@@ -74,9 +75,10 @@ def _fill(config: ConfigDict, default: ConfigDict, named: tuple[str, ...] = ()) 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """List the keys, with values, in which two runs would compute different things."""
     old, new = flatten(old), flatten(new)
+    ignored = set() if any(map(new.get, _JOINT_LOSSES)) else {"accumulate_steps"}
     return [
         f"{key}: {old.get(key, 'absent')} -> {new.get(key, 'absent')}"
-        for key in sorted(old.keys() | new.keys())
+        for key in sorted((old.keys() | new.keys()) - ignored)
         if old.get(key) != new.get(key) and not _is_operational(key)
     ]
 

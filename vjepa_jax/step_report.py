@@ -136,10 +136,7 @@ def describe(program: Program, fast: bool) -> Report:
     """Start the report of a program, as far as it is known before it is compiled."""
     config, mesh = program.config, program.mesh
     device = mesh.devices.flat[0]
-    per_step = build.step_flops(
-        config, program.encoder, program.predictor, program.streams, program.teacher
-    )
-    model_flops = per_step / mesh.size
+    model_flops = program.step_flops() / mesh.size
     peak = flops.peak_flops(device.device_kind)
     steps, sizes = config.accumulate_steps, build.batch_sizes(config)
     batch = jax.tree.leaves(program.abstract_batch())

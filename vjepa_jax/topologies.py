@@ -5,6 +5,7 @@ devices of a name, and compiles for them.
 """
 
 import dataclasses
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
+from vjepa_jax import compilation
 from vjepa_jax.default_config import UserError
 
 LOCAL = "local"
@@ -125,12 +127,17 @@ def devices(name: str, num_slices: int = 1) -> Sequence[Any]:
 
     Args:
       name: see `parse`; `local`: the real devices of this machine.
-      num_slices: how many such TPU slices, or groups of GPU nodes, work together.
+      num_slices: how many such TPU slices, or groups of GPU nodes, work together; 1
+        for `local`.
 
     Raises:
       UserError: the name is unknown, or what compiles for it is not installed.
     """
     if name == LOCAL:
+        if num_slices > 1:
+            raise UserError(
+                f"--topology={LOCAL} is what is here: leave out --num_slices"
+            )
         return jax.devices()
     chip, layout = parse(name)
     try:
@@ -155,7 +162,7 @@ def devices(name: str, num_slices: int = 1) -> Sequence[Any]:
     except jax.errors.JaxRuntimeError as error:
         reason = " ".join(str(error).split())
         raise UserError(f"--topology={name} cannot be described: {reason}") from None
-    except (RuntimeError, NotImplementedError, ImportError) as error:
+    except (RuntimeError, ImportError) as error:
         mend = (
             "jax-cuda12-plugin, jax-cuda12-pjrt and nvidia-cuda-nvcc-cu12"
             if chip in _GPU_MEMORY
@@ -178,7 +185,7 @@ def memory_limit(device: Any) -> int | None:
     for chip in CHIPS.values():
         if device.device_kind == chip.device_kind:
             return int(chip.memory_gib * 2**30)
-    return None
+    return compilation.memory_limit(device)  # described ones are of these kinds
 
 
 def table() -> str:
@@ -186,9 +193,7 @@ def table() -> str:
     lines = ["name        topology       devices  GiB each  device kind"]
     for chip, known in CHIPS.items():
         for name, layout in known.slices.items():
-            count = 1
-            for size in layout.split("x"):
-                count *= int(size)
+            count = math.prod(map(int, layout.split("x")))
             lines.append(
                 f"{name:11} {f'{chip}:{layout}':14} {count:7}  {known.memory_gib:8.2f}"
                 f"  {known.device_kind}"

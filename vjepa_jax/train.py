@@ -4,7 +4,8 @@
 
 The same command continues an interrupted run. DIR receives `config.json`,
 `metrics.jsonl`, `tensorboard/`, `checkpoints/`, `bad_videos.jsonl` and `shardings.txt`,
-how each array of the state is spread over the devices (also logged at `--verbosity=1`).
+how each array of the state is spread over the devices (also logged at `--verbosity=1`);
+a trace in `profile/` where one is asked for, `stacks_0.txt` where a step took too long.
 """
 
 import json
@@ -21,7 +22,7 @@ from vjepa_jax import (
     checkpoint,
     cli,
     compilation,
-    default_config,
+    config_rules,
     distributed,
     fit,
     flops,
@@ -56,14 +57,11 @@ def _make_clock(program, start, account):
     config, mesh = program.config, program.mesh
     peak = flops.peak_flops(mesh.devices.flat[0].device_kind)
     clips = sum(build.batch_sizes(config).values())
-    per_step = build.step_flops(
-        config, program.encoder, program.predictor, program.streams, program.teacher
-    )
     return metrics.StepClock(
         total_steps=config.total_steps,
         batch_size=clips,
         start_step=start,
-        flops_per_clip=per_step / clips,
+        flops_per_clip=program.step_flops() / clips,
         peak_flops=peak and peak * mesh.size,
         account=account,
     )
@@ -159,7 +157,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> int | None:
     """
     account = TimeAccount()
     # ---------------------------------------------------------------- what to compute
-    default_config.validate(config)
+    config_rules.validate(config)
     _require_same_config(config)
     mesh = sharding.make_mesh(**config.mesh)
     compilation.use_cache(config.compilation_cache)
@@ -192,15 +190,15 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> int | None:
         start, state = _restore_or_init(
             checkpointer, program, fingerprint, teacher_step
         )
-        # Not before: a start that fails must not bind the workdir to its config.
-        workdirs.claim(config, workdir)
-        _write_shardings(program, files.folder)
         if start >= config.total_steps:
             _say(f"nothing to do: {workdir} is at step {start}, the end of the run")
             return None
         extra = _put_teacher(program, teacher_params)
         with account.measure("compile"):
             step_fn = _compile(program)
+        # Not before: a start that fails must not bind the workdir to its config.
+        workdirs.claim(config, workdir)
+        _write_shardings(program, files.folder)
         account.add_earlier(_earlier_rows(files.folder), start)
         with (
             streams.open_streams(
@@ -260,7 +258,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> int | None:
                         report(*pending)
                         pending = None
                     else:
-                        values = jax.device_get(values)
+                        with clock.measure("step"):
+                            values = jax.device_get(values)
                         skips.check(step, values)
                     with clock.measure("checkpoint"):
                         files.copy_back()

@@ -321,9 +321,10 @@ def make_train_step(
             )
             params = optax.apply_updates(state.params, updates)
         momentum = schedules["ema_momentum"](state.step)
-        ema = optax.incremental_update(
-            params["encoder"], state.target, step_size=1 - momentum
-        )
+        with jax.named_scope("ema"):
+            ema = optax.incremental_update(
+                params["encoder"], state.target, step_size=1 - momentum
+            )
         params, ema, opt_state = jax.tree.map(
             lambda new, old: jnp.where(taken, new, old),
             (params, ema, opt_state),

@@ -4,7 +4,9 @@ It may be remote (gs://). Metrics, lists of bad videos and traces grow while a r
 on, which objects of a store cannot: they are written to a local folder and copied.
 """
 
+import contextlib
 import json
+import os
 import pathlib
 import shutil
 import tempfile
@@ -121,13 +123,11 @@ class LocalFiles:
     def _stamps(self) -> dict[str, tuple[int, int]]:
         """Returns {name: what changes with the file}."""
         stamps = {}
-        for file in self.folder.rglob("*"):
-            if file.is_file():
-                stat = file.stat()
-                stamps[str(file.relative_to(self.folder))] = (
-                    stat.st_size,
-                    stat.st_mtime_ns,
-                )
+        for folder, _, names in os.walk(self.folder):
+            for file in (pathlib.Path(folder, name) for name in names):
+                with contextlib.suppress(FileNotFoundError):  # it was renamed meanwhile
+                    stat, name = file.stat(), str(file.relative_to(self.folder))
+                    stamps[name] = stat.st_size, stat.st_mtime_ns
         return stamps
 
 

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator
 import tqdm
 from absl import flags
 
-from vjepa_jax import cli, default_config, flops
+from vjepa_jax import cli, config_rules, default_config, flops
 from vjepa_jax.data import sources, survey
 from vjepa_jax.data.findings import Output, Summary
 from vjepa_jax.data.records import Joined
@@ -192,7 +192,7 @@ def main() -> None:
         config.data.path = _DATA.value
     if not config.data.path:
         raise UserError("--data is not set: give a folder of videos or a list file")
-    default_config.validate(config)
+    config_rules.validate(config)
     limit = _MAX_BAD_FRACTION.value
     if limit is None:
         limit = config.data.max_bad_fraction

@@ -6,15 +6,12 @@ shards that are missing. Everything that a worker needs lies in the output folde
 that the pipeline itself is a few numbers for any count of videos.
 """
 
-import concurrent.futures
 import contextlib
 import dataclasses
 import functools
 import io
 import json
-import math
 import os
-import re
 import shutil
 import tempfile
 import threading
@@ -25,84 +22,12 @@ import numpy as np
 import tqdm
 from etils import epath
 
-from vjepa_jax.data import beam_job, shards
+from vjepa_jax.data import beam_job, shard_job, shards
 from vjepa_jax.data.encoders import Failure, end_children, reencode_apart
 from vjepa_jax.data.file_lists import VideoList, is_remote
 from vjepa_jax.data.reencode import Encoding
+from vjepa_jax.data.shard_job import Job
 from vjepa_jax.default_config import UserError
-
-_JOB = f"{shards.MANIFEST}.part"
-_INPUTS = "inputs.npz"
-
-# A shard is what a stopped run loses of each worker's time; too many are slow to open.
-_MAX_RECORDS_PER_SHARD = 512
-_MIN_RECORDS_PER_SHARD = 4
-_NUM_SHARDS_TO_SPREAD = 64
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """What is prepared and how; two runs of one job share their shards.
-
-    Attributes:
-      source: the list or folder, for messages.
-      inputs: digest of its paths and labels.
-      num_inputs: videos in it.
-      num_shards: files that they are spread over, in order.
-      encoding: of the videos.
-    """
-
-    source: str
-    inputs: str
-    num_inputs: int
-    num_shards: int
-    encoding: Encoding
-
-    def to_json(self) -> dict:
-        """Returns the beginning of the manifest."""
-        fields = dataclasses.asdict(self)
-        return {
-            "format": shards.FORMAT,
-            "source": fields["source"],
-            "inputs": fields["inputs"],
-            "num_inputs": fields["num_inputs"],
-            "num_shards": fields["num_shards"],
-            "settings": fields["encoding"],
-        }
-
-    @classmethod
-    def from_json(cls, content: dict) -> "Job":
-        """Reads `to_json`'s fields; raises KeyError or TypeError if there are none."""
-        return cls(
-            content["source"],
-            content["inputs"],
-            content["num_inputs"],
-            content["num_shards"],
-            Encoding(**content["settings"]),
-        )
-
-    @property
-    def key(self) -> str:
-        """Identifies what the shards depend on, but for the bytes of the videos."""
-        content = json.dumps(self.to_json(), sort_keys=True)
-        return shards.digest_of([content.encode()])
-
-    def shard_names(self) -> list[str]:
-        """Returns the names of all shards, without suffixes."""
-        return [shards.shard_name(i, self.num_shards) for i in range(self.num_shards)]
-
-    def inputs_of(self, shard: int) -> range:
-        """Returns which of the inputs go into a shard."""
-        start, stop = (
-            i * self.num_inputs // self.num_shards for i in (shard, shard + 1)
-        )
-        return range(start, stop)
-
-
-def default_num_shards(num_inputs: int) -> int:
-    """Returns 64 shards for 250 to 33000 videos, fewer for fewer, more for more."""
-    spread = min(math.ceil(num_inputs / _MIN_RECORDS_PER_SHARD), _NUM_SHARDS_TO_SPREAD)
-    return max(1, spread, math.ceil(num_inputs / _MAX_RECORDS_PER_SHARD))
 
 
 def prepare(
@@ -140,31 +65,30 @@ def prepare(
         raise UserError(f"--output={output} is not a folder") from None
     except OSError as error:
         raise UserError(f"--output={output} cannot be made: {error}") from None
-    previous = _previous_job(folder)
+    previous = shard_job.previous_job(folder)
     if not num_shards:
-        num_shards = (
-            previous.num_shards
-            if previous
-            else _num_noted_shards(folder) or default_num_shards(len(source))
-        )
+        is_known = previous is not None
+        there = previous.num_shards if is_known else shard_job.num_noted_shards(folder)
+        num_shards = there or shard_job.default_num_shards(len(source))
     # No shard without a video, which would be a file for nothing.
     num_shards = min(num_shards, len(source))
     job = Job(source.name, source.digest(), len(source), num_shards, encoding)
     if previous is not None:
-        _check_same(output, previous, job)
+        shard_job.check_same(output, previous, job)
     else:
-        _check_notes(folder, job)
-    content = io.BytesIO()
-    np.savez(content, root=np.array(os.fsencode(source.root)), **source.to_arrays())
+        shard_job.check_notes(folder, job)
+    inputs, content = io.BytesIO(), json.dumps(job.to_json(), indent=1)
+    np.savez(inputs, root=np.array(os.fsencode(source.root)), **source.to_arrays())
     try:
-        shards.write_whole(folder / _INPUTS, content.getvalue())
-        shards.write_whole(folder / _JOB, json.dumps(job.to_json(), indent=1).encode())
+        shards.write_whole(folder / shard_job.INPUTS, inputs.getvalue())
+        shards.write_whole(folder / shard_job.JOB, content.encode())
     except OSError as error:
         raise UserError(f"--output={output} cannot be written: {error}") from None
     # Until all is there once more; a run may end at any time.
     (folder / shards.MANIFEST).unlink(missing_ok=True)
     if retry_failures:
-        for name, note in zip(job.shard_names(), _notes(job, folder), strict=True):
+        notes = shard_job.read_notes(folder, job)
+        for name, note in zip(job.shard_names(), notes, strict=True):
             if note and note["failures"]:
                 (folder / f"{name}.json").unlink()
     try:
@@ -176,77 +100,11 @@ def prepare(
             )
     finally:
         end_children()
-    for leftover in (*folder.glob(".*-*.part"), folder / _INPUTS):
+    for leftover in (*folder.glob(".*-*.part"), folder / shard_job.INPUTS):
         leftover.unlink(missing_ok=True)
     manifest = _finish(job, folder, max_bad_fraction)
-    (folder / _JOB).unlink()
+    (folder / shard_job.JOB).unlink()
     return manifest
-
-
-def _previous_job(folder: epath.Path) -> Job | None:
-    """Returns what the folder was made by; None if nothing says so."""
-    for name in (shards.MANIFEST, _JOB):
-        path = folder / name
-        try:
-            return Job.from_json(json.loads(path.read_text()))
-        except FileNotFoundError:
-            continue
-        except (ValueError, KeyError, TypeError):
-            if not _num_noted_shards(folder):
-                raise UserError(
-                    f"{str(path)!r} is not of this program's shards: give another "
-                    "--output"
-                ) from None
-    return None
-
-
-def _num_noted_shards(folder: epath.Path) -> int:
-    """Returns how many shards there are to be, by the name of a note; 0: no note."""
-    for path in folder.glob("shard-*.json"):
-        if match := re.fullmatch(r"shard-\d+-of-(\d+)\.json", path.name):
-            return int(match[1])
-    return 0
-
-
-def _check_notes(folder: epath.Path, job: Job) -> None:
-    """Refuses shards of another job where only their notes are left to tell."""
-    for path in folder.glob("shard-*.json"):
-        try:
-            is_of_job = json.loads(path.read_text())["job"] == job.key
-        except (ValueError, KeyError, TypeError):
-            continue  # a damaged one, whose shard will be written anew
-        if not is_of_job:
-            raise UserError(
-                f"{str(path)!r} is of other shards: give the --data and the flags that "
-                "they were made with, or another --output, or remove the folder"
-            )
-
-
-def _check_same(output: str, previous: Job, job: Job) -> None:
-    if previous.key == job.key:
-        return
-    if (previous.inputs, previous.num_inputs) != (job.inputs, job.num_inputs):
-        difference = (
-            f"of other videos ({previous.num_inputs} of {previous.source!r}, now "
-            f"{job.num_inputs} of {job.source!r})"
-        )
-    elif previous.source != job.source:
-        difference = (
-            f"of {previous.source!r}, whose list is that of {job.source!r}, but the "
-            "videos may be others"
-        )
-    else:
-        old, new = (
-            {"num_shards": j.num_shards, **dataclasses.asdict(j.encoding)}
-            for j in (previous, job)
-        )
-        difference = "made with " + ", ".join(
-            f"{key}={old[key]}, not {new[key]}" for key in old if old[key] != new[key]
-        )
-    raise UserError(
-        f"--output={output} holds shards {difference}: give another --output, or "
-        "remove the folder"
-    )
 
 
 @contextlib.contextmanager
@@ -277,10 +135,10 @@ def _progress(job: Job, output: str) -> Iterator[None]:
 def _read_job(output: str, key: str) -> tuple[Job, VideoList]:
     """Reads what to do, once per process."""
     folder = epath.Path(output)
-    job = Job.from_json(json.loads((folder / _JOB).read_text()))
+    job = Job.from_json(json.loads((folder / shard_job.JOB).read_text()))
     if job.key != key:
         raise RuntimeError(f"another job has begun in {output}")
-    with np.load(io.BytesIO((folder / _INPUTS).read_bytes())) as arrays:
+    with np.load(io.BytesIO((folder / shard_job.INPUTS).read_bytes())) as arrays:
         root = os.fsdecode(arrays["root"].item())
         return job, VideoList.from_arrays(job.source, root, arrays)
 
@@ -296,7 +154,7 @@ def encode_shard(output: str, key: str, shard: int) -> None:
     job, source = _read_job(output, key)
     folder, name = epath.Path(output), shards.shard_name(shard, job.num_shards)
     path = folder / f"{name}{shards.SUFFIX}"
-    note = _read_note(folder, name, key)
+    note = shard_job.read_note(folder, name, key)
     if note is not None and shards.checksum(str(path)) == note["sha256"]:
         return
     records, failures = [], []
@@ -351,27 +209,9 @@ def _written_whole(path: epath.Path) -> Iterator[str]:
         part.replace(path)
 
 
-def _read_note(folder: epath.Path, name: str, key: str) -> dict | None:
-    """Returns the note of a shard that is complete, judged by the file's size."""
-    try:
-        note = json.loads((folder / f"{name}.json").read_text())
-        size = (folder / f"{name}{shards.SUFFIX}").stat().length
-        is_complete = (note["job"], note["num_bytes"]) == (key, size)
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return None
-    return note if is_complete else None
-
-
-def _notes(job: Job, folder: epath.Path) -> list[dict | None]:
-    with concurrent.futures.ThreadPoolExecutor(16) as pool:  # remote reads wait
-        return list(
-            pool.map(lambda name: _read_note(folder, name, job.key), job.shard_names())
-        )
-
-
 def _finish(job: Job, folder: epath.Path, max_bad_fraction: float) -> dict:
     """Writes failures, index and, last, the manifest."""
-    names, notes = job.shard_names(), _notes(job, folder)
+    names, notes = job.shard_names(), shard_job.read_notes(folder, job)
     missing = [name for name, note in zip(names, notes, strict=True) if note is None]
     if missing:
         raise RuntimeError(f"the pipeline ended without the shard {missing[0]}")

@@ -23,10 +23,11 @@ import tqdm
 from absl import flags
 
 from vjepa_jax import cli
+from vjepa_jax.config_rules import validate
 from vjepa_jax.data import encode_shards, render, shards, sources
 from vjepa_jax.data.file_lists import is_remote
 from vjepa_jax.data.reencode import Encoding
-from vjepa_jax.default_config import UserError, validate
+from vjepa_jax.default_config import UserError
 
 EXIT_INTERRUPTED = 130
 

@@ -30,15 +30,7 @@ _TRANSFORM_KEYS = (
 
 
 def make_reading(data: ConfigDict, clip: ConfigDict) -> Reading:
-    """Make how clips are decoded.
-
-    Args:
-      data: a config's `data`, for what all its streams share.
-      clip: the stream's own fields, `data` itself for the main one.
-
-    Raises:
-      UserError: a value is out of range.
-    """
+    """Make how clips are decoded; see `sampling.make_sampling`."""
     return Reading(
         make_sampling(data, clip),
         clip.resolution,

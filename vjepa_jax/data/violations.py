@@ -363,16 +363,13 @@ _DRAFTS: dict[str, Callable[[World, np.random.Generator, bool], _Draft]] = {
 PROPERTIES = tuple(_DRAFTS)
 
 
-def _spliced(start: Track, end: Track, onset: int) -> Track:
-    """Return a track that is the first up to the frame before `onset`."""
-    return Track(
-        **{
-            field.name: np.concatenate(
-                [getattr(start, field.name)[:onset], getattr(end, field.name)[onset:]]
-            )
-            for field in dataclasses.fields(Track)
-        }
-    )
+def _spliced(draft: _Draft, end: Track) -> Track:
+    """Return the track that is the possible one up to the frame before the onset."""
+    fields, onset = {}, draft.onset
+    for name in (field.name for field in dataclasses.fields(Track)):
+        start, rest = getattr(draft.kept, name)[:onset], getattr(end, name)[onset:]
+        fields[name] = np.concatenate([start, rest])
+    return Track(**fields)
 
 
 def make_pair(world: World, seed: int | tuple[int, ...], name: str, index: int) -> Pair:
@@ -391,16 +388,9 @@ def make_pair(world: World, seed: int | tuple[int, ...], name: str, index: int) 
             draft = _DRAFTS[name](world, rng, bool(index % 2))
         except _DrawAgainError:
             continue
-        ends = draft.kept, draft.broken
+        tracks = (_spliced(draft, end) for end in (draft.kept, draft.broken))
         possible, impossible = (
-            paint(
-                world,
-                draft.scene,
-                _spliced(draft.kept, end, draft.onset),
-                draft.behind,
-                label,
-            )
-            for end in ends
+            paint(world, draft.scene, track, draft.behind, label) for track in tracks
         )
         differs = np.any(possible.video != impossible.video, axis=(1, 2, 3))
         onset = int(np.argmax(differs))

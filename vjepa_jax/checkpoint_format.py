@@ -1,0 +1,78 @@
+"""What a checkpoint is, on disk: its items, their types, its version.
+
+A step is a folder `<workdir>/checkpoints/<step>` with four items, so that each reader
+takes only what it needs:
+
+    state    step, params, opt_state, guard   what only training needs
+    target   the target encoder               what probes and downstream users need
+    data     JSON                             position and fingerprint of the data
+    meta     JSON                             config, model description, versions
+"""
+
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+import vjepa_jax
+from vjepa_jax.default_config import UserError
+
+FOLDER = "checkpoints"
+# Raised when a reader of the old layout would misread the new one.
+FORMAT_VERSION = 1
+
+
+def absolute(path: str) -> epath.Path:
+    """Returns a path as Orbax takes it."""
+    # Orbax refuses relative paths, and only local ones can be relative.
+    if "://" in str(path):
+        return epath.Path(path)
+    return epath.Path(path).expanduser().resolve()
+
+
+def handler_registry() -> ocp.handlers.DefaultCheckpointHandlerRegistry:
+    """Names the items' types, so that metadata can be read before any restore."""
+    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+    for item in ("state", "target"):
+        handler = ocp.StandardCheckpointHandler()
+        registry.add(item, ocp.args.StandardSave, handler)
+        registry.add(item, ocp.args.StandardRestore, handler)
+    for item in ("data", "meta"):
+        handler = ocp.JsonCheckpointHandler()
+        registry.add(item, ocp.args.JsonSave, handler)
+        registry.add(item, ocp.args.JsonRestore, handler)
+    return registry
+
+
+def provenance() -> dict[str, Any]:
+    """Returns what the item `meta` holds besides what the run says."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "versions": {
+            "vjepa_jax": vjepa_jax.__version__,
+            "jax": jax.__version__,
+            "orbax": ocp.__version__,
+        },
+    }
+
+
+def require_step(manager: ocp.CheckpointManager, step: int) -> None:
+    """Raises UserError, naming the steps that there are, where this one is not."""
+    steps = sorted(manager.all_steps())
+    if step not in steps:
+        there = ", ".join(map(str, steps)) or "none"
+        raise UserError(
+            f"no checkpoint of step {step} in {manager.directory}; saved steps: {there}"
+        )
+
+
+def require_format(folder: epath.Path, meta: dict[str, Any]) -> None:
+    """Raises UserError where this release cannot read what `meta` was written with."""
+    version = meta.get("format_version")
+    if version is None or version > FORMAT_VERSION:
+        raise UserError(
+            f"{folder} has checkpoint format {version}, this release reads up to "
+            f"{FORMAT_VERSION}; install the release that wrote it "
+            f"({meta.get('versions')})"
+        )
