@@ -10,25 +10,35 @@ from vjepa_jax.models import registry
 registry.SIZES["process_test"] = registry.Size(1, 16, 2, 32)
 
 
-def get_config(folder):
+def make_small(folder, size, predictor_width):
+    """Return the config of a run that computes next to nothing.
+
+    It reads the videos of `list.csv` in the folder; eight devices get a clip each.
+    """
     config = get_default()
     with config.unlocked():
         del config.masks.short, config.masks.long
         config.masks.future = mask(num_blocks=0, max_temporal_keep=0.5)
-    config.total_steps = 80  # more than are taken before the signals come
     config.batch_size = 8
     config.data.path = f"{folder}/list.csv"
-    config.data.num_workers, config.data.max_bad_fraction = 0, 1.0
+    config.data.num_workers = 0
     config.data.num_frames, config.data.frame_step = 4, 1
     config.data.resolution = 16
     config.model.pos_embed, config.model.dtype = "rope", "float32"
-    config.model.encoder.size = "process_test"
-    config.model.encoder.patch_size = 8
-    config.model.predictor.depth, config.model.predictor.width = 1, 16
+    config.model.encoder.size, config.model.encoder.patch_size = size, 8
+    config.model.predictor.depth = 1
+    config.model.predictor.width = predictor_width
     config.model.predictor.num_heads = 2
-    config.optim.learning_rate, config.optim.warmup_steps = 1e-3, 2
-    config.optim.start_learning_rate = 1e-3
     config.optim.clip_norm = 0.0
     config.log.every_steps = 1
+    return config
+
+
+def get_config(folder):
+    config = make_small(folder, "process_test", predictor_width=16)
+    config.total_steps = 80  # more than are taken before the signals come
+    config.data.max_bad_fraction = 1.0
+    config.optim.learning_rate, config.optim.warmup_steps = 1e-3, 2
+    config.optim.start_learning_rate = 1e-3
     config.checkpoint.every_steps, config.checkpoint.keep = 5, 2
     return config

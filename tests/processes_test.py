@@ -112,13 +112,11 @@ class Part(NamedTuple):
 def folder(tmp_path_factory):
     """Many videos, all of them links to a few, and some of them broken."""
     folder = tmp_path_factory.mktemp("processes")
-    for i in range(4):
-        frames = video_files.moving_frames(8, height=16, width=16, seed=i)
-        video_files.write_video(folder / f"good{i}.mp4", frames)
+    good = video_files.write_small_videos(folder, 4)
     (folder / "broken.mp4").write_text("not a video")
     for i in range(NUM_VIDEOS):
-        of = "broken" if i in BROKEN else f"good{i % 4}"
-        os.link(folder / f"{of}.mp4", folder / f"{i}.mp4")
+        of = "broken.mp4" if i in BROKEN else good[i % 4]
+        os.link(folder / of, folder / f"{i}.mp4")
     lines = (f"{i}.mp4 0\n" for i in range(NUM_VIDEOS))
     (folder / "list.csv").write_text("".join(lines))
     return folder

@@ -5,12 +5,13 @@ import shutil
 
 import jax
 import numpy as np
+import process_config
 import pytest
 import video_files
 from step_setup import abstract_of
 
 from vjepa_jax import checkpoint, compilation, metrics
-from vjepa_jax.default_config import UserError, get_config, mask, stream
+from vjepa_jax.default_config import UserError, mask, stream
 from vjepa_jax.models import registry
 from vjepa_jax.train import train_and_evaluate
 
@@ -32,34 +33,19 @@ def sizes():
 def folder(tmp_path_factory):
     """A folder of three videos, where the runs go too."""
     folder = tmp_path_factory.mktemp("runs")
-    for i in range(3):
-        frames = video_files.moving_frames(8, height=16, width=16, seed=i)
-        video_files.write_video(folder / f"{i}.mp4", frames)
-    (folder / "list.csv").write_text("".join(f"{i}.mp4 0\n" for i in range(3)))
+    names = video_files.write_small_videos(folder, 3)
+    (folder / "list.csv").write_text("".join(f"{name} 0\n" for name in names))
     return folder
 
 
 def make_config(folder, **values):
-    config = get_config()
-    with config.unlocked():
-        del config.masks.short, config.masks.long
-        config.masks.future = mask(num_blocks=0, max_temporal_keep=0.5)
-    config.total_steps, config.batch_size = 1, 8  # a clip for every device
-    config.data.path = str(folder / "list.csv")
-    config.data.num_workers = 0
-    config.data.num_frames, config.data.frame_step = 4, 1
-    config.data.resolution = 16
-    config.model.pos_embed, config.model.dtype = "rope", "float32"
+    config = process_config.make_small(folder, "pico", predictor_width=12)
+    config.total_steps = 1
     config.model.image_embed = True
-    config.model.encoder.size, config.model.encoder.patch_size = "pico", 8
-    config.model.predictor.depth, config.model.predictor.width = 1, 12
-    config.model.predictor.num_heads = 2
     config.optim.learning_rate, config.optim.warmup_steps = RATE, 0
     config.optim.weight_decay = config.optim.final_weight_decay = 0.0
     config.optim.final_learning_rate = 0.0
-    config.optim.clip_norm = 0.0
     config.ema.start = config.ema.end = 0.5
-    config.log.every_steps = 1
     config.update_from_flattened_dict(values)
     return config
 
@@ -255,7 +241,7 @@ def test_a_student_continues_with_the_step_of_its_teacher(folder, first):
 def test_other_videos_than_before_are_refused_or_accepted(folder, first, capsys):
     workdir = folder / "moved"
     shutil.copytree(folder / "first", workdir)
-    (folder / "fewer.csv").write_text("0.mp4 0\n1.mp4 0\n")
+    (folder / "fewer.csv").write_text("small0.mp4 0\nsmall1.mp4 0\n")
     config = make_config(folder, total_steps=2)
     config.data.path = str(folder / "fewer.csv")
     with pytest.raises(UserError, match=r"bring them back.*data.accept_change=True"):

@@ -33,6 +33,14 @@ def moving_frames(
     return frames
 
 
+def write_small_videos(folder, count: int) -> list[str]:
+    """Writes videos of 8 frames of 16 x 16, no two alike; returns their names."""
+    names = [f"small{i}.mp4" for i in range(count)]
+    for i, name in enumerate(names):
+        write_video(folder / name, moving_frames(8, height=16, width=16, seed=i))
+    return names
+
+
 def write_video(
     path,
     frames: np.ndarray,
