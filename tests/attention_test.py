@@ -1,5 +1,7 @@
 """Every way to compute attention gives the same outputs and gradients."""
 
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 
 from vjepa_jax import sharding
 from vjepa_jax.models import attention as attention_lib
+from vjepa_jax.models import layers
 from vjepa_jax.models.attention import attention
 
 
@@ -63,7 +66,9 @@ def test_blockwise_equals_plain_attention(n, m, head_dim, has_mask, seed):
         np.testing.assert_allclose(ours, theirs, atol=3e-5)
 
 
-@pytest.mark.parametrize(("n", "m", "head_dim"), [(37, 150, 24), (256, 128, 64)])
+@pytest.mark.parametrize(
+    ("n", "m", "head_dim"), [(37, 150, 24), (256, 128, 64), (130, 200, 16), (90, 70, 8)]
+)
 def test_splash_equals_plain_attention(rng, n, m, head_dim):
     q, k, v = operands(rng, n, m, head_dim)
     weights = rng.normal(size=q.shape).astype(np.float32)
@@ -72,6 +77,33 @@ def test_splash_equals_plain_attention(rng, n, m, head_dim):
     np.testing.assert_allclose(out, reference(q, k, v), atol=1e-5)
     for ours, theirs in zip(grads, wanted, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=3e-5)
+
+
+def held_by_tpu(arrays):
+    """Bytes of arrays whose last axis fills whole registers of 128 lanes."""
+    return sum(
+        math.prod(x.shape[:-1]) * -(-x.shape[-1] // 128) * 128 * x.dtype.itemsize
+        for x in arrays
+        if x.ndim
+    )
+
+
+@pytest.mark.parametrize(("policy", "tokens"), [("none", 4), ("attention", 2)])
+def test_splash_waits_for_its_backward_pass_without_gaps(policy, tokens):
+    """Of q, k, v and the output, or of the input and the output."""
+    batch, n, heads, head_dim = 2, 200, 4, 32
+
+    def attend(x):
+        x = x.reshape(batch, n, heads, head_dim)
+        return attention(2 * x, 3 * x, 4 * x, "splash").sum()
+
+    if policy != "none":
+        attend = jax.checkpoint(attend, policy=layers.REMAT_POLICIES[policy])
+    x = jax.ShapeDtypeStruct((batch, n, heads * head_dim), jnp.bfloat16)
+    kept = jax.eval_shape(lambda x: jax.vjp(attend, x)[1], x)
+    normalisers = 4 * batch * heads * 256
+    wanted = tokens * 2 * batch * n * heads * head_dim + normalisers
+    assert wanted <= held_by_tpu(jax.tree.leaves(kept)) < wanted + 2**13
 
 
 @pytest.mark.parametrize("batch", [8, 1])

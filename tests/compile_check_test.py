@@ -115,11 +115,14 @@ def test_collectives_of_activations_are_found(report):
         gathered("all-gather", (1, 1024, 4096)),
         gathered("all-gather", (2, 4096, 1024), (1024, 3072)),
         gathered("all-gather", (*heads, 1024)),  # the output projection
+        gathered("all-gather", (512, 1024)),  # the first of two rounds
         gathered("reduce-scatter", (1024, 4096)),
         gathered("reduce-scatter", (1024, 4224)),  # padded
         gathered("all-reduce", (1, 256, 4096), (1024,)),
         gathered("all-reduce", (), (7, 9)),
         gathered("send", (256, 4096)),
+        gathered("collective-permute", (3 * 32, 4096)),  # rows on the fourth device
+        gathered("collective-permute", (3 * 32 + 1, 4096)),
         gathered("all-gather", (2, 2048, 1024)),  # clips, tokens, channels
         gathered("all-to-all", (16, 512, 512), count=5),
     ]
@@ -127,10 +130,12 @@ def test_collectives_of_activations_are_found(report):
     full = step_report.complete(report, program, report.memory, counted, 1.0)
     found = {(t.purpose, t.kind): t.bytes for t in full.traffic}
     assert found == {
-        ("parameters", "all-gather"): 3 * 4 * 1024 * (4096 + 2 * 4096 + 3072 + 1024),
+        ("parameters", "all-gather"): 3 * 4 * 1024 * (4096 + 2 * 4096 + 3072 + 1536),
         ("gradients", "reduce-scatter"): 3 * 4 * 1024 * (4096 + 4224),
         ("gradients", "all-reduce"): 3 * 4 * (256 * 4096 + 1024),
         ("gradients", "send"): 3 * 4 * 256 * 4096,
+        ("gradients", "collective-permute"): 3 * 4 * 96 * 4096,
+        ("activations", "collective-permute"): 3 * 4 * 97 * 4096,
         ("small", "all-reduce"): 3 * 4 * (1 + 63),
         ("activations", "all-gather"): 3 * 4 * 2 * 2048 * 1024,
         ("activations", "all-to-all"): 5 * 4 * 16 * 512 * 512,
@@ -138,6 +143,7 @@ def test_collectives_of_activations_are_found(report):
     assert [line.split()[0] for line in full.largest_activations] == [
         "all-to-all",
         "all-gather",
+        "collective-permute",
     ]
     assert full.unknown == ("loop while.3", "2 x sort")
 

@@ -1,5 +1,6 @@
 """State and batches lie where the rules say, and every decision is told."""
 
+import dataclasses
 import math
 import types
 
@@ -86,6 +87,37 @@ def test_parameters_do_not_cross_slices():
     assert sharding.count_slices(jax.devices()) == 1
     with pytest.raises(UserError, match=r"mesh\.fsdp=8 does not fit into one of 2"):
         sharding.make_mesh(1, 8, slices_of(2, 4))
+
+
+@dataclasses.dataclass(frozen=True)
+class TorusChip:
+    """A stand-in for one device of a TPU slice."""
+
+    coords: tuple[int, int, int]
+    slice_index: int
+    id: int
+    platform: str = "tpu"
+    device_kind: str = "TPU v5"
+    core_on_chip: int = 0
+    process_index: int = 0
+
+
+@pytest.mark.parametrize("slices", [1, 2])
+@pytest.mark.parametrize("shape", [(2, 2, 4), (4, 4, 4), (4, 4, 8)])
+def test_eight_neighbours_share_the_state_on_every_torus(shape, slices):
+    places = list(np.ndindex(shape))
+    chips = [
+        TorusChip(coords, index, index * len(places) + i)
+        for index in range(slices)
+        for i, coords in enumerate(places)
+    ]
+    mesh = sharding.make_mesh(-1, 0, chips)
+    assert dict(mesh.shape) == {"data": len(chips) // 8, "fsdp": 8}
+    assert {chip.id for chip in mesh.devices.flat} == set(range(len(chips)))
+    for row in mesh.devices:
+        assert len({chip.slice_index for chip in row}) == 1
+        sides = np.ptp([chip.coords for chip in row], axis=0) + 1
+        assert sides.prod() == 8
 
 
 @pytest.mark.parametrize(

@@ -68,19 +68,22 @@ def make_mesh(
             f"mesh.data={data} times mesh.fsdp={fsdp} does not make {count} devices: "
             "set one of them to -1 and the other to a divisor"
         )
-    # Auto axes, because Linen's logical constraints reject explicit ones.
-    types = (AxisType.Auto,) * 2
-    if slices == 1:
-        shape = tuple(sizes.values())
-        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
     if sizes["data"] % slices:
         raise UserError(
             f"mesh.fsdp={sizes['fsdp']} does not fit into one of {slices} slices of "
             f"{count // slices} devices: take a divisor of {count // slices}"
         )
     within = (sizes["data"] // slices, sizes["fsdp"])
-    grid = mesh_utils.create_hybrid_device_mesh(within, (slices, 1), devices)
-    return Mesh(grid, AXES, axis_types=types)
+    # No axes of a torus of 4x4x4 make 8 together: one of them is split.
+    split = {"allow_split_physical_axes": True}
+    if slices == 1:
+        grid = mesh_utils.create_device_mesh(within, devices, **split)
+    else:
+        grid = mesh_utils.create_hybrid_device_mesh(
+            within, (slices, 1), devices, **split
+        )
+    # Auto axes, because Linen's logical constraints reject explicit ones.
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 2)
 
 
 def count_slices(devices: Sequence[Any]) -> int:

@@ -14,6 +14,8 @@ from vjepa_jax.program import Program
 GIB = compilation.GIB
 # Statistics of a batch, counts and norms are exchanged as well; they are small.
 _SMALL = 2**20
+# What is scattered is padded to whole tiles on every device: at most to so much.
+_PADDED = 1.2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,12 +168,12 @@ def complete(
     seconds: float,
 ) -> Report:
     """Add what is known once the program is compiled."""
-    forms = _parameter_forms(program)
+    forms, parts = _parameter_forms(program), program.mesh.shape["fsdp"]
     traffic: collections.Counter[tuple[str, str, str]] = collections.Counter()
     counts: collections.Counter[tuple[str, str, str]] = collections.Counter()
     moved = []
     for collective in counted.collectives:
-        purpose = _purpose(collective, forms)
+        purpose = _purpose(collective, forms, parts)
         if purpose == "activations":
             moved.append(collective)
         dtypes = "+".join(sorted({shape.dtype for shape in collective.shapes}))
@@ -200,9 +202,11 @@ def _parameter_forms(program: Program) -> set[tuple[int, ...]]:
     """Return the forms in which parameters, gradients or parts of them may travel.
 
     A form is the sorted dimensions above one, of a stack or of one of its layers, whole
-    or divided over `fsdp`, with the output channels of attention as heads or not.
+    or divided over `fsdp` (a layer also by less, between two rounds of a gather), with
+    the output channels of attention as heads or not.
     """
     state, parts = program.abstract_state(), program.mesh.shape["fsdp"]
+    divisors = [n for n in range(2, parts + 1) if parts % n == 0]
     heads = {
         (module.num_heads, module.width // module.num_heads)
         for module in (program.encoder, program.predictor)
@@ -214,7 +218,7 @@ def _parameter_forms(program: Program) -> set[tuple[int, ...]]:
         leaves += [leaf.shape for leaf in jax.tree.leaves(program.teacher_params)]
     forms = set()
     for shape in leaves:
-        for dims in (shape, shape[1:]):
+        for dims, by in ((shape, [parts]), (shape[1:], divisors)):
             variants = {dims}
             for i, size in enumerate(dims):
                 for n, channels in heads:
@@ -226,8 +230,11 @@ def _parameter_forms(program: Program) -> set[tuple[int, ...]]:
                     }
             for variant in tuple(variants):
                 for i, size in enumerate(variant):
-                    if size % parts == 0:
-                        variants.add((*variant[:i], size // parts, *variant[i + 1 :]))
+                    variants |= {
+                        (*variant[:i], size // n, *variant[i + 1 :])
+                        for n in by
+                        if size % n == 0
+                    }
             forms |= {_form(variant) for variant in variants}
     return forms
 
@@ -237,20 +244,47 @@ def _form(dims: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _is_form(dims: tuple[int, ...], forms: set[tuple[int, ...]], padded: bool) -> bool:
-    """Whether dimensions are a form; what is scattered is padded to whole tiles."""
+    """Whether dimensions are a form, or one that is padded along one of them."""
     wanted = _form(dims)
     if wanted in forms or not padded:
         return wanted in forms
     return any(
         len(form) == len(wanted)
-        and all(a <= b <= 1.2 * a for a, b in zip(form, wanted, strict=True))
+        and all(a <= b <= _PADDED * a for a, b in zip(form, wanted, strict=True))
         and sum(a != b for a, b in zip(form, wanted, strict=True)) == 1
         for form in forms
     )
 
 
-def _purpose(collective: hlo.Collective, forms: set[tuple[int, ...]]) -> str:
+def _is_shift(shape: hlo.Shape, forms: set[tuple[int, ...]], parts: int) -> bool:
+    """Whether rows of a gradient move on to the next device.
+
+    Scattered with k rows of padding on each of `parts` devices, all of them are k rows
+    further with every device than where they belong, (parts - 1) k on the last.
+    """
+    wanted = _form(shape.dims)
+    if shape.dtype != "f32" or parts == 1:
+        return False
+    for i, moved in enumerate(wanted):
+        padding, rest = divmod(moved, parts - 1)
+        if not rest and any(
+            parts * padding <= (_PADDED - 1) * whole
+            and _form((*wanted[:i], *wanted[i + 1 :], whole)) == form
+            for form in forms
+            for whole in form
+        ):
+            return True
+    return False
+
+
+def _purpose(
+    collective: hlo.Collective, forms: set[tuple[int, ...]], parts: int
+) -> str:
     large = [shape for shape in collective.shapes if shape.bytes > _SMALL]
+    if collective.kind == "collective-permute" and all(
+        _is_shift(shape, forms, parts) for shape in large or collective.shapes
+    ):
+        return "gradients"
     scatters = collective.kind == "reduce-scatter"
     if not all(
         _is_form(shape.dims, forms, scatters) for shape in large or collective.shapes

@@ -1,7 +1,11 @@
 """Attention by the splash kernel (Pallas) that jax ships for TPUs."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
+from flax import struct
+from jax.ad_checkpoint import checkpoint_name
 
 from vjepa_jax.models.blockwise import OUTPUT_NAME
 
@@ -49,12 +53,35 @@ def attention(
     Raises:
       ValueError: this jax has no such kernel.
     """
-    kernels = _kernels()
     (_, n, heads, head_dim), m = q.shape, k.shape[1]
+    padded_n, padded_m = _round_up(n, _BLOCK_Q), _round_up(m, block_kv(m))
+
+    def run(q, k, v):
+        segments = None
+        if padded_m != m:
+            # Padded queries are dropped; all of them are in the real keys' segment, so
+            # that no row is empty.
+            segments = _kernels().SegmentIds(
+                jnp.zeros(padded_n, jnp.int32),
+                (jnp.arange(padded_m) >= m).astype(jnp.int32),
+            )
+        kernel = _make_kernel(heads, padded_n, padded_m, interpret)
+        return jax.vmap(kernel, in_axes=(0, 0, 0, None))(q, k, v, segments)
+
+    def pad(x, length):
+        return _to_heads(x.reshape(*x.shape[:2], -1), heads, length)
+
+    q = pad(q * head_dim**-0.5, padded_n)  # the kernel does not scale
+    out = _keep_tokens(run, (q, pad(k, padded_m), pad(v, padded_m)), n, m)
+    return out.reshape(*out.shape[:2], heads, head_dim)
+
+
+def _make_kernel(heads: int, n: int, m: int, interpret: bool):
+    """Make the kernel from [heads, n or m, head_dim] to [heads, n, head_dim]."""
+    kernels = _kernels()
     kv = block_kv(m)
-    padded_n, padded_m = _round_up(n, _BLOCK_Q), _round_up(m, kv)
-    kernel = kernels.make_splash_mha(
-        kernels.MultiHeadMask([kernels.FullMask((padded_n, padded_m))] * heads),
+    return kernels.make_splash_mha(
+        kernels.MultiHeadMask([kernels.FullMask((n, m))] * heads),
         block_sizes=kernels.BlockSizes(
             block_q=_BLOCK_Q,
             block_kv=kv,
@@ -64,23 +91,79 @@ def attention(
         ),
         head_shards=1,
         q_seq_shards=1,
-        residual_checkpoint_name=OUTPUT_NAME,
         interpret=interpret,
     )
-    segments = None
-    if padded_m != m:
-        # Padded queries are dropped; all of them are in the real keys' segment, so
-        # that no row is empty.
-        segments = kernels.SegmentIds(
-            jnp.zeros(padded_n, jnp.int32),
-            (jnp.arange(padded_m) >= m).astype(jnp.int32),
+
+
+@struct.dataclass
+class _Kept:
+    """An array [B, heads, N, head_dim], of which the first places wait as tokens."""
+
+    tokens: jax.Array
+    shape: tuple[int, ...] = struct.field(pytree_node=False)
+
+    def restore(self) -> jax.Array:
+        """Return the array, with zeros in the other places."""
+        return _to_heads(self.tokens, *self.shape[1:3])
+
+
+def _to_tokens(x: jax.Array, places: int) -> jax.Array:
+    x = x.swapaxes(1, 2)[:, :places]
+    return x.reshape(*x.shape[:2], -1)
+
+
+def _to_heads(x: jax.Array, heads: int, length: int) -> jax.Array:
+    x = jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0)))
+    return x.reshape(*x.shape[:2], heads, -1).swapaxes(1, 2)
+
+
+def _keep_tokens(
+    run: Callable[..., jax.Array], operands: tuple[jax.Array, ...], n: int, m: int
+) -> jax.Array:
+    """Run a kernel; what its backward pass needs waits as [B, N, heads * head_dim].
+
+    In the kernel's form, [B, heads, N, head_dim], every head has registers of 128 lanes
+    to itself: at 64 or 32 channels it would take two to four times the memory.
+
+    Args:
+      run: from q, k and v to the output, all of the kernel's form.
+      operands: q, k and v, padded with zeros.
+      n, m: how many of the queries and of the keys are real.
+
+    Returns:
+      Tokens [B, n, heads * head_dim].
+    """
+    _, heads, padded_n, _ = operands[0].shape
+    places = {padded_n: n}
+    # Zeros beyond the shorter do no harm where both are padded to one length.
+    places[operands[1].shape[2]] = max(m, places.get(operands[1].shape[2], 0))
+
+    @jax.custom_vjp
+    def attend(*operands):
+        return _to_tokens(run(*operands), n)
+
+    def forward(*operands):
+        out, backward = jax.vjp(run, *operands)
+        tokens = checkpoint_name(_to_tokens(out, n), OUTPUT_NAME)
+
+        def keep(x):
+            if x is out:
+                return _Kept(tokens, x.shape)
+            if x.ndim == 4:
+                return _Kept(_to_tokens(x, places[x.shape[2]]), x.shape)
+            is_normaliser = jnp.issubdtype(x.dtype, jnp.floating)
+            return checkpoint_name(x, OUTPUT_NAME) if is_normaliser else x
+
+        # The function that `jax.vjp` returns is a tree of the arrays that it needs.
+        return tokens, jax.tree.map(keep, backward)
+
+    def backward(kept, d_tokens):
+        restored = jax.tree.map(
+            lambda x: x.restore() if isinstance(x, _Kept) else x,
+            kept,
+            is_leaf=lambda x: isinstance(x, _Kept),
         )
+        return restored(_to_heads(d_tokens, heads, padded_n))
 
-    def pad(x, length):
-        x = jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0), (0, 0)))
-        return x.swapaxes(1, 2)
-
-    q = pad(q * head_dim**-0.5, padded_n)  # the kernel does not scale
-    k, v = pad(k, padded_m), pad(v, padded_m)
-    out = jax.vmap(kernel, in_axes=(0, 0, 0, None))(q, k, v, segments)
-    return out.swapaxes(1, 2)[:, :n]
+    attend.defvjp(forward, backward)
+    return attend(*operands)
