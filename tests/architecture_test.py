@@ -25,6 +25,7 @@ FLOORS = {
     "data.prepare": 5,
     "data.check": 5,
     "evals.registry": 4.9,
+    "evals.hook": 4.95,
     "evals.classification": 4.8,
     "evals.neighbours": 4.8,
     "evals.health": 4.8,
