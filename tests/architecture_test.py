@@ -87,6 +87,7 @@ FLOORS = {
     "data.world": 3,
     "data.violations": 3.1,
     "data.play": 3.1,
+    "data.contacts": 3.1,
     "data.survey": 4,
     "data.children": 3,
     "data.findings": 4.5,

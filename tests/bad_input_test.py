@@ -69,6 +69,8 @@ def config(tmp_path):
         ("objective.context_warmup", (-1, 10), "0 <= start <= end"),
         ("objective.context_warmup", (5,), "(start, end)"),
         ("objective.prediction_variance_weight", -1.0, "zero or a positive number"),
+        ("log.image_clips", -1, "zero or a positive number"),
+        ("evals.health.every_steps", -5, "0 or a positive number"),
         ("optim.schedule", "step", "known: cosine, linear, wsd"),
         ("optim.anneal_steps", -1, "zero or a positive number"),
         ("optim.clip_start_step", -1, "zero or a positive number"),
@@ -268,6 +270,9 @@ def test_operational_keys_may_change_when_a_run_continues(config, tmp_path):
     config.data.num_workers = 3
     config.checkpoint.every_steps = 7
     config.model.remat = "full"
+    config.evals.health.every_steps = 100
+    with config.unlocked():
+        del config.evals.world
     workdirs.check(config, str(tmp_path / "run"))
 
 

@@ -253,15 +253,18 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> int | None:
                     jax.profiler.StepTraceAnnotation("train", step_num=step),
                 ):
                     state, values = step_fn(state, batch, *extra)
-                is_last = step == config.total_steps or stop.is_agreed(step)
+                is_end = step == config.total_steps
+                is_last = is_end or stop.is_agreed(step)
                 profile.end(step, values)
                 batch = None if is_last else draw()
                 if pending is not None:
                     report(*pending)
                 is_logged = step % config.log.every_steps == 0 or is_last
                 pending = (step, values) if is_logged else None
+                # Who stops a run need not wait for an evaluation.
+                is_evaluated = evaluations.is_due(step) and (is_end or not is_last)
                 is_saved = is_last or checkpointer.should_save(step)
-                if pending is not None and (is_saved or evaluations.is_due(step)):
+                if pending is not None and (is_saved or is_evaluated):
                     report(*pending)
                     pending = None
                 elif is_saved:
@@ -280,7 +283,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> int | None:
                             },
                             force=is_last,
                         )
-                if evaluations.is_due(step):
+                if is_evaluated:
                     with clock.measure("evaluation"), dog.paused():
                         found = evaluations.run(step, state)
                     scalars = found.scalars | account.scalars()

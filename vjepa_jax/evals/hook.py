@@ -6,6 +6,7 @@ the run: neither its numbers nor, should they fail, its going on.
 
 import ast
 import dataclasses
+import difflib
 import re
 import runpy
 import shlex
@@ -22,7 +23,7 @@ from vjepa_jax import build, distributed
 from vjepa_jax.data import streams
 from vjepa_jax.data.read_all import read_all
 from vjepa_jax.data.records import Source
-from vjepa_jax.default_config import ConfigDict, UserError
+from vjepa_jax.default_config import ConfigDict, UserError, flatten
 from vjepa_jax.evals import frozen, pictures, registry
 from vjepa_jax.evals.frozen import Frozen
 from vjepa_jax.program import Program
@@ -106,10 +107,11 @@ class EvaluationHook:
         Raises:
           LostProcess: another process is gone.
         """
-        model, found = frozen.from_state(self._program, state), Found()
-        if distributed.is_main():
-            # As from the command line, where no mesh of a run is set.
-            with jax.set_mesh(None), nn.logical_axis_rules(()):
+        found = Found()
+        # As from the command line, where no mesh of a run is set.
+        with jax.set_mesh(None), nn.logical_axis_rules(()):
+            model = frozen.from_state(self._program, state)
+            if distributed.is_main():
                 for name in self._due(step):
                     config = self._configs[name]
                     self._guarded(found, name, step, _evaluate, name, model, config)
@@ -169,8 +171,12 @@ def load(name: str, entry: ConfigDict) -> ConfigDict:
             key, equals, text = word.partition("=")
             if not equals:
                 raise ValueError(f"{word!r}: write key=value, with blanks between")
+            known = flatten(config.to_dict())
+            if key not in known:
+                close = difflib.get_close_matches(key, known, 1, 0.0)[0]
+                raise ValueError(f"there is no key {key!r}: did you mean {close!r}?")
             config.update_from_flattened_dict({key: _value(text)})
-    except (KeyError, TypeError, ValueError) as error:
+    except (TypeError, ValueError) as error:
         raise UserError(
             f"config.evals.{name}.overrides={entry.overrides!r} does not fit "
             f"{entry.file}: {error.args[0]}"
