@@ -34,6 +34,6 @@ def get_config():
     config.regression = ConfigDict()  # attentive probes of state, on single time steps
     config.regression.epochs = 6
     config.regression.batch_size = 128
-    config.regression.learning_rates = (1e-3, 3e-3)
+    config.regression.learning_rates = (3e-3, 1e-2)
     config.regression.weight_decay = 0.01
     return config.lock()

@@ -122,6 +122,6 @@ def test_every_measure_finds_what_the_features_hold(rng):
     assert tuple(found) == MEASURES
     for name, value in found.items():
         if name.endswith("r2"):
-            assert value > (0.8 if name.startswith("attentive") else 0.95), name
+            assert value > (0.5 if name.startswith("attentive") else 0.95), name
         else:  # the labels are in none of the channels
             assert value < 0.6, name

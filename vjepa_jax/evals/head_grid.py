@@ -152,12 +152,17 @@ class HeadGrid:
             return over_heads(lambda p: head.apply({"params": p}, tokens))(params)
 
         whole = sharding.replicated(mesh)
-        self.state = jax.jit(init, out_shardings=whole)(jax.random.key(seed))
+        self._init = jax.jit(init, out_shardings=whole)
+        self.reset(seed)
         self._update = jax.jit(update, donate_argnums=0, out_shardings=whole)
         self._classify = jax.jit(
             classify, static_argnames="num_best", out_shardings=whole
         )
         self._predict = jax.jit(predict, out_shardings=whole)
+
+    def reset(self, seed: int) -> None:
+        """Initialises the heads anew; what is compiled stays."""
+        self.state = self._init(jax.random.key(seed))
 
     def update(
         self, tokens: np.ndarray, labels: np.ndarray, weights: np.ndarray

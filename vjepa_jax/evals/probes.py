@@ -6,6 +6,7 @@ probe pools with a learned query, as V-JEPA does (paper §4.2).
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 
 import flax.linen as nn
@@ -122,15 +123,8 @@ class Training:
     ) -> HeadGrid:
         """Train heads on the rows `fit` of tokens [N, K, D] and labels [N, ...]."""
         batches = max(1, len(fit) // self.batch_size)
-        grid = HeadGrid(
-            head,
-            [Schedules(tuple(self.learning_rates), (self.weight_decay,))],
-            total_steps=self.epochs * batches,
-            token_shape=tokens.shape[1:],
-            seed=self.seed,
-            mesh=self.mesh,
-            loss_fn=loss_fn,
-        )
+        grid = _make_grid(self, head, loss_fn, self.epochs * batches, tokens.shape[1:])
+        grid.reset(self.seed)
         for _ in range(self.epochs):
             shuffled = rng.permutation(fit)[: batches * self.batch_size]
             for chosen in np.split(shuffled, batches):
@@ -145,9 +139,29 @@ class Training:
         self, function: Callable[[np.ndarray], np.ndarray], tokens: np.ndarray
     ) -> np.ndarray:
         """Call a function from tokens [B, ...] to [H, B, ...] on all of [N, ...]."""
-        starts = range(0, len(tokens), self.batch_size)
-        parts = [function(tokens[i : i + self.batch_size]) for i in starts]
-        return np.concatenate(parts, axis=1)
+        missing = -len(tokens) % self.batch_size  # all calls have one shape
+        padded = np.pad(tokens, [(0, missing)] + [(0, 0)] * (tokens.ndim - 1))
+        parts = np.split(padded, len(padded) // self.batch_size)
+        return np.concatenate([*map(function, parts)], axis=1)[:, : len(tokens)]
+
+
+@functools.lru_cache(maxsize=3)  # features of one size, one after the other, share them
+def _make_grid(
+    training: Training,
+    head: nn.Module,
+    loss_fn: Callable[[jax.Array, jax.Array], jax.Array],
+    total_steps: int,
+    token_shape: tuple[int, int],
+) -> HeadGrid:
+    return HeadGrid(
+        head,
+        [Schedules(training.learning_rates, (training.weight_decay,))],
+        total_steps=total_steps,
+        token_shape=token_shape,
+        seed=training.seed,
+        mesh=training.mesh,
+        loss_fn=loss_fn,
+    )
 
 
 def _standardised(train: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -172,7 +172,7 @@ def measure(
             values.append(getattr(state, name)[chosen])
         return probes.linear_r2(*values)
 
-    def attentive_r2(names, both, select):
+    def attentive_r2(names, both, select, training):
         (train, train_state), (test, test_state) = both
         train_chosen, test_chosen = select(train_state), select(test_state)
         return probes.attentive_r2(
@@ -181,12 +181,16 @@ def measure(
             np.nonzero(train_chosen)[0],
             test.tokens[test_chosen],
             {name: getattr(test_state, name)[test_chosen] for name in names},
-            regression,
+            training,
         )
 
     quantities = ("position", "velocity", "time_to_collision")
-    attentive_shown = attentive_r2(quantities, shown, everywhere)
-    attentive_hidden = attentive_r2(("position",), hidden, occluded)
+    attentive_shown = attentive_r2(quantities, shown, everywhere, regression)
+    # As many updates on the fewer time steps of occlusions.
+    count = np.count_nonzero(occluded(hidden[0][1]))
+    epochs = regression.epochs * max(1, shown[0][1].visibility.size // count)
+    longer = dataclasses.replace(regression, epochs=epochs)
+    attentive_hidden = attentive_r2(("position",), hidden, occluded, longer)
     results = {
         "attentive_accuracy": probes.attentive_accuracy(
             train.flat(), train.labels, test.flat(), test.labels, attentive
