@@ -64,6 +64,8 @@ def config(tmp_path):
         ("objective.context_warmup", (-1, 10), "0 <= start <= end"),
         ("objective.context_warmup", (5,), "(start, end)"),
         ("objective.prediction_variance_weight", -1.0, "zero or a positive number"),
+        ("log.image_clips", -1, "zero or a positive number"),
+        ("evals.health.every_steps", -5, "0 or a positive number"),
         ("optim.schedule", "step", "known: cosine, linear, wsd"),
         ("optim.anneal_steps", -1, "zero or a positive number"),
         ("optim.clip_start_step", -1, "zero or a positive number"),
@@ -264,6 +266,9 @@ def test_operational_keys_may_change_when_a_run_continues(config, tmp_path):
     config.checkpoint.every_steps = 7
     config.model.remat = "full"
     config.accumulate_steps = 2
+    config.evals.health.every_steps = 100
+    with config.unlocked():
+        del config.evals.world
     workdirs.check(config, str(tmp_path / "run"))
 
 

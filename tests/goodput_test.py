@@ -30,7 +30,8 @@ def test_shares_are_of_the_wall_time(advance):
     advance(3.0)
     book(account, advance, {"compile": 2.0})
     account.end_startup()
-    book(account, advance, {"data": 1.0, "step": 10.0, "checkpoint": 2.0})
+    book(account, advance, {"data": 1.0, "step": 10.0, "checkpoint": 1.0})
+    book(account, advance, {"evaluation": 1.0})
     advance(2.0)
     assert account.scalars() == pytest.approx(
         {
@@ -38,7 +39,8 @@ def test_shares_are_of_the_wall_time(advance):
             "goodput/compile": 0.1,
             "goodput/data": 0.05,
             "goodput/step": 0.5,
-            "goodput/checkpoint": 0.1,
+            "goodput/checkpoint": 0.05,
+            "goodput/evaluation": 0.05,
             "goodput/lost": 0.0,
             "goodput/other": 0.1,
             "perf/wall_seconds": 20.0,
@@ -46,7 +48,7 @@ def test_shares_are_of_the_wall_time(advance):
     )
     assert account.summary() == (
         "20 s of wall time: step 50.0%, startup 15.0%, compile 10.0%, "
-        "checkpoint 10.0%, other 10.0%, data 5.0%"
+        "other 10.0%, data 5.0%, checkpoint 5.0%, evaluation 5.0%"
     )
 
 

@@ -3,8 +3,8 @@
 import io
 import json
 import math
-import struct
 
+import event_files
 import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
@@ -27,18 +27,6 @@ def write_steps(workdir, steps, start_step=0):
 
 def steps_in(workdir):
     return [row["step"] for row in metrics.read_metrics(workdir)]
-
-
-def tensorboard_events(workdir):
-    """Reads the event files: protos, each framed by its length and checksums."""
-    events = []
-    for file in sorted((workdir / metrics.TENSORBOARD_FOLDER).iterdir()):
-        raw, at = file.read_bytes(), 0
-        while at < len(raw):
-            (length,) = struct.unpack_from("<Q", raw, at)
-            events.append(event_pb2.Event.FromString(raw[at + 12 : at + 12 + length]))
-            at += length + 16
-    return events
 
 
 @pytest.fixture
@@ -126,7 +114,7 @@ def test_tensorboard_gets_every_scalar(tmp_path):
     write_steps(tmp_path, [10, 20])
     assert [
         (event.step, value.tag, value.simple_value)
-        for event in tensorboard_events(tmp_path)
+        for event in event_files.read(tmp_path)
         for value in event.summary.value
     ] == [
         (10, "train/loss", pytest.approx(10 / 3)),
@@ -138,10 +126,31 @@ def test_tensorboard_hides_steps_above_the_checkpoint(tmp_path):
     write_steps(tmp_path, [30], start_step=20)
     starts = [
         event.step
-        for event in tensorboard_events(tmp_path)
+        for event in event_files.read(tmp_path)
         if event.session_log.status == event_pb2.SessionLog.START
     ]
     assert starts == [21]
+
+
+def test_tensorboard_gets_images_as_they_are(tmp_path, rng):
+    pixels = rng.integers(0, 256, (6, 9, 3), dtype=np.uint8)
+    with metrics.MetricWriter(tmp_path, total_steps=9, stream=io.StringIO()) as writer:
+        writer.write_images(4, {"masks/0": pixels})
+    (found,) = event_files.images(tmp_path)
+    assert found[:2] == (4, "masks/0")
+    np.testing.assert_array_equal(found[2], pixels)
+
+
+def test_lines_stand_below_the_progress_and_stay(tmp_path):
+    stream = Terminal()
+    with metrics.MetricWriter(tmp_path, total_steps=9, stream=stream) as writer:
+        writer.write(1, {"train/loss": 1.0})
+        writer.write(1, {"eval/a/b": 2.0}, ["a: b 2", "c: d 3"])
+        writer.write(2, {})
+    assert stream.getvalue() == (
+        "\rstep 1/9  loss 1.0000\na: b 2\nc: d 3\n\rstep 2/9\n"
+    )
+    assert [row["step"] for row in metrics.read_metrics(tmp_path)] == [1, 1, 2]
 
 
 def test_only_the_main_process_writes(tmp_path, monkeypatch):
@@ -213,7 +222,9 @@ def test_clock_splits_the_window(clock_time):
         with clock.measure("step"):
             clock_time(2.0)
     with clock.measure("checkpoint"):
-        clock_time(3.0)
+        clock_time(2.0)
+    with clock.measure("evaluation"):
+        clock_time(1.0)
     clock_time(1.0)
     scalars = clock.window(2)
     assert scalars == pytest.approx(
@@ -223,7 +234,8 @@ def test_clock_splits_the_window(clock_time):
             "perf/seconds_left": 98 * 5.0,
             "data/wait_fraction": 0.2,
             "perf/step_fraction": 0.4,
-            "perf/checkpoint_fraction": 0.3,
+            "perf/checkpoint_fraction": 0.2,
+            "perf/evaluation_fraction": 0.1,
             "perf/other_fraction": 0.1,
         }
     )

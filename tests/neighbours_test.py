@@ -1,5 +1,6 @@
 """Neighbours vote as scikit-learn's, few shots are few, health is what was written."""
 
+import dataclasses
 import pathlib
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from colour_videos import make_frozen, write_videos
 from sklearn.neighbors import KNeighborsClassifier
 
-from vjepa_jax.default_config import UserError
+from vjepa_jax.default_config import UserError, get_config
 from vjepa_jax.evals import health, neighbours, settings
 
 
@@ -131,6 +132,19 @@ def test_health_reads_a_spread_of_the_videos(frozen, listed, monkeypatch):
     found = health.evaluate(frozen, config)
     assert [part.shape for part in seen[0]] == [(5, 2, 3, 16), (5, 2, 16)]
     assert 1 <= found["token_effective_rank"]["pretrained"] <= 16
-    config.data.test_path = ""
+
+
+def test_health_without_videos_takes_the_run_s(frozen, listed):
+    config, run = settings.health(), get_config()
+    config.data.num_workers, config.random_init = 0, False
+    run.data.path, run.data.frame_step = listed, 1
+    model = dataclasses.replace(frozen, config=run)
+    found = health.evaluate(model, config)
+    # The same said in the evaluation's config; four frames apart is another clip.
+    config.data.update(test_path=listed, frame_step=1)
+    assert health.evaluate(frozen, config) == found
+    config.data.frame_step = 4
+    assert health.evaluate(frozen, config) != found
+    config.data.test_path = run.data.path = ""
     with pytest.raises(UserError, match=r"config\.data\.test_path is not set"):
-        health.evaluate(frozen, config)
+        health.evaluate(model, config)

@@ -78,6 +78,19 @@ def test_a_step_puts_it_off(tmp_path, stream, monkeypatch):
     assert dumps[0] == pytest.approx(0.06)
 
 
+def test_what_is_paused_may_take_long(tmp_path, stream, monkeypatch):
+    dumps = []
+    dog = Watchdog(str(tmp_path), 0.1, stream=stream)
+    monkeypatch.setattr(dog, "_dump", lambda secs: dumps.append(secs))
+    with dog:
+        with dog.paused():
+            time.sleep(0.5)
+            assert not dumps
+            resumed = time.monotonic()
+        wait_until(lambda: dumps)
+        assert 0.1 <= dumps[0] <= time.monotonic() - resumed
+
+
 def test_a_workdir_that_cannot_be_written_ends_nothing(tmp_path, stream):
     with Watchdog(str(tmp_path / "gone"), 0.05, stream=stream):
         wait_until(lambda: "No such file" in text_of(stream))

@@ -38,7 +38,7 @@ def validate(config: ConfigDict) -> None:
         "objective.context_weight objective.prediction_variance_weight "
         "model.predictor.num_mask_tokens "
         "model.predictor.out_dim model.encoder.output_levels teacher.output_levels "
-        "log.watchdog_secs profile.start_step"
+        "log.watchdog_secs log.image_clips profile.start_step"
     )
     for key in not_negative.split():
         _require(flat[key] >= 0, key, flat[key], "give zero or a positive number")
@@ -103,6 +103,9 @@ def validate(config: ConfigDict) -> None:
     mend = "set it to 0 without teacher.path"
     has_teacher = bool(config.teacher.path) or not predictor.out_dim
     _require(has_teacher, "model.predictor.out_dim", predictor.out_dim, mend)
+    for name, entry in config.evals.items():
+        steps, mend = entry.every_steps, "give 0 or a positive number"
+        _require(steps >= 0, f"evals.{name}.every_steps", steps, mend)
     if config.world.path:
         _validate_world(config.world)
     _require(bool(config.data.path), "data.path", "", "a folder of videos or a list")

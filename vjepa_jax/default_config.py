@@ -61,6 +61,16 @@ def stream(**fields: Any) -> ConfigDict:
     return config
 
 
+def evaluation(file: str, **fields: Any) -> ConfigDict:
+    """Return the config of an evaluation during training, which is off."""
+    config = ConfigDict()
+    config.file = file  # as --config of vjepa_jax.probe: FILE.py or FILE.py:ARGUMENT
+    config.overrides = ""  # of its keys, with blanks between: num_videos=256 k=(10,)
+    config.every_steps = 0  # updates from one to the next, and after the last; 0: off
+    config.update(fields)
+    return config
+
+
 def get_config() -> ConfigDict:
     """Return the defaults: V-JEPA's recipe with a ViT-L/16 at 16x224."""
     config = ConfigDict()
@@ -219,6 +229,11 @@ def get_config() -> ConfigDict:
     config.log = ConfigDict()
     config.log.every_steps = 50
     config.log.watchdog_secs = 600.0  # without a step: threads' stacks are told; 0: not
+    config.log.image_clips = 1  # drawn into TensorBoard at every evaluation; 0: none
+
+    config.evals = ConfigDict()  # evaluations during training by name, see `evaluation`
+    for name in ("health", "neighbours", "physics", "world"):
+        config.evals[name] = evaluation(f"configs/probe_{name}.py")
 
     config.profile = ConfigDict()  # a trace of some steps, in `profile/` of the workdir
     config.profile.start_step = 0  # the first step traced, from 1; 0: none

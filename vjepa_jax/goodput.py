@@ -10,7 +10,7 @@ import jax
 PREFIX = "goodput/"
 WALL_SECONDS = "perf/wall_seconds"
 # `lost` is the time of steps that had to be done again after a restart.
-PARTS = ("startup", "compile", "data", "step", "checkpoint", "lost")
+PARTS = ("startup", "compile", "data", "step", "checkpoint", "evaluation", "lost")
 
 
 class TimeAccount:

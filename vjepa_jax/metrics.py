@@ -13,10 +13,11 @@ import pathlib
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
 import jax
+import numpy as np
 
 from vjepa_jax import distributed
 from vjepa_jax.goodput import TimeAccount, duration
@@ -27,6 +28,8 @@ TENSORBOARD_FOLDER = "tensorboard"
 
 class MetricWriter:
     """Writes scalars to JSON lines, TensorBoard and the console; a context manager.
+
+    TensorBoard gets images too.
 
     Only the main process writes; on the others nothing happens.
     """
@@ -71,13 +74,16 @@ class MetricWriter:
     def __exit__(self, *exc_info) -> None:
         self.close()
 
-    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+    def write(
+        self, step: int, scalars: Mapping[str, float], lines: Sequence[str] = ()
+    ) -> None:
         """Writes the scalars measured at `step`.
 
         Args:
           step: number of finished updates.
           scalars: name to number (or array of one element). JSON has no NaN and no
             infinity: both are written as null, under their names.
+          lines: what the console shows, to stay there, instead of the progress.
         """
         if not self._is_main:
             return
@@ -87,7 +93,16 @@ class MetricWriter:
         self._file.flush()
         for name, value in values.items():
             self._tensorboard.add_scalar(name, value, step)
-        self._progress.show(step, values)
+        if lines:
+            self._progress.say(lines)
+        else:
+            self._progress.show(step, values)
+
+    def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
+        """Writes images, uint8 [H, W, 3] by name, to TensorBoard."""
+        if self._is_main:
+            for name, pixels in images.items():
+                self._tensorboard.add_image(name, pixels, step, dataformats="HWC")
 
     def close(self) -> None:
         """Flushes and closes the files, and ends the console line."""
@@ -149,6 +164,12 @@ class ProgressLine:
             self._width = len(line)
         else:
             self._stream.write(line + "\n")
+        self._stream.flush()
+
+    def say(self, lines: Sequence[str]) -> None:
+        """Leaves the last line standing and writes others below it."""
+        self.close()
+        self._stream.writelines(f"{line}\n" for line in lines)
         self._stream.flush()
 
     def close(self) -> None:
@@ -221,9 +242,10 @@ class StepClock:
         Returns:
           `perf/steps_per_second`, `perf/clips_per_second`, `perf/seconds_left` (an
           estimate for the rest of the run); of the window's wall time,
-          `data/wait_fraction`, `perf/step_fraction`, `perf/checkpoint_fraction` and
-          `perf/other_fraction`; with FLOPs known `perf/tflops_per_second` (1e12, of all
-          devices together) and, with the peak known, `perf/mfu` (0 to 1).
+          `data/wait_fraction`, `perf/step_fraction`, `perf/checkpoint_fraction`,
+          `perf/evaluation_fraction` and `perf/other_fraction`; with FLOPs known
+          `perf/tflops_per_second` (1e12, of all devices together) and, with the peak
+          known, `perf/mfu` (0 to 1).
 
         Raises:
           ValueError: no update was finished in this window.
@@ -241,6 +263,7 @@ class StepClock:
             "data/wait_fraction": spent["data"] / elapsed,
             "perf/step_fraction": spent["step"] / elapsed,
             "perf/checkpoint_fraction": spent["checkpoint"] / elapsed,
+            "perf/evaluation_fraction": spent["evaluation"] / elapsed,
             "perf/other_fraction": max(0.0, 1.0 - sum(spent.values()) / elapsed),
         }
         if self._flops_per_clip is not None:

@@ -2,7 +2,14 @@
 
 from typing import Any
 
-from vjepa_jax.default_config import ConfigDict, flatten, get_config, mask, stream
+from vjepa_jax.default_config import (
+    ConfigDict,
+    evaluation,
+    flatten,
+    get_config,
+    mask,
+    stream,
+)
 
 # What may differ when a run continues: it changes how the run computes or reports, not
 # what it computes.
@@ -12,6 +19,7 @@ OPERATIONAL = (
     "checkpoint.",
     "log.",
     "profile.",
+    "evals.",
     "data.num_workers",
     "data.prefetch_megabytes",
     "data.worker_timeout_secs",
@@ -58,6 +66,8 @@ def restored(saved: dict[str, Any]) -> ConfigDict:
     for masks in (config.masks, *(s.masks for s in config.streams.values())):
         for spec in masks.values():
             _fill(spec, mask())
+    for entry in config.evals.values():
+        _fill(entry, evaluation(""))
     for fields in config.streams.values():
         _fill(fields, stream(), named=("masks",))
     return config

@@ -6,6 +6,7 @@ The same command continues an interrupted run. DIR receives `config.json`,
 `metrics.jsonl`, `tensorboard/`, `checkpoints/`, `bad_videos.jsonl` and `shardings.txt`,
 how each array of the state is spread over the devices (also logged at `--verbosity=1`);
 a trace in `profile/` where one is asked for, `stacks_0.txt` where a step took too long.
+`--config.evals.health.every_steps=500` evaluates the target encoder as it goes.
 """
 
 import json
@@ -36,6 +37,7 @@ from vjepa_jax import (
 from vjepa_jax.data import render, streams
 from vjepa_jax.data.bad_videos import REASONS
 from vjepa_jax.default_config import MAIN_STREAM, ConfigDict, UserError, flatten
+from vjepa_jax.evals.hook import EvaluationHook
 from vjepa_jax.goodput import TimeAccount
 from vjepa_jax.program import make_program
 
@@ -169,6 +171,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> int | None:
         render.render_world(config.world)
     distributed.barrier("the world is rendered", _RENDER_TIMEOUT_SECS)
     opened = streams.open_sources(config)
+    evaluations = EvaluationHook(program, opened[MAIN_STREAM])
     fingerprint = streams.fingerprint(config, opened)
     counts = ", ".join(f"{len(s)} {name}" for name, s in opened.items())
     clip_shape = build.video_shapes(config)[MAIN_STREAM]
@@ -199,7 +202,9 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> int | None:
         # Not before: a start that fails must not bind the workdir to its config.
         workdirs.claim(config, workdir)
         _write_shardings(program, files.folder)
-        account.add_earlier(_earlier_rows(files.folder), start)
+        earlier = _earlier_rows(files.folder)
+        account.add_earlier(earlier, start)
+        evaluations.add_earlier(earlier, start)
         with (
             streams.open_streams(
                 config,
@@ -236,8 +241,9 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> int | None:
 
             # ----------------------------------------------------------------- the loop
             # DO NOT REORDER: the next batch is read and moved while the device
-            # computes; results are read after the device has been given new work; and
-            # a step's metrics are on disk before its checkpoint is.
+            # computes; results are read after the device has been given new work; a
+            # step's metrics are on disk before its checkpoint is, and its checkpoint
+            # is under way before an evaluation, which may take long or end badly.
             batch, pending = draw(), None
             for step in range(start + 1, config.total_steps + 1):
                 profile.begin(step)
@@ -246,21 +252,25 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> int | None:
                     jax.profiler.StepTraceAnnotation("train", step_num=step),
                 ):
                     state, values = step_fn(state, batch, *extra)
-                is_last = step == config.total_steps or stop.is_agreed(step)
+                is_end = step == config.total_steps
+                is_last = is_end or stop.is_agreed(step)
                 profile.end(step, values)
                 batch = None if is_last else draw()
                 if pending is not None:
                     report(*pending)
                 is_logged = step % config.log.every_steps == 0 or is_last
                 pending = (step, values) if is_logged else None
-                if is_last or checkpointer.should_save(step):
-                    if pending is not None:
-                        report(*pending)
-                        pending = None
-                    else:
-                        with clock.measure("step"):
-                            values = jax.device_get(values)
-                        skips.check(step, values)
+                # Who stops a run need not wait for an evaluation.
+                is_evaluated = evaluations.is_due(step) and (is_end or not is_last)
+                is_saved = is_last or checkpointer.should_save(step)
+                if pending is not None and (is_saved or is_evaluated):
+                    report(*pending)
+                    pending = None
+                elif is_saved:
+                    with clock.measure("step"):
+                        values = jax.device_get(values)
+                    skips.check(step, values)
+                if is_saved:
                     with clock.measure("checkpoint"):
                         files.copy_back()
                         checkpointer.save(
@@ -274,6 +284,12 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> int | None:
                             },
                             force=is_last,
                         )
+                if is_evaluated:
+                    with clock.measure("evaluation"), dog.paused():
+                        found = evaluations.run(step, state)
+                    scalars = found.scalars | account.scalars()
+                    writer.write(step, scalars, found.lines)
+                    writer.write_images(step, found.images)
                 dog.finished(step)
                 if is_last:
                     break

@@ -1,11 +1,13 @@
 """Tells where a run that makes no progress stands."""
 
+import contextlib
 import datetime
 import faulthandler
 import pathlib
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from typing import TextIO
 
 from vjepa_jax import distributed
@@ -35,6 +37,7 @@ class Watchdog:
         self._timeout_secs = timeout_secs
         self._stream = stream or sys.stderr
         self._step, self._last = 0, time.monotonic()
+        self._is_paused = False
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -53,10 +56,22 @@ class Watchdog:
         """Notes that a step has ended."""
         self._step, self._last = step, time.monotonic()
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Lets what is no step take as long as it likes."""
+        self._is_paused = True
+        try:
+            yield
+        finally:
+            self._last = time.monotonic()
+            self._is_paused = False
+
     def _watch(self) -> None:
         due = self._last + self._timeout_secs
         while not self._done.wait(max(due - time.monotonic(), 0.0)):
             now = time.monotonic()
+            if self._is_paused:
+                self._last = now
             if now - self._last < self._timeout_secs:
                 due = self._last + self._timeout_secs
             else:

@@ -66,6 +66,11 @@ class Split:
         )
 
 
+def looks_of(config: ConfigDict) -> world.World:
+    """Return what the clips of a world look like."""
+    return world.World(size=config.size, num_frames=config.num_frames)
+
+
 def splits(config: ConfigDict) -> list[Split]:
     """List the splits of a world; each has random numbers of its own."""
     return [
@@ -160,7 +165,7 @@ def render_world(config: ConfigDict) -> bool:
       UserError: the folder holds another world, or is none.
     """
     root = pathlib.Path(config.path)
-    looks = world.World(size=config.size, num_frames=config.num_frames)
+    looks = looks_of(config)
     described = {k: v for k, v in config.to_dict().items() if k != "path"}
     # Through JSON, as what it is compared with: tuples become lists.
     described = json.loads(json.dumps(described | dataclasses.asdict(looks)))

@@ -262,15 +262,21 @@ def make_clip(
     index: int,
     classes: tuple[str, ...] = CLASSES,
 ) -> Clip:
-    """Make clip `index` of the stream `seed`; the classes take turns.
+    """Make clip `index` of the stream `seed`; the classes take turns."""
+    label = CLASSES.index(classes[index % len(classes)])
+    return render(world, *draw_clip(world, seed, index, label), label)
+
+
+def draw_clip(
+    world: World, seed: int | tuple[int, ...], index: int, label: int
+) -> tuple[Scene, Motion]:
+    """Draw what makes clip `index` of the stream `seed`, of a class.
 
     Random numbers for the scene and for the motion are separate streams, so that the
     same scene can be seen under every class (tests do).
     """
-    label = CLASSES.index(classes[index % len(classes)])
     scene_rng, motion_rng = (
         np.random.default_rng([*np.atleast_1d(seed), index, part]) for part in (0, 1)
     )
     scene = draw_scene(world, scene_rng)
-    motion = draw_motion(world, scene, label, motion_rng)
-    return render(world, scene, motion, label)
+    return scene, draw_motion(world, scene, label, motion_rng)

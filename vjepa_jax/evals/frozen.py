@@ -13,12 +13,13 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from vjepa_jax import build, checkpoint, losses, sharding
-from vjepa_jax.default_config import ConfigDict, UserError
+from vjepa_jax.default_config import MAIN_STREAM, ConfigDict, UserError
 from vjepa_jax.models.encoder import VideoEncoder, normalise
 from vjepa_jax.models.layers import take_tokens
 from vjepa_jax.models.predictor import Predictor
+from vjepa_jax.program import Program
 from vjepa_jax.saved_config import restored
-from vjepa_jax.train_state import unbox
+from vjepa_jax.train_state import TrainState, unbox
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Frozen:
           static: further arguments, hashable.
 
         Returns:
-          Its arrays on the host, whole on every process.
+          Its arrays on the host, whole on every process of the mesh.
         """
         count = len(video)
         missing = -count % self.mesh.size
@@ -63,7 +64,7 @@ class Frozen:
                 video.shape, over_devices, video.__getitem__
             )
             found = function(self.params, placed, **static)
-            found = multihost_utils.process_allgather(found, tiled=True)
+            found = _to_host(found)
             return jax.tree.map(lambda x: x[:count], found)
 
     def encode(
@@ -168,6 +169,20 @@ class Frozen:
             )
 
 
+def _to_host(tree: Any) -> Any:
+    """Return arrays whole; what only other processes have is gathered by all."""
+
+    def one(x):
+        is_here = x.is_fully_addressable or x.is_fully_replicated
+        return (
+            np.asarray(x)
+            if is_here
+            else multihost_utils.process_allgather(x, tiled=True)
+        )
+
+    return jax.tree.map(one, tree)
+
+
 @functools.partial(jax.jit, static_argnames=("encoder", "out_layers", "params_of"))
 def _encode(params, video, *, encoder, out_layers, params_of):
     tokens = encoder.apply(
@@ -260,6 +275,33 @@ def load(path: str, step: int | None = None, mesh: Mesh | None = None) -> Frozen
     params = jax.tree.map(np.asarray, params)
     placed = jax.device_put(params, sharding.state_shardings(init, mesh))
     return Frozen(encoder, predictor, placed, config, video_shape, mesh)
+
+
+def from_state(program: Program, state: TrainState) -> Frozen:
+    """Return the model in a run's hands.
+
+    In one process the weights are the state's own arrays, on the run's mesh, which the
+    next update takes away. In several, each process gets a copy on its own devices, so
+    that whatever it computes with the model waits for no other; all of them call.
+
+    Args:
+      program: of the run.
+      state: between two updates.
+    """
+    config, mesh = program.config, program.mesh
+    video_shape = build.video_shapes(config)[MAIN_STREAM]
+    params = {"target": state.target, **state.params}
+    if mesh.is_multi_process:
+        # Split over the devices as in the run, since it may not fit one of them.
+        fsdp = 0 if mesh.shape["fsdp"] > 1 else 1
+        mesh = sharding.make_mesh(fsdp=fsdp, devices=list(mesh.local_devices))
+        init = _make_init(program.encoder, program.predictor, video_shape)
+        shardings = sharding.state_shardings(init, mesh)
+        # One array at a time is whole on the host.
+        params = jax.tree.map(
+            lambda x, s: jax.device_put(_to_host(x), s), params, shardings
+        )
+    return Frozen(program.encoder, program.predictor, params, config, video_shape, mesh)
 
 
 def random_init(frozen: Frozen, seed: int) -> Frozen:

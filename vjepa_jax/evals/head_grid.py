@@ -7,7 +7,7 @@ decay. They are one array with a leading axis, and one compiled update trains th
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import flax.linen as nn
 import jax
@@ -52,8 +52,14 @@ class Schedules:
         return rate(step), decays * share(step)
 
 
+def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Return the loss of classes: logits [B, classes], labels int [B] to [B]."""
+    logits = logits.astype(jnp.float32)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+
+
 class HeadGrid:
-    """Trains heads with AdamW and classifies with them.
+    """Trains heads with AdamW and classifies, or predicts values, with them.
 
     Attributes:
       head: module of each.
@@ -73,11 +79,12 @@ class HeadGrid:
         mesh: Mesh,
         clip_norm: float = 0.0,
         heads_at_once: int = 0,
+        loss_fn: Callable[[jax.Array, jax.Array], jax.Array] = cross_entropy,
     ):
         """Initialises the heads, each with a key of its own.
 
         Args:
-          head: module from tokens [B, N, D] to logits [B, classes].
+          head: module from tokens [B, N, D] to outputs [B, K], logits or values.
           schedules: of groups of heads.
           total_steps: length of the schedules.
           token_shape: (N, D).
@@ -85,6 +92,7 @@ class HeadGrid:
           mesh: see there.
           clip_norm: largest norm of a head's gradient; 0: no clip.
           heads_at_once: heads whose activations are in memory together; 0: all.
+          loss_fn: from outputs [B, K] and labels to the loss of each row, float32 [B].
         """
         self.head = head
         self.heads = [pair for group in schedules for pair in group.heads()]
@@ -113,12 +121,11 @@ class HeadGrid:
         def update_one(head_state, tokens, labels, weights):
             params, moments, rate, decay = head_state
 
-            def loss_fn(params):
-                logits = head.apply({"params": params}, tokens).astype(jnp.float32)
-                losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+            def mean_loss(params):
+                losses = loss_fn(head.apply({"params": params}, tokens), labels)
                 return (losses * weights).sum() / jnp.maximum(weights.sum(), 1)
 
-            loss, gradient = jax.value_and_grad(loss_fn)(params)
+            loss, gradient = jax.value_and_grad(mean_loss)(params)
             step, moments = tx.update(gradient, moments, params)
             params = jax.tree.map(lambda p, u: p - rate * (u + decay * p), params, step)
             return params, moments, loss
@@ -143,13 +150,22 @@ class HeadGrid:
 
             return over_heads(one)(params)
 
+        def predict(params, tokens):
+            return over_heads(lambda p: head.apply({"params": p}, tokens))(params)
+
         whole = sharding.replicated(mesh)
-        with self._on_mesh():
-            self.state = jax.jit(init, out_shardings=whole)(jax.random.key(seed))
+        self._init = jax.jit(init, out_shardings=whole)
+        self.reset(seed)
         self._update = jax.jit(update, donate_argnums=0, out_shardings=whole)
         self._classify = jax.jit(
             classify, static_argnames="num_best", out_shardings=whole
         )
+        self._predict = jax.jit(predict, out_shardings=whole)
+
+    def reset(self, seed: int) -> None:
+        """Initialises the heads anew; what is compiled stays."""
+        with self._on_mesh():
+            self.state = self._init(jax.random.key(seed))
 
     def update(
         self, tokens: np.ndarray, labels: np.ndarray, weights: np.ndarray
@@ -158,7 +174,7 @@ class HeadGrid:
 
         Args:
           tokens: float [B, N, D].
-          labels: int [B].
+          labels: int [B], or whatever the loss takes, B rows of it.
           weights: float [B]; 0 leaves a row out of the mean.
 
         Returns:
@@ -184,6 +200,13 @@ class HeadGrid:
         with self._on_mesh():
             best = self._classify(self.state[0], placed, num_best=num_best)
         return np.asarray(best)[:, : len(tokens)]
+
+    def predict(self, tokens: np.ndarray) -> np.ndarray:
+        """Return the outputs of every head: tokens [B, N, D] to float [H, B, K]."""
+        (placed,) = self._placed(tokens)
+        with self._on_mesh():
+            outputs = self._predict(self.state[0], placed)
+        return np.asarray(outputs)[:, : len(tokens)]
 
     @contextlib.contextmanager
     def _on_mesh(self) -> Iterator[None]:

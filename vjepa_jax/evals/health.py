@@ -24,7 +24,8 @@ def evaluate(frozen: Frozen, config: ConfigDict) -> dict[str, dict[str, Any]]:
 
     Args:
       frozen: the model.
-      config: from `settings.health`.
+      config: from `settings.health`. Without `data.test_path` the run's own videos are
+        described, their frames as far apart as in its training.
 
     Returns:
       {measure: {"pretrained": value}}, with `config.random_init` also `random_init`;
@@ -34,6 +35,7 @@ def evaluate(frozen: Frozen, config: ConfigDict) -> dict[str, dict[str, Any]]:
       UserError: config, data and model do not fit.
     """
     settings.validate(config)
+    config = _with_videos(config, frozen.config)
     source = clip_tokens.open_source(config, "test_path")
     if len(source) > config.num_videos:  # evenly spaced, as lists often go by class
         places = np.linspace(0, len(source) - 1, config.num_videos).astype(np.int64)
@@ -44,6 +46,17 @@ def evaluate(frozen: Frozen, config: ConfigDict) -> dict[str, dict[str, Any]]:
         return measure(*_read(videos, config))
 
     return beside_untrained(describe, frozen, config)
+
+
+def _with_videos(config: ConfigDict, run: ConfigDict) -> ConfigDict:
+    """Return the config with the videos of a run where it names none."""
+    if config.data.test_path:
+        return config
+    config = config.copy_and_resolve_references()
+    config.data.test_path = run.data.path
+    for key in ("frame_step", "fps", "duration_secs", "sampling", "resize"):
+        config.data[key] = run.data[key]
+    return config
 
 
 def _read(

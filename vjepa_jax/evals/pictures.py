@@ -1,9 +1,13 @@
 """Pictures of a run: curves, masks as they fall on a clip, features as colours."""
 
+import io
 import pathlib
+from collections.abc import Callable
+from typing import Any, BinaryIO
 
 import jax
 import matplotlib
+import matplotlib.image
 import numpy as np
 from matplotlib.figure import Figure
 from sklearn.decomposition import PCA
@@ -59,11 +63,19 @@ def _figure(rows: int, images: int):
     return figure, np.atleast_1d(figure.subplots(rows, 1))
 
 
+def as_array(draw: Callable[..., None], *args: Any, **kwargs: Any) -> np.ndarray:
+    """Return what a function of this file draws, uint8 [H, W, 3], instead of a PNG."""
+    file = io.BytesIO()
+    draw(*args, path=file, **kwargs)
+    file.seek(0)
+    return np.round(255 * matplotlib.image.imread(file)[..., :3]).astype(np.uint8)
+
+
 def draw_masks(
     clip: np.ndarray,
     grid: masking.Grid,
     masks: dict[str, masking.MaskSpec],
-    path: pathlib.Path,
+    path: pathlib.Path | BinaryIO,
     seed: int = 0,
 ) -> None:
     """Draw a clip, and per mask type its context and its targets (others dimmed).
@@ -72,7 +84,7 @@ def draw_masks(
       clip: uint8 [T, H, W, 3].
       grid: its tokens.
       masks: mask types by name.
-      path: PNG to write.
+      path: PNG to write, or an open file.
       seed: of the masks.
     """
     shown = slice(0, None, max(1, clip.shape[0] // 8))
@@ -102,7 +114,7 @@ def draw_principal_components(
     clip: np.ndarray,
     grid: masking.Grid,
     tokens: dict[str, np.ndarray],
-    path: pathlib.Path,
+    path: pathlib.Path | BinaryIO,
 ) -> None:
     """Draw a clip and its features' first three principal components as RGB.
 
@@ -110,7 +122,7 @@ def draw_principal_components(
       clip: uint8 [T, H, W, 3], the first of the clips that `tokens` are of.
       grid: its tokens.
       tokens: by name, float [clips, T', H' * W', D]; components are fitted on all.
-      path: PNG to write.
+      path: PNG to write, or an open file.
     """
     step = max(1, clip.shape[0] // 8)
     figure, axes = _figure(1 + len(tokens), len(range(0, clip.shape[0], step)))

@@ -1,20 +1,26 @@
-"""Linear read-outs and attentive probes of frozen features.
+"""Linear and attentive read-outs of frozen features: classes and values.
 
 Features of a clip are tokens [T', S, D]: T' time steps of S places each. The linear
 read-outs see averages over tokens, on which untrained features are poor; the attentive
 probe pools with a learned query, as V-JEPA does (paper §4.2).
 """
 
-from collections.abc import Sequence
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
 
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from sklearn.linear_model import LogisticRegression, RidgeCV
+from sklearn.metrics import r2_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from vjepa_jax import sharding
-from vjepa_jax.evals.head_grid import HeadGrid, Schedules
-from vjepa_jax.models.heads import AttentiveClassifier
+from vjepa_jax.evals.head_grid import HeadGrid, Schedules, cross_entropy
+from vjepa_jax.models.heads import AttentiveClassifier, AttentiveRegressor
 
 
 def linear_accuracy(
@@ -84,60 +90,174 @@ def linear_r2(
     return float(model.fit(train, train_values).score(test, test_values))
 
 
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """How attentive probes are trained: several learning rates side by side.
+
+    Attributes:
+      num_heads: of the cross-attention; divides the tokens' channels.
+      epochs: passes over the samples.
+      batch_size: samples per update.
+      learning_rates: peaks of cosine schedules, one probe each.
+      weight_decay: of AdamW.
+      seed: of initialisation and order.
+      mesh: of the devices that share every batch.
+    """
+
+    num_heads: int
+    epochs: int
+    batch_size: int
+    learning_rates: tuple[float, ...]
+    weight_decay: float
+    seed: int
+    mesh: Mesh
+
+    def fit(
+        self,
+        head: nn.Module,
+        loss_fn: Callable[[jax.Array, jax.Array], jax.Array],
+        tokens: np.ndarray,
+        labels: np.ndarray,
+        fit: np.ndarray,
+        rng: np.random.Generator,
+    ) -> HeadGrid:
+        """Train heads on the rows `fit` of tokens [N, K, D] and labels [N, ...]."""
+        batches = max(1, len(fit) // self.batch_size)
+        grid = _make_grid(self, head, loss_fn, self.epochs * batches, tokens.shape[1:])
+        grid.reset(self.seed)
+        for _ in range(self.epochs):
+            shuffled = rng.permutation(fit)[: batches * self.batch_size]
+            for chosen in np.split(shuffled, batches):
+                weights = np.ones(len(chosen))
+                losses = grid.update(tokens[chosen], labels[chosen], weights)
+                # Devices that are threads of one processor starve each other, to the
+                # process's end, when many updates are under way.
+                losses.block_until_ready()
+        return grid
+
+    def in_batches(
+        self, function: Callable[[np.ndarray], np.ndarray], tokens: np.ndarray
+    ) -> np.ndarray:
+        """Call a function from tokens [B, ...] to [H, B, ...] on all of [N, ...]."""
+        missing = -len(tokens) % self.batch_size  # all calls have one shape
+        padded = np.pad(tokens, [(0, missing)] + [(0, 0)] * (tokens.ndim - 1))
+        parts = np.split(padded, len(padded) // self.batch_size)
+        return np.concatenate([*map(function, parts)], axis=1)[:, : len(tokens)]
+
+
+@functools.lru_cache(maxsize=3)  # features of one size, one after the other, share them
+def _make_grid(
+    training: Training,
+    head: nn.Module,
+    loss_fn: Callable[[jax.Array, jax.Array], jax.Array],
+    total_steps: int,
+    token_shape: tuple[int, int],
+) -> HeadGrid:
+    return HeadGrid(
+        head,
+        [Schedules(training.learning_rates, (training.weight_decay,))],
+        total_steps=total_steps,
+        token_shape=token_shape,
+        seed=training.seed,
+        mesh=training.mesh,
+        loss_fn=loss_fn,
+    )
+
+
+def _standardised(train: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Give the channels of tokens [N, K, D] the mean 0 and the deviation 1."""
+    mean, std = train.mean((0, 1)), train.std((0, 1)) + 1e-6
+    return (train - mean) / std, (test - mean) / std
+
+
 def attentive_accuracy(
     train: np.ndarray,
     train_labels: np.ndarray,
     test: np.ndarray,
     test_labels: np.ndarray,
-    *,
-    num_heads: int,
-    epochs: int,
-    batch_size: int,
-    learning_rates: Sequence[float],
-    weight_decay: float,
-    seed: int = 0,
+    training: Training,
 ) -> float:
-    """Train attentive probes at several learning rates side by side.
+    """Train attentive probes; return the test accuracy of one.
 
-    The rate is chosen on a tenth of the training clips held out, not on the test set.
+    It is the one that is best on a tenth of the training clips held out, not on the
+    test set.
 
     Args:
       train, test: float [N, T' * S, D], tokens.
       train_labels, test_labels: int [N].
-      num_heads: of the cross-attention; divides D.
-      epochs: passes over the training clips.
-      batch_size: clips per update.
-      learning_rates: peaks of cosine schedules, one probe each.
-      weight_decay: of AdamW.
-      seed: of initialisation and order.
-
-    Returns:
-      Test accuracy of the probe that was best on the held-out clips.
+      training: how.
     """
-    mean, std = train.mean((0, 1)), train.std((0, 1)) + 1e-6
-    train, test = (train - mean) / std, (test - mean) / std
-    rng = np.random.default_rng(seed)
+    train, test = _standardised(train, test)
+    rng = np.random.default_rng(training.seed)
     held_out, fit = np.split(rng.permutation(len(train)), [len(train) // 10])
-    batches = max(1, len(fit) // batch_size)
-    grid = HeadGrid(
-        AttentiveClassifier(int(train_labels.max()) + 1, num_heads),
-        [Schedules(tuple(learning_rates), (weight_decay,))],
-        total_steps=epochs * batches,
-        token_shape=train.shape[1:],
-        seed=seed,
-        mesh=sharding.make_mesh(),
-    )
-    for _ in range(epochs):
-        shuffled = rng.permutation(fit)[: batches * batch_size]
-        for chosen in np.split(shuffled, batches):
-            grid.update(train[chosen], train_labels[chosen], np.ones(len(chosen)))
+    head = AttentiveClassifier(int(train_labels.max()) + 1, training.num_heads)
+    grid = training.fit(head, cross_entropy, train, train_labels, fit, rng)
 
     def accuracies(tokens, labels):
-        parts = [
-            grid.classify(tokens[i : i + batch_size, None])
-            for i in range(0, len(tokens), batch_size)
-        ]
-        return (np.concatenate(parts, axis=1)[..., 0] == labels).mean(1)
+        best = training.in_batches(grid.classify, tokens[:, None])
+        return (best[..., 0] == labels).mean(1)
 
     best = int(np.argmax(accuracies(train[held_out], train_labels[held_out])))
     return float(accuracies(test, test_labels)[best])
+
+
+def attentive_r2(
+    train: np.ndarray,
+    train_values: Mapping[str, np.ndarray],
+    train_clips: np.ndarray,
+    test: np.ndarray,
+    test_values: Mapping[str, np.ndarray],
+    training: Training,
+) -> dict[str, float]:
+    """Train attentive probes to read off quantities; return each one's test R².
+
+    The probe is that of classes with a query for each quantity and the squared error.
+    Which of the learning rates counts is chosen for each quantity on a tenth of the
+    training clips held out.
+
+    Args:
+      train, test: float [N, S, D], tokens.
+      train_values, test_values: by name, float [N, K]; rows of NaN are left out of
+        training and judgement. R² is averaged over the K values.
+      train_clips: int [N], of which clip the tokens are: those of one clip are held out
+        together.
+      training: how.
+    """
+    train, test = _standardised(train, test)
+    rng = np.random.default_rng(training.seed)
+    clips = rng.permutation(np.unique(train_clips))
+    is_held_out = np.isin(train_clips, clips[: len(clips) // 10])
+    sizes = tuple((name, values.shape[1]) for name, values in train_values.items())
+    wanted = np.concatenate([*train_values.values()], axis=1)
+    mean, std = np.nanmean(wanted, 0), np.nanstd(wanted, 0) + 1e-6
+    grid = training.fit(
+        AttentiveRegressor(sizes, training.num_heads),
+        squared_error,
+        train,
+        (wanted - mean) / std,
+        np.flatnonzero(~is_held_out),
+        rng,
+    )
+    ends = np.cumsum([size for _, size in sizes])
+
+    def scores(tokens, values):
+        """R² of every head, [H], by quantity."""
+        found = training.in_batches(grid.predict, tokens) * std + mean
+        r2 = {}
+        for end, (name, size) in zip(ends, sizes, strict=True):
+            known = ~np.isnan(values[name]).any(1)
+            true, of_heads = values[name][known], found[:, known, end - size : end]
+            r2[name] = np.array([r2_score(true, one) for one in of_heads])
+        return r2
+
+    held_out_values = {k: values[is_held_out] for k, values in train_values.items()}
+    chosen_by = scores(train[is_held_out], held_out_values)
+    judged = scores(test, test_values)
+    return {k: float(judged[k][np.argmax(chosen_by[k])]) for k in judged}
+
+
+def squared_error(found: jax.Array, wanted: jax.Array) -> jax.Array:
+    """Return the mean squared error of values [B, K]; NaN is not asked for: [B]."""
+    known = ~jnp.isnan(wanted)
+    error = jnp.where(known, found - jnp.where(known, wanted, 0.0), 0.0)
+    return (error**2).mean(-1)

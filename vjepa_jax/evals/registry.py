@@ -19,8 +19,8 @@ EVALUATIONS: dict[str, Evaluation] = {
 }
 
 
-def evaluate(frozen: Frozen, config: ConfigDict) -> dict[str, Any]:
-    """Run the evaluation that a config names.
+def find(config: ConfigDict) -> Evaluation:
+    """Return the evaluation that a config names.
 
     Raises:
       UserError: there is none of this name.
@@ -28,4 +28,9 @@ def evaluate(frozen: Frozen, config: ConfigDict) -> dict[str, Any]:
     if config.evaluation not in EVALUATIONS:
         known = ", ".join(EVALUATIONS)
         raise UserError(f"config.evaluation={config.evaluation!r}: known: {known}")
-    return EVALUATIONS[config.evaluation](frozen, config)
+    return EVALUATIONS[config.evaluation]
+
+
+def evaluate(frozen: Frozen, config: ConfigDict) -> dict[str, Any]:
+    """Run the evaluation that a config names; errors are those of `find` and its."""
+    return find(config)(frozen, config)

@@ -1,4 +1,4 @@
-"""What features of the synthetic world tell: motion class, position, object permanence.
+"""What features of the synthetic world tell: motion class, state of the main object.
 
 Every set of features gets the same read-outs: pretrained, random-init, raw pixels.
 """
@@ -9,13 +9,15 @@ import sys
 
 import numpy as np
 
-from vjepa_jax.data import sources, streams
+from vjepa_jax.data import render, sources, streams
+from vjepa_jax.data.contacts import frames_to_contact
 from vjepa_jax.data.reading import Reading
-from vjepa_jax.data.world import CLASSES
+from vjepa_jax.data.world import CLASSES, draw_clip
 from vjepa_jax.default_config import ConfigDict, UserError
 from vjepa_jax.evals import probes
 from vjepa_jax.evals.features import Encode, Features, extract, make_pixel_encode
 from vjepa_jax.evals.frozen import Frozen, random_init
+from vjepa_jax.evals.probes import Training
 
 MEASURES = (
     "attentive_accuracy",
@@ -24,6 +26,11 @@ MEASURES = (
     "position_r2",
     "velocity_r2",
     "occluded_position_r2",
+    "time_to_collision_r2",
+    "attentive_position_r2",
+    "attentive_velocity_r2",
+    "attentive_occluded_position_r2",
+    "attentive_time_to_collision_r2",
 )
 _SPLITS = ("probe_train", "probe_test", "hidden_train", "hidden_test")
 
@@ -35,35 +42,59 @@ class State:
     Attributes:
       position, velocity: float [N, T', 2], averages over the frames of a time step.
       visibility: float [N, T'], average over the frames.
+      time_to_collision: float [N, T', 1], frames from the last one of the clip until
+        the object meets a wall or another object; NaN but in the last time step, and
+        where it meets none within as many frames as a video has.
     """
 
     position: np.ndarray
     velocity: np.ndarray
     visibility: np.ndarray
+    time_to_collision: np.ndarray
 
 
 def read_state(
-    path: pathlib.Path, index: np.ndarray, reading: Reading, time_steps: int
+    world: ConfigDict,
+    split: render.Split,
+    index: np.ndarray,
+    reading: Reading,
+    time_steps: int,
 ) -> State:
-    """Read the ground truth of the clips that `extract` cut, from a split's `.npz`."""
-    with np.load(path) as truth:
-        num_frames = truth["position"].shape[1]
-        (frames,) = reading.sampling.frames(np.arange(num_frames))
+    """Read the ground truth of the clips that `extract` cut, from a split's `.npz`.
 
-        def per_step(name):
-            main = truth[name][index][:, frames, 0]
-            return main.reshape(len(index), time_steps, -1, *main.shape[2:])
+    The time to a collision follows from it, and from the laws of the world.
+    """
+    looks = render.looks_of(world)
+    with np.load(_truth_file(world, split.name)) as file:
+        truth = {name: file[name][index] for name in file}
+    (frames,) = reading.sampling.frames(np.arange(looks.num_frames))
 
-        return State(
-            per_step("position").mean(2),
-            per_step("velocity").mean(2),
-            per_step("visibility").mean(2),
-        )
+    def per_step(name):
+        main = truth[name][:, frames, 0]
+        return main.reshape(len(index), time_steps, -1, *main.shape[2:]).mean(2)
+
+    last = frames[-1]
+    time_to_collision = np.full((len(index), time_steps, 1), np.nan)
+    for row, clip in enumerate(index):
+        scene, motion = draw_clip(looks, split.seed, clip, truth["label"][row])
+        now = truth["position"][row, last], truth["velocity"][row, last]
+        frames_left = frames_to_contact(looks, scene, motion, *now, looks.num_frames)
+        time_to_collision[row, -1] = frames_left
+    return State(
+        per_step("position"),
+        per_step("velocity"),
+        per_step("visibility"),
+        time_to_collision,
+    )
+
+
+def _truth_file(world: ConfigDict, split: str) -> pathlib.Path:
+    return pathlib.Path(world.path) / f"{split}.npz"
 
 
 def read_features(
     encodes: dict[str, Encode],
-    world_path: str,
+    world: ConfigDict,
     reading: Reading,
     batch_size: int,
     num_workers: int,
@@ -76,8 +107,9 @@ def read_features(
     if not reading.sampling.frame_step:
         raise UserError("the world's probes need data.frame_step, not data.fps")
     out: dict[str, dict[str, tuple[Features, State]]] = {name: {} for name in encodes}
+    splits = {split.name: split for split in render.splits(world)}
     for split in _SPLITS:
-        truth = pathlib.Path(world_path) / f"{split}.npz"
+        truth = _truth_file(world, split)
         if not truth.exists():
             raise UserError(
                 f"{truth} is missing: render the world first (python -m "
@@ -85,9 +117,10 @@ def read_features(
             )
         source = sources.open_source(str(truth.with_suffix(".csv")))
         parts = extract(encodes, source, reading, batch_size, num_workers)
+        first = next(iter(parts.values()))  # all are of the same clips and time steps
+        time_steps = first.tokens.shape[1]
+        state = read_state(world, splits[split], first.index, reading, time_steps)
         for name, features in parts.items():
-            time_steps = features.tokens.shape[1]
-            state = read_state(truth, features.index, reading, time_steps)
             out[name][split] = features, state
     return out
 
@@ -95,23 +128,23 @@ def read_features(
 def measure(
     splits: dict[str, tuple[Features, State]],
     *,
-    num_heads: int,
     labels_per_class: int,
     draws: int,
     hidden_visibility: float,
-    attentive: dict,
+    attentive: Training,
+    regression: Training,
     seed: int,
 ) -> dict[str, float]:
     """Run all read-outs on one set of features.
 
     Args:
       splits: from `read_features`.
-      num_heads: of the attentive probe.
       labels_per_class, draws: of the few-label probe.
       hidden_visibility: an object is occluded in a time step where at most this share
         of it is visible, averaged over the frames.
-      attentive: further arguments of `probes.attentive_accuracy`.
-      seed: of the probes.
+      attentive: of the attentive probe of classes.
+      regression: of the attentive probes of state, which see the tokens of a time step.
+      seed: of the few-label probe.
 
     Returns:
       The `MEASURES`; accuracies 0..1 and R² on the test splits.
@@ -119,13 +152,8 @@ def measure(
     (train, _), (test, _) = splits["probe_train"], splits["probe_test"]
     pooled = (train.pooled(), train.labels, test.pooled(), test.labels)
 
-    def r2(name, fit, judge, select):
-        xs, ys = [], []
-        for features, state in (fit, judge):
-            chosen = select(state)
-            xs.append(features.pooled_in_time_steps()[chosen])
-            ys.append(getattr(state, name)[chosen])
-        return probes.linear_r2(xs[0], ys[0], xs[1], ys[1])
+    shown = splits["probe_train"], splits["probe_test"]
+    hidden = splits["hidden_train"], splits["hidden_test"]
 
     def everywhere(state):
         return np.ones(state.visibility.shape, bool)
@@ -133,43 +161,70 @@ def measure(
     def occluded(state):
         return state.visibility <= hidden_visibility
 
-    shown = splits["probe_train"], splits["probe_test"]
-    hidden = splits["hidden_train"], splits["hidden_test"]
-    return {
+    def before_collision(state):
+        return np.isfinite(state.time_to_collision[..., 0])
+
+    def linear_r2(name, both, select):
+        values = []
+        for features, state in both:
+            chosen = select(state)
+            values.append(features.pooled_in_time_steps()[chosen])
+            values.append(getattr(state, name)[chosen])
+        return probes.linear_r2(*values)
+
+    def attentive_r2(names, both, select, training):
+        (train, train_state), (test, test_state) = both
+        train_chosen, test_chosen = select(train_state), select(test_state)
+        return probes.attentive_r2(
+            train.tokens[train_chosen],
+            {name: getattr(train_state, name)[train_chosen] for name in names},
+            np.nonzero(train_chosen)[0],
+            test.tokens[test_chosen],
+            {name: getattr(test_state, name)[test_chosen] for name in names},
+            training,
+        )
+
+    quantities = ("position", "velocity", "time_to_collision")
+    attentive_shown = attentive_r2(quantities, shown, everywhere, regression)
+    # As many updates on the fewer time steps of occlusions.
+    count = np.count_nonzero(occluded(hidden[0][1]))
+    epochs = regression.epochs * max(1, shown[0][1].visibility.size // count)
+    longer = dataclasses.replace(regression, epochs=epochs)
+    attentive_hidden = attentive_r2(("position",), hidden, occluded, longer)
+    results = {
         "attentive_accuracy": probes.attentive_accuracy(
-            train.flat(),
-            train.labels,
-            test.flat(),
-            test.labels,
-            num_heads=num_heads,
-            seed=seed,
-            **attentive,
+            train.flat(), train.labels, test.flat(), test.labels, attentive
         ),
         "linear_accuracy": probes.linear_accuracy(*pooled),
         "few_label_accuracy": probes.few_label_accuracy(
             *pooled, labels_per_class=labels_per_class, draws=draws, seed=seed
         ),
-        "position_r2": r2("position", *shown, everywhere),
-        "velocity_r2": r2("velocity", *shown, everywhere),
-        "occluded_position_r2": r2("position", *hidden, occluded),
+        "position_r2": linear_r2("position", shown, everywhere),
+        "velocity_r2": linear_r2("velocity", shown, everywhere),
+        "occluded_position_r2": linear_r2("position", hidden, occluded),
+        "time_to_collision_r2": linear_r2("time_to_collision", shown, before_collision),
+        "attentive_occluded_position_r2": attentive_hidden["position"],
     }
+    results |= {f"attentive_{name}_r2": attentive_shown[name] for name in quantities}
+    return {name: results[name] for name in MEASURES}
 
 
 def chance() -> dict[str, float]:
-    """Return what guessing gives: one class of all, the mean position."""
+    """Return what guessing gives: one class of all, the mean of what is asked for."""
     accuracy = 1 / len(CLASSES)
     return {m: accuracy if m.endswith("accuracy") else 0.0 for m in MEASURES}
 
 
 def evaluate(frozen: Frozen, config: ConfigDict) -> dict[str, dict[str, float]]:
-    """Probe a run of the world, an untrained network and raw pixels.
+    """Probe a run of the world; with `random_init`, what was not trained as well.
 
     Args:
       frozen: the run.
       config: as in `configs/probe_world.py`.
 
     Returns:
-      {measure: {features' name: value}}, chance among them.
+      {measure: {"pretrained": value}}, with `config.random_init` also `random_init`, an
+      untrained network, `pixels` and `chance`.
 
     Raises:
       UserError: the run is not of the synthetic world, or the world is not there.
@@ -180,29 +235,38 @@ def evaluate(frozen: Frozen, config: ConfigDict) -> dict[str, dict[str, float]]:
             "the run has no config.world.path: configs/probe_world.py probes runs of "
             "the synthetic world"
         )
-    encodes = {
-        "pretrained": frozen.encode,
-        "random_init": random_init(frozen, config.seed).encode,
-        "pixels": make_pixel_encode(encoder.patch_size, encoder.tubelet_size),
-    }
+    encodes = {"pretrained": frozen.encode}
+    if config.random_init:
+        encodes["random_init"] = random_init(frozen, config.seed).encode
+        encodes["pixels"] = make_pixel_encode(encoder.patch_size, encoder.tubelet_size)
     splits = read_features(
         encodes,
-        run.world.path,
+        run.world,
         streams.make_reading(run.data, run.data),
         config.batch_size,
         config.num_workers,
+    )
+    attentive, regression = (
+        Training(
+            num_heads=config.num_heads,
+            seed=config.seed,
+            mesh=frozen.mesh,
+            **config[key],
+        )
+        for key in ("attentive", "regression")
     )
     columns: dict[str, dict[str, float]] = {}
     for name in encodes:
         print(f"probing {name} features", file=sys.stderr, flush=True)
         columns[name] = measure(
             splits[name],
-            num_heads=config.num_heads,
             labels_per_class=config.labels_per_class,
             draws=config.draws,
             hidden_visibility=config.hidden_visibility,
-            attentive=dict(config.attentive),
+            attentive=attentive,
+            regression=regression,
             seed=config.seed,
         )
-    columns["chance"] = chance()
+    if config.random_init:
+        columns["chance"] = chance()
     return {m: {c: columns[c][m] for c in columns} for m in MEASURES}

@@ -97,6 +97,29 @@ class AttentiveClassifier(nn.Module):
         return nn.LayerNorm(epsilon=_NORM_EPS, dtype=self.dtype, name=name)
 
 
+class AttentiveRegressor(nn.Module):
+    """Pool tokens with a learned query for each quantity, then read its values off.
+
+    The attentive probe's block of cross-attention, which the queries share.
+
+    Attributes:
+      quantities: (name, values) of each.
+      num_heads: of the attention; divides the tokens' channels.
+    """
+
+    quantities: tuple[tuple[str, int], ...]
+    num_heads: int
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """Map tokens [B, N, D] to all quantities' values side by side, [B, K]."""
+        pool = AttentiveClassifier(
+            0, self.num_heads, outputs=self.quantities, name="pool"
+        )
+        found = pool(tokens)
+        return jnp.concatenate([found[name] for name, _ in self.quantities], axis=-1)
+
+
 class LinearClassifier(nn.Module):
     """Classify the mean token with a linear layer.
 

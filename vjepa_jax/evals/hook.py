@@ -1,0 +1,251 @@
+"""Evaluations of a run while it trains, every so many steps.
+
+They judge the weights in memory, whether or not these are saved, and change nothing of
+the run: neither its numbers nor, should they fail, its going on.
+"""
+
+import ast
+import dataclasses
+import difflib
+import re
+import runpy
+import shlex
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from absl import logging
+
+from vjepa_jax import build, distributed
+from vjepa_jax.data import streams
+from vjepa_jax.data.read_all import read_all
+from vjepa_jax.data.records import Source
+from vjepa_jax.default_config import ConfigDict, UserError, flatten
+from vjepa_jax.evals import frozen, pictures, registry
+from vjepa_jax.evals.frozen import Frozen
+from vjepa_jax.program import Program
+from vjepa_jax.train_state import TrainState
+
+PREFIX = "eval/"
+IMAGES = "images"  # under this name a failure to draw is told and counted
+_TIMEOUT_SECS = 24 * 3600  # of an evaluation, for which the other processes wait
+_SHOWN = 6  # measures of an evaluation on the console
+_COLOURED_CLIPS = 8  # that the colours of features are fitted to
+# What says the same at every step.
+_LEFT_OUT = {"random_init": False, "null_seeds": 0}
+
+
+@dataclasses.dataclass
+class Found:
+    """What the evaluations of a step have found; empty but on the main process.
+
+    Attributes:
+      scalars: `eval/NAME/MEASURE`, `eval/NAME/MEASURE/COLUMN` where the column is not
+        the model itself, `eval/NAME/seconds` and `eval/NAME/failed`.
+      lines: for the console.
+      images: uint8 [H, W, 3] by name.
+    """
+
+    scalars: dict[str, float] = dataclasses.field(default_factory=dict)
+    lines: list[str] = dataclasses.field(default_factory=list)
+    images: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+
+class EvaluationHook:
+    """Runs what `config.evals` of a run asks for.
+
+    The first process evaluates, on its own devices, and the others wait for it: so
+    nothing that fails there can leave them in a computation that never ends.
+    """
+
+    def __init__(self, program: Program, source: Source):
+        """Loads the evaluations' configs.
+
+        Args:
+          program: of the run.
+          source: the run's videos, for pictures.
+
+        Raises:
+          UserError: a config cannot be loaded, or its overrides do not fit.
+        """
+        self._program, self._source = program, source
+        entries = program.config.evals.items()
+        self._entries = {name: e for name, e in entries if e.every_steps}
+        self._configs = {name: load(name, e) for name, e in self._entries.items()}
+        self._failed = dict.fromkeys([*self._entries, IMAGES], 0)
+
+    def add_earlier(self, rows: Sequence[Mapping[str, float]], start_step: int) -> None:
+        """Continues the counts of failures of an interrupted run.
+
+        Args:
+          rows: its metrics.
+          start_step: of the checkpoint from which the run continues.
+        """
+        for row in rows:
+            if row["step"] <= start_step:
+                for name in self._failed:
+                    key = _failures(name)
+                    self._failed[name] = int(row.get(key, self._failed[name]))
+
+    def is_due(self, step: int) -> bool:
+        """Whether there is anything to evaluate after this step."""
+        return bool(self._due(step))
+
+    def _due(self, step: int) -> list[str]:
+        is_last = step == self._program.config.total_steps
+        every = {name: entry.every_steps for name, entry in self._entries.items()}
+        return [name for name, steps in every.items() if is_last or step % steps == 0]
+
+    def run(self, step: int, state: TrainState) -> Found:
+        """Evaluate the state after a step; every process calls.
+
+        What fails is logged and counted.
+
+        Raises:
+          LostProcess: another process is gone.
+        """
+        found = Found()
+        # As from the command line, where no mesh of a run is set.
+        with jax.set_mesh(None), nn.logical_axis_rules(()):
+            model = frozen.from_state(self._program, state)
+            if distributed.is_main():
+                for name in self._due(step):
+                    config = self._configs[name]
+                    self._guarded(found, name, step, _evaluate, name, model, config)
+                if self._program.config.log.image_clips:
+                    self._guarded(found, IMAGES, step, _draw, model, self._source, step)
+        distributed.barrier(f"evaluated after step {step}", _TIMEOUT_SECS)
+        return found
+
+    def _guarded(
+        self, found: Found, name: str, step: int, function: Callable[..., None], *args
+    ) -> None:
+        """Call `function(found, *args)`; log and count its failure."""
+        began = time.perf_counter()
+        try:
+            function(found, *args)
+        except Exception as error:  # whatever it is, it is not the run's
+            self._failed[name] += 1
+            logging.error(
+                "evaluation '%s' failed after step %d, and the run goes on: %s: %s",
+                name,
+                step,
+                type(error).__name__,
+                " ".join(str(error).split()),
+                exc_info=not isinstance(error, UserError),
+            )
+        found.scalars[_failures(name)] = self._failed[name]
+        found.scalars[f"{PREFIX}{name}/seconds"] = time.perf_counter() - began
+
+
+def _failures(name: str) -> str:
+    return f"{PREFIX}{name}/failed"
+
+
+def load(name: str, entry: ConfigDict) -> ConfigDict:
+    """Load the config of an evaluation.
+
+    Args:
+      name: of the entry in `config.evals`.
+      entry: from `default_config.evaluation`.
+
+    Raises:
+      UserError: the file cannot be loaded, or the overrides do not fit it.
+    """
+    path, _, argument = entry.file.partition(":")
+    try:
+        get_config = runpy.run_path(path)["get_config"]
+        config = get_config(*([argument] if argument else []))
+        registry.find(config)
+    except Exception as error:  # of the user's own code
+        raise UserError(
+            f"config.evals.{name}.file={entry.file!r} gives no config of an "
+            f"evaluation: {type(error).__name__}: {error}"
+        ) from None
+    config.update({k: v for k, v in _LEFT_OUT.items() if k in config})
+    try:
+        for word in shlex.split(entry.overrides):
+            key, equals, text = word.partition("=")
+            if not equals:
+                raise ValueError(f"{word!r}: write key=value, with blanks between")
+            known = flatten(config.to_dict())
+            if key not in known:
+                close = difflib.get_close_matches(key, known, 1, 0.0)[0]
+                raise ValueError(f"there is no key {key!r}: did you mean {close!r}?")
+            config.update_from_flattened_dict({key: _value(text)})
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"config.evals.{name}.overrides={entry.overrides!r} does not fit "
+            f"{entry.file}: {error.args[0]}"
+        ) from None
+    return config
+
+
+def _value(text: str) -> Any:
+    """Return what a word of the command line stands for: a literal, or itself."""
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return text
+
+
+def _evaluate(found: Found, name: str, model: Frozen, config: ConfigDict) -> None:
+    began = time.perf_counter()
+    scalars = flatten_results(registry.evaluate(model, config))
+    found.scalars.update({f"{PREFIX}{name}/{k}": v for k, v in scalars.items()})
+    shown = [f"{key} {value:.4g}" for key, value in scalars.items()]
+    more = ["..."] if len(shown) > _SHOWN else []
+    measures = ", ".join(shown[:_SHOWN] + more)
+    found.lines.append(f"{name}: {measures} ({time.perf_counter() - began:.1f} s)")
+
+
+def flatten_results(results: Mapping[str, Any]) -> dict[str, float]:
+    """Return an evaluation's numbers by names for metrics, see `Found`.
+
+    Args:
+      results: {measure: number, or {column: number}}; what is no number is left out.
+    """
+    flat = {}
+    for measure, values in results.items():
+        columns = values if isinstance(values, dict) else {"pretrained": values}
+        for column, value in columns.items():
+            if isinstance(value, int | float | np.number):
+                name = measure if column == "pretrained" else f"{measure}/{column}"
+                flat[re.sub(r"[^\w./-]+", "_", name)] = float(value)
+    return flat
+
+
+def _draw(found: Found, model: Frozen, source: Source, step: int) -> None:
+    """Draw masks, and features as colours, on some of the run's clips."""
+    run = model.config
+    count = run.log.image_clips
+    clips = _read_clips(run, source, max(count, _COLOURED_CLIPS))
+    grid, tokens = model.grid(clips.shape), model.encode(clips)
+    masks = build.make_masks(run.masks, grid)
+    for i, clip in enumerate(clips[:count]):
+        found.images[f"masks/{i}"] = pictures.as_array(
+            pictures.draw_masks, clip, grid, masks, seed=step + i
+        )
+        named = {"pretrained": np.roll(tokens, -i, axis=0)}
+        found.images[f"features/{i}"] = pictures.as_array(
+            pictures.draw_principal_components, clip, grid, named
+        )
+
+
+def _read_clips(run: ConfigDict, source: Source, count: int) -> np.ndarray:
+    """Read clips of videos that are far apart in the list: uint8 [n, T, H, W, 3]."""
+    data = run.data.copy_and_resolve_references()
+    data.num_clips = 1
+    order = np.unique(np.linspace(0, len(source) - 1, count).astype(np.int64))
+    reading = streams.make_reading(data, data)
+    batches = read_all(
+        source, reading=reading, batch_size=len(order), num_workers=0, order=order
+    )
+    (batch,) = batches
+    clips = np.asarray(batch["video"]["video"])[batch["valid"]]
+    if not len(clips):
+        raise UserError(f"none of {len(order)} videos to draw can be read")
+    return clips
