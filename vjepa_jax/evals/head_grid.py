@@ -6,7 +6,7 @@ decay. They are one array with a leading axis, and one compiled update trains th
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
@@ -16,6 +16,10 @@ import optax
 from jax.sharding import Mesh
 
 from vjepa_jax import optim, sharding
+from vjepa_jax.default_config import UserError
+
+# (logits [B, classes], labels [B, ...]) -> [B]
+Loss = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +62,7 @@ class HeadGrid:
       head: module of each.
       heads: (learning rate, weight decay) of every head, H of them.
       state: parameters and moments, every leaf with a leading axis of H.
+      mesh: batches are split over its devices, heads are whole on each.
     """
 
     def __init__(
@@ -71,6 +76,7 @@ class HeadGrid:
         mesh: Mesh,
         clip_norm: float = 0.0,
         heads_at_once: int = 0,
+        loss: Loss = optax.softmax_cross_entropy_with_integer_labels,
     ):
         """Initialises the heads, each with a key of its own.
 
@@ -80,13 +86,14 @@ class HeadGrid:
           total_steps: length of the schedules.
           token_shape: (N, D).
           seed: of the initialisation.
-          mesh: batches are split over its devices, heads are whole on each.
+          mesh: see there.
           clip_norm: largest norm of a head's gradient; 0: no clip.
           heads_at_once: heads whose activations are in memory together; 0: all.
+          loss: of each row, from logits [B, classes] and labels.
         """
         self.head = head
         self.heads = [pair for group in schedules for pair in group.heads()]
-        self._mesh = mesh
+        self.mesh = mesh
         tx = optax.chain(
             optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity(),
             optax.scale_by_adam(),
@@ -113,13 +120,13 @@ class HeadGrid:
 
             def loss_fn(params):
                 logits = head.apply({"params": params}, tokens).astype(jnp.float32)
-                losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+                losses = loss(logits, labels)
                 return (losses * weights).sum() / jnp.maximum(weights.sum(), 1)
 
-            loss, gradient = jax.value_and_grad(loss_fn)(params)
+            value, gradient = jax.value_and_grad(loss_fn)(params)
             step, moments = tx.update(gradient, moments, params)
             params = jax.tree.map(lambda p, u: p - rate * (u + decay * p), params, step)
-            return params, moments, loss
+            return params, moments, value
 
         def update(state, tokens, labels, weights):
             params, moments, step = state
@@ -155,7 +162,7 @@ class HeadGrid:
 
         Args:
           tokens: float [B, N, D].
-          labels: int [B].
+          labels: int [B], or what the loss takes.
           weights: float [B]; 0 leaves a row out of the mean.
 
         Returns:
@@ -182,11 +189,21 @@ class HeadGrid:
 
     def _placed(self, *arrays: np.ndarray) -> list[jax.Array]:
         """Split arrays over the devices, filled up with zeros to a multiple of them."""
-        missing = -len(arrays[0]) % self._mesh.size
+        missing = -len(arrays[0]) % self.mesh.size
         filled = [np.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1)) for x in arrays]
-        return jax.device_put(filled, sharding.batch_sharding(self._mesh))
+        return jax.device_put(filled, sharding.batch_sharding(self.mesh))
 
 
 def describe(head: tuple[float, float]) -> str:
     """Name a head by its learning rate and weight decay."""
     return f"rate {head[0]:g}, decay {head[1]:g}"
+
+
+def lowest(losses: jax.Array) -> float:
+    """Return the lowest of the heads' losses, or raise UserError if none is finite."""
+    finite = np.asarray(losses)[np.isfinite(losses)]
+    if not len(finite):
+        raise UserError(
+            "no head has a finite loss: lower config.grids.*.learning_rates"
+        )
+    return float(finite.min())
