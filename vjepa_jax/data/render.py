@@ -254,12 +254,12 @@ def _collect(root, name, items, pool, progress, videos_per_item, *what):
 
 def _render_masked(root, looks, config: ConfigDict, pool, progress) -> None:
     folder = root / masked_world.FOLDER
+    seed = config.seed, _MASKED
     names = [f"{index:05d}" for index in range(config.segmentation_videos)]
     futures = []
     for index, name in enumerate(names):
-        seed = config.seed, _MASKED
-        task = _write_masked, folder, name, looks, seed, index
-        futures.append(pool.submit(*task))
+        what = folder, name, looks, seed, index
+        futures.append(pool.submit(_write_masked, *what))
         futures[-1].add_done_callback(lambda _: progress.update())
     for future in futures:
         future.result()

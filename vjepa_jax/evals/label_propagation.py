@@ -61,9 +61,9 @@ class Propagation:
         slots = 1 + self.context_frames
         features = iter(features)
         start = _unit(next(features))
-        context = jnp.zeros((slots, count, start.shape[-1])).at[0].set(start)
-        labels = jnp.zeros((slots, count, num_labels))
-        labels = labels.at[0].set(first.reshape(count, -1))
+        context = np.zeros((slots, *start.shape), np.float32)
+        labels = np.zeros((slots, count, num_labels), np.float32)
+        context[0], labels[0] = start, first.reshape(count, -1)
         whole = sharding.replicated(mesh)
         context, labels = jax.device_put((context, labels), whole)
         for frame, of_frame in enumerate(features, start=1):
