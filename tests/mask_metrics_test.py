@@ -58,7 +58,7 @@ def blob(rng, shape):
     return distance + rng.normal(0, 0.05, shape) < 1
 
 
-@pytest.mark.parametrize("shape", [(20, 31), (60, 107), (150, 200)])
+@pytest.mark.parametrize("shape", [(20, 31), (60, 107), (90, 120)])
 def test_measures_agree_with_brute_force(rng, shape):
     for shift in (0, 1, 3, 9):
         truth = blob(rng, shape)
