@@ -10,7 +10,8 @@ from sklearn.metrics import top_k_accuracy_score
 from step_setup import one_device
 
 from vjepa_jax import sharding
-from vjepa_jax.evals.head_grid import HeadGrid, Schedules
+from vjepa_jax.default_config import UserError
+from vjepa_jax.evals.head_grid import HeadGrid, Schedules, lowest
 from vjepa_jax.models import attention
 from vjepa_jax.models.heads import AttentiveClassifier, LinearClassifier
 
@@ -96,6 +97,39 @@ def test_grid_equals_heads_trained_one_by_one(rng, kind):
                 trained,
                 params,
             )
+
+
+def test_labels_may_be_shares_of_classes(rng):
+    """One-hot shares teach what the classes do, and all others something else."""
+    tokens = rng.normal(size=(16, 1, 8)).astype(np.float32)
+    labels = rng.integers(0, 4, 16)
+    one_hot = np.eye(4, dtype=np.float32)[labels]
+    trained = []
+    for targets, loss in (
+        (labels, optax.softmax_cross_entropy_with_integer_labels),
+        (one_hot, optax.softmax_cross_entropy),
+        ((1 - one_hot) / 3, optax.softmax_cross_entropy),
+    ):
+        grid = HeadGrid(
+            LinearClassifier(4),
+            [Schedules((1e-2,), (0.1,))],
+            total_steps=3,
+            token_shape=(1, 8),
+            seed=0,
+            mesh=sharding.make_mesh(),
+            loss_fn=loss,
+        )
+        for _ in range(3):
+            grid.update(tokens, targets, np.ones(16))
+        trained.append(np.asarray(grid.state[0]["linear"]["kernel"]))
+    np.testing.assert_allclose(trained[1], trained[0], atol=1e-5)
+    assert np.abs(trained[2] - trained[0]).max() > 1e-3
+
+
+def test_losses_of_which_none_is_finite_are_refused():
+    assert lowest(jnp.array([jnp.nan, 2.0, 1.5])) == 1.5
+    with pytest.raises(UserError, match=r"lower config\.grids\.\*\.learning_rates"):
+        lowest(jnp.array([jnp.nan, jnp.inf]))
 
 
 def test_heads_start_differently():

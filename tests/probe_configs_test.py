@@ -49,6 +49,21 @@ def test_others_are_valid(name):
     assert config.evaluation in registry.EVALUATIONS
 
 
-def test_unknown_variant_is_named():
+@pytest.mark.parametrize(
+    ("name", "variant"),
+    [("davis", v) for v in ("davis", "world")]
+    + [("segmentation", v) for v in ("ade20k", "cityscapes", "voc", "world")],
+)
+def test_dense_variant_is_valid(name, variant):
+    config = load(name).get_config(variant)
+    settings.validate(config)
+    assert config.is_locked and config.name.endswith(variant)
+    assert config.evaluation in registry.EVALUATIONS
+    if name == "segmentation":
+        assert config.num_classes > 1 and all(n % 16 == 0 for n in config.data.size)
+
+
+@pytest.mark.parametrize("name", ["ssv2", "davis", "segmentation"])
+def test_unknown_variant_is_named(name):
     with pytest.raises(UserError, match="'vitx' is no variant of this config; known"):
-        load("ssv2").get_config("vitx")
+        load(name).get_config("vitx")

@@ -156,8 +156,12 @@ def _validate_world(world: ConfigDict) -> None:
     _require(
         world.num_frames > 1, "world.num_frames", world.num_frames, "give 2 or more"
     )
+    masked = world.segmentation_videos
+    mend = "give 0, or 4 or more, half of them to learn from"
+    is_some = masked == 0 or masked >= 4
+    _require(is_some, "world.segmentation_videos", masked, mend)
     for key in world:
-        if key.endswith("_videos"):
+        if key.endswith("_videos") and key != "segmentation_videos":
             _require(world[key] > 0, f"world.{key}", world[key], "give 1 or more")
     share, pairs = world.play_fraction, world.physics_pairs
     mend = "give a number from 0 to 1"

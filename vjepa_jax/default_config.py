@@ -146,6 +146,8 @@ def get_config() -> ConfigDict:
     config.world.play_fraction = 0.0  # of pretrain_videos: several objects, 0..1
     # Possible and impossible clips per property, for intuitive physics; even.
     config.world.physics_pairs = 0
+    # With masks, to judge segmentation by, half of them to learn from; 0: none.
+    config.world.segmentation_videos = 0
     config.world.size = 32  # side in pixels, even
     config.world.num_frames = 16  # frames per video
 

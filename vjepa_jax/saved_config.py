@@ -28,6 +28,7 @@ OPERATIONAL = (
     "data.path",
     "world.path",
     "world.physics_pairs",
+    "world.segmentation_videos",
     "teacher.step",
     "optim.max_skipped_in_row",
     "model.scan_layers",

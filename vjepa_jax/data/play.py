@@ -89,12 +89,18 @@ def simulate(world: World, scene: Scene, velocity: np.ndarray, gravity: float) -
     return Track.of(scene, position, velocities, radius, angle)
 
 
-def make_play(world: World, seed: int | tuple[int, ...], index: int) -> Clip:
-    """Make clip `index` of play of the stream `seed`, of `NUM_OBJECTS` objects."""
+def draw_track(
+    world: World, seed: int | tuple[int, ...], index: int
+) -> tuple[Scene, Track, np.ndarray]:
+    """Return scene, track and what is behind the occluder [K] of clip `index`."""
     rng = np.random.default_rng([*np.atleast_1d(seed), index, 3])
     scene, velocity, gravity, behind = draw(world, rng)
-    track = simulate(world, scene, velocity, gravity)
-    return paint(world, scene, track, behind, LABEL)
+    return scene, simulate(world, scene, velocity, gravity), behind
+
+
+def make_play(world: World, seed: int | tuple[int, ...], index: int) -> Clip:
+    """Make clip `index` of play of the stream `seed`, of `NUM_OBJECTS` objects."""
+    return paint(world, *draw_track(world, seed, index), LABEL)
 
 
 def is_play(fraction: float, seed: int | tuple[int, ...], index: int) -> bool:

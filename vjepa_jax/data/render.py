@@ -6,7 +6,8 @@ is there. Rendering is deterministic, skips files that exist, and may be interru
 
 The split `physics` holds matched pairs, a possible clip and an impossible one after the
 other; their label says which is possible, and `physics.npz` holds `property` (a name),
-`pair`, `possible` and `onset` (the first frame that differs) of every clip.
+`pair`, `possible` and `onset` (the first frame that differs) of every clip. The folder
+`segmentation` holds videos with masks, see `masked_world`.
 """
 
 import concurrent.futures
@@ -22,7 +23,7 @@ import av
 import numpy as np
 import tqdm
 
-from vjepa_jax.data import play, violations, world
+from vjepa_jax.data import masked_world, play, violations, world
 from vjepa_jax.default_config import ConfigDict, UserError
 
 MANIFEST = "world.json"
@@ -30,7 +31,8 @@ FPS = 12
 PHYSICS = "physics"  # the split of matched pairs
 _CHUNK = 64  # clips per task of a rendering process
 # Keys of `config.world` that came later, and what worlds without them are.
-_ADDED = {"play_fraction": 0.0, "physics_pairs": 0}
+_ADDED = {"play_fraction": 0.0, "physics_pairs": 0, "segmentation_videos": 0}
+_MASKED = 7  # of the videos with masks: the last part of their seed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,6 +195,7 @@ def render_world(config: ConfigDict) -> bool:
         started.write_text(json.dumps({"world": described}))
     pairs = [(n, i) for n in violations.PROPERTIES for i in range(config.physics_pairs)]
     total = sum(split.num_videos for split in splits(config)) + 2 * len(pairs)
+    total += config.segmentation_videos
     context = multiprocessing.get_context("spawn")
     with (
         concurrent.futures.ProcessPoolExecutor(mp_context=context) as pool,
@@ -202,6 +205,8 @@ def render_world(config: ConfigDict) -> bool:
             _render_split(root, looks, split, pool, progress)
         if pairs:
             _render_physics(root, looks, (config.seed, 5), pairs, pool, progress)
+        if config.segmentation_videos:
+            _render_masked(root, looks, config, pool, progress)
     seconds = time.perf_counter() - began
     started.write_text(json.dumps({"world": described, "seconds": seconds}))
     started.replace(manifest)
@@ -250,3 +255,23 @@ def _collect(root, name, items, pool, progress, videos_per_item, *what):
     truth = {key: np.concatenate([p[key] for p in parts]) for key in parts[0]}
     np.savez_compressed(root / f"{name}.npz", **truth)
     return truth
+
+
+def _render_masked(root, looks, config: ConfigDict, pool, progress) -> None:
+    folder = root / masked_world.FOLDER
+    seed = config.seed, _MASKED
+    names = [f"{index:05d}" for index in range(config.segmentation_videos)]
+    futures = []
+    for index, name in enumerate(names):
+        what = folder, name, looks, seed, index
+        futures.append(pool.submit(_write_masked, *what))
+        futures[-1].add_done_callback(lambda _: progress.update())
+    for future in futures:
+        future.result()
+    masked_world.write_lists(folder, names, looks.num_frames)
+
+
+def _write_masked(folder, name, looks, seed, index) -> None:
+    if not masked_world.is_written(folder, name, looks.num_frames):
+        clip = masked_world.make_masked(looks, seed, index)
+        masked_world.write_clip(folder, name, clip)

@@ -74,3 +74,11 @@ def hold_out(source: Source, share: float, seed: int) -> tuple[Subset, Subset]:
         Subset(source, np.flatnonzero(~is_held_out)),
         Subset(source, np.flatnonzero(is_held_out)),
     )
+
+
+def evenly_spread(count: int, wanted: int) -> np.ndarray:
+    """Return int64 [min(wanted, count)], numbers below `count` from first to last.
+
+    Lists often go by class, so that their first records are not like the others.
+    """
+    return np.linspace(0, count - 1, min(wanted, count)).astype(np.int64)

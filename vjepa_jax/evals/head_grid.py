@@ -17,6 +17,10 @@ import optax
 from jax.sharding import Mesh
 
 from vjepa_jax import optim, sharding
+from vjepa_jax.default_config import UserError
+
+# (outputs float32 [B, K], labels [B, ...]) -> float32 [B]
+Loss = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,12 +56,6 @@ class Schedules:
         return rate(step), decays * share(step)
 
 
-def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Return the loss of classes: logits [B, classes], labels int [B] to [B]."""
-    logits = logits.astype(jnp.float32)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-
-
 class HeadGrid:
     """Trains heads with AdamW and classifies, or predicts values, with them.
 
@@ -79,7 +77,7 @@ class HeadGrid:
         mesh: Mesh,
         clip_norm: float = 0.0,
         heads_at_once: int = 0,
-        loss_fn: Callable[[jax.Array, jax.Array], jax.Array] = cross_entropy,
+        loss_fn: Loss = optax.softmax_cross_entropy_with_integer_labels,
     ):
         """Initialises the heads, each with a key of its own.
 
@@ -92,7 +90,7 @@ class HeadGrid:
           mesh: see there.
           clip_norm: largest norm of a head's gradient; 0: no clip.
           heads_at_once: heads whose activations are in memory together; 0: all.
-          loss_fn: from outputs [B, K] and labels to the loss of each row, float32 [B].
+          loss_fn: of each row.
         """
         self.head = head
         self.heads = [pair for group in schedules for pair in group.heads()]
@@ -122,13 +120,14 @@ class HeadGrid:
             params, moments, rate, decay = head_state
 
             def mean_loss(params):
-                losses = loss_fn(head.apply({"params": params}, tokens), labels)
+                outputs = head.apply({"params": params}, tokens).astype(jnp.float32)
+                losses = loss_fn(outputs, labels)
                 return (losses * weights).sum() / jnp.maximum(weights.sum(), 1)
 
-            loss, gradient = jax.value_and_grad(mean_loss)(params)
+            value, gradient = jax.value_and_grad(mean_loss)(params)
             step, moments = tx.update(gradient, moments, params)
             params = jax.tree.map(lambda p, u: p - rate * (u + decay * p), params, step)
-            return params, moments, loss
+            return params, moments, value
 
         def update(state, tokens, labels, weights):
             params, moments, step = state
@@ -224,3 +223,13 @@ class HeadGrid:
 def describe(head: tuple[float, float]) -> str:
     """Name a head by its learning rate and weight decay."""
     return f"rate {head[0]:g}, decay {head[1]:g}"
+
+
+def lowest(losses: jax.Array) -> float:
+    """Return the lowest of the heads' losses, or raise UserError if none is finite."""
+    finite = np.asarray(losses)[np.isfinite(losses)]
+    if not len(finite):
+        raise UserError(
+            "no head has a finite loss: lower config.grids.*.learning_rates"
+        )
+    return float(finite.min())

@@ -13,7 +13,7 @@ from scipy.spatial.distance import pdist
 from sklearn.preprocessing import normalize
 
 from vjepa_jax import losses
-from vjepa_jax.data.subset import Subset
+from vjepa_jax.data.subset import Subset, evenly_spread
 from vjepa_jax.default_config import ConfigDict, UserError
 from vjepa_jax.evals import clip_tokens, settings
 from vjepa_jax.evals.frozen import Frozen, beside_untrained
@@ -37,9 +37,7 @@ def evaluate(frozen: Frozen, config: ConfigDict) -> dict[str, dict[str, Any]]:
     settings.validate(config)
     config = _with_videos(config, frozen.config)
     source = clip_tokens.open_source(config, "test_path")
-    if len(source) > config.num_videos:  # evenly spaced, as lists often go by class
-        places = np.linspace(0, len(source) - 1, config.num_videos).astype(np.int64)
-        source = Subset(source, places)
+    source = Subset(source, evenly_spread(len(source), config.num_videos))
 
     def describe(model: Frozen) -> dict[str, float]:
         videos = clip_tokens.make_videos(model, config, source, False, num_views=1)

@@ -13,13 +13,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh
 from sklearn.linear_model import LogisticRegression, RidgeCV
 from sklearn.metrics import r2_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from vjepa_jax.evals.head_grid import HeadGrid, Schedules, cross_entropy
+from vjepa_jax.evals.head_grid import HeadGrid, Loss, Schedules
 from vjepa_jax.models.heads import AttentiveClassifier, AttentiveRegressor
 
 
@@ -115,7 +116,7 @@ class Training:
     def fit(
         self,
         head: nn.Module,
-        loss_fn: Callable[[jax.Array, jax.Array], jax.Array],
+        loss_fn: Loss,
         tokens: np.ndarray,
         labels: np.ndarray,
         fit: np.ndarray,
@@ -149,7 +150,7 @@ class Training:
 def _make_grid(
     training: Training,
     head: nn.Module,
-    loss_fn: Callable[[jax.Array, jax.Array], jax.Array],
+    loss_fn: Loss,
     total_steps: int,
     token_shape: tuple[int, int],
 ) -> HeadGrid:
@@ -191,7 +192,8 @@ def attentive_accuracy(
     rng = np.random.default_rng(training.seed)
     held_out, fit = np.split(rng.permutation(len(train)), [len(train) // 10])
     head = AttentiveClassifier(int(train_labels.max()) + 1, training.num_heads)
-    grid = training.fit(head, cross_entropy, train, train_labels, fit, rng)
+    loss_fn = optax.softmax_cross_entropy_with_integer_labels
+    grid = training.fit(head, loss_fn, train, train_labels, fit, rng)
 
     def accuracies(tokens, labels):
         best = training.in_batches(grid.classify, tokens[:, None])

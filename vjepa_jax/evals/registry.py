@@ -4,7 +4,15 @@ from collections.abc import Callable
 from typing import Any
 
 from vjepa_jax.default_config import ConfigDict, UserError
-from vjepa_jax.evals import classification, health, neighbours, physics, world
+from vjepa_jax.evals import (
+    classification,
+    health,
+    neighbours,
+    physics,
+    segmentation,
+    video_objects,
+    world,
+)
 from vjepa_jax.evals.frozen import Frozen
 
 # (frozen, config) -> {measure: number, or {column: number}}; opens its own data.
@@ -15,6 +23,8 @@ EVALUATIONS: dict[str, Evaluation] = {
     "health": health.evaluate,
     "neighbours": neighbours.evaluate,
     "physics": physics.evaluate,
+    "segmentation": segmentation.evaluate,
+    "video_objects": video_objects.evaluate,
     "world": world.evaluate,
 }
 

@@ -1,4 +1,4 @@
-"""Defaults of the evaluations on labelled videos, with meaning, unit and range.
+"""Defaults of the evaluations of frozen features, with meaning, unit and range.
 
 The leaf files `configs/probe_*.py` take one of these and change what differs.
 """
@@ -6,7 +6,7 @@ The leaf files `configs/probe_*.py` take one of these and change what differs.
 from vjepa_jax.default_config import ConfigDict, UserError, flatten
 
 
-def _evaluation(name: str) -> ConfigDict:
+def _of_features(name: str) -> ConfigDict:
     config = ConfigDict()
     config.evaluation = name  # a key of evals/registry.py
     config.name = name  # of the results: results_NAME.json
@@ -15,7 +15,11 @@ def _evaluation(name: str) -> ConfigDict:
     config.random_init = True  # evaluate an untrained encoder beside it
     config.out_layers = ()  # blocks whose tokens are taken, from 0; (): the features
     config.clips_per_call = 64  # clips decoded and encoded at once
+    return config
 
+
+def _evaluation(name: str) -> ConfigDict:
+    config = _of_features(name)
     config.data = ConfigDict()  # as data of a run, where keys are the same
     config.data.train_path = ""  # labelled videos to learn from, as data.path of a run
     config.data.test_path = ""  # labelled videos to judge by
@@ -161,6 +165,58 @@ def health() -> ConfigDict:
     return config
 
 
+def segmentation() -> ConfigDict:
+    """Return the defaults of `evals/segmentation.py`, a linear probe of every patch."""
+    config = _of_features("segmentation")
+    config.num_classes = 0  # pixels have the classes below it; at most 254
+    config.epochs = 10
+    config.batch_size = 16  # images per update, over all devices
+    config.test_batch_size = 16  # images judged at once
+    config.heads_at_once = 0  # heads that are updated together; 0: all
+
+    data = config.data = ConfigDict()
+    # Lists of `image mask` lines or folders with images/ and masks/, see
+    # docs/segmentation.md. "": those of the run's world.
+    data.train_path = ""  # images to learn from
+    data.val_path = ""  # images to choose the head by; "": held out of train
+    data.test_path = ""  # images to judge by
+    data.held_out_share = 0.1  # of the folders or images of train_path
+    data.max_images = 0  # of each list, evenly spread; 0: all
+    data.first_class = 0  # number in masks of the first class; below it: ignored
+    data.num_frames = 1  # seen for one image: 1: itself; more: the frames around it,
+    # of its folder; 0: so many as the model was trained on
+    data.size = (512, 512)  # (height, width) of images in pixels; (): as trained
+    data.crop_scale = (0.5, 1.0)  # (low, high) share of an image's area, in training
+    data.flip_probability = 0.5  # of mirroring an image, in training, 0..1
+    data.num_workers = 8  # reading threads
+
+    config.grids = ConfigDict()  # heads trained side by side, by name
+    config.grids.main = grid()
+    config.grids.main.learning_rates = (1e-2, 3e-3, 1e-3, 3e-4)
+    config.grids.main.weight_decays = (1e-3, 1e-2)
+    return config
+
+
+def video_objects() -> ConfigDict:
+    """Return the defaults of `evals/video_objects.py`: V-JEPA 2.1's protocol."""
+    config = _of_features("video_objects")
+    config.clips_per_call = 16
+    config.path = ""  # folder laid out as DAVIS 2017; "": that of the run's world
+    config.split = "2017/val"  # list of the folder ImageSets
+    config.quality = "480p"  # folder of frames and masks
+    config.max_videos = 0  # of the list, evenly spread; 0: all
+    config.resolution = 480  # short side of frames in pixels; 0: as trained
+    config.num_frames = 1  # seen for one frame: 1: itself; more: those around it; 0: so
+    # many as the model was trained on
+    config.context_frames = 15  # last ones whose labels are carried on, and the first
+    config.radius = 12.0  # how far labels are carried in a frame, in tokens
+    config.top_k = 5  # places that a place takes its labels from
+    config.temperature = 0.2  # of their weights: exp(cosine / temperature)
+    config.places_at_once = 256  # of a frame, on each device; bounds the memory
+    config.num_workers = 8  # reading threads
+    return config
+
+
 _CHOICES = {
     "data.sampling": ("exact", "official"),
     "data.resize": ("antialias", "official"),
@@ -175,6 +231,8 @@ _POSITIVE = (
     "batch_size",
     "test_batch_size",
     "temperature",
+    "top_k",
+    "places_at_once",
     "draws",
     "frame_step",
     "groups_at_once",
@@ -200,7 +258,12 @@ _NOT_NEGATIVE = (
     "num_frames",
     "resolution",
     "head.num_heads",
+    "context_frames",
+    "radius",
+    "max_videos",
     "data.num_frames",
+    "data.max_images",
+    "data.first_class",
     "data.num_workers",
     "data.resolution",
 )
@@ -218,6 +281,15 @@ def validate(config: ConfigDict) -> None:
         **{key: (lambda v: v >= 0, "give zero or more") for key in _NOT_NEGATIVE},
         "data.held_out_share": (lambda v: 0 < v < 1, "give a share between 0 and 1"),
         "data.max_bad_fraction": (lambda v: 0 <= v <= 1, "give a share from 0 to 1"),
+        "data.flip_probability": (lambda v: 0 <= v <= 1, "give a share from 0 to 1"),
+        "data.size": (
+            lambda v: len(v) in (0, 2) and all(n > 0 for n in v),
+            "give (height, width), or () for that of training",
+        ),
+        "data.crop_scale": (
+            lambda v: len(v) == 2 and 0 < v[0] <= v[1] <= 1,
+            "give (low, high) with 0 < low <= high <= 1",
+        ),
     }
     for key in ("k", "shots"):
         is_met = lambda v: len(v) > 0 and all(n >= 1 for n in v)  # noqa: E731
@@ -229,7 +301,7 @@ def validate(config: ConfigDict) -> None:
             raise UserError(f"config.{key}={flat[key]!r} is out of range: {mend}")
     if "grids" not in config:
         return
-    if config.cache.path and config.data.augment:
+    if "cache" in config and config.cache.path and config.data.augment:
         raise UserError(
             "config.cache.path keeps tokens of clips that do not change: set "
             "config.data.augment=False, or leave it empty"

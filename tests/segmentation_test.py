@@ -1,0 +1,321 @@
+"""Linear heads on patches learn what there is, and are judged as scikit-learn does."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.metrics import confusion_matrix, jaccard_score
+from step_setup import one_device
+
+from vjepa_jax import sharding
+from vjepa_jax.data import mask_lists, masks
+from vjepa_jax.default_config import UserError
+from vjepa_jax.evals import confusion, registry, segmentation, settings
+from vjepa_jax.evals.frame_features import FrameEncoder
+from vjepa_jax.evals.frozen import Frozen
+from vjepa_jax.evals.head_grid import HeadGrid, Schedules
+from vjepa_jax.evals.segmentation_data import Reader
+from vjepa_jax.models.encoder import VideoEncoder
+from vjepa_jax.models.heads import LinearClassifier
+
+COLOURS = np.array([(40, 40, 40), (220, 40, 40), (40, 40, 220)], np.uint8)
+
+
+def write_pair(root, name, mask, rng):
+    """Write an image whose colours are its classes."""
+    colours = COLOURS[np.where(mask == masks.IGNORED, 0, mask)]
+    noise = rng.integers(0, 30, (*mask.shape, 3), dtype=np.uint8)
+    for folder, pixels in (("images", colours + noise), ("masks", mask)):
+        path = root / folder / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        masks.write_image(path, pixels)
+
+
+def draw_mask(rng, height, width):
+    mask = np.zeros((height, width), np.uint8)
+    for k in (1, 2):
+        top, left = rng.integers(0, height - 16), rng.integers(0, width - 16)
+        mask[top : top + 16, left : left + 16] = k
+    mask[: rng.integers(0, 4)] = masks.IGNORED
+    return mask
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("pairs")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 24), ("test", 7)):
+        for i in range(count):
+            # Of several sizes in the test, as real images are.
+            height, width = (32, 32) if split == "train" else (30 + 4 * i, 40)
+            name = f"{i // 4}/{i}" if split == "train" else str(i)
+            write_pair(root / split, name, draw_mask(rng, height, width), rng)
+    return root
+
+
+@pytest.fixture(scope="module")
+def frozen():
+    encoder = VideoEncoder(
+        depth=1, width=24, num_heads=2, mlp_dim=32, patch_size=4, tubelet_size=2
+    )
+    shape = (4, 32, 32, 3)
+    init = jax.jit(encoder.init)
+    params = nn.unbox(init(jax.random.key(0), jnp.zeros((1, *shape))))
+    mesh = sharding.make_mesh()
+    return Frozen(encoder, None, {"target": params["params"]}, None, shape, mesh)
+
+
+@pytest.fixture
+def config(folder):
+    config = settings.segmentation()
+    config.update(num_classes=3, epochs=12, batch_size=8, test_batch_size=4)
+    config.update(clips_per_call=8, random_init=False)
+    config.data.update(train_path=str(folder / "train"), test_path=str(folder / "test"))
+    config.data.update(size=(32, 32), held_out_share=0.3, num_workers=2)
+    config.grids.main.update(learning_rates=(0.1, 1e-5), weight_decays=(1e-3,))
+    return config
+
+
+# --------------------------------------------------------------------------- the lists
+
+
+def test_folders_and_lists_are_the_same_pairs(folder, tmp_path):
+    pairs = mask_lists.open_pairs(str(folder / "train"))
+    assert len(pairs) == 24 and pairs[0].mask.is_file()
+    lines = [f"{p.image} {p.mask.relative_to(folder)}" for p in pairs]
+    (folder / "list.txt").write_text("\n".join(lines) + "\n\n")
+    assert mask_lists.open_pairs(str(folder / "list.txt")) == pairs
+
+
+@pytest.mark.parametrize(
+    ("text", "pattern"),
+    [
+        ("", "is empty"),
+        ("one\n", "list.txt:1 is not 'image mask'"),
+        ("\na.png b.png\n", "list.txt:2 names .*a.png, which is missing"),
+    ],
+)
+def test_bad_lists_are_named(tmp_path, text, pattern):
+    (tmp_path / "list.txt").write_text(text)
+    with pytest.raises(UserError, match=pattern):
+        mask_lists.open_pairs(str(tmp_path / "list.txt"))
+
+
+def test_images_without_masks_are_named(tmp_path, rng):
+    with pytest.raises(UserError, match="neither a list"):
+        mask_lists.open_pairs(str(tmp_path / "nothing"))
+    with pytest.raises(UserError, match="has no images"):
+        mask_lists.open_pairs(str(tmp_path))
+    write_pair(tmp_path, "a", draw_mask(rng, 20, 20), rng)
+    (tmp_path / "masks" / "a.png").unlink()
+    with pytest.raises(UserError, match=r"a\.png has no mask"):
+        mask_lists.open_pairs(str(tmp_path))
+
+
+def test_frames_of_a_folder_are_held_out_together(folder):
+    pairs = mask_lists.open_pairs(str(folder / "train"))
+    fit, held_out = mask_lists.hold_out(pairs, 0.3, seed=1)
+    assert sorted(fit + held_out, key=str) == sorted(pairs, key=str)
+    folders = [{p.image.parent for p in part} for part in (fit, held_out)]
+    assert not folders[0] & folders[1] and len(folders[1]) == 2
+    # In one folder, each image is for itself.
+    one = mask_lists.open_pairs(str(folder / "test"))
+    fit, held_out = mask_lists.hold_out(one, 0.3, seed=1)
+    assert len(held_out) == 3 and len(fit) == 4
+    with pytest.raises(UserError, match=r"held_out_share=0\.3 of 1 folders or images"):
+        mask_lists.hold_out(one[:1], 0.3, seed=1)
+
+
+def test_frames_around_an_image_are_those_of_its_folder(folder):
+    pair = mask_lists.open_pairs(str(folder / "train"))[6]
+    files, place = mask_lists.frames_around(pair)
+    assert files[place] == pair.image and len(files) == 4
+
+
+# ----------------------------------------------------------------------- what is read
+
+
+@given(
+    st.integers(1, 9), st.integers(1, 9), st.integers(1, 3), st.integers(0, 2**32 - 1)
+)
+def test_masks_are_resized_to_the_nearest_pixel(height, width, scale, seed):
+    mask = np.random.default_rng(seed).integers(0, 9, (height, width), np.uint8)
+    large = masks.resize_mask(mask, (height * scale, width * scale))
+    np.testing.assert_array_equal(large, np.kron(mask, np.ones((scale, scale), int)))
+    np.testing.assert_array_equal(masks.resize_mask(large, mask.shape), mask)
+    box = (height // 2, width // 3, height - height // 2, width - width // 3)
+    cut = mask[box[0] : box[0] + box[2], box[1] : box[1] + box[3]]
+    np.testing.assert_array_equal(masks.resize_mask(mask, cut.shape, box), cut)
+
+
+def test_shares_are_those_of_a_loop(rng):
+    mask = rng.integers(0, 5, (12, 20), np.uint8)
+    found = masks.patch_shares(mask, (12, 20), (3, 5), num_labels=4)
+    assert found.shape == (3, 5, 4)
+    for y in range(3):
+        for x in range(5):
+            patch = mask[4 * y : 4 * y + 4, 4 * x : 4 * x + 4]
+            wanted = [(patch == k).mean() for k in range(4)]
+            np.testing.assert_allclose(found[y, x], wanted)
+
+
+def make_reader(frozen, num_frames=1, **fields):
+    encoder = FrameEncoder(frozen, num_frames, clips_per_call=8)
+    fields = {"first_class": 0, "crop_scale": (1.0, 1.0), "flip_probability": 0.0} | (
+        fields
+    )
+    return Reader(encoder, (32, 32), num_classes=3, **fields)
+
+
+def test_image_and_mask_are_cropped_and_flipped_together(folder, frozen, rng):
+    """Colours say the class: at every patch they still do."""
+    pair = mask_lists.open_pairs(str(folder / "train"))[3]
+    read = make_reader(frozen, crop_scale=(0.2, 0.9), flip_probability=0.5)
+    whole, seen = read(pair), []
+    np.testing.assert_array_equal(whole.labels, masks.read_mask(pair.mask))
+    for number in range(8):
+        sample = read(pair, (int(rng.integers(999)), number))
+        seen.append(sample.window.tobytes())
+        of_patch = sample.window[0].reshape(8, 4, 8, 4, 3).mean((1, 3))
+        distance = np.abs(of_patch[..., None, :] - COLOURS - 15.0).sum(-1)
+        pure = sample.shares.max(-1) == 1
+        assert pure.any()
+        np.testing.assert_array_equal(
+            distance.argmin(-1)[pure], sample.shares.argmax(-1)[pure]
+        )
+    assert len(set(seen)) == 8
+
+
+def test_clips_are_the_frames_around(folder, frozen):
+    pairs = mask_lists.open_pairs(str(folder / "train"))[4:8]
+    windows = [make_reader(frozen, num_frames=4)(pair).window for pair in pairs]
+    alone = [make_reader(frozen)(pair).window[0] for pair in pairs]
+    # The image is the fourth of its clip; before the first one it stands still.
+    for i, window in enumerate(windows):
+        wanted = [alone[max(0, min(3, i + k))] for k in (-3, -2, -1, 0)]
+        np.testing.assert_array_equal(window, wanted)
+
+
+def test_classes_count_from_the_first(tmp_path, frozen, rng):
+    mask = np.full((32, 32), 1, np.uint8)
+    mask[:8], mask[8:12] = 0, masks.IGNORED
+    mask[12:16] = 3
+    write_pair(tmp_path, "a", np.minimum(mask, 2), rng)
+    path = tmp_path / "masks" / "a.png"
+    masks.write_image(path, mask)
+    (pair,) = mask_lists.open_pairs(str(tmp_path))
+    found = make_reader(frozen, first_class=1)(pair)
+    wanted = np.where((mask == 0) | (mask == 255), 255, mask - 1)
+    np.testing.assert_array_equal(found.labels, wanted)
+    np.testing.assert_array_equal(found.shares[:3].sum(-1), 0)
+    with pytest.raises(UserError, match=r"a\.png has the class 3, and there are 3"):
+        make_reader(frozen)(pair)
+
+
+# ------------------------------------------------------------------------ the measures
+
+
+def test_miou_is_that_of_scikit_learn(rng):
+    truth, found = (rng.integers(0, 6, 400) for _ in range(2))
+    # A class that nobody names has no part in the mean.
+    matrix = confusion_matrix(truth, found, labels=range(8))
+    wanted = jaccard_score(truth, found, average=None, labels=range(6))
+    np.testing.assert_allclose(confusion.class_iou(matrix)[:6], wanted)
+    assert np.isnan(confusion.class_iou(matrix)[6:]).all()
+    assert confusion.mean_iou(matrix) == pytest.approx(
+        jaccard_score(truth, found, average="macro")
+    )
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_heads_are_counted_as_one_by_one(rng, devices):
+    """Images of several sizes, ignored pixels, padding; on one device and on eight."""
+    classes, count, side = 4, 5, (3, 5)
+    mesh = one_device() if devices == 1 else sharding.make_mesh(2, 4)
+    grid = HeadGrid(
+        LinearClassifier(classes),
+        [Schedules((1e-3, 1e-2), (0.1,))],
+        total_steps=1,
+        token_shape=(1, 6),
+        seed=int(rng.integers(99)),
+        mesh=mesh,
+    )
+    features = 9 * rng.normal(size=(count, *side, 6)).astype(np.float32)
+    patch_labels = rng.integers(0, classes + 1, (count, *side), np.uint8)
+    patch_labels[patch_labels == classes] = masks.IGNORED
+    shapes = np.array([(12, 20), (9, 15), (16, 11), (3, 5), (13, 24)], np.int32)
+    labels = np.full((count, 16, 24), masks.IGNORED, np.uint8)
+    for filled, (height, width) in zip(labels, shapes, strict=True):
+        filled[:height, :width] = rng.integers(0, classes, (height, width))
+    labels[0, :4] = masks.IGNORED
+    found = confusion.confusions(
+        grid, features, patch_labels, labels, shapes, batch_size=6
+    )
+    assert found.shape == (2, 2, classes, classes)
+    for number in range(2):
+        params = jax.tree.map(lambda x, i=number: np.asarray(x[i]), grid.state[0])
+        layer = params["linear"]
+        logits = features @ layer["kernel"] + layer["bias"]
+        patches, pixels = [], []
+        for i, (height, width) in enumerate(shapes):
+            large = jax.image.resize(
+                logits[i], (height, width, classes), "linear", antialias=False
+            )
+            for pairs, truth, said in (
+                (patches, patch_labels[i], logits[i].argmax(-1)),
+                (pixels, labels[i, :height, :width], np.argmax(large, -1)),
+            ):
+                kept = truth != masks.IGNORED
+                pairs.append((truth[kept], said[kept]))
+        for pairs, matrix in ((patches, found[number, 0]), (pixels, found[number, 1])):
+            truth, said = (np.concatenate(part) for part in zip(*pairs, strict=True))
+            wanted = confusion_matrix(truth, said, labels=range(classes))
+            # Rounding may turn a tie.
+            assert np.abs(matrix - wanted).sum() <= 2
+            assert matrix.sum() == wanted.sum()
+
+
+# --------------------------------------------------------------------------- the whole
+
+
+def test_heads_learn_and_the_best_on_held_out_images_counts(frozen, config):
+    found = registry.evaluate(frozen, config)
+    column = {measure: row["pretrained"] for measure, row in found.items()}
+    assert column["chosen_head"] == 1
+    assert column["patch_miou"] > 0.75
+    # Upsampled logits of patches of 4 pixels do not meet every edge.
+    assert column["miou"] > 0.6
+    assert column["images_fitted"] + column["images_held_out"] == 24
+    assert column["images_tested"] == 7
+    heads = [
+        column[f"head {n}: rate {rate}, decay 0.001, test miou"]
+        for n, rate in ((1, "0.1"), (2, "1e-05"))
+    ]
+    assert heads[0] == column["miou"] and heads[1] < heads[0] - 0.2
+    per_class = [column[f"class {k}, iou"] for k in range(3)]
+    assert np.mean(per_class) == pytest.approx(column["miou"])
+
+
+def test_an_evaluation_is_repeatable_and_has_an_untrained_column(frozen, config):
+    config.update(epochs=1, random_init=True)
+    config.data.max_images = 16
+    first, again = (segmentation.evaluate(frozen, config) for _ in range(2))
+    assert first == again
+    assert set(first["miou"]) == {"pretrained", "random_init"}
+    assert first["images_tested"]["pretrained"] == 7
+    assert first["images_fitted"]["pretrained"] < 16
+
+
+def test_what_does_not_fit_is_named(frozen, config):
+    config.batch_size = 30
+    with pytest.raises(UserError, match=r"config\.batch_size=30 exceeds the 16 images"):
+        segmentation.evaluate(frozen, config)
+    config.batch_size, config.num_classes = 8, 2
+    with pytest.raises(UserError, match=r"has the class 2, and there are 2"):
+        segmentation.evaluate(frozen, config)
+    config.num_classes = 0
+    with pytest.raises(UserError, match=r"config\.num_classes=0"):
+        segmentation.evaluate(frozen, config)

@@ -1,0 +1,77 @@
+"""Videos with a mask per object and frame, in the folders of DAVIS 2017.
+
+ROOT/ImageSets/2017/val.txt             a name per line
+ROOT/JPEGImages/480p/NAME/00000.jpg     frames, also PNG
+ROOT/Annotations/480p/NAME/00000.png    0 the background, k object k
+"""
+
+import dataclasses
+import pathlib
+
+from vjepa_jax.default_config import UserError
+
+FRAMES, MASKS, LISTS = "JPEGImages", "Annotations", "ImageSets"
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskedVideo:
+    """Frames and their masks, in order.
+
+    Attributes:
+      name: of the folders.
+      frames, masks: files, as many of one as of the other.
+    """
+
+    name: str
+    frames: tuple[pathlib.Path, ...]
+    masks: tuple[pathlib.Path, ...]
+
+
+def list_videos(path: str, split: str, quality: str) -> list[MaskedVideo]:
+    """List the videos of a split.
+
+    Args:
+      path: the root.
+      split: of `ImageSets/`, such as `2017/val`.
+      quality: folder of frames and masks, such as `480p`.
+
+    Raises:
+      UserError: something is missing, or frames and masks do not match.
+    """
+    root = pathlib.Path(path)
+    names = root / LISTS / f"{split}.txt"
+    if not names.is_file():
+        raise UserError(
+            f"{names} is missing: config.path is a folder laid out as DAVIS 2017, and "
+            "config.split one of its lists (docs/segmentation.md)"
+        )
+    videos = []
+    for name in names.read_text().split():
+        frames, masks = (
+            tuple(_files(root / kind / quality / name)) for kind in (FRAMES, MASKS)
+        )
+        odd = {file.stem for file in frames} ^ {file.stem for file in masks}
+        if odd:
+            raise UserError(
+                f"{name}: {min(odd)} is only a frame or only a mask; every frame needs "
+                f"a mask in {root / MASKS / quality / name}"
+            )
+        if len(frames) < 3:
+            raise UserError(
+                f"{name} has {len(frames)} frames; the first and the last are not "
+                f"judged: take it out of {names}"
+            )
+        videos.append(MaskedVideo(name, frames, masks))
+    if not videos:
+        raise UserError(f"{names} names no video")
+    return videos
+
+
+def _files(folder: pathlib.Path) -> list[pathlib.Path]:
+    if not folder.is_dir():
+        raise UserError(f"{folder} is missing, and config.split names it")
+    # Other files, such as what a file manager leaves, are no frames.
+    files = [
+        f for f in folder.iterdir() if f.suffix.lower() in (".jpg", ".jpeg", ".png")
+    ]
+    return sorted(files)

@@ -1,0 +1,99 @@
+"""Videos of the synthetic world with masks, in the folders of DAVIS 2017.
+
+Clips of play, whose several objects meet, bounce and pass behind the occluder. Next to
+the masks of objects lie those of classes: the background, the shapes, the occluder.
+"""
+
+import dataclasses
+import pathlib
+
+import numpy as np
+
+from vjepa_jax.data import davis, masks, play
+from vjepa_jax.data.painting import paint
+from vjepa_jax.data.scenes import SHAPES, World
+
+FOLDER = "segmentation"  # of a world
+CLASSES = ("background", *SHAPES, "occluder")
+NUM_CLASSES = len(CLASSES)
+_CLASS_MASKS = "Classes"
+_QUALITY = "480p"  # as DAVIS calls it, whatever the size
+# Lists of images with masks of classes, by the keys of the evaluation.
+CLASS_LISTS = {"train_path": "classes_train.txt", "test_path": "classes_val.txt"}
+_LEAST_VISIBLE = 0.5  # share of an object to be seen in the first frame
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskedClip:
+    """A clip with what each pixel shows.
+
+    Attributes:
+      video: uint8 [T, S, S, 3].
+      objects: uint8 [T, S, S], 0 the background, the occluder and objects of which
+        less than half can be seen in the first frame; the others are numbered from 1.
+      classes: uint8 [T, S, S], places in `CLASSES`.
+    """
+
+    video: np.ndarray
+    objects: np.ndarray
+    classes: np.ndarray
+
+
+def make_masked(world: World, seed: int | tuple[int, ...], index: int) -> MaskedClip:
+    """Make clip `index` of the stream `seed`."""
+    scene, track, behind = play.draw_track(world, seed, index)
+    clip = paint(world, scene, track, behind, play.LABEL)
+    # The painter's numbers: 0, the objects from 1 on, and the occluder.
+    is_followed = clip.visibility[0] >= _LEAST_VISIBLE
+    numbers = np.where(is_followed, np.cumsum(is_followed), 0)
+    classes = [0, *(scene.shape + 1), NUM_CLASSES - 1]
+    return MaskedClip(
+        clip.video,
+        np.array([0, *numbers, 0], np.uint8)[clip.masks],
+        np.array(classes, np.uint8)[clip.masks],
+    )
+
+
+def write_clip(root: pathlib.Path, name: str, clip: MaskedClip) -> None:
+    """Write frames and masks, losslessly; the last mask of classes comes last."""
+    kinds = {
+        davis.FRAMES: clip.video,
+        davis.MASKS: clip.objects,
+        _CLASS_MASKS: clip.classes,
+    }
+    for kind, frames in kinds.items():
+        folder = root / kind / _QUALITY / name
+        folder.mkdir(parents=True, exist_ok=True)
+        for number, pixels in enumerate(frames):
+            masks.write_image(folder / f"{number:05d}.png", pixels)
+
+
+def is_written(root: pathlib.Path, name: str, num_frames: int) -> bool:
+    """Return whether a clip is there, whole."""
+    last = f"{num_frames - 1:05d}.png"
+    return (root / _CLASS_MASKS / _QUALITY / name / last).exists()
+
+
+def write_lists(root: pathlib.Path, names: list[str], num_frames: int) -> None:
+    """Write the lists: the first half of the videos to learn from, the rest to judge.
+
+    Args:
+      root: of the folders.
+      names: of all videos.
+      num_frames: of each.
+    """
+    half = len(names) // 2
+    lists = root / davis.LISTS / "2017"
+    lists.mkdir(parents=True, exist_ok=True)
+    for split, key, part in (
+        ("train", "train_path", names[:half]),
+        ("val", "test_path", names[half:]),
+    ):
+        (lists / f"{split}.txt").write_text("".join(f"{name}\n" for name in part))
+        pairs = [
+            f"{davis.FRAMES}/{_QUALITY}/{name}/{number:05d}.png "
+            f"{_CLASS_MASKS}/{_QUALITY}/{name}/{number:05d}.png\n"
+            for name in part
+            for number in range(num_frames)
+        ]
+        (root / CLASS_LISTS[key]).write_text("".join(pairs))

@@ -1,0 +1,150 @@
+"""Image files and the masks beside them: a class or an object's number per pixel."""
+
+import pathlib
+
+import numpy as np
+from PIL import Image
+
+from vjepa_jax.data.transforms import Box
+from vjepa_jax.default_config import UserError
+
+IGNORED = 255  # label of pixels that count nowhere
+
+# What Pillow raises on damaged files; a broken PNG is a SyntaxError.
+_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+
+
+def _unreadable(path: pathlib.Path, error: Exception) -> UserError:
+    return UserError(f"{path} cannot be read ({error}): repair it, or leave it out")
+
+
+def read_image(
+    path: pathlib.Path,
+    size: tuple[int, int],
+    box: Box | None = None,
+    shape: tuple[int, int] | None = None,
+) -> np.ndarray:
+    """Read an image, cropped and resized bilinearly with a filter.
+
+    Args:
+      path: of the file.
+      size: (height, width) of the output.
+      box: (top, left, height, width) of what is seen; None: the whole image.
+      shape: (height, width) that the file must have, its mask's; None: any.
+
+    Returns:
+      uint8 [height, width, 3].
+
+    Raises:
+      UserError: the file cannot be read, or is not of the mask's size.
+    """
+    try:
+        with Image.open(path) as image:
+            if shape is not None and image.size != shape[::-1]:
+                width, height = image.size
+                raise UserError(
+                    f"{path} has {height}x{width} pixels and its mask "
+                    f"{shape[0]}x{shape[1]}: give both the same size"
+                )
+            edges = None
+            if box is not None:
+                top, left, height, width = box
+                edges = (left, top, left + width, top + height)
+            bilinear = Image.Resampling.BILINEAR
+            resized = image.convert("RGB").resize(size[::-1], bilinear, edges)
+            return np.asarray(resized)
+    except UserError:
+        raise
+    except _ERRORS as error:
+        raise _unreadable(path, error) from None
+
+
+def image_shape(path: pathlib.Path) -> tuple[int, int]:
+    """Return the (height, width) of an image file, or raise UserError."""
+    try:
+        with Image.open(path) as image:
+            return image.size[::-1]
+    except _ERRORS as error:
+        raise _unreadable(path, error) from None
+
+
+def read_mask(path: pathlib.Path) -> np.ndarray:
+    """Read a mask of one channel, with or without a palette: uint8 [H, W].
+
+    Raises:
+      UserError: the file cannot be read, or has more than one channel.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.mode not in ("P", "L", "1"):
+                raise UserError(
+                    f"{path} is an image of mode {image.mode}: a mask is a PNG with "
+                    "the number of a class or object per pixel, palette or grey"
+                )
+            return np.asarray(image).astype(np.uint8)
+    except UserError:
+        raise
+    except _ERRORS as error:
+        raise _unreadable(path, error) from None
+
+
+def resize_mask(
+    mask: np.ndarray, size: tuple[int, int], box: Box | None = None
+) -> np.ndarray:
+    """Crop and resize a mask, every pixel taking the nearest one's number.
+
+    Args:
+      mask: uint8 [H, W].
+      size, box: see `read_image`.
+    """
+    top, left, height, width = box or (0, 0, *mask.shape)
+    rows, columns = (
+        start + ((np.arange(n) + 0.5) * length / n).astype(int)
+        for start, length, n in zip((top, left), (height, width), size, strict=True)
+    )
+    return mask[rows[:, None], columns]
+
+
+def patch_shares(
+    mask: np.ndarray, size: tuple[int, int], grid: tuple[int, int], num_labels: int
+) -> np.ndarray:
+    """Return the share of each label in every patch: float32 [h, w, num_labels].
+
+    Args:
+      mask: uint8 [H, W]; what is not below `num_labels` counts nowhere.
+      size: (height, width) to which it is resized before, in pixels.
+      grid: (h, w), patches.
+      num_labels: labels are below it.
+    """
+    mask = resize_mask(mask, size)
+    patch = [pixels // count for pixels, count in zip(size, grid, strict=True)]
+    rows, columns = (np.arange(n) // side for n, side in zip(size, patch, strict=True))
+    places = rows[:, None] * grid[1] + columns
+    counted = mask < num_labels
+    index = places[counted] * num_labels + mask[counted]
+    counts = np.bincount(index, minlength=grid[0] * grid[1] * num_labels)
+    return (counts / (patch[0] * patch[1])).reshape(*grid, -1).astype(np.float32)
+
+
+def write_image(path: pathlib.Path, pixels: np.ndarray) -> None:
+    """Write uint8 [H, W, 3], or a mask [H, W] with a palette, as PNG."""
+    image = Image.fromarray(pixels)
+    if pixels.ndim == 2:
+        image = image.convert("P")
+        image.putpalette(_palette())
+    temporary = path.with_suffix(".part")
+    image.save(temporary, "PNG")
+    temporary.replace(path)
+
+
+def _palette() -> list[int]:
+    """Return 256 colours of the VOC and DAVIS scheme, in which near numbers differ.
+
+    Bit 3j + c of a number becomes bit 7 - j of the channel c.
+    """
+    numbers = np.arange(256)
+    channels = [
+        sum(((numbers >> (3 * j + c)) & 1) << (7 - j) for j in range(3))
+        for c in range(3)
+    ]
+    return np.stack(channels, axis=1).ravel().tolist()
