@@ -6,7 +6,8 @@ decay. They are one array with a leading axis, and one compiled update trains th
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -16,6 +17,9 @@ import optax
 from jax.sharding import Mesh
 
 from vjepa_jax import optim, sharding
+
+# (logits, labels [B]) -> losses [B]; logits are as a head gives them, but float32.
+Loss = Callable[[Any, jax.Array], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,11 +75,13 @@ class HeadGrid:
         mesh: Mesh,
         clip_norm: float = 0.0,
         heads_at_once: int = 0,
+        loss: Loss = optax.softmax_cross_entropy_with_integer_labels,
     ):
         """Initialises the heads, each with a key of its own.
 
         Args:
-          head: module from tokens [B, N, D] to logits [B, classes].
+          head: module from tokens [B, N, D] to logits [B, classes], or to several by
+            name.
           schedules: of groups of heads.
           total_steps: length of the schedules.
           token_shape: (N, D).
@@ -83,6 +89,7 @@ class HeadGrid:
           mesh: batches are split over its devices, heads are whole on each.
           clip_norm: largest norm of a head's gradient; 0: no clip.
           heads_at_once: heads whose activations are in memory together; 0: all.
+          loss: of single rows.
         """
         self.head = head
         self.heads = [pair for group in schedules for pair in group.heads()]
@@ -108,18 +115,21 @@ class HeadGrid:
             values = [group.at(step, total_steps) for group in schedules]
             return (jnp.concatenate(part) for part in zip(*values, strict=True))
 
+        def logits_of(params, tokens):
+            logits = head.apply({"params": params}, tokens)
+            return jax.tree.map(lambda x: x.astype(jnp.float32), logits)
+
         def update_one(head_state, tokens, labels, weights):
             params, moments, rate, decay = head_state
 
             def loss_fn(params):
-                logits = head.apply({"params": params}, tokens).astype(jnp.float32)
-                losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+                losses = loss(logits_of(params, tokens), labels)
                 return (losses * weights).sum() / jnp.maximum(weights.sum(), 1)
 
-            loss, gradient = jax.value_and_grad(loss_fn)(params)
+            mean_loss, gradient = jax.value_and_grad(loss_fn)(params)
             step, moments = tx.update(gradient, moments, params)
             params = jax.tree.map(lambda p, u: p - rate * (u + decay * p), params, step)
-            return params, moments, loss
+            return params, moments, mean_loss
 
         def update(state, tokens, labels, weights):
             params, moments, step = state
@@ -134,10 +144,12 @@ class HeadGrid:
             videos, views = tokens.shape[:2]
             flat = tokens.reshape(videos * views, *tokens.shape[2:])
 
-            def one(params):
-                logits = head.apply({"params": params}, flat).astype(jnp.float32)
+            def best_of(logits):
                 shares = jax.nn.softmax(logits).reshape(videos, views, -1).mean(1)
-                return jax.lax.top_k(shares, num_best)[1]
+                return jax.lax.top_k(shares, min(num_best, shares.shape[-1]))[1]
+
+            def one(params):
+                return jax.tree.map(best_of, logits_of(params, flat))
 
             return over_heads(one)(params)
 
@@ -166,19 +178,21 @@ class HeadGrid:
         self.state, losses = self._update(self.state, *placed)
         return losses
 
-    def classify(self, tokens: np.ndarray, num_best: int = 1) -> np.ndarray:
+    def classify(
+        self, tokens: np.ndarray, num_best: int = 1
+    ) -> np.ndarray | dict[str, np.ndarray]:
         """Return the most probable classes by every head, the best first.
 
         Args:
           tokens: float [B, views, N, D]; softmax is averaged over views.
-          num_best: classes to return.
+          num_best: classes to return, as far as there are so many.
 
         Returns:
-          int32 [H, B, num_best].
+          int32 [H, B, num_best], or several by name where the head gives several.
         """
         (placed,) = self._placed(tokens)
         best = self._classify(self.state[0], placed, num_best=num_best)
-        return np.asarray(best)[:, : len(tokens)]
+        return jax.tree.map(lambda x: np.asarray(x)[:, : len(tokens)], best)
 
     def _placed(self, *arrays: np.ndarray) -> list[jax.Array]:
         """Split arrays over the devices, filled up with zeros to a multiple of them."""
