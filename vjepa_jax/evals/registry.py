@@ -4,13 +4,21 @@ from collections.abc import Callable
 from typing import Any
 
 from vjepa_jax.default_config import ConfigDict, UserError
-from vjepa_jax.evals import classification, health, neighbours, physics, world
+from vjepa_jax.evals import (
+    anticipation,
+    classification,
+    health,
+    neighbours,
+    physics,
+    world,
+)
 from vjepa_jax.evals.frozen import Frozen
 
 # (frozen, config) -> {measure: number, or {column: number}}; opens its own data.
 Evaluation = Callable[[Frozen, ConfigDict], dict[str, Any]]
 
 EVALUATIONS: dict[str, Evaluation] = {
+    "anticipation": anticipation.evaluate,
     "classification": classification.evaluate,
     "health": health.evaluate,
     "neighbours": neighbours.evaluate,
