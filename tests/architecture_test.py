@@ -88,6 +88,7 @@ FLOORS = {
     "data.world": 3,
     "data.violations": 3.1,
     "data.play": 3.1,
+    "data.play_actions": 3.2,
     "data.survey": 4,
     "data.children": 3,
     "data.findings": 4.5,

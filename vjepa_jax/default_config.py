@@ -137,6 +137,8 @@ def get_config() -> ConfigDict:
     config.world.play_fraction = 0.0  # of pretrain_videos: several objects, 0..1
     # Possible and impossible clips per property, for intuitive physics; even.
     config.world.physics_pairs = 0
+    # Clips of play with a list of what happens next, and half as many for the test.
+    config.world.action_clips = 0
     config.world.size = 32  # side in pixels, even
     config.world.num_frames = 16  # frames per video
 
@@ -392,6 +394,8 @@ def _validate_world(world: ConfigDict) -> None:
     _require(0 <= share <= 1, "world.play_fraction", share, mend)
     mend = "give 0 or an even number, since pairs come as twins"
     _require(pairs >= 0 and pairs % 2 == 0, "world.physics_pairs", pairs, mend)
+    count, mend = world.action_clips, "give 0, or 2 or more"
+    _require(count == 0 or count >= 2, "world.action_clips", count, mend)
 
 
 def _validate_mask(prefix: str, spec: ConfigDict) -> None:

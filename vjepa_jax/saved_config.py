@@ -20,6 +20,7 @@ OPERATIONAL = (
     "data.path",
     "world.path",
     "world.physics_pairs",
+    "world.action_clips",
     "teacher.step",
     "optim.max_skipped_in_row",
     "model.scan_layers",

@@ -89,11 +89,16 @@ def simulate(world: World, scene: Scene, velocity: np.ndarray, gravity: float) -
     return Track.of(scene, position, velocities, radius, angle)
 
 
-def make_play(world: World, seed: int | tuple[int, ...], index: int) -> Clip:
-    """Make clip `index` of play of the stream `seed`, of `NUM_OBJECTS` objects."""
+def simulate_clip(world: World, seed: int | tuple[int, ...], index: int):
+    """Return what clip `index` of play shows: (scene, track, gravity, behind)."""
     rng = np.random.default_rng([*np.atleast_1d(seed), index, 3])
     scene, velocity, gravity, behind = draw(world, rng)
-    track = simulate(world, scene, velocity, gravity)
+    return scene, simulate(world, scene, velocity, gravity), gravity, behind
+
+
+def make_play(world: World, seed: int | tuple[int, ...], index: int) -> Clip:
+    """Make clip `index` of play of the stream `seed`, of `NUM_OBJECTS` objects."""
+    scene, track, _, behind = simulate_clip(world, seed, index)
     return paint(world, scene, track, behind, LABEL)
 
 
