@@ -7,7 +7,7 @@ import video_files
 from clip_files import FILES, VFR_STAMPS, Record, read, whole_frame, write_files
 
 from vjepa_jax.data import decode, packets
-from vjepa_jax.data.sampling import Sampling
+from vjepa_jax.data.sampling import ContextSampling, Sampling
 
 
 @pytest.fixture(scope="module")
@@ -270,3 +270,91 @@ def test_inspect_tells_what_a_file_is(files, name, deep):
         assert info.duration_secs == pytest.approx(40 / info.fps)
     if name in ("h264.mp4", "av1.mp4", "stream.ts"):
         assert info.fps == pytest.approx(12, rel=1e-3)
+
+
+def read_context(path, side, moment_secs, **fields):
+    sampling = ContextSampling(
+        4, fps=6, moment_secs=moment_secs, ahead_secs=0.2, **fields
+    )
+    return decode.read_clips(path, sampling=sampling, size=side, crop=whole_frame)[0]
+
+
+@pytest.mark.parametrize("moment_secs", [-1.0, 0.4, 1.9, 3.0, 99.0])
+@pytest.mark.parametrize("name", FILES)
+def test_contexts_are_those_of_a_plain_decode(files, name, moment_secs):
+    plain = video_files.decode_plainly(files[name])
+    times = np.arange(len(plain)) / FILES[name].get("fps", 12)
+    if "stamps" in FILES[name]:
+        times = np.array(FILES[name]["stamps"]) / 1000
+        times -= times[0]
+    sampling = ContextSampling(4, fps=6, moment_secs=moment_secs, ahead_secs=0.2)
+    wanted = plain[sampling.frames(times)[0]]
+    found = read_context(files[name], plain.shape[1], moment_secs)
+    np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.fixture(scope="module")
+def long_files(tmp_path_factory):
+    """Write videos of 25 s with a key frame in every second."""
+    folder, frames = tmp_path_factory.mktemp("long"), video_files.moving_frames(300)
+    names = ("h264.mp4", "b_frames.mp4", "open_gop.mkv", "stream.ts", "vp9.webm")
+    return {
+        name: video_files.write_video(folder / name, frames, **FILES[name])
+        for name in names
+    }
+
+
+@pytest.mark.parametrize("held", [True, False])
+@pytest.mark.parametrize("name", ["b_frames.mp4", "open_gop.mkv", "vp9.webm"])
+def test_of_a_long_video_a_window_is_read(long_files, name, held, monkeypatch):
+    """Its packets alone, whether they are kept in memory or read twice."""
+    if not held:
+        monkeypatch.setattr(packets, "_MAX_HELD_BYTES", 0)
+    read_index, sizes = packets.read_index, []
+
+    def recorded(*args):
+        index = read_index(*args)
+        sizes.append(index.num_frames)
+        return index
+
+    monkeypatch.setattr(packets, "read_index", recorded)
+    monkeypatch.setattr(packets, "decode_counted", None)
+    plain = video_files.decode_plainly(long_files[name])
+    for moment_secs in (0.3, 7.13, 16.9, 24.9):
+        sampling = ContextSampling(4, fps=6, moment_secs=moment_secs, ahead_secs=0.2)
+        wanted = plain[sampling.frames(np.arange(300) / 12)[0]]
+        np.testing.assert_array_equal(
+            read_context(long_files[name], 48, moment_secs), wanted
+        )
+    assert len(sizes) == 4 and max(sizes) < 80
+
+
+@pytest.mark.parametrize("name", ["h264.mp4", "stream.ts"])
+def test_where_seeking_fails_a_context_is_counted(long_files, name, monkeypatch):
+    """Sought too far, or decoding from a key frame in vain."""
+    plain = video_files.decode_plainly(long_files[name])
+    wanted = read_context(long_files[name], 48, 16.9)
+    sampling = ContextSampling(4, fps=6, moment_secs=16.9, ahead_secs=0.2)
+    chosen = sampling.frames(np.arange(300) / 12)[0]
+    np.testing.assert_array_equal(wanted, plain[chosen])
+    monkeypatch.setattr(packets, "decode_indexed", lambda *args: False)
+    np.testing.assert_array_equal(read_context(long_files[name], 48, 16.9), wanted)
+    monkeypatch.undo()
+    read_index = packets.read_index
+
+    def sought_too_far(media, container, stream, window=None):
+        window = window and tuple(secs + 3 for secs in window)
+        return read_index(media, container, stream, window)
+
+    monkeypatch.setattr(packets, "read_index", sought_too_far)
+    np.testing.assert_array_equal(read_context(long_files[name], 48, 16.9), wanted)
+
+
+def test_a_context_at_too_low_a_rate_is_named(files):
+    with pytest.raises(decode.DecodeError, match="low_frame_rate"):
+        decode.read_clips(
+            files["h264.mp4"],
+            sampling=ContextSampling(4, fps=13, rule="official"),
+            size=48,
+            crop=whole_frame,
+        )

@@ -128,6 +128,52 @@ def test_predict_takes_the_online_encoder_and_the_normalised_target(saved, model
     assert np.abs(model.predict(video, ctx_idx, tgt_idx)[0] - found[0]).max() > 1e-3
 
 
+def test_anticipate_puts_mask_tokens_where_the_future_is(tmp_path, rng):
+    """Clips of 2 time steps of 2 x 2 places; as far ahead as each clip's own time."""
+    # Heads of fewer channels would not be rotated.
+    config = make_config(pos_embed="rope", **{"predictor.width": 16})
+    params = random_params(config)
+    model = frozen.load(save(tmp_path, config, params))
+    video = rng.integers(0, 256, (3, *SHAPE), dtype=np.uint8)
+    found = model.anticipate(video, [0, 3, 1], num_steps=2, mask_index=1)
+    encoder, predictor = build.make_models(config)
+
+    @jax.jit
+    def apply(params):
+        features = encoder.apply({"params": params["target"]}, normalise(video))
+        prediction, _ = predictor.apply(
+            {"params": params["predictor"]},
+            features,
+            jnp.tile(jnp.arange(8), (3, 1)),
+            jnp.array([[*range(8, 16)], [*range(20, 28)], [*range(12, 20)]]),
+            (7, 2, 2),
+            mask_index=1,
+        )
+        return features, prediction
+
+    wanted = np.concatenate(apply(params), axis=1)
+    assert found.shape == (3, 16, 16) and found.dtype == np.float32
+    np.testing.assert_allclose(found, wanted, atol=1e-4, rtol=1e-4)
+    for steps, mask_index in (([0, 2, 1], 1), ([0, 3, 1], 0)):
+        other = model.anticipate(video, steps, num_steps=2, mask_index=mask_index)
+        changed = np.abs(other - found).max((1, 2)) > 1e-3
+        assert changed.tolist() == [mask_index == 0, True, mask_index == 0]
+        np.testing.assert_array_equal(other[:, :8], found[:, :8])
+
+
+def test_anticipate_refuses_what_the_predictor_does_not_know(tmp_path, model, rng):
+    video = rng.integers(0, 256, (1, *SHAPE), dtype=np.uint8)
+    with pytest.raises(UserError, match="mask_index=2: the predictor has 2 mask tok"):
+        model.anticipate(video, [0], mask_index=2)
+    config = make_config(pos_embed="sincos")
+    config.data.num_frames = 8
+    tabled = frozen.load(save(tmp_path, config, random_params(config)))
+    far = tabled.anticipate(video, [1], num_steps=1)
+    assert np.abs(tabled.anticipate(video, [0]) - far)[:, 8:].max() > 1e-3
+    with pytest.raises(UserError, match=r"for 4 time steps .* ahead of it takes 5"):
+        tabled.anticipate(video, [2])
+
+
 def test_a_sharded_model_computes_the_same(saved, model, rng):
     video = rng.integers(0, 256, (3, *SHAPE), dtype=np.uint8)
     sharded = frozen.load(saved[0], mesh=sharding.make_mesh(2, 4))
@@ -157,6 +203,8 @@ def test_weights_of_an_encoder_alone_encode_but_do_not_predict(tmp_path, rng):
     assert frozen.random_init(model, 0).encode(video).shape == (1, 2, 4, 16)
     with pytest.raises(UserError, match="no predictor"):
         model.predict(video, [0], [1])
+    with pytest.raises(UserError, match="no predictor"):
+        model.anticipate(video, [0])
     with pytest.raises(UserError, match="no 'encoder'"):
         model.encode(video, params_of="encoder")
 

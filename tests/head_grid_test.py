@@ -130,6 +130,48 @@ def test_losses_of_which_none_is_finite_are_refused():
     assert lowest(jnp.array([jnp.nan, 2.0, 1.5])) == 1.5
     with pytest.raises(UserError, match=r"lower config\.grids\.\*\.learning_rates"):
         lowest(jnp.array([jnp.nan, jnp.inf]))
+class TwoOutputs(nn.Module):
+    """A head with logits of two names."""
+
+    @nn.compact
+    def __call__(self, tokens):
+        pooled = tokens.mean(1)
+        return {"one": nn.Dense(3)(pooled), "other": nn.Dense(7)(pooled)}
+
+
+@pytest.mark.parametrize("heads_at_once", [0, 1])
+def test_a_head_may_have_several_outputs_and_a_loss_of_its_own(rng, heads_at_once):
+    head = TwoOutputs()
+    tokens = rng.normal(size=(11, 6, 8)).astype(np.float32)
+    labels, weights = rng.integers(0, 3, 11), np.arange(11) % 3 > 0
+    seen = []
+
+    def loss(logits, labels):
+        seen.append({name: x.shape for name, x in logits.items()})
+        first = optax.softmax_cross_entropy_with_integer_labels(logits["one"], labels)
+        return first + jnp.square(logits["other"]).sum(-1)
+
+    grid = HeadGrid(
+        head,
+        [Schedules((1e-2,), (0.1, 0.3))],
+        total_steps=9,
+        token_shape=(6, 8),
+        seed=0,
+        mesh=sharding.make_mesh(),
+        heads_at_once=heads_at_once,
+        loss_fn=loss,
+    )
+    for number, found in enumerate(grid.classify(tokens[:, None], 5).items()):
+        name, best = found
+        params = jax.tree.map(lambda x: x[1], jax.device_get(grid.state[0]))
+        logits = np.asarray(head.apply({"params": params}, tokens)[name])
+        assert best.shape == (2, 11, (3, 5)[number])
+        np.testing.assert_array_equal(best[1], np.argsort(-logits)[:, :5])
+    params = jax.tree.map(lambda x: x[0], jax.device_get(grid.state[0]))
+    each = loss(head.apply({"params": params}, tokens), labels)
+    losses = grid.update(tokens, labels, weights)
+    assert losses.shape == (2,) and seen[-1] == {"one": (16, 3), "other": (16, 7)}
+    np.testing.assert_allclose(losses[0], np.asarray(each)[weights].mean(), rtol=1e-4)
 
 
 def test_heads_start_differently():

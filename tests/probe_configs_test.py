@@ -42,6 +42,22 @@ def test_variant_is_valid_and_has_its_heads(name, variant):
     assert config.data.resolution % 16 == 0 and config.data.num_frames % 2 == 0
 
 
+@pytest.mark.parametrize("variant", ["", "vith16", "vitg16", "vitg16_384"])
+def test_anticipation_is_valid_and_has_its_heads(variant):
+    """The numbers of the official files."""
+    config = load("ek100").get_config(variant)
+    settings.validate(config)
+    assert config.is_locked and config.evaluation in registry.EVALUATIONS
+    (schedules,) = classification.make_schedules(config, steps_per_epoch=10)
+    heads = schedules.heads()
+    assert len(heads) == 20 and {d for _, d in heads} == {1e-4, 1e-3, 1e-2, 1e-1}
+    assert (config.data.num_frames, config.data.fps, config.epochs) == (32, 8, 20)
+    assert config.data.resolution == (384 if variant == "vitg16_384" else 256)
+    assert config.batch_size == 128 and config.mask_index == 1
+    with pytest.raises(UserError, match="'vjepa_vitl16' is no variant"):
+        load("ek100").get_config("vjepa_vitl16")
+
+
 @pytest.mark.parametrize("name", ["neighbours", "health"])
 def test_others_are_valid(name):
     config = load(name).get_config()

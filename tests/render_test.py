@@ -97,7 +97,7 @@ def test_worlds_of_earlier_releases_are_the_same_worlds(rendered):
     manifest = rendered / render.MANIFEST
     now = manifest.read_text()
     earlier = json.loads(now)
-    for key in ("play_fraction", "physics_pairs"):
+    for key in ("play_fraction", "physics_pairs", "action_clips"):
         del earlier["world"][key]
     manifest.write_text(json.dumps(earlier))
     assert render.render_world(tiny_world(rendered)) is False
@@ -109,7 +109,13 @@ def test_worlds_of_earlier_releases_are_the_same_worlds(rendered):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("physics_pairs", 3), ("physics_pairs", -2), ("play_fraction", 1.5)],
+    [
+        ("physics_pairs", 3),
+        ("physics_pairs", -2),
+        ("play_fraction", 1.5),
+        ("action_clips", 1),
+        ("action_clips", -4),
+    ],
 )
 def test_values_out_of_range_are_named(key, value):
     config = get_config()

@@ -168,6 +168,8 @@ def _validate_world(world: ConfigDict) -> None:
     _require(0 <= share <= 1, "world.play_fraction", share, mend)
     mend = "give 0 or an even number, since pairs come as twins"
     _require(pairs >= 0 and pairs % 2 == 0, "world.physics_pairs", pairs, mend)
+    count, mend = world.action_clips, "give 0, or 2 or more"
+    _require(count == 0 or count >= 2, "world.action_clips", count, mend)
 
 
 def _validate_mask(prefix: str, spec: ConfigDict) -> None:

@@ -148,6 +148,8 @@ def get_config() -> ConfigDict:
     config.world.physics_pairs = 0
     # With masks, to judge segmentation by, half of them to learn from; 0: none.
     config.world.segmentation_videos = 0
+    # Clips of play with a list of what happens next, and half as many for the test.
+    config.world.action_clips = 0
     config.world.size = 32  # side in pixels, even
     config.world.num_frames = 16  # frames per video
 

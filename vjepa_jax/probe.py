@@ -25,13 +25,14 @@ from vjepa_jax.evals import features, frozen, pictures, registry
 from vjepa_jax.evals.frozen import Frozen
 
 WORLD_RESULTS_FILE = "results.json"
+_SHARES = ("accuracy", "recall_at_5")
 
 
 def format_table(results: dict[str, Any]) -> str:
     """Return results as a table: a row per measure, a column per name below it.
 
     A measure that is one number stands in the column `value`. What is called an
-    accuracy, by its row or its column, is shown in percent.
+    accuracy or a recall, by its row or its column, is shown in percent.
     """
     rows = {
         measure: found if isinstance(found, dict) else {"value": found}
@@ -45,7 +46,7 @@ def format_table(results: dict[str, Any]) -> str:
         value = rows[measure].get(column)
         if not isinstance(value, int | float):
             return f"{'' if value is None else value!s:>{width}}"
-        is_share = measure.endswith("accuracy") or column.endswith("accuracy")
+        is_share = measure.endswith(_SHARES) or column.endswith(_SHARES)
         return f"{value:{width}.{'1%' if is_share else '3f'}}"
 
     pairs = list(zip(columns, widths, strict=True))

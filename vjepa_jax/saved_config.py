@@ -29,6 +29,7 @@ OPERATIONAL = (
     "world.path",
     "world.physics_pairs",
     "world.segmentation_videos",
+    "world.action_clips",
     "teacher.step",
     "optim.max_skipped_in_row",
     "model.scan_layers",

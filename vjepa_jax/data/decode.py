@@ -214,6 +214,16 @@ def _choose(
         raise DecodeError(path, "low_frame_rate", str(error)) from error
 
 
+def _window(
+    path: str, sampling: Sampling, stream: av.VideoStream
+) -> tuple[float, float] | None:
+    stated = stream.average_rate or stream.guessed_rate
+    try:
+        return sampling.window(float(stated or 0) or None)
+    except LowFrameRateError as error:
+        raise DecodeError(path, "low_frame_rate", str(error)) from error
+
+
 def _even_times(num: int, fps: float | None, sampling: Sampling) -> np.ndarray:
     """When frames are shown whose time nobody knows; at an unknown rate, every frame
     makes one of the clip.
@@ -251,9 +261,12 @@ def _fill(
     for probe in (False, True):
         with media.open(probe=probe) as container:
             stream = media.video_stream(container)
-            index = packets.read_index(media, container, stream)
+            window = _window(media.path, sampling, stream)
+            index = packets.read_index(media, container, stream, window)
             if index.order is None:
                 break
+            if window is not None and index.times[0] > max(window[0], 0):
+                break  # sought too far
             writers = make_writers()
             chosen = _choose(media.path, sampling, rng, index.times, index.average_fps)
             if packets.decode_indexed(
@@ -268,6 +281,9 @@ def _fill(
         if media.probed:
             break
 
+    if window is not None:
+        with media.open(probe=True) as container:
+            index = packets.read_index(media, container, media.video_stream(container))
     num_frames = index.num_frames
     while True:
         times = index.times

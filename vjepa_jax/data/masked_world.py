@@ -41,7 +41,7 @@ class MaskedClip:
 
 def make_masked(world: World, seed: int | tuple[int, ...], index: int) -> MaskedClip:
     """Make clip `index` of the stream `seed`."""
-    scene, track, behind = play.draw_track(world, seed, index)
+    scene, track, _, behind = play.simulate_clip(world, seed, index)
     clip = paint(world, scene, track, behind, play.LABEL)
     # The painter's numbers: 0, the objects from 1 on, and the occluder.
     is_followed = clip.visibility[0] >= _LEAST_VISIBLE

@@ -8,6 +8,7 @@ constant frame rate is trusted.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 
 import av
@@ -17,6 +18,13 @@ from vjepa_jax.data.media import DecodeError, Media
 
 # A 10 s clip of Kinetics has under 1 MB. Larger files are read twice instead of held.
 _MAX_HELD_BYTES = 64 << 20
+
+# Around a window: the key frame before it is found by the time of its decoding, which
+# is up to some frames before that of its showing.
+_MARGIN_SECS = 1.0
+# More packets than these come between the first one and that of the first frame shown
+# in no codec.
+_MAX_REORDERED = 32
 
 # Called with a decoded frame and its number or its time stamp.
 OnFrame = Callable[[av.VideoFrame, int], None]
@@ -53,16 +61,43 @@ class Index:
 
 
 def read_index(
-    media: Media, container: av.container.InputContainer, stream: av.VideoStream
+    media: Media,
+    container: av.container.InputContainer,
+    stream: av.VideoStream,
+    window: tuple[float, float] | None = None,
 ) -> Index:
-    """Goes over all packets once.
+    """Goes over the packets once: all of them, or of a part of a long video.
+
+    Args:
+      media: what the container was opened from.
+      container: the container, at its start.
+      stream: its video stream.
+      window: (from, to) in seconds from the first frame. The index then has only the
+        frames in it and some around it, if the file can be sought in; times still count
+        from the first frame of the video. None: all.
 
     Raises:
       DecodeError: there is no frame, or all are at the same time.
     """
     stamps, positions, key_stamps, key_positions = [], [], [], []
     packets, num_bytes = [], 0
-    for position, packet in enumerate(media.packets(container, stream)):
+    origin = last = None
+    remaining = media.packets(container, stream)
+    if window is not None:
+        head = list(itertools.islice(remaining, _MAX_REORDERED))
+        origin = _first_stamp(head)
+        remaining = itertools.chain(head, remaining)
+    if origin is not None:
+        start, last = (
+            max(origin, origin + round(secs / stream.time_base))
+            for secs in (window[0] - _MARGIN_SECS, window[1] + _MARGIN_SECS)
+        )
+        container.seek(start, stream=stream)
+        remaining = media.packets(container, stream)
+    for position, packet in enumerate(remaining):
+        # A frame is never decoded after it is shown.
+        if last is not None and packet.dts is not None and packet.dts > last:
+            break
         if packets is not None:
             packets.append(packet)
             num_bytes += packet.size
@@ -90,9 +125,10 @@ def read_index(
             sorter = np.argsort(stamps)
             order = np.array(stamps)[sorter]
             in_order = np.array(positions)[sorter]
-            times = (order - order[0]) * float(stream.time_base)
+            origin = order[0] if origin is None else origin
+            times = (order - origin) * float(stream.time_base)
             if num_frames > 1:
-                fps = (num_frames - 1) / times[-1]
+                fps = (num_frames - 1) / (times[-1] - times[0])
     return Index(
         num_frames=num_frames,
         order=order,
@@ -104,6 +140,12 @@ def read_index(
         key_positions=np.array(key_positions, np.int64),
         packets=packets,
     )
+
+
+def _first_stamp(packets: Iterable[av.Packet]) -> int | None:
+    """Returns when the first of frames is shown; None where nothing tells."""
+    stamps = [p.pts for p in packets if p.size and not p.is_discard]
+    return None if None in stamps else min(stamps, default=None)
 
 
 @dataclasses.dataclass

@@ -89,18 +89,19 @@ def simulate(world: World, scene: Scene, velocity: np.ndarray, gravity: float) -
     return Track.of(scene, position, velocities, radius, angle)
 
 
-def draw_track(
+def simulate_clip(
     world: World, seed: int | tuple[int, ...], index: int
-) -> tuple[Scene, Track, np.ndarray]:
-    """Return scene, track and what is behind the occluder [K] of clip `index`."""
+) -> tuple[Scene, Track, float, np.ndarray]:
+    """Return what clip `index` of play shows: (scene, track, gravity, behind)."""
     rng = np.random.default_rng([*np.atleast_1d(seed), index, 3])
     scene, velocity, gravity, behind = draw(world, rng)
-    return scene, simulate(world, scene, velocity, gravity), behind
+    return scene, simulate(world, scene, velocity, gravity), gravity, behind
 
 
 def make_play(world: World, seed: int | tuple[int, ...], index: int) -> Clip:
     """Make clip `index` of play of the stream `seed`, of `NUM_OBJECTS` objects."""
-    return paint(world, *draw_track(world, seed, index), LABEL)
+    scene, track, _, behind = simulate_clip(world, seed, index)
+    return paint(world, scene, track, behind, LABEL)
 
 
 def is_play(fraction: float, seed: int | tuple[int, ...], index: int) -> bool:

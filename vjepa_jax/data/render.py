@@ -8,10 +8,14 @@ The split `physics` holds matched pairs, a possible clip and an impossible one a
 other; their label says which is possible, and `physics.npz` holds `property` (a name),
 `pair`, `possible` and `onset` (the first frame that differs) of every clip. The folder
 `segmentation` holds videos with masks, see `masked_world`.
+
+The splits `actions_train` and `actions_test` are clips of play, beside which there are
+lists of what happens in them, `NAME_actions.csv`, see `play_actions`.
 """
 
 import concurrent.futures
 import dataclasses
+import functools
 import json
 import multiprocessing
 import os
@@ -23,16 +27,22 @@ import av
 import numpy as np
 import tqdm
 
-from vjepa_jax.data import masked_world, play, violations, world
+from vjepa_jax.data import masked_world, play, play_actions, violations, world
 from vjepa_jax.default_config import ConfigDict, UserError
 
 MANIFEST = "world.json"
 FPS = 12
 PHYSICS = "physics"  # the split of matched pairs
+ACTIONS = ("actions_train", "actions_test")  # clips of play with a list of events
 _CHUNK = 64  # clips per task of a rendering process
 # Keys of `config.world` that came later, and what worlds without them are.
-_ADDED = {"play_fraction": 0.0, "physics_pairs": 0, "segmentation_videos": 0}
-_MASKED = 7  # of the videos with masks: the last part of their seed
+_ADDED = {
+    "play_fraction": 0.0,
+    "physics_pairs": 0,
+    "segmentation_videos": 0,
+    "action_clips": 0,
+}
+_MASKED = 7  # the last part of their seed: the same scenes as in actions_test
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +85,13 @@ def looks_of(config: ConfigDict) -> world.World:
 
 def splits(config: ConfigDict) -> list[Split]:
     """List the splits of a world; each has random numbers of its own."""
+    count = config.action_clips
+    actions = [
+        Split(name, num_videos, (config.seed, part), play_fraction=1.0)
+        for name, num_videos, part in zip(
+            ACTIONS, (count, count // 2), (6, 7), strict=True
+        )
+    ]
     return [
         Split(
             "pretrain",
@@ -86,6 +103,7 @@ def splits(config: ConfigDict) -> list[Split]:
         Split("probe_test", config.probe_test_videos, (config.seed, 2)),
         Split("hidden_train", config.hidden_train_videos, (config.seed, 3), ("hide",)),
         Split("hidden_test", config.hidden_test_videos, (config.seed, 4), ("hide",)),
+        *(actions if count else ()),
     ]
 
 
@@ -231,6 +249,12 @@ def _render_split(root, looks, split: Split, pool, progress) -> None:
     truth = _collect(root, split.name, indices, pool, progress, 1, looks, split)
     lines = [f"{split.name}/{i:06d}.mp4 {k}\n" for i, k in enumerate(truth["label"])]
     (root / f"{split.name}.csv").write_text("".join(lines))
+    if split.name in ACTIONS:
+        videos = [f"{split.name}/{i:06d}" for i in indices]
+        action_of = functools.partial(play_actions.action_of, looks, split.seed)
+        actions = pool.map(action_of, indices, chunksize=_CHUNK)
+        path = root / f"{split.name}_actions.csv"
+        play_actions.write_actions(path, actions, videos, FPS)
 
 
 def _render_physics(root, looks, seed, pairs, pool, progress) -> None:

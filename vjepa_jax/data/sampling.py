@@ -98,6 +98,14 @@ class Sampling:
             return None
         return 1 / self.fps if self.fps else self.duration_secs / self.num_frames
 
+    def window(self, average_fps: float | None) -> tuple[float, float] | None:
+        """Returns the seconds (from, to) that its frames lie in, where that is known.
+
+        Args:
+          average_fps: see `frames`.
+        """
+        del average_fps
+
     def frames(
         self,
         times: np.ndarray,
@@ -191,6 +199,62 @@ class Sampling:
                 f"{video_fps} frames per second are too few for steps of whole frames"
             )
         return step
+
+
+@dataclasses.dataclass(frozen=True)
+class ContextSampling(Sampling):
+    """One clip that ends some time before a moment of the video; nothing is drawn.
+
+    Where the video begins later than the clip, its first frame is repeated.
+
+    The rule "exact": the frames are those shown nearest to `T / fps`, ..., `2 / fps`,
+    `1 / fps` seconds before the clip's end, by the video's own time stamps.
+
+    The rule "official" is that of V-JEPA 2's action anticipation
+    (`evals/action_anticipation_frozen/epickitchens.py`): the step is `int(average fps /
+    fps)` frames, the clip ends before frame `int(moment_frame - int(ahead_secs *
+    average fps))`, and a frame is where the average rate puts it.
+
+    Attributes:
+      moment_secs: seconds from the video's first frame to the moment.
+      moment_frame: the same in frames, of the official rule alone.
+      ahead_secs: seconds from the clip's end to the moment.
+    """
+
+    moment_secs: float = 0.0
+    moment_frame: float = 0.0
+    ahead_secs: float = 0.0
+
+    def window(self, average_fps: float | None) -> tuple[float, float]:
+        """Returns the seconds that its frames lie in."""
+        wanted = self._wanted_secs(average_fps)
+        return float(wanted[0]), float(wanted[-1])
+
+    def frames(
+        self,
+        times: np.ndarray,
+        average_fps: float | None = None,
+        rng: np.random.Generator | None = None,
+    ) -> np.ndarray:
+        """Chooses the frames, see `Sampling.frames`; `rng` is not used."""
+        del rng
+        between = (times[1:] + times[:-1]) / 2
+        wanted = self._wanted_secs(average_fps) + _TIE_SECS
+        return np.searchsorted(between, wanted, side="right")[None]
+
+    def _wanted_secs(self, average_fps: float | None) -> np.ndarray:
+        if self.rule == "exact":
+            before_end = np.arange(self.num_frames, 0, -1) / self.fps
+            return self.moment_secs - self.ahead_secs - before_end
+        step = int((average_fps or 0) / self.fps)
+        if step < 1:
+            raise LowFrameRateError(
+                f"{average_fps or 0:g} frames per second are too few for steps of "
+                "whole frames"
+            )
+        stop = int(self.moment_frame - int(self.ahead_secs * average_fps))
+        frames = np.arange(stop - self.num_frames * step, stop, step)
+        return np.maximum(frames, 0) / average_fps
 
 
 def make_sampling(data: ConfigDict, clip: ConfigDict) -> Sampling:

@@ -11,9 +11,11 @@ import contextlib
 import dataclasses
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import flax.linen as nn
+import jax
 import numpy as np
 from absl import logging
 from scipy.stats import binomtest
@@ -45,11 +47,12 @@ class Predictions:
 
     Attributes:
       labels: int64 [videos].
-      best: int32 [H, videos, up to 5], classes, the most probable first.
+      best: int32 [H, videos, up to 5], classes, the most probable first; several by
+        name where the heads give several.
     """
 
     labels: np.ndarray
-    best: np.ndarray
+    best: Any
 
     def accuracies(self) -> np.ndarray:
         """Share of videos that each head puts into the right class, [H]."""
@@ -89,8 +92,16 @@ def _evaluate(frozen: Frozen, config: ConfigDict) -> dict[str, Any]:
     num_classes = config.num_classes or largest + 1
     for source in (fit, held_out, test):
         clip_tokens.require_labels(source, num_classes)
-    prepare = _Preparation(frozen, config)
-    grid = train(prepare, fit, num_classes)
+    is_pooled = config.head.kind == "linear"
+
+    def make_videos(source, num_views):
+        return clip_tokens.make_videos(frozen, config, source, is_pooled, num_views)
+
+    prepare = Preparation(frozen, config, make_videos)
+    per_epoch = len(fit) // config.batch_size
+    batches = prepare.training_batches(fit, config.epochs * per_epoch, config.seed)
+    head = make_head(config, frozen, num_classes)
+    grid = train(frozen, config, head, batches, per_epoch)
     # The test videos are not looked at before all heads are trained and one is chosen.
     chosen_by = predict(grid, prepare(held_out, data.num_views), config.test_batch_size)
     held_out_accuracies = chosen_by.accuracies()
@@ -136,35 +147,62 @@ def open_training(config: ConfigDict) -> tuple[Source, Source]:
         fit, held_out = train_source, clip_tokens.open_source(config, "val_path")
     else:
         fit, held_out = hold_out(train_source, data.held_out_share, config.seed)
-    if len(fit) < config.batch_size:
-        raise UserError(
-            f"config.batch_size={config.batch_size} exceeds the {len(fit)} videos to "
-            "train on: lower it"
-        )
+    require_batch(config, len(fit))
     return fit, held_out
 
 
-class _Preparation:
+def require_batch(config: ConfigDict, count: int) -> None:
+    """Raise UserError where there are fewer than a batch to train on."""
+    if count < config.batch_size:
+        raise UserError(
+            f"config.batch_size={config.batch_size} exceeds the {count} videos to "
+            "train on: lower it"
+        )
+
+
+class Preparation:
     """Makes sources into tokens as the config says."""
 
-    def __init__(self, frozen: Frozen, config: ConfigDict):
-        self.frozen, self.config = frozen, config
-        self._digest = token_cache.weights_digest(frozen) if config.cache.path else ""
+    def __init__(
+        self,
+        frozen: Frozen,
+        config: ConfigDict,
+        make_videos: Callable[[Source, int], Videos],
+        with_predictor: bool = False,
+    ):
+        """Digests the weights where tokens are kept on disk.
+
+        Args:
+          frozen: the model.
+          config: of the evaluation.
+          make_videos: from a source and the views of each clip.
+          with_predictor: whether the tokens depend on the predictor's weights.
+        """
+        self.config = config
+        self._make_videos = make_videos
+        self._digest = ""
+        if config.cache.path:
+            self._digest = token_cache.weights_digest(frozen, with_predictor)
 
     def __call__(self, source: Source, num_views: int) -> Videos | CachedVideos:
         """Return the tokens of a source's videos, from the disk if the config says."""
-        cache, is_pooled = self.config.cache, self.config.head.kind == "linear"
-        videos = clip_tokens.make_videos(
-            self.frozen, self.config, source, is_pooled, num_views
-        )
+        cache, videos = self.config.cache, self._make_videos(source, num_views)
         if not cache.path:
             return videos
         return token_cache.cached(
             videos, cache.path, cache.dtype, self.config.test_batch_size, self._digest
         )
 
-    def training_batches(self, source: Source, steps: int) -> Iterator[TokenBatch]:
-        """Yield the batches of a training, one view of each video."""
+    def training_batches(
+        self, source: Source, steps: int, seed: int
+    ) -> Iterator[TokenBatch]:
+        """Yield so many batches of a training, one view of each video.
+
+        Args:
+          source: the videos.
+          steps: batches.
+          seed: of order, windows and augmentation.
+        """
         config, videos = self.config, self(source, num_views=1)
         data, size = config.data, config.batch_size
         if data.augment:
@@ -173,12 +211,12 @@ class _Preparation:
                 videos,
                 ClipTransform(videos.reading.resolution, **fields),
                 batch_size=size,
-                seed=config.seed,
+                seed=seed,
                 prefetch_megabytes=data.prefetch_megabytes,
                 max_bad_fraction=data.max_bad_fraction,
             )
         else:
-            order = epochs_order(len(source), size, steps, config.seed)
+            order = epochs_order(len(source), size, steps, seed)
             batches = videos.batches(size, order)
         with contextlib.closing(batches):
             yield from itertools.islice(batches, steps)
@@ -203,26 +241,41 @@ def epochs_order(count: int, batch_size: int, steps: int, seed: int) -> np.ndarr
     return np.concatenate(epochs)[: steps * batch_size]
 
 
-def train(prepare: _Preparation, fit: Source, num_classes: int) -> HeadGrid:
-    """Train all heads of the config on a source's videos."""
-    config = prepare.config
-    steps_per_epoch = len(fit) // config.batch_size
-    total_steps = config.epochs * steps_per_epoch
-    head = make_head(config, prepare.frozen, num_classes)
+def train(
+    frozen: Frozen,
+    config: ConfigDict,
+    head: nn.Module,
+    batches: Iterator[TokenBatch],
+    steps_per_epoch: int,
+    **options: Any,
+) -> HeadGrid:
+    """Train all heads of the config.
+
+    Args:
+      frozen: the model.
+      config: of the evaluation.
+      head: module of each head.
+      batches: of all epochs.
+      steps_per_epoch: batches of one.
+      options: see `HeadGrid`.
+
+    Raises:
+      UserError: no head has a finite loss.
+    """
     grid, began = None, time.perf_counter()
-    batches = prepare.training_batches(fit, total_steps)
     for step, batch in enumerate(batches, start=1):
         tokens = batch.tokens[:, 0]
         if grid is None:
             grid = HeadGrid(
                 head,
                 make_schedules(config, steps_per_epoch),
-                total_steps=total_steps,
+                total_steps=config.epochs * steps_per_epoch,
                 token_shape=tokens.shape[1:],
                 seed=config.seed,
-                mesh=prepare.frozen.mesh,
+                mesh=frozen.mesh,
                 clip_norm=config.clip_norm,
                 heads_at_once=config.heads_at_once,
+                **options,
             )
         losses = grid.update(tokens, batch.labels, batch.valid)
         if step % steps_per_epoch == 0:
@@ -240,16 +293,32 @@ def train(prepare: _Preparation, fit: Source, num_classes: int) -> HeadGrid:
 def make_head(
     config: ConfigDict, frozen: Frozen, num_classes: int
 ) -> AttentiveClassifier | LinearClassifier:
-    """Make the head of the config.
+    """Make the head of the config, see `make_attentive_head`."""
+    if config.head.kind == "linear":
+        return LinearClassifier(num_classes)
+    width = frozen.encoder.width if config.out_layers else frozen.encoder.out_dim
+    return make_attentive_head(config, frozen, width, num_classes)
+
+
+def make_attentive_head(
+    config: ConfigDict,
+    frozen: Frozen,
+    width: int,
+    num_classes: int = 0,
+    outputs: tuple[tuple[str, int], ...] = (),
+) -> AttentiveClassifier:
+    """Make an attentive head of the config's size.
+
+    Args:
+      config: of the evaluation.
+      frozen: the model.
+      width: channels of the tokens that it sees.
+      num_classes, outputs: see `AttentiveClassifier`; one of them.
 
     Raises:
       UserError: the heads of the attention do not divide the tokens' channels.
     """
-    if config.head.kind == "linear":
-        return LinearClassifier(num_classes)
-    encoder = frozen.encoder
-    width = encoder.width if config.out_layers else encoder.out_dim
-    num_heads = config.head.num_heads or encoder.num_heads
+    num_heads = config.head.num_heads or frozen.encoder.num_heads
     if width % num_heads:
         raise UserError(
             f"config.head.num_heads={num_heads} does not divide the {width} channels "
@@ -259,6 +328,7 @@ def make_head(
         num_classes,
         num_heads,
         config.head.depth,
+        outputs=outputs,
         remat=config.head.remat,
         dtype=config.head.dtype,
     )
@@ -288,10 +358,10 @@ def predict(
     """
     labels, best = [], []
     for batch in videos.batches(batch_size):
-        found = grid.classify(batch.tokens, min(5, grid.head.num_classes))
+        found = grid.classify(batch.tokens, num_best=5)
         labels.append(batch.labels[batch.valid])
-        best.append(found[:, batch.valid])
-    predictions = Predictions(np.concatenate(labels), np.concatenate(best, axis=1))
-    if not len(predictions.labels):
+        best.append(jax.tree.map(lambda x, rows=batch.valid: x[:, rows], found))
+    if not sum(len(part) for part in labels):
         raise UserError("none of the videos to judge by can be read")
-    return predictions
+    joined = jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), *best)
+    return Predictions(np.concatenate(labels), joined)

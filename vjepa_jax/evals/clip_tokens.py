@@ -82,6 +82,10 @@ class Encoder:
         tokens = tokens.reshape(*tokens.shape[:2], -1, tokens.shape[-1])
         return tokens.mean(2, keepdims=True) if self.is_pooled else tokens
 
+    def settings(self) -> tuple:
+        """Return what the tokens of given clips depend on, besides the model."""
+        return self.out_layers, self.is_pooled
+
 
 @dataclasses.dataclass(frozen=True)
 class Videos:
@@ -106,6 +110,11 @@ class Videos:
     def __len__(self) -> int:
         """Return the number of videos."""
         return len(self.source)
+
+    def encode(self, video: np.ndarray, index: np.ndarray) -> np.ndarray:
+        """Encode clips, see `Encoder`; `index` [B] are their videos' places."""
+        del index
+        return self.encoder(video)
 
     def batches(
         self, batch_size: int, order: np.ndarray | None = None
@@ -144,7 +153,7 @@ class Videos:
             video = np.asarray(batch["video"]["video"])
             if self.reading.sampling.num_clips * self.num_views == 1:
                 video = video[:, None]
-            tokens = self.encoder(video)
+            tokens = self.encode(video, batch["index"])
             rows = (batch[key] for key in ("label", "index", "valid"))
             yield TokenBatch(tokens, *rows)
 
@@ -200,7 +209,8 @@ def _augmented_parts(
     ) as iterator:
         for batch in iterator:
             clips, index = np.asarray(batch["video"]["video"]), batch["index"]
-            tokens = videos.encoder(clips.reshape(-1, num_clips, *clips.shape[1:]))
+            clips = clips.reshape(-1, num_clips, *clips.shape[1:])
+            tokens = videos.encode(clips, index)
             valid = np.ones(len(index), bool)
             yield TokenBatch(tokens, labels[index], index, valid)
 

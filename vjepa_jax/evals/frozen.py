@@ -42,28 +42,30 @@ class Frozen:
     video_shape: tuple[int, int, int, int]
     mesh: Mesh
 
-    def call(self, function: Callable[..., Any], video: np.ndarray, **static) -> Any:
+    def call(self, function: Callable[..., Any], *batch: np.ndarray, **static) -> Any:
         """Call a jitted function on a batch that is split over the mesh.
 
         Args:
-          function: `function(params, video, **static)`, jitted, to arrays whose first
+          function: `function(params, *batch, **static)`, jitted, to arrays whose first
             axis is the batch. Compiled once for all models of one architecture.
-          video: [B, T, H, W, 3] of any B, whole on every process; what is missing to a
-            multiple of the devices is filled up and left out of the result.
+          batch: videos [B, T, H, W, 3] of any B, and what else there is of each of them
+            [B, ...]; whole on every process. What is missing to a multiple of the
+            devices is filled up and left out of the result.
           static: further arguments, hashable.
 
         Returns:
           Its arrays on the host, whole on every process of the mesh.
         """
-        count = len(video)
+        count = len(batch[0])
         missing = -count % self.mesh.size
-        video = np.pad(video, [(0, missing)] + [(0, 0)] * (video.ndim - 1))
+        batch = [np.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1)) for x in batch]
         with jax.set_mesh(self.mesh), nn.logical_axis_rules(sharding.RULES):
             over_devices = sharding.batch_sharding(self.mesh)
-            placed = jax.make_array_from_callback(
-                video.shape, over_devices, video.__getitem__
-            )
-            found = function(self.params, placed, **static)
+            placed = [
+                jax.make_array_from_callback(x.shape, over_devices, x.__getitem__)
+                for x in batch
+            ]
+            found = function(self.params, *placed, **static)
             found = _to_host(found)
             return jax.tree.map(lambda x: x[:count], found)
 
@@ -135,6 +137,62 @@ class Frozen:
             predictor=self.predictor,
             ctx_idx=tuple(map(int, ctx_idx)),
             tgt_idx=tuple(map(int, tgt_idx)),
+            mask_index=mask_index,
+        )
+
+    def anticipate(
+        self,
+        video: np.ndarray,
+        steps_ahead: np.ndarray,
+        num_steps: int = 1,
+        mask_index: int = 0,
+    ) -> np.ndarray:
+        """Encode clips and predict the features of what comes some time after each.
+
+        As in V-JEPA 2's action anticipation (`evals/action_anticipation_frozen`), and
+        unlike `predict`, the predictor sees the target encoder's features.
+
+        Args:
+          video: uint8 [B, T, H, W, 3] of a size that tubelets fill.
+          steps_ahead: int [B], time steps of tokens from the end of each clip to the
+            first one to predict.
+          num_steps: time steps to predict, P.
+          mask_index: which of the predictor's mask tokens stands for them.
+
+        Returns:
+          The clips' features and after them the predictions, float32
+          [B, (T' + P) * S, D]: T' time steps of S places.
+
+        Raises:
+          UserError: tubelets do not fill the clips, the predictor has no such mask
+            token or no such positions, or `require_predictor` does.
+        """
+        self.require_predictor()
+        grid, predictor = self.grid(video.shape), self.predictor
+        steps_ahead = np.asarray(steps_ahead, np.int32)
+        if not 0 <= mask_index < predictor.num_mask_tokens:
+            raise UserError(
+                f"mask_index={mask_index}: the predictor has "
+                f"{predictor.num_mask_tokens} mask tokens, counted from 0"
+            )
+        if predictor.pos_embed == "sincos":
+            # Unlike a rotation, a table ends, and beyond it nothing was trained.
+            last, known = grid[0] + steps_ahead.max() + num_steps, predictor.base_grid
+            if last > known[0]:
+                raise UserError(
+                    f"the predictor has positions for {known[0]} time steps of tokens, "
+                    f"and a clip with what is ahead of it takes {last}: shorten "
+                    "config.data.num_frames"
+                )
+            grid = known[0], *grid[1:]
+        return self.call(
+            _anticipate,
+            video,
+            steps_ahead,
+            encoder=self.encoder,
+            predictor=predictor,
+            grid=grid,
+            num_steps=num_steps,
             mask_index=mask_index,
         )
 
@@ -244,6 +302,30 @@ def _predict(params, video, *, encoder, predictor, ctx_idx, tgt_idx, mask_index)
     features = target_features(params, video, encoder)
     wanted = jnp.broadcast_to(jnp.asarray(tgt_idx), (len(video), len(tgt_idx)))
     return prediction, take_tokens(features, wanted)
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("encoder", "predictor", "grid", "num_steps", "mask_index"),
+)
+def _anticipate(
+    params, video, steps_ahead, *, encoder, predictor, grid, num_steps, mask_index
+):
+    video = normalise(video)
+    features = encoder.apply({"params": params["target"]}, video)
+    batch, count, _ = features.shape
+    places = grid[1] * grid[2]
+    first = count + steps_ahead[:, None] * places
+    prediction, _ = predictor.apply(
+        {"params": params["predictor"]},
+        features,
+        jnp.broadcast_to(jnp.arange(count), (batch, count)),
+        first + jnp.arange(num_steps * places),
+        grid,
+        mask_index=mask_index,
+    )
+    tokens = jnp.concatenate([features, prediction], axis=1)
+    return tokens.astype(jnp.float32)
 
 
 def load(path: str, step: int | None = None, mesh: Mesh | None = None) -> Frozen:

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -19,8 +20,8 @@ from jax.sharding import Mesh
 from vjepa_jax import optim, sharding
 from vjepa_jax.default_config import UserError
 
-# (outputs float32 [B, K], labels [B, ...]) -> float32 [B]
-Loss = Callable[[jax.Array, jax.Array], jax.Array]
+# (outputs, labels [B, ...]) -> float32 [B]; outputs are a head's, but float32.
+Loss = Callable[[Any, jax.Array], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +83,8 @@ class HeadGrid:
         """Initialises the heads, each with a key of its own.
 
         Args:
-          head: module from tokens [B, N, D] to outputs [B, K], logits or values.
+          head: module from tokens [B, N, D] to outputs [B, K], logits or values, or to
+            several by name.
           schedules: of groups of heads.
           total_steps: length of the schedules.
           token_shape: (N, D).
@@ -116,12 +118,15 @@ class HeadGrid:
             values = [group.at(step, total_steps) for group in schedules]
             return (jnp.concatenate(part) for part in zip(*values, strict=True))
 
+        def outputs_of(params, tokens):
+            outputs = head.apply({"params": params}, tokens)
+            return jax.tree.map(lambda x: x.astype(jnp.float32), outputs)
+
         def update_one(head_state, tokens, labels, weights):
             params, moments, rate, decay = head_state
 
             def mean_loss(params):
-                outputs = head.apply({"params": params}, tokens).astype(jnp.float32)
-                losses = loss_fn(outputs, labels)
+                losses = loss_fn(outputs_of(params, tokens), labels)
                 return (losses * weights).sum() / jnp.maximum(weights.sum(), 1)
 
             value, gradient = jax.value_and_grad(mean_loss)(params)
@@ -142,10 +147,12 @@ class HeadGrid:
             videos, views = tokens.shape[:2]
             flat = tokens.reshape(videos * views, *tokens.shape[2:])
 
-            def one(params):
-                logits = head.apply({"params": params}, flat).astype(jnp.float32)
+            def best_of(logits):
                 shares = jax.nn.softmax(logits).reshape(videos, views, -1).mean(1)
-                return jax.lax.top_k(shares, num_best)[1]
+                return jax.lax.top_k(shares, min(num_best, shares.shape[-1]))[1]
+
+            def one(params):
+                return jax.tree.map(best_of, outputs_of(params, flat))
 
             return over_heads(one)(params)
 
@@ -185,20 +192,22 @@ class HeadGrid:
             self.state, losses = self._update(self.state, *placed)
         return losses
 
-    def classify(self, tokens: np.ndarray, num_best: int = 1) -> np.ndarray:
+    def classify(
+        self, tokens: np.ndarray, num_best: int = 1
+    ) -> np.ndarray | dict[str, np.ndarray]:
         """Return the most probable classes by every head, the best first.
 
         Args:
           tokens: float [B, views, N, D]; softmax is averaged over views.
-          num_best: classes to return.
+          num_best: classes to return, as far as there are so many.
 
         Returns:
-          int32 [H, B, num_best].
+          int32 [H, B, num_best], or several by name where the head gives several.
         """
         (placed,) = self._placed(tokens)
         with self._on_mesh():
             best = self._classify(self.state[0], placed, num_best=num_best)
-        return np.asarray(best)[:, : len(tokens)]
+        return jax.tree.map(lambda x: np.asarray(x)[:, : len(tokens)], best)
 
     def predict(self, tokens: np.ndarray) -> np.ndarray:
         """Return the outputs of every head: tokens [B, N, D] to float [H, B, K]."""

@@ -5,6 +5,7 @@ from typing import Any
 
 from vjepa_jax.default_config import ConfigDict, UserError
 from vjepa_jax.evals import (
+    anticipation,
     classification,
     health,
     neighbours,
@@ -19,6 +20,7 @@ from vjepa_jax.evals.frozen import Frozen
 Evaluation = Callable[[Frozen, ConfigDict], dict[str, Any]]
 
 EVALUATIONS: dict[str, Evaluation] = {
+    "anticipation": anticipation.evaluate,
     "classification": classification.evaluate,
     "health": health.evaluate,
     "neighbours": neighbours.evaluate,

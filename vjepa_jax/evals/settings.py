@@ -44,8 +44,41 @@ def _evaluation(name: str) -> ConfigDict:
 def classification() -> ConfigDict:
     """Return the defaults of `evals/classification.py`: V-JEPA 2's probe."""
     config = _evaluation("classification")
-    config.random_init = False  # as costly as the evaluation itself
     config.num_classes = 0  # 0: one more than the largest label to learn from
+    _add_training(config)
+    config.head.kind = "attentive"  # or `linear`, on the mean token
+    return config
+
+
+def anticipation() -> ConfigDict:
+    """Return the defaults of `evals/anticipation.py`: V-JEPA 2's on EPIC-KITCHENS."""
+    config = _evaluation("anticipation")
+    _add_training(config)
+    config.batch_size = 128
+    config.grids.main.weight_decays = (1e-4, 1e-3, 1e-2, 1e-1)
+    config.use_predictor = True  # False: heads see the encoder's tokens alone
+    config.num_output_frames = 2  # to predict; one tubelet at least
+    config.mask_index = 1  # mask token of the predictor, as in the released code
+    # A context is one clip, placed by the clock and seen once.
+    del config.out_layers
+    data = config.data
+    del data.frame_step, data.duration_secs, data.allow_clip_overlap
+    del data.num_clips, data.num_views
+    data.videos_path = ""  # folder of the videos; the lists are annotations
+    data.num_frames = 32
+    data.fps = 8.0
+    data.flip_probability = 0.5
+    data.anchors = ("paper", "released")  # see docs/anticipation.md
+    data.anticipation_secs = 1.0  # from the end of a context to the moment anticipated
+    # In training with `augment`: (low, high), drawn uniformly.
+    data.train_anticipation_secs = (0.25, 1.75)
+    data.train_anticipation_point = (0.0, 0.25)  # share of the action; 0 in tests
+    return config
+
+
+def _add_training(config: ConfigDict) -> None:
+    """Add what is common to evaluations that train grids of attentive heads."""
+    config.random_init = False  # as costly as the evaluation itself
     config.epochs = 20
     config.batch_size = 256  # videos per update, over all devices
     config.test_batch_size = 64  # videos classified at once
@@ -69,7 +102,6 @@ def classification() -> ConfigDict:
     config.cache.dtype = "float32"  # or `bfloat16`, at half the size
 
     config.head = ConfigDict()
-    config.head.kind = "attentive"  # or `linear`, on the mean token
     config.head.depth = 4  # blocks, the last of them with cross-attention
     config.head.num_heads = 16  # of all attentions; 0: the encoder's
     config.head.remat = "none"  # what backward recomputes, as model.remat of a run
@@ -77,7 +109,6 @@ def classification() -> ConfigDict:
 
     config.grids = ConfigDict()  # heads trained side by side, by name
     config.grids.main = grid()
-    return config
 
 
 def grid() -> ConfigDict:
@@ -239,6 +270,7 @@ _POSITIVE = (
     "num_videos",
     "tokens_per_clip",
     "head.depth",
+    "num_output_frames",
     "data.num_clips",
     "data.num_views",
     "data.worker_timeout_secs",
@@ -261,6 +293,7 @@ _NOT_NEGATIVE = (
     "context_frames",
     "radius",
     "max_videos",
+    "data.anticipation_secs",
     "data.num_frames",
     "data.max_images",
     "data.first_class",
@@ -291,6 +324,14 @@ def validate(config: ConfigDict) -> None:
             "give (low, high) with 0 < low <= high <= 1",
         ),
     }
+    ranges["data.train_anticipation_secs"] = (
+        lambda v: 0 <= v[0] <= v[1],
+        "give 0 <= low <= high",
+    )
+    ranges["data.train_anticipation_point"] = (
+        lambda v: 0 <= v[0] <= v[1] <= 1,
+        "give 0 <= low <= high <= 1",
+    )
     for key in ("k", "shots"):
         is_met = lambda v: len(v) > 0 and all(n >= 1 for n in v)  # noqa: E731
         ranges[key] = is_met, "give positive numbers"

@@ -36,12 +36,22 @@ _READER_OPTIONS = "readahead_buffer_size:0"
 _RECORDS, _INDEX = "tokens.arrayrecord", "index.npz"
 
 
-def weights_digest(frozen: Frozen) -> str:
-    """Identify a frozen model's target encoder: its fields and its weights."""
-    digest = hashlib.sha256(repr(frozen.encoder).encode())
-    for path, leaf in jax.tree_util.tree_leaves_with_path(frozen.params["target"]):
-        digest.update(jax.tree_util.keystr(path).encode())
-        digest.update(np.ascontiguousarray(leaf).tobytes())
+def weights_digest(frozen: Frozen, with_predictor: bool = False) -> str:
+    """Identify a frozen model's target encoder: its fields and its weights.
+
+    Args:
+      frozen: the model.
+      with_predictor: whether tokens depend on its predictor as well.
+    """
+    digest = hashlib.sha256()
+    parts = [(frozen.encoder, "target")]
+    if with_predictor:
+        parts.append((frozen.predictor, "predictor"))
+    for module, name in parts:
+        digest.update(repr(module).encode())
+        for path, leaf in jax.tree_util.tree_leaves_with_path(frozen.params[name]):
+            digest.update(jax.tree_util.keystr(path).encode())
+            digest.update(np.ascontiguousarray(leaf).tobytes())
     return digest.hexdigest()
 
 
@@ -113,14 +123,13 @@ def cached(
         raise UserError(
             "tokens are cached by one process: leave config.cache.path empty"
         )
-    encoder = videos.encoder
     parts = (
         _FORMAT,
         model_digest,
         videos.source.digest(),
         videos.source.path_of(0),  # copies of a list may be of other pixels
         repr(videos.reading),
-        repr((encoder.out_layers, encoder.is_pooled, videos.num_views, dtype)),
+        repr((*videos.encoder.settings(), videos.num_views, dtype)),
     )
     key = digest_of(part.encode() for part in parts)[:32]
     place = pathlib.Path(folder) / key

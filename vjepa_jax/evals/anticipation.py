@@ -1,0 +1,363 @@
+"""Action anticipation: what will be done a second from now, by frozen features.
+
+V-JEPA 2's protocol on EPIC-KITCHENS-100 (paper section 6,
+`evals/action_anticipation_frozen`): a clip is seen that ends one second before an
+action. Heads see its tokens by the target encoder and the predictor's for the time of
+the action; three queries pool them for verb, noun and action, a pair of both. The
+measure is the recall among five answers, averaged over classes. Paper and code differ
+in where an action's time is; both are measured. See docs/anticipation.md.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import logging
+from sklearn.metrics import accuracy_score, recall_score
+
+from vjepa_jax.data.sampling import Sampling
+from vjepa_jax.data.subset import hold_out
+from vjepa_jax.default_config import ConfigDict, UserError
+from vjepa_jax.evals import classification, settings
+from vjepa_jax.evals.classification import Predictions, Preparation
+from vjepa_jax.evals.clip_tokens import TokenBatch, Videos
+from vjepa_jax.evals.epic_kitchens import (
+    ANCHORS,
+    Actions,
+    Classes,
+    ContextReading,
+    Contexts,
+    read_actions,
+)
+from vjepa_jax.evals.frozen import Frozen, random_init
+from vjepa_jax.evals.head_grid import describe
+
+OUTPUTS = ("verb", "noun", "action")  # in the order of the queries
+
+# Of the focal loss (arXiv 1708.02002).
+_ALPHA, _GAMMA = 0.25, 2.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Anticipator:
+    """From clips to the tokens that heads see.
+
+    Attributes:
+      frozen: the model.
+      clips_per_call: clips that it sees at once.
+      fps: frames of a clip per second.
+      num_output_frames: to predict; one tubelet at least.
+      mask_index: which of the predictor's mask tokens stands for them.
+      use_predictor: False leaves the predictions out.
+    """
+
+    frozen: Frozen
+    clips_per_call: int
+    fps: float
+    num_output_frames: int
+    mask_index: int
+    use_predictor: bool
+
+    def __call__(self, video: np.ndarray, ahead_secs: np.ndarray) -> np.ndarray:
+        """Encode clips and predict what comes so many seconds after each.
+
+        Args:
+          video: uint8 [B, T, H, W, 3].
+          ahead_secs: float [B], rounded down to time steps of tokens.
+
+        Returns:
+          float32 [B, N, D].
+        """
+        tubelet = self.frozen.encoder.tubelet_size
+        # A time that is whole steps may be a little less by rounding.
+        steps = np.floor(ahead_secs * self.fps / tubelet + 1e-6).astype(np.int32)
+        num_steps = max(1, self.num_output_frames // tubelet)
+        parts = []
+        for start in range(0, len(video), self.clips_per_call):
+            rows = slice(start, start + self.clips_per_call)
+            if self.use_predictor:
+                tokens = self.frozen.anticipate(
+                    video[rows], steps[rows], num_steps, self.mask_index
+                )
+            else:
+                tokens = self.frozen.encode(video[rows])
+            parts.append(tokens.reshape(len(tokens), -1, tokens.shape[-1]))
+        return np.concatenate(parts)
+
+    def settings(self) -> tuple:
+        """Return what the tokens of given clips depend on, besides the model."""
+        if not self.use_predictor:
+            return ("encoder",)
+        return "predictor", self.fps, self.num_output_frames, self.mask_index
+
+
+@dataclasses.dataclass(frozen=True)
+class ContextVideos(Videos):
+    """Contexts as heads see them, see `clip_tokens.Videos`."""
+
+    source: Contexts
+    encoder: Anticipator
+
+    def encode(self, video: np.ndarray, index: np.ndarray) -> np.ndarray:
+        """Encode clips [B, 1, T, H, W, 3] of contexts [B]: float32 [B, 1, N, D]."""
+        return self.encoder(video[:, 0], self.source.ahead_secs[index])[:, None]
+
+
+def evaluate(frozen: Frozen, config: ConfigDict) -> dict[str, dict[str, Any]]:
+    """Train heads on annotated actions and judge what they anticipate.
+
+    Args:
+      frozen: the model.
+      config: from `settings.anticipation`.
+
+    Returns:
+      {measure: {anchor: value}}, with `config.random_init` also of `ANCHOR_random`. Of
+      each of `OUTPUTS`, by the head whose recall of actions was best on the actions
+      held out for choosing:
+
+      `*_recall_at_5`: the share of a class's test actions for which it is among the
+      five most probable, averaged over the classes that occur. `*_accuracy`,
+      `*_top5_accuracy`: over all test actions. `*_class_mean_accuracy`: averaged over
+      classes.
+      `official_best_on_test_*_recall_at_5`: of the head that is best on the test
+      itself, for each of `OUTPUTS` another one, as the released code reports.
+      `held_out_action_recall_at_5`, `chosen_head` (from 1), and both recalls of actions
+      of every head.
+      `actions_*`: how many were fitted, held out, tested, unreadable; of a pair that
+      is not among the training annotations and left out of the test, as in the
+      released code (`actions_unknown`). `tests_that_see_the_action`: share of the
+      tested contexts that end after the action has begun.
+
+    Raises:
+      UserError: config, data and model do not fit.
+    """
+    settings.validate(config)
+    anchors = config.data.anchors
+    if not anchors or not set(anchors) <= set(ANCHORS):
+        raise UserError(f"config.data.anchors={anchors}: known: {', '.join(ANCHORS)}")
+    if config.use_predictor:
+        _check_predictor(frozen, config.mask_index)
+    models = {"": frozen}
+    if config.random_init:
+        models["_random"] = random_init(frozen, config.seed)
+    columns = {
+        f"{anchor}{name}": _evaluate(model, config, anchor)
+        for anchor in anchors
+        for name, model in models.items()
+    }
+    measures = next(iter(columns.values()))
+    return {m: {name: found[m] for name, found in columns.items()} for m in measures}
+
+
+def _check_predictor(frozen: Frozen, mask_index: int) -> None:
+    try:
+        frozen.require_predictor()
+    except UserError as error:
+        raise UserError(
+            f"{error}; or leave the predictor out with config.use_predictor=False"
+        ) from None
+    tokens = np.asarray(frozen.params["predictor"]["mask_tokens"])
+    if mask_index < len(tokens) and not tokens[mask_index].any():
+        logging.warning(
+            "mask token %d of the predictor is zero: it was never trained "
+            "(config.mask_index)",
+            mask_index,
+        )
+
+
+def _evaluate(frozen: Frozen, config: ConfigDict, anchor: str) -> dict[str, Any]:
+    data = config.data
+    train, test = (_read(config, key) for key in ("train_path", "test_path"))
+    classes = Classes.of(train)
+
+    def contexts(actions: Actions, point=0.0, ahead_secs=data.anticipation_secs):
+        return Contexts(
+            actions,
+            classes.labels(actions),
+            data.videos_path,
+            anchor=anchor,
+            point=point,
+            ahead_secs=ahead_secs,
+        )
+
+    if data.val_path:
+        fit, held_out = train, _known(_read(config, "val_path"), classes)
+    else:
+        parts = hold_out(contexts(train), data.held_out_share, config.seed)
+        fit, held_out = (train.take(part.indices) for part in parts)
+    num_test, test = len(test), _known(test, classes)
+    classification.require_batch(config, len(fit))
+
+    prepare = Preparation(
+        frozen,
+        config,
+        lambda source, num_views: _make_videos(frozen, config, source),
+        with_predictor=config.use_predictor,
+    )
+    head = classification.make_attentive_head(
+        config,
+        frozen,
+        frozen.encoder.out_dim,
+        outputs=tuple((name, classes.counts[name]) for name in OUTPUTS),
+    )
+    per_epoch = len(fit) // config.batch_size
+    grid = classification.train(
+        frozen,
+        config,
+        head,
+        _training_batches(prepare, contexts, fit, per_epoch),
+        per_epoch,
+        loss=make_loss(classes),
+    )
+    size = config.test_batch_size
+    # The tests are not looked at before all heads are trained and one is chosen.
+    chosen_by = classification.predict(grid, prepare(contexts(held_out), 1), size)
+    held_out_recalls = measure(chosen_by, classes)["action_recall_at_5"]
+    chosen = int(np.argmax(held_out_recalls))
+    tested = contexts(test)
+    judged = classification.predict(grid, prepare(tested, 1), size)
+    measures = measure(judged, classes)
+    results = {name: values[chosen] for name, values in measures.items()}
+    for name in OUTPUTS:
+        key = f"{name}_recall_at_5"
+        results[f"official_best_on_test_{key}"] = max(measures[key])
+    results |= {
+        "held_out_action_recall_at_5": held_out_recalls[chosen],
+        "chosen_head": chosen + 1,
+        "actions_fitted": len(fit),
+        "actions_held_out": len(chosen_by.labels),
+        "actions_tested": len(judged.labels),
+        "actions_unreadable": len(held_out)
+        - len(chosen_by.labels)
+        + len(test)
+        - len(judged.labels),
+        "actions_unknown": num_test - len(test),
+        "tests_that_see_the_action": float(tested.sees_action().mean()),
+    }
+    for number, pair in enumerate(grid.heads):
+        prefix = f"head {number + 1}: {describe(pair)}"
+        results[f"{prefix}, held-out recall_at_5"] = held_out_recalls[number]
+        of_test = measures["action_recall_at_5"][number]
+        results[f"{prefix}, test recall_at_5"] = of_test
+    return results
+
+
+def _read(config: ConfigDict, key: str) -> Actions:
+    path = config.data[key]
+    if not path:
+        raise UserError(
+            f"config.data.{key} is not set: give annotations of EPIC-KITCHENS-100, "
+            "EPIC_100_train.csv or EPIC_100_validation.csv"
+        )
+    return read_actions(path)
+
+
+def _known(actions: Actions, classes: Classes) -> Actions:
+    """Leave out actions whose pair is not among the training annotations."""
+    known = actions.take(classes.labels(actions) >= 0)
+    if not len(known):
+        raise UserError(
+            f"{actions.name!r} has no action that occurs in config.data.train_path: "
+            "give lists of the same data set"
+        )
+    return known
+
+
+def _make_videos(frozen: Frozen, config: ConfigDict, source: Contexts) -> ContextVideos:
+    data = config.data
+    reading = ContextReading(
+        Sampling(
+            data.num_frames or frozen.video_shape[0],
+            fps=data.fps,
+            rule=data.sampling,
+        ),
+        data.resolution or frozen.video_shape[1],
+        data.resize,
+        data.max_pixels,
+        data.time_limit_secs,
+    )
+    frozen.grid(reading.shape()[1:])
+    anticipator = Anticipator(
+        frozen,
+        config.clips_per_call,
+        data.fps,
+        config.num_output_frames,
+        config.mask_index,
+        config.use_predictor,
+    )
+    return ContextVideos(
+        source, reading, anticipator, 1, data.num_workers, data.worker_timeout_secs
+    )
+
+
+def _training_batches(
+    prepare: Preparation,
+    contexts: Callable[..., Contexts],
+    fit: Actions,
+    per_epoch: int,
+) -> Iterator[TokenBatch]:
+    """Yield the batches of all epochs; where times are drawn, anew in each."""
+    config, data = prepare.config, prepare.config.data
+    if not data.augment:
+        steps = config.epochs * per_epoch
+        yield from prepare.training_batches(contexts(fit), steps, config.seed)
+        return
+    for epoch in range(config.epochs):
+        rng = np.random.default_rng((config.seed, epoch))
+        drawn = contexts(
+            fit,
+            rng.uniform(*data.train_anticipation_point, len(fit)),
+            rng.uniform(*data.train_anticipation_secs, len(fit)),
+        )
+        seed = int(rng.integers(1 << 31))
+        yield from prepare.training_batches(drawn, per_epoch, seed)
+
+
+def make_loss(classes: Classes) -> Callable[[dict[str, jax.Array], jax.Array], Any]:
+    """Make the loss: sigmoid focal losses of verb, noun and action, added up.
+
+    Args:
+      classes: of the labels.
+
+    Returns:
+      A function of logits {name: [B, classes]} and actions, int [B], to losses [B],
+      each summed over classes.
+    """
+    tables = {name: jnp.asarray(table) for name, table in classes.tables().items()}
+
+    def loss(logits, labels):
+        total = 0.0
+        for name, of_name in logits.items():
+            wanted = jax.nn.one_hot(tables[name][labels], of_name.shape[-1])
+            each = optax.sigmoid_focal_loss(of_name, wanted, alpha=_ALPHA, gamma=_GAMMA)
+            total += each.sum(-1)
+        return total
+
+    return loss
+
+
+def measure(found: Predictions, classes: Classes) -> dict[str, list[float]]:
+    """Return every measure of every head, {measure: [H]}; see `evaluate`."""
+    measures = {}
+    for name in OUTPUTS:
+        labels = classes.tables()[name][found.labels]
+        for best in found.best[name]:
+            # What is among the best counts as found; the rest as no class at all.
+            among = np.where((best == labels[:, None]).any(1), labels, -1)
+            values = {
+                "recall_at_5": _class_mean(labels, among),
+                "accuracy": accuracy_score(labels, best[:, 0]),
+                "top5_accuracy": accuracy_score(labels, among),
+                "class_mean_accuracy": _class_mean(labels, best[:, 0]),
+            }
+            for key, value in values.items():
+                measures.setdefault(f"{name}_{key}", []).append(float(value))
+    return measures
+
+
+def _class_mean(labels: np.ndarray, found: np.ndarray) -> float:
+    return recall_score(labels, found, labels=np.unique(labels), average="macro")
