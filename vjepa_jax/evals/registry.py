@@ -7,8 +7,11 @@ from vjepa_jax.default_config import ConfigDict, UserError
 from vjepa_jax.evals import classification, health, neighbours, physics, world
 from vjepa_jax.evals.frozen import Frozen
 
-# (frozen, config) -> {measure: number, or {column: number}}; opens its own data.
+# (frozen, config) -> {measure: number, or {column: number}}; opens its own data. Under
+# `CONFUSION`, where there is one, {column: confusion matrix, a list of rows}.
 Evaluation = Callable[[Frozen, ConfigDict], dict[str, Any]]
+
+CONFUSION = "confusion"
 
 EVALUATIONS: dict[str, Evaluation] = {
     "classification": classification.evaluate,

@@ -6,8 +6,10 @@ Every set of features gets the same read-outs: pretrained, random-init, raw pixe
 import dataclasses
 import pathlib
 import sys
+from typing import Any
 
 import numpy as np
+from sklearn.metrics import confusion_matrix
 
 from vjepa_jax.data import sources, streams
 from vjepa_jax.data.reading import Reading
@@ -101,7 +103,7 @@ def measure(
     hidden_visibility: float,
     attentive: dict,
     seed: int,
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Run all read-outs on one set of features.
 
     Args:
@@ -110,11 +112,12 @@ def measure(
       labels_per_class, draws: of the few-label probe.
       hidden_visibility: an object is occluded in a time step where at most this share
         of it is visible, averaged over the frames.
-      attentive: further arguments of `probes.attentive_accuracy`.
+      attentive: further arguments of `probes.attentive_classes`.
       seed: of the probes.
 
     Returns:
-      The `MEASURES`; accuracies 0..1 and R² on the test splits.
+      The `MEASURES`; accuracies 0..1 and R² on the test splits; and `confusion`, clips
+      by true class (rows) and the attentive probe's (columns).
     """
     (train, _), (test, _) = splits["probe_train"], splits["probe_test"]
     pooled = (train.pooled(), train.labels, test.pooled(), test.labels)
@@ -135,16 +138,16 @@ def measure(
 
     shown = splits["probe_train"], splits["probe_test"]
     hidden = splits["hidden_train"], splits["hidden_test"]
+    said = probes.attentive_classes(
+        train.flat(),
+        train.labels,
+        test.flat(),
+        num_heads=num_heads,
+        seed=seed,
+        **attentive,
+    )
     return {
-        "attentive_accuracy": probes.attentive_accuracy(
-            train.flat(),
-            train.labels,
-            test.flat(),
-            test.labels,
-            num_heads=num_heads,
-            seed=seed,
-            **attentive,
-        ),
+        "attentive_accuracy": float((said == test.labels).mean()),
         "linear_accuracy": probes.linear_accuracy(*pooled),
         "few_label_accuracy": probes.few_label_accuracy(
             *pooled, labels_per_class=labels_per_class, draws=draws, seed=seed
@@ -152,6 +155,9 @@ def measure(
         "position_r2": r2("position", *shown, everywhere),
         "velocity_r2": r2("velocity", *shown, everywhere),
         "occluded_position_r2": r2("position", *hidden, occluded),
+        "confusion": confusion_matrix(
+            test.labels, said, labels=range(len(CLASSES))
+        ).tolist(),
     }
 
 
@@ -161,7 +167,7 @@ def chance() -> dict[str, float]:
     return {m: accuracy if m.endswith("accuracy") else 0.0 for m in MEASURES}
 
 
-def evaluate(frozen: Frozen, config: ConfigDict) -> dict[str, dict[str, float]]:
+def evaluate(frozen: Frozen, config: ConfigDict) -> dict[str, dict[str, Any]]:
     """Probe a run of the world, an untrained network and raw pixels.
 
     Args:
@@ -169,7 +175,8 @@ def evaluate(frozen: Frozen, config: ConfigDict) -> dict[str, dict[str, float]]:
       config: as in `configs/probe_world.py`.
 
     Returns:
-      {measure: {features' name: value}}, chance among them.
+      {measure: {features' name: value}}, chance among them; and `confusion`, see
+      `measure`.
 
     Raises:
       UserError: the run is not of the synthetic world, or the world is not there.
@@ -192,7 +199,7 @@ def evaluate(frozen: Frozen, config: ConfigDict) -> dict[str, dict[str, float]]:
         config.batch_size,
         config.num_workers,
     )
-    columns: dict[str, dict[str, float]] = {}
+    columns: dict[str, dict[str, Any]] = {}
     for name in encodes:
         print(f"probing {name} features", file=sys.stderr, flush=True)
         columns[name] = measure(
@@ -204,5 +211,7 @@ def evaluate(frozen: Frozen, config: ConfigDict) -> dict[str, dict[str, float]]:
             attentive=dict(config.attentive),
             seed=config.seed,
         )
+    confusion = {name: column.pop("confusion") for name, column in columns.items()}
     columns["chance"] = chance()
-    return {m: {c: columns[c][m] for c in columns} for m in MEASURES}
+    results = {m: {c: columns[c][m] for c in columns} for m in MEASURES}
+    return results | {"confusion": confusion}
