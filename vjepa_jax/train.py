@@ -3,8 +3,9 @@
     python -m vjepa_jax.train --config=configs/world_tiny.py --workdir=DIR
 
 The same command continues an interrupted run. DIR receives `config.json`,
-`metrics.jsonl`, `tensorboard/`, `checkpoints/`, `bad_videos.jsonl` and `shardings.txt`,
-how each array of the state is spread over the devices (also logged at `--verbosity=1`).
+`metrics.jsonl`, `tensorboard/`, `checkpoints/`, `bad_videos.jsonl`, `starts.jsonl` (the
+hardware and versions of every start) and `shardings.txt`, how each array of the state
+is spread over the devices (also logged at `--verbosity=1`).
 """
 
 import json
@@ -23,6 +24,7 @@ from vjepa_jax import (
     compilation,
     default_config,
     distributed,
+    environment,
     fit,
     flops,
     metrics,
@@ -197,6 +199,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> int | None:
         if start >= config.total_steps:
             _say(f"nothing to do: {workdir} is at step {start}, the end of the run")
             return None
+        if distributed.is_main():
+            environment.note_start(files.folder, start)
         extra = _put_teacher(program, teacher_params)
         with account.measure("compile"):
             step_fn = _compile(program)
