@@ -28,6 +28,7 @@ from vjepa_jax.default_config import ConfigDict, UserError
 MANIFEST = "world.json"
 FPS = 12
 PHYSICS = "physics"  # the split of matched pairs
+PHYSICS_STREAM = 5  # of its random numbers, beside the seed
 _CHUNK = 64  # clips per task of a rendering process
 # Keys of `config.world` that came later, and what worlds without them are.
 _ADDED = {"play_fraction": 0.0, "physics_pairs": 0}
@@ -196,7 +197,9 @@ def render_world(config: ConfigDict) -> bool:
         for split in splits(config):
             _render_split(root, looks, split, pool, progress)
         if pairs:
-            _render_physics(root, looks, (config.seed, 5), pairs, pool, progress)
+            _render_physics(
+                root, looks, (config.seed, PHYSICS_STREAM), pairs, pool, progress
+            )
     seconds = time.perf_counter() - began
     started.write_text(json.dumps({"world": described, "seconds": seconds}))
     started.replace(manifest)
