@@ -93,6 +93,7 @@ def write_metrics(workdir, scale=1.0):
                 "goodput/data": 0.2,
                 "goodput/other": 0.05,
                 "eval/health/token_std": 0.5,
+                "eval/health/token_std/random_init": 0.3,
             }
         )
     text = "".join(json.dumps(row) + "\n" for row in rows)

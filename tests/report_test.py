@@ -122,6 +122,13 @@ def test_figures_hold_the_metrics(page):
     assert loss["x"] == [*range(2, 101, 2)]
     assert loss["y"][0] == pytest.approx(np.exp(-0.05), rel=1e-4)
     assert sum(f["data"][0]["type"] == "heatmap" for f in page.figures()) == 1
+    evaluated = next(
+        f
+        for f in page.figures()
+        if len(f["data"][0].get("y", [])) == 50
+        and f["data"][-1]["name"].endswith("random init")
+    )
+    assert [line["y"][0] for line in evaluated["data"]] == [0.5, 0.3]
     gradient = next(f for f in page.figures() if None in f["data"][0].get("y", []))
     assert gradient["data"][0]["y"].index(None) == 4
 

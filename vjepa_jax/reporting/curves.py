@@ -58,13 +58,17 @@ def draw(runs: Sequence[Run], charts: Sequence[_Chart]) -> list[Figure]:
 
 
 def evaluations(runs: Sequence[Run]) -> tuple[list[Figure], int]:
-    """Draw what evaluations during training measured, `eval/NAME/MEASURE`.
+    """Draw what evaluations during training measured, `eval/NAME/MEASURE[/COLUMN]`.
 
     Returns:
-      (figures, how many more there would be).
+      (figures, one per measure; how many more there would be).
     """
-    names = list(dict.fromkeys(key for run in runs for key in run.scalars("eval/")))
-    charts = [_Chart(name.removeprefix("eval/"), re.escape(name)) for name in names]
+    keys = [key.split("/") for run in runs for key in run.scalars("eval/")]
+    measures = dict.fromkeys("/".join(parts[1:3]) for parts in keys)
+    charts = [
+        _Chart(measure.replace("_", " "), rf"eval/{re.escape(measure)}(/.+)?")
+        for measure in measures
+    ]
     return draw(runs, charts[:_MAX_OF_EVALUATIONS]), max(
         0, len(charts) - _MAX_OF_EVALUATIONS
     )
