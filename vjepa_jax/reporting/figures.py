@@ -190,7 +190,8 @@ def confusion(title: str, matrix: Sequence[Sequence[int]], names: list[str]) -> 
             xgap=1 if is_small else 0,
             ygap=1 if is_small else 0,
             showscale=False,
-            texttemplate="%{z:.0%}" if is_small else None,
+            text=[[f"{100 * v:.0f}" if v >= 0.005 else "" for v in r] for r in rates],
+            texttemplate="%{text}" if is_small else None,
             textfont={"size": 9},
             hovertemplate="%{y} taken for %{x}: %{customdata} videos, %{z:.1%}"
             "<extra></extra>",

@@ -106,7 +106,10 @@ def evaluations(runs: Sequence[Run]) -> Section:
         if "pretrained" in matrices
     ]
     if drawn:
-        lead = "A row is a true class, and says what its videos were taken for."
+        lead = (
+            "Of the trained network, in percent: a row is a true class, and says what "
+            "its videos were taken for."
+        )
         section.blocks.append(Block("figures", drawn, "Confusion", lead))
     else:
         section.missing.append("No evaluation wrote a confusion matrix.")
