@@ -192,4 +192,4 @@ def test_two_runs_share_figures(opened):
     page = opened("both")
     loss = page.locator("#training .figure").first
     assert loss.locator(".trace .js-line").count() == 2
-    assert loss.locator(".legendtext").all_inner_texts() == ["one", "two"]
+    assert loss.locator(".legendtext").all_text_contents() == ["one", "two"]
