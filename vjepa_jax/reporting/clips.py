@@ -71,7 +71,9 @@ def read(
     return _read(source, reading, count, _class_names(config))
 
 
-def _read(source: Mixture, reading: Reading, count: int, classes: Sequence[str]):
+def _read(
+    source: Mixture, reading: Reading, count: int, classes: Sequence[str]
+) -> Clips:
     count = min(count, len(source))
     chosen = Subset(source, np.arange(count) * len(source) // count)
     # Lists often go by class: in a random order those that time allows are a fair part.
