@@ -17,6 +17,7 @@ setup(
     description="Pretraining of video joint-embedding predictive models in JAX",
     python_requires=">=3.11",
     packages=find_packages(include=["vjepa_jax", "vjepa_jax.*"]),
+    package_data={"vjepa_jax.reporting": ["templates/*"]},
     install_requires=[
         *PAIRS,
         "absl-py>=2.1",
@@ -25,6 +26,7 @@ setup(
         "chex>=0.1.90",
         "etils[epath]>=1.9",
         "grain>=0.2.16,<0.3",
+        "jinja2>=3.1",
         "matplotlib>=3.9",
         "ml_collections>=1.1,<2",
         "msgpack>=1.0",
@@ -32,6 +34,7 @@ setup(
         "optax>=0.2.8,<0.3",
         "orbax-checkpoint>=0.11.33,<0.13",
         "pillow>=12,<14",
+        "plotly>=6.1,<7",
         "safetensors>=0.5",
         "scikit-learn>=1.5",
         "scipy>=1.13",
@@ -58,6 +61,7 @@ setup(
         "torch": ["torch==2.13.0", "transformers>=5.23,<6"],
         "test": [
             "hypothesis>=6.100",
+            "playwright>=1.49",  # drives Debian's Chromium; no browser is downloaded
             "pytest>=8",
             "pytest-xdist>=3.5",
             "ruff>=0.9,<0.18",

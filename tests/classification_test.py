@@ -171,6 +171,9 @@ def test_cached_equals_on_the_fly(tmp_path, frozen, config, monkeypatch):
         <= wanted["upper_bound_accuracy"]
     )
     assert wanted["videos_fitted"] == 32 and wanted["videos_tested"] == 19
+    confusion = np.array(wanted["confusion"])
+    assert confusion.sum(1).tolist() == [7, 6, 6]  # 19 videos in turn
+    assert np.trace(confusion) / 19 == wanted["accuracy"]
 
 
 def test_attentive_heads_learn(frozen, config):

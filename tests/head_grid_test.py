@@ -130,6 +130,8 @@ def test_losses_of_which_none_is_finite_are_refused():
     assert lowest(jnp.array([jnp.nan, 2.0, 1.5])) == 1.5
     with pytest.raises(UserError, match=r"lower config\.grids\.\*\.learning_rates"):
         lowest(jnp.array([jnp.nan, jnp.inf]))
+
+
 class TwoOutputs(nn.Module):
     """A head with logits of two names."""
 

@@ -23,6 +23,7 @@ from vjepa_jax import (
     checkpoint,
     cli,
     default_config,
+    environment,
     metrics,
     saved_config,
     train,
@@ -204,6 +205,11 @@ def test_the_same_command_continues_a_broken_run(broken):
     assert f"resumed from step {broken.saved_step}" in broken.finished.stderr
     assert broken.finished.code == 0, broken.finished.stderr
     assert "Traceback" not in broken.finished.stderr
+    lines = (broken.workdir / environment.FILE).read_text().splitlines()
+    starts = [json.loads(line) for line in lines]
+    assert starts[0]["step"] == 0 and starts[2]["step"] == broken.saved_step
+    assert len(starts) == 3 and starts[0]["step"] < starts[1]["step"]
+    assert starts[0]["num_devices"] >= 1 and starts[0]["versions"]["jax"]
 
 
 def test_a_broken_run_repeats_the_unbroken_one_bit_for_bit(broken, unbroken):

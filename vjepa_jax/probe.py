@@ -5,8 +5,9 @@
 
 Reads the checkpoint of a run, or converted weights; prints one table and writes it to
 `results_NAME.json` beside the checkpoints, NAME being the config's `name` or else its
-`evaluation`. The probe of the synthetic world writes `results.json`, and pictures. One
-process computes, on all devices that it sees.
+`evaluation`, and confusion matrices to `confusion_NAME.json`. The probe of the
+synthetic world writes `results.json`, `confusion.json` and pictures. One process
+computes, on all devices that it sees.
 """
 
 import json
@@ -79,6 +80,11 @@ def probe(config: ConfigDict, path: str) -> dict[str, Any]:
             _draw(model, config.seed, files.folder)
             seconds = _earlier_seconds(model.config, files.folder)
             name = WORLD_RESULTS_FILE
+        confusion = results.pop(registry.CONFUSION, None)
+        if confusion is not None:  # a line: a matrix of 400 classes has many numbers
+            text = json.dumps(confusion, separators=(",", ":"))
+            place = files.folder / name.replace("results", registry.CONFUSION, 1)
+            place.write_text(text + "\n")
         seconds |= {"probe": time.perf_counter() - began}
         text = json.dumps(results | {"seconds": seconds}, indent=2)
         (files.folder / name).write_text(text + "\n")

@@ -3,9 +3,10 @@
     python -m vjepa_jax.train --config=configs/world_tiny.py --workdir=DIR
 
 The same command continues an interrupted run. DIR receives `config.json`,
-`metrics.jsonl`, `tensorboard/`, `checkpoints/`, `bad_videos.jsonl` and `shardings.txt`,
-how each array of the state is spread over the devices (also logged at `--verbosity=1`);
-a trace in `profile/` where one is asked for, `stacks_0.txt` where a step took too long.
+`metrics.jsonl`, `tensorboard/`, `checkpoints/`, `bad_videos.jsonl`, `starts.jsonl` (the
+hardware and versions of every start) and `shardings.txt`, how each array of the state
+is spread over the devices (also logged at `--verbosity=1`); a trace in `profile/` where
+one is asked for, `stacks_0.txt` where a step took too long.
 `--config.evals.health.every_steps=500` evaluates the target encoder as it goes.
 """
 
@@ -25,6 +26,7 @@ from vjepa_jax import (
     compilation,
     config_rules,
     distributed,
+    environment,
     fit,
     flops,
     metrics,
@@ -196,6 +198,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> int | None:
         if start >= config.total_steps:
             _say(f"nothing to do: {workdir} is at step {start}, the end of the run")
             return None
+        if distributed.is_main():
+            environment.note_start(files.folder, start)
         extra = _put_teacher(program, teacher_params)
         with account.measure("compile"):
             step_fn = _compile(program)

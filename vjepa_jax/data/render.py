@@ -34,6 +34,7 @@ MANIFEST = "world.json"
 FPS = 12
 PHYSICS = "physics"  # the split of matched pairs
 ACTIONS = ("actions_train", "actions_test")  # clips of play with a list of events
+PHYSICS_STREAM = 5  # of its random numbers, beside the seed
 _CHUNK = 64  # clips per task of a rendering process
 # Keys of `config.world` that came later, and what worlds without them are.
 _ADDED = {
@@ -222,7 +223,9 @@ def render_world(config: ConfigDict) -> bool:
         for split in splits(config):
             _render_split(root, looks, split, pool, progress)
         if pairs:
-            _render_physics(root, looks, (config.seed, 5), pairs, pool, progress)
+            _render_physics(
+                root, looks, (config.seed, PHYSICS_STREAM), pairs, pool, progress
+            )
         if config.segmentation_videos:
             _render_masked(root, looks, config, pool, progress)
     seconds = time.perf_counter() - began

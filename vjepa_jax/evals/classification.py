@@ -19,7 +19,11 @@ import jax
 import numpy as np
 from absl import logging
 from scipy.stats import binomtest
-from sklearn.metrics import accuracy_score, balanced_accuracy_score
+from sklearn.metrics import (
+    accuracy_score,
+    balanced_accuracy_score,
+    confusion_matrix,
+)
 
 from vjepa_jax.data.records import Source
 from vjepa_jax.data.subset import hold_out
@@ -76,6 +80,7 @@ def evaluate(frozen: Frozen, config: ConfigDict) -> dict[str, dict[str, Any]]:
       `official_best_on_test_accuracy`: of the head that is best on the test videos
       themselves, which is what the official code reports; flattering.
       `chosen_head`, counted from 1, and each head's accuracy held out and in the test.
+      `confusion`: test videos by true class (rows) and that head's (columns).
 
     Raises:
       UserError: config, data and model do not fit.
@@ -132,7 +137,9 @@ def _evaluate(frozen: Frozen, config: ConfigDict) -> dict[str, Any]:
         prefix = f"head {number + 1}: {describe(head)}"
         results[f"{prefix}, held-out accuracy"] = float(held_out_accuracies[number])
         results[f"{prefix}, test accuracy"] = float(accuracies[number])
-    return results
+    classes = range(num_classes)
+    matrix = confusion_matrix(labels, best[:, 0], labels=classes)
+    return results | {"confusion": matrix.tolist()}
 
 
 def open_training(config: ConfigDict) -> tuple[Source, Source]:

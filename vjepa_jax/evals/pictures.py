@@ -38,7 +38,7 @@ def draw_curves(rows: list[dict[str, float]], path: pathlib.Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def _per_pixel(marked: np.ndarray, clip_shape: tuple[int, ...]) -> np.ndarray:
+def per_pixel(marked: np.ndarray, clip_shape: tuple[int, ...]) -> np.ndarray:
     """Repeat a value per token [T', H', W', ...] over its pixels [T, H, W, ...]."""
     for axis in range(3):
         times = clip_shape[axis] // marked.shape[axis]
@@ -101,13 +101,31 @@ def draw_masks(
         ):
             marked = np.zeros(grid, bool)
             marked.reshape(-1)[np.asarray(idx)[0]] = True
-            bright = _per_pixel(marked, clip.shape)[..., None]
+            bright = per_pixel(marked, clip.shape)[..., None]
             _strip(
                 axes[1 + 2 * row + part],
                 np.where(bright, pixels, 0.9 + 0.1 * pixels)[shown],
                 f"mask '{name}': {label} ({idx.shape[1]} of {marked.size} tokens)",
             )
     figure.savefig(path, dpi=110)
+
+
+def principal_colours(tokens: np.ndarray, grid: masking.Grid) -> np.ndarray:
+    """Return features' first three principal components as red, green and blue.
+
+    Args:
+      tokens: float [clips, T', H' * W', D]; components and the range of the colours,
+        from the 2nd to the 98th percentile, are those of all of them.
+      grid: (T', H', W').
+
+    Returns:
+      float [clips, T', H', W', 3], 0 to 1.
+    """
+    flat = tokens.reshape(-1, tokens.shape[-1])
+    colours = PCA(3, random_state=0).fit_transform(flat)
+    low, high = np.percentile(colours, (2, 98), axis=0)
+    colours = np.clip((colours - low) / (high - low + 1e-9), 0, 1)
+    return colours.reshape(len(tokens), *grid, 3)
 
 
 def draw_principal_components(
@@ -128,14 +146,9 @@ def draw_principal_components(
     figure, axes = _figure(1 + len(tokens), len(range(0, clip.shape[0], step)))
     _strip(axes[0], clip[::step] / 255.0, "clip")
     for row, (name, values) in zip(axes[1:], tokens.items(), strict=True):
-        flat = values.reshape(-1, values.shape[-1])
-        colours = PCA(3, random_state=0).fit_transform(flat)
-        low, high = np.percentile(colours, (2, 98), axis=0)
-        colours = np.clip((colours - low) / (high - low + 1e-9), 0, 1)
-        first = colours.reshape(len(values), *grid, 3)[0]
         _strip(
             row,
-            _per_pixel(first, clip.shape)[::step],
+            per_pixel(principal_colours(values, grid)[0], clip.shape)[::step],
             f"{name.replace('_', '-')}: principal components 1-3 as red, green, blue",
         )
     figure.savefig(path, dpi=110)

@@ -16,8 +16,11 @@ from vjepa_jax.evals import (
 )
 from vjepa_jax.evals.frozen import Frozen
 
-# (frozen, config) -> {measure: number, or {column: number}}; opens its own data.
+# (frozen, config) -> {measure: number, or {column: number}}; opens its own data. Under
+# `CONFUSION`, where there is one, {column: confusion matrix, a list of rows}.
 Evaluation = Callable[[Frozen, ConfigDict], dict[str, Any]]
+
+CONFUSION = "confusion"
 
 EVALUATIONS: dict[str, Evaluation] = {
     "anticipation": anticipation.evaluate,

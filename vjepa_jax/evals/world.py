@@ -6,8 +6,10 @@ Every set of features gets the same read-outs: pretrained, random-init, raw pixe
 import dataclasses
 import pathlib
 import sys
+from typing import Any
 
 import numpy as np
+from sklearn.metrics import confusion_matrix
 
 from vjepa_jax.data import render, sources, streams
 from vjepa_jax.data.contacts import frames_to_contact
@@ -134,7 +136,7 @@ def measure(
     attentive: Training,
     regression: Training,
     seed: int,
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Run all read-outs on one set of features.
 
     Args:
@@ -147,7 +149,8 @@ def measure(
       seed: of the few-label probe.
 
     Returns:
-      The `MEASURES`; accuracies 0..1 and R² on the test splits.
+      The `MEASURES`; accuracies 0..1 and R² on the test splits; and `confusion`, clips
+      by true class (rows) and the attentive probe's (columns).
     """
     (train, _), (test, _) = splits["probe_train"], splits["probe_test"]
     pooled = (train.pooled(), train.labels, test.pooled(), test.labels)
@@ -191,10 +194,10 @@ def measure(
     epochs = regression.epochs * max(1, shown[0][1].visibility.size // count)
     longer = dataclasses.replace(regression, epochs=epochs)
     attentive_hidden = attentive_r2(("position",), hidden, occluded, longer)
+    said = probes.attentive_classes(train.flat(), train.labels, test.flat(), attentive)
+    confusion = confusion_matrix(test.labels, said, labels=range(len(CLASSES)))
     results = {
-        "attentive_accuracy": probes.attentive_accuracy(
-            train.flat(), train.labels, test.flat(), test.labels, attentive
-        ),
+        "attentive_accuracy": float((said == test.labels).mean()),
         "linear_accuracy": probes.linear_accuracy(*pooled),
         "few_label_accuracy": probes.few_label_accuracy(
             *pooled, labels_per_class=labels_per_class, draws=draws, seed=seed
@@ -206,7 +209,8 @@ def measure(
         "attentive_occluded_position_r2": attentive_hidden["position"],
     }
     results |= {f"attentive_{name}_r2": attentive_shown[name] for name in quantities}
-    return {name: results[name] for name in MEASURES}
+    found = {name: results[name] for name in MEASURES}
+    return found | {"confusion": confusion.tolist()}
 
 
 def chance() -> dict[str, float]:
@@ -215,7 +219,7 @@ def chance() -> dict[str, float]:
     return {m: accuracy if m.endswith("accuracy") else 0.0 for m in MEASURES}
 
 
-def evaluate(frozen: Frozen, config: ConfigDict) -> dict[str, dict[str, float]]:
+def evaluate(frozen: Frozen, config: ConfigDict) -> dict[str, dict[str, Any]]:
     """Probe a run of the world; with `random_init`, what was not trained as well.
 
     Args:
@@ -224,7 +228,7 @@ def evaluate(frozen: Frozen, config: ConfigDict) -> dict[str, dict[str, float]]:
 
     Returns:
       {measure: {"pretrained": value}}, with `config.random_init` also `random_init`, an
-      untrained network, `pixels` and `chance`.
+      untrained network, `pixels` and `chance`; and `confusion`, see `measure`.
 
     Raises:
       UserError: the run is not of the synthetic world, or the world is not there.
@@ -255,7 +259,7 @@ def evaluate(frozen: Frozen, config: ConfigDict) -> dict[str, dict[str, float]]:
         )
         for key in ("attentive", "regression")
     )
-    columns: dict[str, dict[str, float]] = {}
+    columns: dict[str, dict[str, Any]] = {}
     for name in encodes:
         print(f"probing {name} features", file=sys.stderr, flush=True)
         columns[name] = measure(
@@ -267,6 +271,8 @@ def evaluate(frozen: Frozen, config: ConfigDict) -> dict[str, dict[str, float]]:
             regression=regression,
             seed=config.seed,
         )
+    confusion = {name: column.pop("confusion") for name, column in columns.items()}
     if config.random_init:
         columns["chance"] = chance()
-    return {m: {c: columns[c][m] for c in columns} for m in MEASURES}
+    results = {m: {c: columns[c][m] for c in columns} for m in MEASURES}
+    return results | {"confusion": confusion}
