@@ -10,7 +10,7 @@ in where an action's time is; both are measured. See docs/anticipation.md.
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +54,8 @@ class Anticipator:
       mask_index: which of the predictor's mask tokens stands for them.
       use_predictor: False leaves the predictions out.
     """
+
+    num_clips: ClassVar[int] = 1  # a context is one
 
     frozen: Frozen
     clips_per_call: int
@@ -155,13 +157,13 @@ def evaluate(frozen: Frozen, config: ConfigDict) -> dict[str, dict[str, Any]]:
 
 def _check_predictor(frozen: Frozen, mask_index: int) -> None:
     try:
-        frozen.require_predictor()
+        frozen.require_predictor(mask_index)
     except UserError as error:
         raise UserError(
             f"{error}; or leave the predictor out with config.use_predictor=False"
         ) from None
     tokens = np.asarray(frozen.params["predictor"]["mask_tokens"])
-    if mask_index < len(tokens) and not tokens[mask_index].any():
+    if not tokens[mask_index].any():
         logging.warning(
             "mask token %d of the predictor is zero: it was never trained "
             "(config.mask_index)",
@@ -211,7 +213,7 @@ def _evaluate(frozen: Frozen, config: ConfigDict, anchor: str) -> dict[str, Any]
         head,
         _training_batches(prepare, contexts, fit, per_epoch),
         per_epoch,
-        loss=make_loss(classes),
+        loss_fn=make_loss(classes),
     )
     size = config.test_batch_size
     # The tests are not looked at before all heads are trained and one is chosen.

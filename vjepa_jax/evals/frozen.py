@@ -164,17 +164,12 @@ class Frozen:
           [B, (T' + P) * S, D]: T' time steps of S places.
 
         Raises:
-          UserError: tubelets do not fill the clips, the predictor has no such mask
-            token or no such positions, or `require_predictor` does.
+          UserError: tubelets do not fill the clips, the predictor has no such
+            positions, or `require_predictor` does.
         """
-        self.require_predictor()
+        self.require_predictor(mask_index)
         grid, predictor = self.grid(video.shape), self.predictor
         steps_ahead = np.asarray(steps_ahead, np.int32)
-        if not 0 <= mask_index < predictor.num_mask_tokens:
-            raise UserError(
-                f"mask_index={mask_index}: the predictor has "
-                f"{predictor.num_mask_tokens} mask tokens, counted from 0"
-            )
         if predictor.pos_embed == "sincos":
             # Unlike a rotation, a table ends, and beyond it nothing was trained.
             last, known = grid[0] + steps_ahead.max() + num_steps, predictor.base_grid
