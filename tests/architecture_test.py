@@ -61,6 +61,7 @@ FLOORS = {
     "evals.features": 4.5,
     "data.streams": 4.5,
     "evals.frozen": 4.4,
+    "evals.forward": 4.3,
     "encode": 4.4,
     "evals.pictures": 4,
     "evals.probes": 4,

@@ -12,10 +12,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from vjepa_jax import build, checkpoint, losses, sharding
+from vjepa_jax import build, checkpoint, sharding
 from vjepa_jax.default_config import MAIN_STREAM, ConfigDict, UserError
-from vjepa_jax.models.encoder import VideoEncoder, normalise
-from vjepa_jax.models.layers import take_tokens
+from vjepa_jax.evals import forward
+from vjepa_jax.models.encoder import VideoEncoder
 from vjepa_jax.models.predictor import Predictor
 from vjepa_jax.program import Program
 from vjepa_jax.saved_config import restored
@@ -98,7 +98,7 @@ class Frozen:
             raise UserError(f"the checkpoint has no '{params_of}' to encode with")
         grid = self.grid(video.shape)
         tokens = self.call(
-            _encode,
+            forward.encode,
             video,
             encoder=self.encoder,
             out_layers=out_layers,
@@ -131,7 +131,7 @@ class Frozen:
         self.require_predictor(mask_index)
         self.grid(video.shape)
         return self.call(
-            _predict,
+            forward.predict,
             video,
             encoder=self.encoder,
             predictor=self.predictor,
@@ -181,7 +181,7 @@ class Frozen:
                 )
             grid = known[0], *grid[1:]
         return self.call(
-            _anticipate,
+            forward.anticipate,
             video,
             steps_ahead,
             encoder=self.encoder,
@@ -234,93 +234,6 @@ def _to_host(tree: Any) -> Any:
         )
 
     return jax.tree.map(one, tree)
-
-
-@functools.partial(jax.jit, static_argnames=("encoder", "out_layers", "params_of"))
-def _encode(params, video, *, encoder, out_layers, params_of):
-    tokens = encoder.apply(
-        {"params": params[params_of]}, normalise(video), out_layers=out_layers
-    )
-    if out_layers:
-        tokens = jnp.concatenate([*tokens], axis=-1)
-    return tokens.astype(jnp.float32)
-
-
-def target_features(params: Any, video: jax.Array, encoder: VideoEncoder) -> jax.Array:
-    """Return what the predictor was trained to predict: float32 [B, N, D].
-
-    Args:
-      params: see `Frozen`.
-      video: normalised, float [B, T, H, W, 3].
-      encoder: module.
-    """
-    features = encoder.apply({"params": params["target"]}, video)
-    return losses.normalise_target(features, encoder.num_levels)
-
-
-def predicted_features(
-    params: Any,
-    video: jax.Array,
-    encoder: VideoEncoder,
-    predictor: Predictor,
-    ctx_idx: Sequence[int],
-    tgt_idx: Sequence[int],
-    mask_index: int,
-) -> jax.Array:
-    """Return the prediction of `tgt_idx` [M] from `ctx_idx` [K]: float32 [B, M, D]."""
-    ctx_idx, tgt_idx = (
-        jnp.broadcast_to(jnp.asarray(idx, jnp.int32), (len(video), len(idx)))
-        for idx in (ctx_idx, tgt_idx)
-    )
-    context = encoder.apply({"params": params["encoder"]}, video, ctx_idx)
-    prediction, _ = predictor.apply(
-        {"params": params["predictor"]},
-        context,
-        ctx_idx,
-        tgt_idx,
-        encoder.grid(video.shape),
-        mask_index=mask_index,
-        is_image=encoder.is_image(video.shape),
-    )
-    return prediction.astype(jnp.float32)
-
-
-@functools.partial(
-    jax.jit,
-    static_argnames=("encoder", "predictor", "ctx_idx", "tgt_idx", "mask_index"),
-)
-def _predict(params, video, *, encoder, predictor, ctx_idx, tgt_idx, mask_index):
-    video = normalise(video)
-    prediction = predicted_features(
-        params, video, encoder, predictor, ctx_idx, tgt_idx, mask_index
-    )
-    features = target_features(params, video, encoder)
-    wanted = jnp.broadcast_to(jnp.asarray(tgt_idx), (len(video), len(tgt_idx)))
-    return prediction, take_tokens(features, wanted)
-
-
-@functools.partial(
-    jax.jit,
-    static_argnames=("encoder", "predictor", "grid", "num_steps", "mask_index"),
-)
-def _anticipate(
-    params, video, steps_ahead, *, encoder, predictor, grid, num_steps, mask_index
-):
-    video = normalise(video)
-    features = encoder.apply({"params": params["target"]}, video)
-    batch, count, _ = features.shape
-    places = grid[1] * grid[2]
-    first = count + steps_ahead[:, None] * places
-    prediction, _ = predictor.apply(
-        {"params": params["predictor"]},
-        features,
-        jnp.broadcast_to(jnp.arange(count), (batch, count)),
-        first + jnp.arange(num_steps * places),
-        grid,
-        mask_index=mask_index,
-    )
-    tokens = jnp.concatenate([features, prediction], axis=1)
-    return tokens.astype(jnp.float32)
 
 
 def load(path: str, step: int | None = None, mesh: Mesh | None = None) -> Frozen:

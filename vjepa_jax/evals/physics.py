@@ -20,12 +20,8 @@ from sklearn.metrics import roc_auc_score
 
 from vjepa_jax.default_config import ConfigDict, UserError
 from vjepa_jax.evals import physics_data, settings
-from vjepa_jax.evals.frozen import (
-    Frozen,
-    predicted_features,
-    random_init,
-    target_features,
-)
+from vjepa_jax.evals.forward import predicted_features, target_features
+from vjepa_jax.evals.frozen import Frozen, random_init
 from vjepa_jax.evals.physics_data import Group
 from vjepa_jax.models.encoder import normalise
 
