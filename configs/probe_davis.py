@@ -39,7 +39,7 @@ def get_config(dataset="davis"):
         # Patches are a quarter of the 32 pixels of a frame: enlarged, they are finer.
         # Chosen on 30 videos of `2017/train`, as docs/segmentation.md says.
         config.resolution = 128
-        config.context_frames = 7
+        config.last_frames = 7
         config.radius = 6.0
         config.num_workers = 2
     return config.lock()

@@ -97,6 +97,13 @@ def take(num_batches, source, **overrides):
         )
 
 
+def die_filling(log):
+    """Dies with an array of 1000 bytes half filled."""
+    with log.array((1000,)) as array:
+        array[:500] = 1
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 def main():
     """Draws batches and ends as `sys.argv` says: well, by an error, or waiting."""
     ending, folder = sys.argv[1:]

@@ -18,7 +18,7 @@ def plain(features, first, how):
     labels = [first]
     for t in range(1, len(unit)):
         # The first frame, and the last ones that are not it.
-        seen = [0, *range(max(1, t - how.context_frames), t)]
+        seen = [0, *range(max(1, t - how.last_frames), t)]
         found = np.zeros_like(first)
         for y in range(H):
             for x in range(W):
@@ -79,6 +79,6 @@ def test_labels_follow_what_moves(rng):
         assert found[(frame, *place, 1)] == pytest.approx(1)
         assert found[frame, ..., 1].sum() == pytest.approx(1)
     # From the first frame alone, the last place is out of reach.
-    alone = dataclasses.replace(how, context_frames=0)
+    alone = dataclasses.replace(how, last_frames=0)
     found = np.stack([*alone(iter(features), first, mesh)])
     assert found[-1, ..., 1].sum() == pytest.approx(0)

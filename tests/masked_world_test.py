@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from render_test import tiny_world
 
+from vjepa_jax.config_rules import validate
 from vjepa_jax.data import davis, mask_lists, masked_world, masks, render, world
-from vjepa_jax.default_config import UserError, get_config, validate
+from vjepa_jax.default_config import UserError, get_config
 
 LOOKS = world.World(size=32, num_frames=6)
 ROOT = masked_world.FOLDER

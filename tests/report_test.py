@@ -16,7 +16,7 @@ from hypothesis.extra import numpy as arrays
 from PIL import Image
 from report_files import HOSTILE
 
-from vjepa_jax import probe, report
+from vjepa_jax import probe, report, sharding
 from vjepa_jax.default_config import ConfigDict, UserError, get_config, mask
 from vjepa_jax.evals import features, frozen, registry, world
 from vjepa_jax.reporting import clips, figures, media, results, surprise, tables
@@ -281,7 +281,18 @@ def test_probe_writes_the_confusion_that_the_page_shows(run, tmp_path, monkeypat
 
 def test_confusion_of_the_world_counts_the_attentive_probe(rng, monkeypatch):
     said = rng.integers(0, 11, 25)
-    monkeypatch.setattr(world.probes, "attentive_classes", lambda *_, **__: said)
+    monkeypatch.setattr(world.probes, "attentive_classes", lambda *_: said)
+    state = dict.fromkeys(("position", "velocity", "time_to_collision"), 0.0)
+    monkeypatch.setattr(world.probes, "attentive_r2", lambda *_: state)
+    training = world.Training(
+        num_heads=2,
+        epochs=1,
+        batch_size=8,
+        learning_rates=(1e-2,),
+        weight_decay=0.0,
+        seed=0,
+        mesh=sharding.make_mesh(),
+    )
 
     def split(count):
         labels = np.arange(count) % 11
@@ -289,7 +300,7 @@ def test_confusion_of_the_world_counts_the_attentive_probe(rng, monkeypatch):
         tokens[..., 0] += labels[:, None, None]
         of_clips = features.Features(tokens, labels, np.arange(count))
         state = rng.normal(size=(count, 2, 2))
-        return of_clips, world.State(state, state, np.zeros((count, 2)))
+        return of_clips, world.State(state, state, np.zeros((count, 2)), state[..., :1])
 
     names = ("probe_train", "probe_test", "hidden_train", "hidden_test")
     found = world.measure(
@@ -297,11 +308,11 @@ def test_confusion_of_the_world_counts_the_attentive_probe(rng, monkeypatch):
             name: split(count)
             for name, count in zip(names, (44, 25, 22, 22), strict=True)
         },
-        num_heads=2,
         labels_per_class=2,
         draws=1,
         hidden_visibility=0.5,
-        attentive={},
+        attentive=training,
+        regression=training,
         seed=0,
     )
     wanted = np.zeros((11, 11), int)

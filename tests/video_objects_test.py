@@ -76,7 +76,7 @@ def config(dataset):
     config = settings.video_objects()
     config.path = str(dataset)
     config.update(resolution=32, clips_per_call=4, num_workers=2)
-    config.update(context_frames=2, radius=3.0, places_at_once=5)
+    config.update(last_frames=2, radius=3.0, places_at_once=5)
     return config
 
 

@@ -37,9 +37,7 @@ def read_list(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_a_process_that_dies_once_costs_no_batch(tmp_path, plain, monkeypatch):
-    prefix = f"vj{uuid.uuid4().hex[:6]}"
-    monkeypatch.setenv("SHM_PREFIX", prefix)  # of the processes' shared memory
+def test_a_process_that_dies_once_costs_no_batch(tmp_path, plain):
     source = FaultySource(NUM_RECORDS, {5: "kill"}, tmp_path, times=1)
     listing = tmp_path / "bad_videos.jsonl"
     with mock.patch.object(workers.logging, "error") as error:
@@ -52,8 +50,22 @@ def test_a_process_that_dies_once_costs_no_batch(tmp_path, plain, monkeypatch):
     assert "crashed on 'record-5' (Worker process" in message % tuple(arguments)
     assert "exit code -9)" in message % tuple(arguments)
     assert not listing.exists()
-    # Nor the batch that it had begun, although this program runs on.
-    assert not list(pathlib.Path("/dev/shm").glob(f"{prefix}*"))
+
+
+def test_what_a_process_was_filling_when_it_died_is_removed():
+    log = workers.WorkLog(has_workers=True)
+    process = multiprocessing.get_context("spawn").Process(
+        target=faulty_sources.die_filling, args=(log,)
+    )
+    process.start()
+    process.join()
+    (work,) = log.read()
+    left = pathlib.Path("/dev/shm") / work.array
+    assert work.pid == process.pid and left.stat().st_size >= 1000
+    log.remove_arrays()
+    assert not left.exists()
+    log.remove_arrays()  # of one that another has removed nothing is left to do
+    log.remove()
 
 
 @pytest.mark.parametrize(("fault", "reason"), [("kill", "crashed"), ("hang", "hung")])
@@ -158,7 +170,7 @@ def test_accidents_at_one_record_long_after_each_other_do_not_quarantine_it():
 
     supervised = workers.SupervisedBatches(
         open_batches,
-        workers.WorkLog(),
+        workers.WorkLog(has_workers=True),
         start_step=7,
         timeout_secs=5.0,
         name_of=str,

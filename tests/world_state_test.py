@@ -119,6 +119,7 @@ def test_every_measure_finds_what_the_features_hold(rng):
         regression=training,
         seed=0,
     )
+    assert np.sum(found.pop("confusion")) == len(splits["probe_test"][0].labels)
     assert tuple(found) == MEASURES
     for name, value in found.items():
         if name.endswith("r2"):

@@ -24,7 +24,7 @@ class Propagation:
     """How labels are carried on.
 
     Attributes:
-      context_frames: last frames before the one in question, n; the first frame of the
+      last_frames: those before the one in question, n; the first frame of the
         video is seen as well.
       radius: how far apart two places may be, in tokens (Euclidean).
       top_k: places that a place takes its labels from, by weights.
@@ -32,7 +32,7 @@ class Propagation:
       places_at_once: on each device; bounds the memory, see `__call__`.
     """
 
-    context_frames: int = 15
+    last_frames: int = 15
     radius: float = 12.0
     top_k: int = 5
     temperature: float = 0.2
@@ -58,7 +58,7 @@ class Propagation:
         """
         height, width, num_labels = first.shape
         count = height * width
-        slots = 1 + self.context_frames
+        slots = 1 + self.last_frames
         features = iter(features)
         start = _unit(next(features))
         context = np.zeros((slots, *start.shape), np.float32)
@@ -68,7 +68,7 @@ class Propagation:
         context, labels = jax.device_put((context, labels), whole)
         for frame, of_frame in enumerate(features, start=1):
             # The oldest but the first one makes room.
-            slot = 1 + (frame - 1) % max(self.context_frames, 1)
+            slot = 1 + (frame - 1) % max(self.last_frames, 1)
             found, context, labels = _step(
                 jax.device_put(_unit(of_frame), whole),
                 context,

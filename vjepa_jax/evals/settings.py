@@ -239,7 +239,7 @@ def video_objects() -> ConfigDict:
     config.resolution = 480  # short side of frames in pixels; 0: as trained
     config.num_frames = 1  # seen for one frame: 1: itself; more: those around it; 0: so
     # many as the model was trained on
-    config.context_frames = 15  # last ones whose labels are carried on, and the first
+    config.last_frames = 15  # those whose labels are carried on, and the first
     config.radius = 12.0  # how far labels are carried in a frame, in tokens
     config.top_k = 5  # places that a place takes its labels from
     config.temperature = 0.2  # of their weights: exp(cosine / temperature)
@@ -290,7 +290,7 @@ _NOT_NEGATIVE = (
     "num_frames",
     "resolution",
     "head.num_heads",
-    "context_frames",
+    "last_frames",
     "radius",
     "max_videos",
     "data.anticipation_secs",

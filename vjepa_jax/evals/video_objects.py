@@ -54,7 +54,7 @@ def evaluate(frozen: Frozen, config: ConfigDict) -> dict[str, dict[str, float]]:
         videos = [videos[i] for i in evenly_spread(len(videos), config.max_videos)]
     num_objects = max(_count_objects(video) for video in videos)
     how = Propagation(
-        config.context_frames,
+        config.last_frames,
         config.radius,
         config.top_k,
         config.temperature,
