@@ -198,13 +198,13 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> int | None:
         if start >= config.total_steps:
             _say(f"nothing to do: {workdir} is at step {start}, the end of the run")
             return None
-        if distributed.is_main():
-            environment.note_start(files.folder, start)
         extra = _put_teacher(program, teacher_params)
         with account.measure("compile"):
             step_fn = _compile(program)
         # Not before: a start that fails must not bind the workdir to its config.
         workdirs.claim(config, workdir)
+        if distributed.is_main():
+            environment.note_start(files.folder, start)
         _write_shardings(program, files.folder)
         earlier = _earlier_rows(files.folder)
         account.add_earlier(earlier, start)
