@@ -1,4 +1,4 @@
-"""Checkpoints, saved and restored; only this and `checkpoint_format` know Orbax.
+"""Checkpoints, saved and restored; the only file that knows Orbax.
 
 Orbax writes a step under a temporary name and renames it when all items are complete:
 what a killed process leaves behind never counts as a checkpoint.
@@ -18,14 +18,36 @@ from vjepa_jax import fit
 from vjepa_jax.checkpoint_format import (
     FOLDER,
     absolute,
-    handler_registry,
     provenance,
     require_format,
-    require_step,
 )
 from vjepa_jax.default_config import UserError
 
 _STATE_FIELDS = ("step", "params", "opt_state", "guard")
+
+
+def _handler_registry() -> ocp.handlers.DefaultCheckpointHandlerRegistry:
+    """Names the items' types, so that metadata can be read before any restore."""
+    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+    for item in ("state", "target"):
+        handler = ocp.StandardCheckpointHandler()
+        registry.add(item, ocp.args.StandardSave, handler)
+        registry.add(item, ocp.args.StandardRestore, handler)
+    for item in ("data", "meta"):
+        handler = ocp.JsonCheckpointHandler()
+        registry.add(item, ocp.args.JsonSave, handler)
+        registry.add(item, ocp.args.JsonRestore, handler)
+    return registry
+
+
+def _require_step(manager: ocp.CheckpointManager, step: int) -> None:
+    """Raises UserError, naming the steps that there are, where this one is not."""
+    steps = sorted(manager.all_steps())
+    if step not in steps:
+        there = ", ".join(map(str, steps)) or "none"
+        raise UserError(
+            f"no checkpoint of step {step} in {manager.directory}; saved steps: {there}"
+        )
 
 
 class Checkpointer:
@@ -56,7 +78,7 @@ class Checkpointer:
             enable_async_checkpointing=True,
         )
         self._manager = _Manager(
-            self._folder, options=options, handler_registry=handler_registry()
+            self._folder, options=options, handler_registry=_handler_registry()
         )
 
     def __enter__(self) -> "Checkpointer":
@@ -134,7 +156,7 @@ class Checkpointer:
           UserError: no such step; written by a newer release; or names, shapes or
             dtypes differ from the model's (up to 10 of them are listed).
         """
-        require_step(self._manager, step)
+        _require_step(self._manager, step)
         if "data" not in self._manager.item_metadata(step):
             raise UserError(
                 f"{self._folder / str(step)} is not of a training run but of converted "
@@ -214,7 +236,7 @@ def _reader(path: str, step: int | None):
     # Not `read_only`, which warns three times; a manager that never saves only reads.
     options = ocp.CheckpointManagerOptions(create=False)
     with ocp.CheckpointManager(
-        folder, options=options, handler_registry=handler_registry()
+        folder, options=options, handler_registry=_handler_registry()
     ) as manager:
         if step is None:
             step = manager.latest_step()
@@ -223,7 +245,7 @@ def _reader(path: str, step: int | None):
                 f"no checkpoint in {folder}; give the workdir of a training run that "
                 "has saved one"
             )
-        require_step(manager, step)
+        _require_step(manager, step)
         stored = manager.item_metadata(step)
         if "meta" not in stored or stored.get("target") is None:
             raise UserError(
@@ -373,7 +395,7 @@ def save_converted(
     }
     if params is not None:
         items["state"] = ocp.args.StandardSave({"params": params})
-    with ocp.CheckpointManager(folder, handler_registry=handler_registry()) as manager:
+    with ocp.CheckpointManager(folder, handler_registry=_handler_registry()) as manager:
         manager.save(0, args=ocp.args.Composite(**items))
         manager.wait_until_finished()
 

@@ -9,10 +9,10 @@ takes only what it needs:
     meta     JSON                             config, model description, versions
 """
 
+from importlib import metadata
 from typing import Any
 
 import jax
-import orbax.checkpoint as ocp
 from etils import epath
 
 import vjepa_jax
@@ -31,20 +31,6 @@ def absolute(path: str) -> epath.Path:
     return epath.Path(path).expanduser().resolve()
 
 
-def handler_registry() -> ocp.handlers.DefaultCheckpointHandlerRegistry:
-    """Names the items' types, so that metadata can be read before any restore."""
-    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
-    for item in ("state", "target"):
-        handler = ocp.StandardCheckpointHandler()
-        registry.add(item, ocp.args.StandardSave, handler)
-        registry.add(item, ocp.args.StandardRestore, handler)
-    for item in ("data", "meta"):
-        handler = ocp.JsonCheckpointHandler()
-        registry.add(item, ocp.args.JsonSave, handler)
-        registry.add(item, ocp.args.JsonRestore, handler)
-    return registry
-
-
 def provenance() -> dict[str, Any]:
     """Returns what the item `meta` holds besides what the run says."""
     return {
@@ -52,19 +38,9 @@ def provenance() -> dict[str, Any]:
         "versions": {
             "vjepa_jax": vjepa_jax.__version__,
             "jax": jax.__version__,
-            "orbax": ocp.__version__,
+            "orbax": metadata.version("orbax-checkpoint"),
         },
     }
-
-
-def require_step(manager: ocp.CheckpointManager, step: int) -> None:
-    """Raises UserError, naming the steps that there are, where this one is not."""
-    steps = sorted(manager.all_steps())
-    if step not in steps:
-        there = ", ".join(map(str, steps)) or "none"
-        raise UserError(
-            f"no checkpoint of step {step} in {manager.directory}; saved steps: {there}"
-        )
 
 
 def require_format(folder: epath.Path, meta: dict[str, Any]) -> None:
