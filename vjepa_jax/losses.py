@@ -20,6 +20,11 @@ def normalise_target(h: jax.Array, num_levels: int = 1, eps: float = 1e-5) -> ja
     return ((levels - mean) * jax.lax.rsqrt(variance + eps)).reshape(h.shape)
 
 
+def deepest_level(h: jax.Array, num_levels: int) -> jax.Array:
+    """Return the last of the levels side by side in the channels, [..., D / levels]."""
+    return h.reshape(*h.shape[:-1], num_levels, -1)[..., -1, :]
+
+
 def regression(
     prediction: jax.Array,
     target: jax.Array,

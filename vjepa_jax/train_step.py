@@ -118,10 +118,15 @@ def make_loss_fn(
     `target_dtype` is its `matmul_dtype`.
     """
     total_weight = sum(stream.weight for stream in streams.values())
-    # Covariances are as wide as all levels, and are added up over devices.
     is_regularised = bool(objective.variance_weight or objective.covariance_weight)
     # Without a gradient there is nothing to recompute.
     target_encoder = (teacher or encoder).clone(remat="none", matmul_dtype=target_dtype)
+
+    def describe(features, of: VideoEncoder):
+        # Covariances are added up over devices: those of all levels of a ViT-G would be
+        # as much as a tenth of its gradients, for what is only logged.
+        level = losses.deepest_level(features, of.num_levels)
+        return losses.collapse_statistics(level)
 
     def stream_loss(params, target, video, stream, masks, step):
         grid, is_image = encoder.grid(video.shape), encoder.is_image(video.shape)
@@ -183,9 +188,9 @@ def make_loss_fn(
             total += objective.covariance_weight * means["covariance"]
             metrics["train/variance_term"] = means["variance"]
             metrics["train/covariance_term"] = means["covariance"]
-        of_target = losses.collapse_statistics(features)
-        of_encoder = losses.collapse_statistics(context)
-        of_prediction = losses.collapse_statistics(prediction)
+        of_target = describe(features, target_encoder)
+        of_encoder = describe(context, encoder)
+        of_prediction = describe(prediction, target_encoder)
         metrics |= {
             "train/loss": means["regression"],
             "train/total_loss": total,
