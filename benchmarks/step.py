@@ -5,14 +5,18 @@
 
 Clips of 16 x 224 x 224, V-JEPA 2's rotary positions and predictor, both mask types with
 their usual token counts; bf16 on accelerators, fp32 on CPUs. The steps of both programs
-alternate in one process. Prints a Markdown table of medians, and the fastest step in
+alternate, each in a process of its own: memory that one has used slows the other's
+allocations by a third. Prints a Markdown table of medians, and the fastest step in
 brackets; `ratio` is the median of PyTorch's time over ours, pair by pair.
 """
 
 import argparse
+import dataclasses
+import multiprocessing
 import os
 import statistics
 import time
+import types
 
 # PyTorch needs the memory, too.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -70,23 +74,52 @@ class Ours:
         return compilation.memory_of(self.step).peak / compilation.GIB
 
 
-def make_peer(ours: Ours):
-    """Make the same step in PyTorch."""
+class Peer:
+    """The same step in PyTorch, in another process: call it for one step."""
+
+    def __init__(self, ours: Ours):
+        """Starts the process."""
+        program, config = ours.program, ours.program.config
+        shape = build.video_shapes(config)[default_config.MAIN_STREAM]
+        masks = program.streams[default_config.MAIN_STREAM].masks.values()
+        arguments = (
+            _size(program.encoder),
+            _size(program.predictor),
+            shape[:3],
+            program.encoder.grid(shape),
+            [(m.num_context, m.num_target) for m in masks],
+            config.batch_size,
+            config.model.dtype,
+            "cuda" if jax.default_backend() == "gpu" else "cpu",
+        )
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        context.Process(target=_serve, args=(theirs, arguments), daemon=True).start()
+
+    def __call__(self) -> float:
+        """Run one update; return its loss."""
+        self._pipe.send(True)
+        return self._pipe.recv()
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._pipe.send(False)
+
+
+def _size(module: nn.Module) -> types.SimpleNamespace:
+    """Return the numbers of a module, which itself cannot go to another process."""
+    fields = dataclasses.asdict(module)
+    return types.SimpleNamespace(
+        **{k: v for k, v in fields.items() if isinstance(v, int)}
+    )
+
+
+def _serve(pipe, arguments: tuple) -> None:
     import step_peer
 
-    program, config = ours.program, ours.program.config
-    shape = build.video_shapes(config)[default_config.MAIN_STREAM]
-    masks = program.streams[default_config.MAIN_STREAM].masks.values()
-    return step_peer.Peer(
-        program.encoder,
-        program.predictor,
-        shape[:3],
-        program.encoder.grid(shape),
-        [(m.num_context, m.num_target) for m in masks],
-        config.batch_size,
-        config.model.dtype,
-        "cuda" if jax.default_backend() == "gpu" else "cpu",
-    )
+    step = step_peer.Peer(*arguments)
+    while pipe.recv():
+        pipe.send(step())
 
 
 def measure(steps: list, warmup: int, count: int) -> list[list[float]]:
@@ -127,8 +160,10 @@ def main() -> None:
     )
     for size in options.sizes.split(","):
         ours = Ours(make_config(options, size))
-        steps = [ours, make_peer(ours)] if options.peer else [ours]
-        times = measure(steps, options.warmup, options.steps)
+        peers = [Peer(ours)] if options.peer else []
+        times = measure([ours, *peers], options.warmup, options.steps)
+        for peer in peers:
+            peer.close()
         seconds = statistics.median(times[0])
         rate = ours.program.step_flops() / seconds
         cells = [

@@ -45,7 +45,7 @@ def with_gradients(impl, weights, mask=None):
 
 @settings(max_examples=8, deadline=None)
 @given(
-    st.integers(1, 450),
+    st.integers(1, 900),  # more than one block of queries
     st.integers(1, 300),
     st.sampled_from((3, 16, 24)),
     st.booleans(),

@@ -172,11 +172,14 @@ def devices(name: str, num_slices: int = 1) -> Sequence[Any]:
         raise UserError(f"--topology={name} needs {mend} ({reason})") from None
 
 
-def compiler_options(device: Any) -> dict[str, str] | None:
+def compiler_options(device: Any) -> dict[str, str | bool] | None:
     """Return what the compiler must be told to compile for a described device."""
     if device.platform == "gpu" and jax.default_backend() != "gpu":
-        # There is none to try kernels on.
-        return {"xla_gpu_autotune_level": "0"}
+        # There is none to try kernels on; untried, Triton's fail for some shapes.
+        return {
+            "xla_gpu_autotune_level": "0",
+            "xla_gpu_enable_triton_gemm": False,
+        }
     return None
 
 

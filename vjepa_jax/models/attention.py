@@ -32,7 +32,7 @@ def attention(
 
     The softmax is fp32 in all of them, and all agree up to rounding:
       `xla`: scores in memory; on any device, with any mask.
-      `blockwise`: plain JAX, a head and a block of queries at a time; the way of CPUs,
+      `blockwise`: plain JAX, two heads and a block of queries at a time; for CPUs,
         slow elsewhere. With any mask; has a gradient but no forward-mode derivative.
       `cudnn`: NVIDIA's kernel; bf16 or fp16, head_dim a multiple of 8 up to 128 (256
         from Hopper on), even lengths where there is a mask.
