@@ -1,5 +1,6 @@
 import json
 import multiprocessing
+import weakref
 
 import bad_files
 import numpy as np
@@ -365,13 +366,17 @@ def test_close_ends_the_workers(source):
     assert not multiprocessing.active_children()
 
 
-def read_all(source, **overrides):
+def iterate_all(source, **overrides):
     kwargs = {
         "reading": Reading(Sampling(4, frame_step=2), resolution=32),
         "batch_size": BATCH_SIZE,
         "num_workers": 0,
     }
-    return list(read_all_module.read_all(source, **{**kwargs, **overrides}))
+    return read_all_module.read_all(source, **{**kwargs, **overrides})
+
+
+def read_all(source, **overrides):
+    return list(iterate_all(source, **overrides))
 
 
 def concatenate(batches, key):
@@ -391,6 +396,15 @@ def test_read_all_gives_each_video_once_in_order(tmp_path, folder, num_workers):
         # Twelve frames, of which the centred window of seven starts at the third.
         plain = video_files.decode_plainly(record.path)
         np.testing.assert_array_equal(clip, plain[2:9:2])
+
+
+def test_read_all_lets_go_of_the_workers_memory(tmp_path, folder):
+    kept, memory = [], []
+    for batch in iterate_all(make_list(tmp_path, folder), num_workers=1):
+        kept.append((batch["label"], batch["index"], batch["valid"]))
+        memory.append(weakref.ref(batch["video"]["video"].base))
+    del batch
+    assert [place() for place in memory] == [None] * len(kept)
 
 
 def test_read_all_marks_bad_videos(tmp_path, folder):

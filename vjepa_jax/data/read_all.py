@@ -86,11 +86,13 @@ def read_all(
       no axis K where it is 1. Rows of unreadable videos, which are logged, and of
       padding are zeros with `valid` False; the padding's index is -1.
     """
-    work_log = WorkLog(has_workers=num_workers > 0)
     if order is None:
         numbers = grain.MapDataset.range(len(source))
     else:
         numbers = grain.MapDataset.source(np.asarray(order, np.int64))
+    # A worker without a batch would take seconds to start all the same.
+    num_workers = min(num_workers, math.ceil(len(numbers) / batch_size))
+    work_log = WorkLog(has_workers=num_workers > 0)
 
     def open_batches(step: int, quarantined: Mapping[int, str]) -> Iterator:
         read_clips = _ReadEvalClips(source, reading, views, quarantined, work_log)
@@ -113,7 +115,9 @@ def read_all(
         batches = open_batches(0, {})
     try:
         for batch in batches:
-            video, label, index = (batch[k] for k in ("video", "label", "index"))
+            video = batch["video"]
+            # Copies: who keeps these must not keep a worker's shared memory.
+            label, index = np.array(batch["label"]), np.array(batch["index"])
             valid = batch["reason"] < 0
             for i in np.flatnonzero(~valid):
                 logging.warning(

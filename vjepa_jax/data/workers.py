@@ -8,6 +8,7 @@ does it again soon is quarantined.
 
 import atexit
 import contextlib
+import gc
 import math
 import multiprocessing
 import multiprocessing.util
@@ -253,6 +254,9 @@ class SupervisedBatches(Iterator):
         _open.discard(self)
         self._close()
         self._log.remove()
+        # Grain's iterator, once at its end, is a circle of an exception and the frames
+        # that it went through, which hold the last batch and its shared memory.
+        gc.collect()
 
     def _open(self) -> None:
         self._batches = self._open_batches(self._step, dict(self._quarantined))
