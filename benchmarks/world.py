@@ -1,19 +1,26 @@
-"""Pretrain and probe a world config with several seeds; print mean and spread.
+"""Pretrain and evaluate a world config with several seeds; print mean and spread.
 
     python benchmarks/world.py --config=configs/world_tiny.py --out=runs/bench
+    python benchmarks/world.py --evaluations=world,physics --out=runs/bench_physics \
+        --config.world.path=runs/pairs --config.data.path=runs/pairs/pretrain.csv \
+        --config.world.physics_pairs=40
 
-Runs the very commands of the demo, one after the other: what is complete is kept.
-Prints a Markdown table: mean over the seeds, and lowest to highest.
+Runs the very commands of the demo, one after the other: what is complete is kept. An
+evaluation NAME is `configs/probe_NAME.py`. Prints a Markdown table for each: mean over
+the seeds, and lowest to highest.
 """
 
 import argparse
 import json
 import os
 import pathlib
+import runpy
 import subprocess
 import sys
 
 import numpy as np
+
+from vjepa_jax import probe
 
 
 def _run(module: str, *arguments: str) -> None:
@@ -22,40 +29,41 @@ def _run(module: str, *arguments: str) -> None:
     subprocess.run(command, check=True, env={"JAX_PLATFORMS": "cpu", **os.environ})
 
 
-def run_seed(config: str, workdir: pathlib.Path, seed: int, overrides: list[str]):
-    """Train and probe one seed; return its `results.json`."""
-    results = workdir / "results.json"
-    if not results.exists():
-        flag = f"--config={config}"
-        _run("vjepa_jax.data.prepare", flag, *overrides)
-        _run(
-            "vjepa_jax.train",
-            flag,
-            f"--workdir={workdir}",
-            f"--config.seed={seed}",
-            *overrides,
-        )
-        probe = "--config=configs/probe_world.py"
-        _run("vjepa_jax.probe", probe, f"--workdir={workdir}", f"--config.seed={seed}")
-    return json.loads(results.read_text())
+def train(config: str, workdir: pathlib.Path, seed: int, overrides: list[str]) -> None:
+    """Render the world and train one seed."""
+    flag = f"--config={config}"
+    _run("vjepa_jax.data.prepare", flag, *overrides)
+    run = f"--workdir={workdir}", f"--config.seed={seed}"
+    _run("vjepa_jax.train", flag, *run, *overrides)
+
+
+def results_file(evaluation: str) -> str:
+    """Return the name of the file in which an evaluation leaves its numbers."""
+    config = runpy.run_path(f"configs/probe_{evaluation}.py")["get_config"]()
+    if config.evaluation == "world":
+        return probe.WORLD_RESULTS_FILE
+    return f"results_{config.get('name', config.evaluation)}.json"
+
+
+def _cell(measure: str, column: str, runs: list[dict]) -> str:
+    found = [run[measure].get(column) for run in runs]
+    values = [value for value in found if value is not None]
+    if not values:
+        return ""
+    is_share = measure.endswith("accuracy") or column.endswith("accuracy")
+    numbers = np.mean(values), min(values), max(values)
+    shown = [f"{x:.1%}" if is_share else f"{x:.2f}" for x in numbers]
+    return "{} ({} to {})".format(*shown)
 
 
 def table(runs: list[dict]) -> str:
     """Return a Markdown table: a row per measure, a column per features."""
     measures = [name for name in runs[0] if name != "seconds"]
-    columns = list(runs[0][measures[0]])
+    columns = list(dict.fromkeys(c for name in measures for c in runs[0][name]))
     lines = ["| measure | " + " | ".join(columns) + " |"]
     lines.append("|---" * (len(columns) + 1) + "|")
     for measure in measures:
-        is_share = measure.endswith("accuracy")
-        cells = []
-        for column in columns:
-            values = np.array([run[measure][column] for run in runs])
-            mean, low, high = values.mean(), values.min(), values.max()
-            if is_share:
-                cells.append(f"{mean:.1%} ({low:.1%} to {high:.1%})")
-            else:
-                cells.append(f"{mean:.2f} ({low:.2f} to {high:.2f})")
+        cells = [_cell(measure, column, runs) for column in columns]
         lines.append(f"| {measure} | " + " | ".join(cells) + " |")
     seconds = {k: np.mean([r["seconds"][k] for r in runs]) for k in runs[0]["seconds"]}
     lines.append("")
@@ -71,13 +79,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="configs/world_tiny.py")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/bench"))
+    parser.add_argument("--evaluations", default="world", help="with commas between")
     parser.add_argument("--seeds", type=int, default=3)
     options, overrides = parser.parse_known_args()
-    runs = [
-        run_seed(options.config, options.out / f"seed{seed}", seed, overrides)
-        for seed in range(options.seeds)
-    ]
-    print(table(runs))
+    workdirs = [options.out / f"seed{seed}" for seed in range(options.seeds)]
+    for evaluation in options.evaluations.split(","):
+        name, runs = results_file(evaluation), []
+        for seed, workdir in enumerate(workdirs):
+            if not (workdir / name).exists():
+                train(options.config, workdir, seed, overrides)
+                flag = f"--config=configs/probe_{evaluation}.py"
+                given = f"--workdir={workdir}", f"--config.seed={seed}"
+                _run("vjepa_jax.probe", flag, *given)
+            runs.append(json.loads((workdir / name).read_text()))
+        print(f"{evaluation}\n\n{table(runs)}\n", flush=True)
 
 
 if __name__ == "__main__":
