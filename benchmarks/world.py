@@ -37,14 +37,6 @@ def train(config: str, workdir: pathlib.Path, seed: int, overrides: list[str]) -
     _run("vjepa_jax.train", flag, *run, *overrides)
 
 
-def results_file(evaluation: str) -> str:
-    """Return the name of the file in which an evaluation leaves its numbers."""
-    config = runpy.run_path(f"configs/probe_{evaluation}.py")["get_config"]()
-    if config.evaluation == "world":
-        return probe.WORLD_RESULTS_FILE
-    return f"results_{config.get('name', config.evaluation)}.json"
-
-
 def _cell(measure: str, column: str, runs: list[dict]) -> str:
     found = [run[measure].get(column) for run in runs]
     values = [value for value in found if value is not None]
@@ -84,13 +76,13 @@ def main() -> None:
     options, overrides = parser.parse_known_args()
     workdirs = [options.out / f"seed{seed}" for seed in range(options.seeds)]
     for evaluation in options.evaluations.split(","):
-        name, runs = results_file(evaluation), []
+        file = f"configs/probe_{evaluation}.py"
+        name, runs = probe.results_file(runpy.run_path(file)["get_config"]()), []
         for seed, workdir in enumerate(workdirs):
             if not (workdir / name).exists():
                 train(options.config, workdir, seed, overrides)
-                flag = f"--config=configs/probe_{evaluation}.py"
                 given = f"--workdir={workdir}", f"--config.seed={seed}"
-                _run("vjepa_jax.probe", flag, *given)
+                _run("vjepa_jax.probe", f"--config={file}", *given)
             runs.append(json.loads((workdir / name).read_text()))
         print(f"{evaluation}\n\n{table(runs)}\n", flush=True)
 

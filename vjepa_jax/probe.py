@@ -58,6 +58,13 @@ def format_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def results_file(config: ConfigDict) -> str:
+    """Return the name of the file that the config's evaluation writes."""
+    if config.evaluation == "world":
+        return WORLD_RESULTS_FILE
+    return f"results_{config.get('name', config.evaluation)}.json"
+
+
 def probe(config: ConfigDict, path: str) -> dict[str, Any]:
     """Run the config's evaluation on a checkpoint and write its results there.
 
@@ -75,11 +82,10 @@ def probe(config: ConfigDict, path: str) -> dict[str, Any]:
     model = frozen.load(path, None if config.step < 0 else config.step)
     results = registry.evaluate(model, config)
     with workdirs.LocalFiles(path, fetched=metrics.FILE) as files:
-        seconds, name = {}, f"results_{config.get('name', config.evaluation)}.json"
+        seconds, name = {}, results_file(config)
         if config.evaluation == "world":
             _draw(model, config.seed, files.folder)
             seconds = _earlier_seconds(model.config, files.folder)
-            name = WORLD_RESULTS_FILE
         confusion = results.pop(registry.CONFUSION, None)
         if confusion is not None:  # a line: a matrix of 400 classes has many numbers
             text = json.dumps(confusion, separators=(",", ":"))
