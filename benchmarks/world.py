@@ -37,7 +37,14 @@ def train(config: str, workdir: pathlib.Path, seed: int, overrides: list[str]) -
     _run("vjepa_jax.train", flag, *run, *overrides)
 
 
-def _cell(measure: str, column: str, runs: list[dict]) -> str:
+def evaluate(file: str, workdir: pathlib.Path, seed: int, overrides: list[str]) -> None:
+    """Run one evaluation of a run."""
+    given = f"--config={file}", f"--workdir={workdir}", f"--config.seed={seed}"
+    _run("vjepa_jax.probe", *given, *overrides)
+
+
+def cell(measure: str, column: str, runs: list[dict]) -> str:
+    """Return mean, and lowest to highest, of a measure over runs' results."""
     found = [run[measure].get(column) for run in runs]
     values = [value for value in found if value is not None]
     if not values:
@@ -55,7 +62,7 @@ def table(runs: list[dict]) -> str:
     lines = ["| measure | " + " | ".join(columns) + " |"]
     lines.append("|---" * (len(columns) + 1) + "|")
     for measure in measures:
-        cells = [_cell(measure, column, runs) for column in columns]
+        cells = [cell(measure, column, runs) for column in columns]
         lines.append(f"| {measure} | " + " | ".join(cells) + " |")
     seconds = {k: np.mean([r["seconds"][k] for r in runs]) for k in runs[0]["seconds"]}
     lines.append("")
@@ -81,8 +88,7 @@ def main() -> None:
         for seed, workdir in enumerate(workdirs):
             if not (workdir / name).exists():
                 train(options.config, workdir, seed, overrides)
-                given = f"--workdir={workdir}", f"--config.seed={seed}"
-                _run("vjepa_jax.probe", f"--config={file}", *given)
+                evaluate(file, workdir, seed, [])
             runs.append(json.loads((workdir / name).read_text()))
         print(f"{evaluation}\n\n{table(runs)}\n", flush=True)
 

@@ -58,6 +58,7 @@ def config(tmp_path):
         ("model.predictor.mask_token_per", "clip", "known: mask, stream, run"),
         ("model.predictor.num_mask_tokens", -1, "zero or a positive number"),
         ("model.predictor.out_dim", -1, "zero or a positive number"),
+        ("objective.target", "colours", "known: features, pixels"),
         ("objective.exponent", 0.0, "positive"),
         ("objective.context_weight", -0.5, "zero or a positive number"),
         ("objective.context_warmup", (20, 10), "0 <= start <= end"),
@@ -132,6 +133,27 @@ def test_stream_out_of_range_is_named_with_its_mend(fields, key, mend):
     message = refusal(streamed(**fields))
     assert f"config.streams.image.{key}" in message and mend in message
     validate(streamed())
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("teacher.path", "run"), ("model.target_dtype", "int8")],
+)
+def test_pixels_have_no_encoder(key, value):
+    config = get_config()
+    changes = {"data.path": "videos", "objective.target": "pixels"}
+    config.update_from_flattened_dict(changes)
+    validate(config)
+    config.update_from_flattened_dict({key: value})
+    message = refusal(config)
+    assert f"config.{key}={value!r}" in message and "target=features" in message
+
+
+def test_images_beside_videos_have_no_common_pixels():
+    config = streamed()
+    validate(config)
+    config.objective.target = "pixels"
+    assert "config.model.image_embed=True" in refusal(config)
 
 
 def test_a_stream_cannot_take_the_name_of_the_main_one():

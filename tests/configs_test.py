@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vjepa_jax import build, sharding, smoke
+from vjepa_jax import build, flops, sharding, smoke
 from vjepa_jax.config_rules import validate
 from vjepa_jax.default_config import UserError, get_config
 from vjepa_jax.models import registry
@@ -305,6 +305,24 @@ def test_cost_per_clip_agrees_with_an_independent_estimate(name, tera):
     config = config_of(name)
     per_clip = cost(config) / config.total_steps / config.batch_size
     assert per_clip == pytest.approx(tera * 1e12, rel=0.08)
+
+
+def test_pixels_as_targets_save_the_target_encoder():
+    config = config_of("vjepa2:vitl16")
+    encoder, predictor = build.make_models(config)
+    assert predictor.out_dim == encoder.out_dim == 1024
+    features = cost(config)
+    config.objective.target = "pixels"
+    assert build.make_models(config)[1].out_dim == 2 * 16 * 16 * 3
+    size = flops.Transformer(24, 1024, 4096, "gelu")
+    forward = flops.encoder_flops(size, 8 * 16 * 16, 2 * 16 * 16 * 3)
+    hidden = sum(
+        m.num_target
+        for m in build.make_streams(config, encoder)["video"].masks.values()
+    )
+    wider = 3 * 2 * hidden * 384 * (1536 - 1024)
+    saved = (forward - wider) * config.batch_size * config.total_steps
+    assert features - cost(config) == saved
 
 
 # ------------------------------------------------------------------------- small forms

@@ -90,7 +90,12 @@ def test_train_step_agrees_with_compiler(encoder, predictor):
     params = (enc_params, pred_params)
     idx = [tuple(map(indices, counts)) for counts in masks]
     analytic = flops.train_step_flops(
-        SIZE, NARROW, num_tokens=NUM_TOKENS, patch_dim=PATCH_DIM, masks=masks
+        SIZE,
+        NARROW,
+        num_tokens=NUM_TOKENS,
+        patch_dim=PATCH_DIM,
+        masks=masks,
+        target=SIZE,
     )
     np.testing.assert_allclose(
         analytic, counted(update, params, enc_params, VIDEO, idx), rtol=TOLERANCE

@@ -142,6 +142,40 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(context_distance, rng):
         np.testing.assert_allclose(metrics["train/total_loss"], total, rtol=1e-6)
 
 
+def test_pixels_are_predicted_tubelet_by_tubelet(rng):
+    """Each hidden token's own pixels, normalised; the target encoder has no say."""
+    setup = Setup(objective=Objective(target="pixels"), predictor={"out_dim": 96})
+    state = setup.random_state(rng)
+    video, masks = videos(rng, 3), fixed_masks(rng, 3)
+    tokens = [
+        clip[t : t + 2, h : h + 4, w : w + 4].reshape(-1)
+        for clip in np.asarray(normalise(jnp.asarray(video)))
+        for t in range(0, 4, 2)
+        for h in range(0, 16, 4)
+        for w in range(0, 16, 4)
+    ]
+    wanted = plain_targets(np.reshape(tokens, (3, 32, 96)), 1)
+    clip, losses = normalise(jnp.asarray(video)), []
+    for index, (ctx_idx, tgt_idx) in enumerate(masks.values()):
+        params = dict(state.params["predictor"])
+        params["mask_tokens"] = params["mask_tokens"][[index, 1 - index]]
+        context = setup.encoder.apply(
+            {"params": state.params["encoder"]}, clip, ctx_idx
+        )
+        hidden, _ = setup.predictor.apply(
+            {"params": params}, context, ctx_idx, tgt_idx, GRID
+        )
+        losses.append(np.abs(np.asarray(hidden) - take(wanted, tgt_idx)).mean())
+    others = random_like(state.target, rng)
+    for target in (state.target, others):
+        total, metrics = setup.compiled_loss(
+            state.params, target, as_batch(video), {"video": masks}, 0
+        )
+        # Single precision through three blocks.
+        np.testing.assert_allclose(total, np.mean(losses), rtol=1e-5)
+        np.testing.assert_allclose(metrics["repr/target_std"], 1, atol=0.1)
+
+
 # ------------------------------------------------------------------------------ streams
 
 IMAGE = {"whole": MaskSpec(4, 9)}

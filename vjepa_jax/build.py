@@ -66,6 +66,8 @@ def make_models(config: ConfigDict):
     used = 1 + max(i for per in _mask_indices(config).values() for i in per)
     num_mask_tokens = fields.pop("num_mask_tokens") or used
     out_dim = fields.pop("out_dim") or encoder.out_dim
+    if config.objective.target == "pixels":
+        out_dim = encoder.tubelet_size * encoder.patch_size**2 * 3
     if num_mask_tokens < used:
         raise UserError(
             f"config.model.predictor.num_mask_tokens={num_mask_tokens}: {used} are used"
@@ -278,6 +280,7 @@ def step_flops(
         return flops.Transformer(module.depth, module.width, module.mlp_dim, module.mlp)
 
     sizes, total = batch_sizes(config), 0
+    is_pixels = config.objective.target == "pixels"
     for name, shape in video_shapes(config).items():
         grid = encoder.grid(shape)
         total += sizes[name] * flops.train_step_flops(
@@ -290,6 +293,6 @@ def step_flops(
             input_dim=predictor.input_dim,
             predict_context=predictor.predict_context,
             out_dim=predictor.out_dim,
-            target=size_of(teacher or encoder),
+            target=None if is_pixels else size_of(teacher or encoder),
         )
     return total

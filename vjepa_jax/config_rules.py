@@ -54,6 +54,7 @@ def validate(config: ConfigDict) -> None:
         "model.pos_embed": ("sincos", "rope", "rope_tiled"),
         "model.mlp": ("gelu", "swiglu", "swiglu_wide"),
         "model.predictor.mlp": ("", "gelu", "swiglu", "swiglu_wide"),
+        "objective.target": ("features", "pixels"),
         "model.predictor.mask_token_per": ("mask", "stream", "run"),
         "optim.schedule": ("cosine", "linear", "wsd"),
         "model.dtype": ("float32", "bfloat16"),
@@ -103,6 +104,8 @@ def validate(config: ConfigDict) -> None:
     mend = "set it to 0 without teacher.path"
     has_teacher = bool(config.teacher.path) or not predictor.out_dim
     _require(has_teacher, "model.predictor.out_dim", predictor.out_dim, mend)
+    if config.objective.target == "pixels":
+        _validate_pixels(config)
     for name, entry in config.evals.items():
         steps, mend = entry.every_steps, "give 0 or a positive number"
         _require(steps >= 0, f"evals.{name}.every_steps", steps, mend)
@@ -142,6 +145,17 @@ def _validate_model(model: ConfigDict) -> None:
     _require(ascending, "model.encoder.levels", levels, mend)
     outputs, mend = model.encoder.output_levels, f"there are {len(levels)} levels"
     _require(outputs <= len(levels), "model.encoder.output_levels", outputs, mend)
+
+
+def _validate_pixels(config: ConfigDict) -> None:
+    mend = "pixels have no encoder: leave it empty, or set objective.target=features"
+    flat = flatten(config.to_dict())
+    for key in ("teacher.path", "model.target_dtype"):
+        _require(not flat[key], key, flat[key], mend)
+    clips = config.data, *config.streams.values()
+    has_images = config.model.image_embed and any(c.num_frames == 1 for c in clips)
+    mend = "a token of an image has fewer pixels than one of a video: set it to False"
+    _require(not has_images, "model.image_embed", True, mend)
 
 
 def _require_pair(key: str, value: Any, highest: float = math.inf) -> None:

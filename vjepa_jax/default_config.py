@@ -195,6 +195,8 @@ def get_config() -> ConfigDict:
     config.masks.long = mask(num_blocks=2, spatial_scale=(0.7, 0.7), token=1)
 
     config.objective = ConfigDict()
+    # What is predicted: `features` of the target encoder, or the tokens' `pixels`.
+    config.objective.target = "features"
     config.objective.exponent = 1.0  # p of the regression |error|^p / p
     config.objective.context_weight = 0.0  # of the visible tokens' loss (V-JEPA 2.1)
     config.objective.context_warmup = (0, 0)  # steps where it leaves 0, and is reached

@@ -112,7 +112,7 @@ def train_step_flops(
     input_dim: int = 0,
     predict_context: bool = False,
     out_dim: int = 0,
-    target: Transformer | None = None,
+    target: Transformer | None,
 ) -> int:
     """FLOPs of one update, per clip.
 
@@ -127,10 +127,10 @@ def train_step_flops(
       masks: (num_context, num_target) of each mask that a clip gets.
       feature_dim: channels of the features, all levels; None: the encoder's width.
       input_dim, predict_context, out_dim: see `predictor_flops`.
-      target: blocks of the target encoder; None: those of the encoder.
+      target: blocks of the target encoder; None: there is none to run.
     """
     feature_dim = feature_dim or encoder.width
-    total = encoder_flops(target or encoder, num_tokens, patch_dim)
+    total = encoder_flops(target, num_tokens, patch_dim) if target else 0
     for counts in masks:
         # Pixels take no gradient, so the backward pass of the embedding costs its
         # forward pass once.

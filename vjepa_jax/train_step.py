@@ -11,7 +11,7 @@ import optax
 
 from vjepa_jax import losses, masking
 from vjepa_jax.models.encoder import VideoEncoder, normalise
-from vjepa_jax.models.layers import take_tokens
+from vjepa_jax.models.layers import take_tokens, tubelets
 from vjepa_jax.models.predictor import Predictor
 from vjepa_jax.optim import Schedule
 from vjepa_jax.train_state import Guard, TrainState
@@ -40,6 +40,9 @@ class Objective:
     """What is minimised: the regression of hidden tokens, plus weighted terms.
 
     Attributes:
+      target: what is predicted of a token: `features` of the target encoder, or its
+        `pixels`, normalised tubelet by tubelet as in a masked autoencoder
+        (arXiv 2111.06377, §3). The target encoder is averaged all the same.
       exponent: p of the regression |error|^p / p.
       context_weight: of the regression of visible tokens (V-JEPA 2.1).
       context_warmup: steps at which that weight leaves 0 and at which it is reached.
@@ -50,6 +53,7 @@ class Objective:
         tokens; not part of V-JEPA.
     """
 
+    target: str = "features"
     exponent: float = 1.0
     context_weight: float = 0.0
     context_warmup: tuple[int, int] = (0, 0)
@@ -122,10 +126,20 @@ def make_loss_fn(
     # Without a gradient there is nothing to recompute.
     target_encoder = (teacher or encoder).clone(remat="none", matmul_dtype=target_dtype)
 
-    def describe(features, of: VideoEncoder):
+    is_pixels = objective.target == "pixels"
+    target_levels = 1 if is_pixels else target_encoder.num_levels
+
+    def targets(params, video):
+        if is_pixels:
+            of_tokens = tubelets(video, encoder.patch_size, encoder.tubelet_size)
+        else:
+            of_tokens = target_encoder.apply({"params": params}, video)
+        return losses.normalise_target(of_tokens, target_levels)
+
+    def describe(features, num_levels):
         # Covariances are added up over devices: those of all levels of a ViT-G would be
         # as much as a tenth of its gradients, for what is only logged.
-        level = losses.deepest_level(features, of.num_levels)
+        level = losses.deepest_level(features, num_levels)
         return losses.collapse_statistics(level)
 
     def stream_loss(params, target, video, stream, masks, step):
@@ -133,9 +147,7 @@ def make_loss_fn(
         if video.dtype == jnp.uint8:
             video = normalise(video)
         with jax.named_scope("target"):
-            features = target_encoder.apply({"params": target}, video)
-            features = losses.normalise_target(features, target_encoder.num_levels)
-            features = jax.lax.stop_gradient(features)
+            features = jax.lax.stop_gradient(targets(target, video))
         metrics: Metrics = {}
         terms: dict[str, list[jax.Array]] = collections.defaultdict(list)
         predictions = []
@@ -188,9 +200,9 @@ def make_loss_fn(
             total += objective.covariance_weight * means["covariance"]
             metrics["train/variance_term"] = means["variance"]
             metrics["train/covariance_term"] = means["covariance"]
-        of_target = describe(features, target_encoder)
-        of_encoder = describe(context, encoder)
-        of_prediction = describe(prediction, target_encoder)
+        of_target = describe(features, target_levels)
+        of_encoder = describe(context, encoder.num_levels)
+        of_prediction = describe(prediction, target_levels)
         metrics |= {
             "train/loss": means["regression"],
             "train/total_loss": total,

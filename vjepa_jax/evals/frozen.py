@@ -211,8 +211,9 @@ class Frozen:
             )
         if self.predictor.out_dim != self.encoder.out_dim:
             raise UserError(
-                f"the predictor gives {self.predictor.out_dim} channels, a teacher's, "
-                f"and the target encoder has {self.encoder.out_dim}: nothing compares"
+                f"the predictor gives {self.predictor.out_dim} channels, a teacher's "
+                f"or pixels, and the target encoder has {self.encoder.out_dim}: "
+                "nothing compares"
             )
         count = self.predictor.num_mask_tokens
         if not 0 <= mask_index < count:

@@ -146,6 +146,17 @@ def modality(module: nn.Module, width: int, is_image: bool) -> jax.Array:
     return table[0 if is_image else 1]
 
 
+def tubelets(video: jax.Array, patch_size: int, tubelet_size: int) -> jax.Array:
+    """Cut clips [B, T, H, W, C] into tokens of pixels [B, N, tubelet_size * p * p * C].
+
+    Tokens are in (t, h, w) order, and so are the pixels of each.
+    """
+    b, t, h, w, c = video.shape
+    dt, p = tubelet_size, patch_size
+    x = video.reshape(b, t // dt, dt, h // p, p, w // p, p, c)
+    return x.transpose(0, 1, 3, 5, 2, 4, 6, 7).reshape(b, -1, dt * p * p * c)
+
+
 class TubeletEmbed(nn.Module):
     """Cut a clip into tubelets and project each: [B, T, H, W, C] -> [B, N, width].
 
@@ -161,10 +172,7 @@ class TubeletEmbed(nn.Module):
 
     @nn.compact
     def __call__(self, video: jax.Array, idx: jax.Array | None = None) -> jax.Array:
-        b, t, h, w, c = video.shape
-        dt, p = self.tubelet_size, self.patch_size
-        x = video.reshape(b, t // dt, dt, h // p, p, w // p, p, c)
-        x = x.transpose(0, 1, 3, 5, 2, 4, 6, 7).reshape(b, -1, dt * p * p * c)
+        x = tubelets(video, self.patch_size, self.tubelet_size)
         # Pixels take no gradient, so that gathering here costs nothing backward.
         if idx is not None:
             x = take_tokens(x, idx)

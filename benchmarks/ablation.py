@@ -1,0 +1,109 @@
+"""Change one thing of the demo's recipe at a time, on the synthetic world.
+
+    python benchmarks/ablation.py --out=runs/ablation
+    python benchmarks/ablation.py --rows=recipe,pixels --seeds=1
+
+A row is a short run of `configs/world_tiny.py` with `STEPS` updates and other values,
+read out by `configs/probe_world.py`; `NAME/seedN` of the output folder holds each. What
+is complete is kept. Prints a Markdown table: mean over the seeds, lowest to highest.
+"""
+
+import argparse
+import json
+import pathlib
+
+import world
+
+STEPS = 800
+CONFIG = "configs/world_tiny.py"
+_PLAIN = ("objective.variance_weight=0", "objective.covariance_weight=0")
+_BLOCKS = ("masks.future.num_blocks=8", "masks.future.max_temporal_keep=1.0")
+# Name: what it is, and what it changes.
+ROWS = {
+    "recipe": ("the demo's recipe", ()),
+    "blocks_unbiased": ("masks: 8 boxes of 15 %, unbiased budgets", _BLOCKS),
+    "blocks_official": (
+        "masks: 8 boxes of 15 %, official budgets",
+        (*_BLOCKS, "masks.future.mode=official"),
+    ),
+    "tubes": (
+        "masks: random tubes of 75 %",
+        (
+            "masks.future.kind=tube",
+            "masks.future.max_temporal_keep=1.0",
+            "masks.future.spatial_scale=(0.75,0.75)",
+        ),
+    ),
+    "causal_official": (
+        "masks: the future, official budgets",
+        ("masks.future.mode=official",),
+    ),
+    "no_ema": (
+        "EMA: none, the target is the encoder",
+        ("ema.start=0.0", "ema.end=0.0"),
+    ),
+    "ema_998": ("EMA: 0.998 to 1", ("ema.start=0.998",)),
+    "predictor_deep": ("predictor: 4 blocks", ("model.predictor.depth=4",)),
+    "predictor_narrow": ("predictor: 32 channels", ("model.predictor.width=32",)),
+    "v1_v2": ("objective: V-JEPA's and V-JEPA 2's, no more", _PLAIN),
+    "v2_1": (
+        "objective: V-JEPA 2.1's, visible tokens too",
+        (
+            *_PLAIN,
+            "model.predictor.predict_context=True",
+            "objective.context_weight=0.5",
+        ),
+    ),
+    "pixels": (
+        "objective: pixels as targets",
+        (*_PLAIN, "objective.target=pixels"),
+    ),
+}
+_MEASURES = {
+    "few_label_accuracy": "few-label",
+    "linear_accuracy": "linear",
+    "position_r2": "position R²",
+    "velocity_r2": "velocity R²",
+    "occluded_position_r2": "occluded position R²",
+}
+
+
+def run(folder: pathlib.Path, seed: int, changes: tuple[str, ...]) -> dict:
+    """Train and read out one seed of a row, unless that is done; return the results."""
+    workdir = folder / f"seed{seed}"
+    if not (workdir / "results.json").exists():
+        values = f"total_steps={STEPS}", *changes
+        world.train(CONFIG, workdir, seed, [f"--config.{value}" for value in values])
+        # Only the linear read-outs are shown: the others get one epoch.
+        probe = "random_init=False", "attentive.epochs=1", "regression.epochs=1"
+        world.evaluate(
+            "configs/probe_world.py",
+            workdir,
+            seed,
+            [f"--config.{value}" for value in probe],
+        )
+    return json.loads((workdir / "results.json").read_text())
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", default=",".join(ROWS), help="with commas between")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--out", type=pathlib.Path, default="runs/ablation")
+    options = parser.parse_args()
+    names = options.rows.split(",")
+    unknown = [name for name in names if name not in ROWS]
+    if unknown:
+        parser.error(f"unknown rows {', '.join(unknown)}; known: {', '.join(ROWS)}")
+    print("| row | change | " + " | ".join(_MEASURES.values()) + " |")
+    print("|---" * (len(_MEASURES) + 2) + "|", flush=True)
+    for name in names:
+        text, changes = ROWS[name]
+        runs = [run(options.out / name, seed, changes) for seed in range(options.seeds)]
+        cells = [world.cell(measure, "pretrained", runs) for measure in _MEASURES]
+        print(f"| {name} | {text} | " + " | ".join(cells) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
