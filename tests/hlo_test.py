@@ -115,8 +115,9 @@ def test_collectives_are_told_by_kind_size_and_count():
 
 
 # As the TPU compiler writes, shortened: a loop of two layers that steps by one, whose
-# gather shows in two fusions under one channel; a fused reduction and scatter; a matmul
-# of attention as a dilated convolution; a kernel with a line break in its metadata.
+# gather shows in two fusions under one channel; a fused reduction and scatter, and one
+# more after the loop; two moves under one channel; a matmul of attention as a dilated
+# convolution; a kernel with a line break in its metadata.
 TPU = textwrap.dedent("""\
     HloModule jit_step, is_scheduled=true
 
@@ -134,6 +135,12 @@ TPU = textwrap.dedent("""\
       %input.1 = bf16[64,64]{1,0} parameter(0)
       %all-reduce.5 = bf16[64,64]{1,0} all-reduce(%input.1), channel_id=9, to_apply=%add
       ROOT %slice.1 = bf16[8,64]{1,0} dynamic-slice(%all-reduce.5), sizes={8,64}
+    }
+
+    %all-reduce-scatter.4 (input.2: bf16[64,64]) -> bf16[8,64] {
+      %input.2 = bf16[64,64]{1,0} parameter(0)
+      %all-reduce.6 = bf16[64,64]{1,0} all-reduce(%input.2), channel_id=9, to_apply=%add
+      ROOT %slice.2 = bf16[8,64]{1,0} dynamic-slice(%all-reduce.6), sizes={8,64}
     }
 
     %body (state: (s32[], bf16[16,64], bf16[8,64])) -> (s32[], bf16[16,64], bf16[8,64]) {
@@ -168,6 +175,9 @@ TPU = textwrap.dedent("""\
       %sort_kernel.2 = bf16[16,64]{1,0} custom-call(%w.1), custom_call_target="tpu_custom_call", metadata={op_name="jit(step)/sort"}
       %tuple.2 = (s32[]{:T(128)}, bf16[16,64]{1,0}, bf16[8,64]{1,0}) tuple(%zero, %sort_kernel.2, %w.1)
       %while.1 = (s32[]{:T(128)}, bf16[16,64]{1,0}, bf16[8,64]{1,0}) while(%tuple.2), condition=%condition, body=%body
+      %last = bf16[8,64]{1,0} fusion(%sort_kernel.2), kind=kCustom, calls=%all-reduce-scatter.4
+      %moved.1 = bf16[8,64]{1,0} collective-permute(%last), channel_id=1
+      %moved.2 = bf16[8,64]{1,0} collective-permute(%moved.1), channel_id=1
       ROOT %out = bf16[16,64]{1,0} get-tuple-element(%while.1), index=1
     }
     """)  # noqa: E501
@@ -183,10 +193,15 @@ def test_programs_of_tpus_are_read(step, trips):
     # Two matmuls forward, five backward.
     assert counted.kernel_flops == 7 * one_matmul
     assert counted.unknown_kernels == {"sort_kernel": 1}
-    whole = (Shape("bf16", (64, 64)),)
-    found = {c.kind: (c.shapes, c.count, c.bytes) for c in counted.collectives}
-    expected = (whole, trips, trips * 64 * 64 * 2)
-    assert found == {"all-gather": expected, "reduce-scatter": expected}
+    whole, part = 64 * 64 * 2, 8 * 64 * 2
+    found = sorted((c.kind, c.count, c.bytes) for c in counted.collectives)
+    assert found == [
+        ("all-gather", trips, trips * whole),
+        ("collective-permute", 1, part),
+        ("collective-permute", 1, part),
+        ("reduce-scatter", 1, whole),
+        ("reduce-scatter", trips, trips * whole),
+    ]
 
 
 def test_loops_without_a_known_end_are_named():

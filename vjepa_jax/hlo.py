@@ -31,7 +31,7 @@ _CALLED = re.compile(r"(?:calls|to_apply)=%?([\w.\-]+)")
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """What devices exchange, one channel.
+    """What devices exchange at one place of the program.
 
     Attributes:
       kind: opcode; a TPU's fused all-reduce and slice is a `reduce-scatter`.
@@ -66,7 +66,7 @@ class Account:
       matmul_flops: of dots and convolutions, two per multiply-add.
       kernel_flops: of attention kernels, padding included.
       remat_flops: those of both that repeat what was computed before.
-      collectives: one entry per channel.
+      collectives: every exchange once, in however many pieces it is written.
       unknown_loops: loops whose trip count was not found, counted once.
       unknown_kernels: how often kernels run that are not attention's.
     """
@@ -124,30 +124,35 @@ def _trip_count(loop: Instruction, computations) -> int | None:
 
 
 def _executions(computations, entry):
-    """Return ({computation: how often it runs}, loops without a known count)."""
+    """Return ({computation: how often it runs}, {computation: host}, unknown loops).
+
+    The host is the entry, or the body of a loop or branch, that a fusion is part of.
+    """
     counts: collections.Counter[str] = collections.Counter()
+    hosts: dict[str, str] = {}
     unknown = []
 
-    def visit(name, times):
+    def visit(name, times, host):
         counts[name] += times
+        hosts[name] = host
         for instruction in computations[name].values():
             if instruction.opcode == "while":
                 trips = _trip_count(instruction, computations)
                 if trips is None:
                     unknown.append(instruction.name)
                 body = instruction.attribute(r"body=%?([\w.\-]+)")
-                visit(body, times * (1 if trips is None else trips))
+                visit(body, times * (1 if trips is None else trips), body)
             elif instruction.opcode in ("fusion", "call", "custom-call", "async-start"):
                 for called in _CALLED.findall(instruction.rest):
                     if called in computations:
-                        visit(called, times)
+                        visit(called, times, host)
             elif instruction.opcode == "conditional":
                 branches = instruction.attribute(r"branch_computations=\{([^}]*)\}")
                 for branch in re.findall(r"[\w.\-]+", branches or ""):
-                    visit(branch, times)
+                    visit(branch, times, branch)
 
-    visit(entry, 1)
-    return counts, tuple(unknown)
+    visit(entry, 1, entry)
+    return counts, hosts, tuple(unknown)
 
 
 def _window(text: str, key: str, default: str, count: int) -> list[str]:
@@ -250,12 +255,10 @@ def _matmuls(computation: Computation) -> Iterator[tuple[Instruction, float, boo
                 yield instruction, math.nan if flops is None else flops, True
 
 
-def _collective(instruction: Instruction, computation, owner: str, times: int):
-    """Return (key, Collective), or None for other instructions.
-
-    An asynchronous collective shows in several places (start, steps, done) under one
-    channel.
-    """
+def _collective(
+    instruction: Instruction, computation: Computation, owner: str, times: int
+) -> Collective | None:
+    """Return what an instruction of the computation `owner` exchanges, if it does."""
     kind = instruction.opcode.removesuffix("-start")
     if kind not in _COLLECTIVES:
         return None
@@ -270,9 +273,7 @@ def _collective(instruction: Instruction, computation, owner: str, times: int):
         shapes = inputs
     if kind == "all-reduce" and owner.startswith("all-reduce-scatter"):
         kind = "reduce-scatter"
-    channel = instruction.attribute(r"channel_id=(\d+)")
-    key = (kind, channel) if channel else (kind, owner, instruction.name)
-    return key, Collective(kind, shapes, times, instruction.op_name)
+    return Collective(kind, shapes, times, instruction.op_name)
 
 
 def account(text: str) -> Account:
@@ -282,10 +283,10 @@ def account(text: str) -> Account:
       text: of `compiled.as_text()`.
     """
     computations, entry = parse(text)
-    counts, unknown_loops = _executions(computations, entry)
+    counts, hosts, unknown_loops = _executions(computations, entry)
     flops = {True: 0.0, False: 0.0}
     remat, unknown_kernels = 0.0, collections.Counter()
-    channels: dict[tuple, Collective] = {}
+    collectives: dict[tuple, Collective] = {}
     for name, times in counts.items():
         for instruction, once, is_kernel in _matmuls(computations[name]):
             if math.isnan(once):
@@ -295,13 +296,19 @@ def account(text: str) -> Account:
             remat += times * once * _is_repeated(instruction)
         for instruction in computations[name].values():
             found = _collective(instruction, computations[name], name, times)
-            if found and (found[0] not in channels or times < channels[found[0]].count):
-                channels[found[0]] = found[1]
+            if found:
+                # The pieces of an asynchronous one (start, steps, done) are fusions of
+                # one host and share a channel; else a channel says nothing, as several
+                # hosts, and collectives of one host, may use the same.
+                channel = instruction.attribute(r"channel_id=(\d+)")
+                in_pieces = channel and hosts[name] != name
+                place = (hosts[name], channel) if in_pieces else (instruction.name,)
+                collectives[found.kind, found.shapes, *place] = found
     return Account(
         matmul_flops=flops[False],
         kernel_flops=flops[True],
         remat_flops=remat,
-        collectives=tuple(channels.values()),
+        collectives=tuple(collectives.values()),
         unknown_loops=unknown_loops,
         unknown_kernels=dict(unknown_kernels),
     )
