@@ -18,6 +18,7 @@ os.environ["XLA_FLAGS"] = (
 
 import fsspec
 import jax
+import numbered_videos
 import numpy as np
 import pytest
 from absl import flags
@@ -35,6 +36,12 @@ def rng():
     seed = np.random.SeedSequence().entropy
     print(f"numpy seed {seed}")
     return np.random.default_rng(seed)
+
+
+@pytest.fixture(scope="session")
+def videos(tmp_path_factory):
+    """Folder of short videos whose frames tell which they are; not to be changed."""
+    return numbered_videos.write_folder(tmp_path_factory.mktemp("videos"))
 
 
 @pytest.fixture

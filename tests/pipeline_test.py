@@ -2,7 +2,6 @@ import json
 import multiprocessing
 
 import bad_files
-import numbered_videos
 import numpy as np
 import pytest
 import video_files
@@ -18,20 +17,15 @@ from vjepa_jax.default_config import UserError
 BATCH_SIZE = 4
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return numbered_videos.write_folder(tmp_path_factory.mktemp("videos"))
-
-
 @pytest.fixture
-def source(folder):
-    return Mixture(sources.open_sources(str(folder)))
+def source(videos):
+    return Mixture(sources.open_sources(str(videos)))
 
 
-def make_mixture(path, folder):
+def make_mixture(path, videos):
     """Mixes two lists of unequal weights, in which some files are broken."""
-    make_list(path, folder, bad=(2, 5), name="a.csv")
-    make_list(path, folder, bad=(7,), name="b.csv")
+    make_list(path, videos, bad=(2, 5), name="a.csv")
+    make_list(path, videos, bad=(7,), name="b.csv")
     paths = f"{path / 'a.csv'},{path / 'b.csv'}"
     return Mixture(sources.open_sources(paths, (0.3, 0.7)))
 
@@ -106,8 +100,8 @@ def test_every_video_comes_once_per_epoch_in_new_order(source):
     assert len(set(epochs)) == 4
 
 
-def test_index_names_the_video_that_was_read_in_the_end(tmp_path, folder):
-    source = make_list(tmp_path, folder, bad=(2, 5))
+def test_index_names_the_video_that_was_read_in_the_end(tmp_path, videos):
+    source = make_list(tmp_path, videos, bad=(2, 5))
     reading = Reading(Sampling(12, frame_step=1), resolution=32)
     whole = {"crop_scale": (1.0, 1.0), "crop_aspect_ratio": (1.0, 1.0)}
     transform = ClipTransform(32, **whole, flip_probability=0)
@@ -131,8 +125,8 @@ def test_fewer_videos_than_a_batch_are_enough(source):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2, 3])
-def test_restarted_stream_continues_the_unbroken_one(tmp_path, folder, num_workers):
-    source = make_list(tmp_path, folder, bad=(2, 5))
+def test_restarted_stream_continues_the_unbroken_one(tmp_path, videos, num_workers):
+    source = make_list(tmp_path, videos, bad=(2, 5))
     unbroken = take(9, source)
     restarted = take(4, source, start_step=5, num_workers=num_workers)
     np.testing.assert_array_equal(restarted, unbroken[5:])
@@ -140,8 +134,8 @@ def test_restarted_stream_continues_the_unbroken_one(tmp_path, folder, num_worke
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_hosts_share_the_global_batches(tmp_path, folder, num_workers):
-    source = make_list(tmp_path, folder, bad=(2,))
+def test_hosts_share_the_global_batches(tmp_path, videos, num_workers):
+    source = make_list(tmp_path, videos, bad=(2,))
     alone = take(4, source)
     shares = [
         take(
@@ -162,9 +156,9 @@ def test_hosts_share_the_global_batches(tmp_path, folder, num_workers):
     ("start", "hosts", "num_workers"), [(0, 4, 0), (3, 1, 3), (5, 2, 2), (6, 4, 1)]
 )
 def test_a_mixture_is_the_same_for_any_hosts_and_workers(
-    tmp_path, folder, start, hosts, num_workers
+    tmp_path, videos, start, hosts, num_workers
 ):
-    mixture = make_mixture(tmp_path, folder)
+    mixture = make_mixture(tmp_path, videos)
     alone = take(8, mixture)
     shares = [
         take(
@@ -180,8 +174,8 @@ def test_a_mixture_is_the_same_for_any_hosts_and_workers(
     np.testing.assert_array_equal(np.concatenate(shares, axis=1), alone[start:])
 
 
-def test_a_bad_video_is_replaced_from_its_own_source(tmp_path, folder):
-    mixture = make_mixture(tmp_path, folder)
+def test_a_bad_video_is_replaced_from_its_own_source(tmp_path, videos):
+    mixture = make_mixture(tmp_path, videos)
     with make_iterator(mixture) as batches:
         for _ in range(12):
             batch = next(batches._batches)
@@ -192,9 +186,9 @@ def test_a_bad_video_is_replaced_from_its_own_source(tmp_path, folder):
                 assert {t < NUM_VIDEOS for t in tried.tolist()} in ({True}, {False})
 
 
-def test_a_source_without_a_good_video_is_replaced_by_the_others(tmp_path, folder):
-    make_list(tmp_path, folder, bad=range(NUM_VIDEOS), name="a.csv")
-    make_list(tmp_path, folder, name="b.csv")
+def test_a_source_without_a_good_video_is_replaced_by_the_others(tmp_path, videos):
+    make_list(tmp_path, videos, bad=range(NUM_VIDEOS), name="a.csv")
+    make_list(tmp_path, videos, name="b.csv")
     paths = f"{tmp_path / 'a.csv'},{tmp_path / 'b.csv'}"
     mixture = Mixture(sources.open_sources(paths, (0.1, 0.9)))
     batches = take(12, mixture, max_bad_fraction=1.0)
@@ -235,8 +229,8 @@ def read_lines(path):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_bad_videos_are_replaced_and_listed_once(tmp_path, folder, num_workers):
-    source = make_list(tmp_path, folder, bad=(2, 5))
+def test_bad_videos_are_replaced_and_listed_once(tmp_path, videos, num_workers):
+    source = make_list(tmp_path, videos, bad=(2, 5))
     (tmp_path / "bad5.mp4").unlink()
     (tmp_path / "bad5.mp4").touch()
     listing = tmp_path / "workdir" / "bad_videos.jsonl"
@@ -259,8 +253,8 @@ def test_bad_videos_are_replaced_and_listed_once(tmp_path, folder, num_workers):
     assert all(entry["step"] in (0, 1, 2) for entry in entries)
 
 
-def test_restart_does_not_list_bad_videos_again(tmp_path, folder):
-    source = make_list(tmp_path, folder, bad=(2, 5))
+def test_restart_does_not_list_bad_videos_again(tmp_path, videos):
+    source = make_list(tmp_path, videos, bad=(2, 5))
     listing = tmp_path / "bad_videos.jsonl"
     take(9, source, bad_videos_path=str(listing))
     # A killed run may leave half a line.
@@ -282,8 +276,8 @@ def test_streams_without_bad_videos_list_nothing(tmp_path, source):
     assert not list(tmp_path.iterdir())
 
 
-def test_too_many_bad_videos_end_the_run(tmp_path, folder):
-    source = make_list(tmp_path, folder, bad=(2, 5))
+def test_too_many_bad_videos_end_the_run(tmp_path, videos):
+    source = make_list(tmp_path, videos, bad=(2, 5))
     listing = tmp_path / "bad_videos.jsonl"
     with make_iterator(
         source, bad_videos_path=str(listing), max_bad_fraction=0.1
@@ -301,8 +295,8 @@ def test_too_many_bad_videos_end_the_run(tmp_path, folder):
     assert "data.max_bad_fraction=0.1" in message
 
 
-def test_allowed_share_of_bad_videos_does_not_end_the_run(tmp_path, folder):
-    source = make_list(tmp_path, folder, bad=(2, 5))
+def test_allowed_share_of_bad_videos_does_not_end_the_run(tmp_path, videos):
+    source = make_list(tmp_path, videos, bad=(2, 5))
     take(36, source, max_bad_fraction=0.2)
 
 
@@ -326,8 +320,8 @@ def test_every_kind_of_bad_file_costs_itself_alone(tmp_path):
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_nothing_readable_ends_the_run_at_once(tmp_path, folder, num_workers):
-    source = make_list(tmp_path, folder, bad=range(NUM_VIDEOS))
+def test_nothing_readable_ends_the_run_at_once(tmp_path, videos, num_workers):
+    source = make_list(tmp_path, videos, bad=range(NUM_VIDEOS))
     with (
         make_iterator(source, num_workers=num_workers) as batches,
         pytest.raises(UserError, match=r"11 videos of .*list\.csv.* cannot be read"),

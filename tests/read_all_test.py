@@ -1,6 +1,5 @@
 import weakref
 
-import numbered_videos
 import numpy as np
 import pytest
 import video_files
@@ -16,14 +15,9 @@ from vjepa_jax.data.transforms import make_views
 BATCH_SIZE = 4
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return numbered_videos.write_folder(tmp_path_factory.mktemp("videos"))
-
-
 @pytest.fixture
-def source(folder):
-    return Mixture(sources.open_sources(str(folder)))
+def source(videos):
+    return Mixture(sources.open_sources(str(videos)))
 
 
 def iterate_all(source, **overrides):
@@ -44,8 +38,8 @@ def concatenate(batches, key):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_read_all_gives_each_video_once_in_order(tmp_path, folder, num_workers):
-    source = make_list(tmp_path, folder)
+def test_read_all_gives_each_video_once_in_order(tmp_path, videos, num_workers):
+    source = make_list(tmp_path, videos)
     batches = read_all(source, num_workers=num_workers)
     assert [len(batch["index"]) for batch in batches] == [4, 4, 3]
     np.testing.assert_array_equal(concatenate(batches, "index"), np.arange(NUM_VIDEOS))
@@ -58,17 +52,17 @@ def test_read_all_gives_each_video_once_in_order(tmp_path, folder, num_workers):
         np.testing.assert_array_equal(clip, plain[2:9:2])
 
 
-def test_read_all_lets_go_of_the_workers_memory(tmp_path, folder):
+def test_read_all_lets_go_of_the_workers_memory(tmp_path, videos):
     kept, memory = [], []
-    for batch in iterate_all(make_list(tmp_path, folder), num_workers=1):
+    for batch in iterate_all(make_list(tmp_path, videos), num_workers=1):
         kept.append((batch["label"], batch["index"], batch["valid"]))
         memory.append(weakref.ref(batch["video"]["video"].base))
     del batch
     assert [place() for place in memory] == [None] * len(kept)
 
 
-def test_read_all_marks_bad_videos(tmp_path, folder):
-    source = make_list(tmp_path, folder, bad=(2, 5))
+def test_read_all_marks_bad_videos(tmp_path, videos):
+    source = make_list(tmp_path, videos, bad=(2, 5))
     batches = read_all(source)
     valid = concatenate(batches, "valid")
     assert np.flatnonzero(~valid).tolist() == [2, 5]
@@ -97,8 +91,8 @@ def test_read_all_gives_segments_and_views(tmp_path, num_workers):
         np.testing.assert_array_equal(clip, expected)
 
 
-def test_read_all_pads_the_last_batch_if_asked(tmp_path, folder):
-    source = make_list(tmp_path, folder)
+def test_read_all_pads_the_last_batch_if_asked(tmp_path, videos):
+    source = make_list(tmp_path, videos)
     last = read_all(source, padded=True)[-1]
     assert last["video"]["video"].shape == (4, 4, 32, 32, 3)
     assert last["valid"].tolist() == [True, True, True, False]
