@@ -1,13 +1,15 @@
 """Pretrain and evaluate a world config with several seeds; print mean and spread.
 
     python benchmarks/world.py --config=configs/world_tiny.py --out=runs/bench
-    python benchmarks/world.py --evaluations=world,physics --out=runs/bench_physics \
-        --config.world.path=runs/pairs --config.data.path=runs/pairs/pretrain.csv \
-        --config.world.physics_pairs=40
+    python benchmarks/world.py --out=runs/bench_all \
+        --evaluations=world,neighbours,physics,anticipation,davis:world \
+        --config.world.path=runs/all --config.data.path=runs/all/pretrain.csv \
+        --config.world.physics_pairs=40 --config.world.action_clips=1600 \
+        --config.world.segmentation_videos=200
 
 Runs the very commands of the demo, one after the other: what is complete is kept. An
-evaluation NAME is `configs/probe_NAME.py`. Prints a Markdown table for each: mean over
-the seeds, and lowest to highest.
+evaluation NAME:VARIANT is `configs/probe_NAME.py:VARIANT`, on the files of the run's
+own world. Prints a Markdown table for each: mean over the seeds, and lowest to highest.
 """
 
 import argparse
@@ -21,6 +23,21 @@ import sys
 import numpy as np
 
 from vjepa_jax import probe
+
+# What evaluations must be told of a world in the folder {}.
+_OVERRIDES = {
+    "neighbours": (
+        "data.train_path={}/probe_train.csv",
+        "data.test_path={}/probe_test.csv",
+        "data.frame_step=1",
+        "draws=3",
+    ),
+    "anticipation": (
+        "data.videos_path={}",
+        "data.train_path={}/actions_train_actions.csv",
+        "data.test_path={}/actions_test_actions.csv",
+    ),
+}
 
 
 def _run(module: str, *arguments: str) -> None:
@@ -83,13 +100,18 @@ def main() -> None:
     options, overrides = parser.parse_known_args()
     workdirs = [options.out / f"seed{seed}" for seed in range(options.seeds)]
     for evaluation in options.evaluations.split(","):
-        file = f"configs/probe_{evaluation}.py"
-        name, runs = probe.results_file(runpy.run_path(file)["get_config"]()), []
+        name, *variant = evaluation.split(":")
+        file = f"configs/probe_{name}.py"
+        results = probe.results_file(runpy.run_path(file)["get_config"](*variant))
+        runs = []
         for seed, workdir in enumerate(workdirs):
-            if not (workdir / name).exists():
+            if not (workdir / results).exists():
                 train(options.config, workdir, seed, overrides)
-                evaluate(file, workdir, seed, [])
-            runs.append(json.loads((workdir / name).read_text()))
+                world = json.loads((workdir / "config.json").read_text())["world"]
+                values = [f"--config.{v}" for v in _OVERRIDES.get(name, ())]
+                values = [value.format(world["path"]) for value in values]
+                evaluate(":".join([file, *variant]), workdir, seed, values)
+            runs.append(json.loads((workdir / results).read_text()))
         print(f"{evaluation}\n\n{table(runs)}\n", flush=True)
 
 

@@ -42,10 +42,6 @@ def get_config():
         config.masks = ConfigDict()
         config.masks.future = mask(num_blocks=0, max_temporal_keep=0.5, mode="unbiased")
 
-    # Not part of V-JEPA: they keep content in the features while the target is poor.
-    config.objective.variance_weight = 0.025
-    config.objective.covariance_weight = 0.0025
-
     config.optim.start_learning_rate = 1e-4
     config.optim.learning_rate = 1e-3
     config.optim.final_learning_rate = 0.0

@@ -368,5 +368,6 @@ def require_shared_memory(num_bytes: int, folder: str = "/dev/shm") -> None:
         raise UserError(
             f"{folder} has {free / 1e6:.0f} MB free and the batches of the decoding "
             f"processes take {num_bytes / 1e6:.0f} MB: enlarge it (docker run "
-            "--shm-size), or lower data.num_workers or data.prefetch_megabytes"
+            "--shm-size), or lower data.num_workers or, in pretraining, "
+            "data.prefetch_megabytes"
         )
