@@ -99,9 +99,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     options, overrides = parser.parse_known_args()
     workdirs = [options.out / f"seed{seed}" for seed in range(options.seeds)]
-    for evaluation in options.evaluations.split(","):
+    evaluations = options.evaluations.split(",")
+    files = [f"configs/probe_{e.partition(':')[0]}.py" for e in evaluations]
+    for file in files:
+        if not pathlib.Path(file).exists():
+            parser.error(f"there is no {file}; run it where configs/ lies")
+    for evaluation, file in zip(evaluations, files, strict=True):
         name, *variant = evaluation.split(":")
-        file = f"configs/probe_{name}.py"
         results = probe.results_file(runpy.run_path(file)["get_config"](*variant))
         runs = []
         for seed, workdir in enumerate(workdirs):
