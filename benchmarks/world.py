@@ -40,6 +40,12 @@ _OVERRIDES = {
 }
 
 
+def _config(evaluation: str) -> str:
+    """Return the config file of NAME:VARIANT, as `--config` takes it."""
+    name, *variant = evaluation.split(":")
+    return ":".join([f"configs/probe_{name}.py", *variant])
+
+
 def _run(module: str, *arguments: str) -> None:
     command = [sys.executable, "-m", module, *arguments]
     print("+", " ".join(command), file=sys.stderr, flush=True)
@@ -98,25 +104,26 @@ def main() -> None:
     parser.add_argument("--evaluations", default="world", help="with commas between")
     parser.add_argument("--seeds", type=int, default=3)
     options, overrides = parser.parse_known_args()
-    workdirs = [options.out / f"seed{seed}" for seed in range(options.seeds)]
-    evaluations = options.evaluations.split(",")
-    files = [f"configs/probe_{e.partition(':')[0]}.py" for e in evaluations]
-    for file in files:
+    results = {}  # of an evaluation, the file in a workdir
+    for evaluation in options.evaluations.split(","):
+        file, *variant = _config(evaluation).split(":")
         if not pathlib.Path(file).exists():
             parser.error(f"there is no {file}; run it where configs/ lies")
-    for evaluation, file in zip(evaluations, files, strict=True):
-        name, *variant = evaluation.split(":")
-        results = probe.results_file(runpy.run_path(file)["get_config"](*variant))
-        runs = []
-        for seed, workdir in enumerate(workdirs):
-            if not (workdir / results).exists():
-                train(options.config, workdir, seed, overrides)
-                world = json.loads((workdir / "config.json").read_text())["world"]
-                values = [f"--config.{v}" for v in _OVERRIDES.get(name, ())]
-                values = [value.format(world["path"]) for value in values]
-                evaluate(":".join([file, *variant]), workdir, seed, values)
-            runs.append(json.loads((workdir / results).read_text()))
-        print(f"{evaluation}\n\n{table(runs)}\n", flush=True)
+        config = runpy.run_path(file)["get_config"](*variant)
+        results[evaluation] = probe.results_file(config)
+    workdirs = [options.out / f"seed{seed}" for seed in range(options.seeds)]
+    for seed, workdir in enumerate(workdirs):
+        missing = [e for e, name in results.items() if not (workdir / name).exists()]
+        if missing:
+            train(options.config, workdir, seed, overrides)
+        for evaluation in missing:
+            world = json.loads((workdir / "config.json").read_text())["world"]
+            values = _OVERRIDES.get(evaluation, ())
+            values = [f"--config.{value}".format(world["path"]) for value in values]
+            evaluate(_config(evaluation), workdir, seed, values)
+    for evaluation, name in results.items():
+        runs = [json.loads((workdir / name).read_text()) for workdir in workdirs]
+        print(f"{evaluation}\n\n{table(runs)}\n")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 r"""The synthetic world, longer: three times the updates of the demo, twice its videos.
 
-Cost: half an hour on two CPU cores. Result, three seeds: linear probe with 16 labels
-per class 77.4 % (random-init 15.4 %), position while occluded R² 0.58 (0.21).
+Cost: 38 to 44 minutes on two CPU cores that did other work. Result, three seeds: linear
+probe with 16 labels per class 77.4 % (random-init 15.4 %), position while occluded R²
+0.58 (0.21).
 
 Command:
 
