@@ -26,6 +26,7 @@ import jax
 import numpy as np
 
 from vjepa_jax import build, compilation, config_rules, default_config, flops, sharding
+from vjepa_jax.host_memory import keep_freed_memory
 from vjepa_jax.program import make_program
 
 
@@ -123,6 +124,7 @@ def _size(module: nn.Module) -> types.SimpleNamespace:
 def _serve(pipe, arguments: tuple) -> None:
     import step_peer
 
+    keep_freed_memory()
     step = step_peer.Peer(*arguments)
     while pipe.recv():
         pipe.send(step())
@@ -156,6 +158,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--peer", action="store_true", help="PyTorch beside it")
     options = parser.parse_args()
+    keep_freed_memory()
     device = jax.devices()[0]
     peak = flops.peak_flops(device.device_kind)
     print(

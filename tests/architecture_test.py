@@ -149,6 +149,7 @@ FLOORS = {
     "watchdog": 1,
     "profiling": 1,
     "environment": 1,
+    "host_memory": 0,
 }
 ROOMS = {
     "orbax": ("checkpoint",),

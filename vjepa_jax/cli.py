@@ -8,6 +8,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from vjepa_jax.default_config import UserError
+from vjepa_jax.host_memory import keep_freed_memory
 
 EXIT_USER_ERROR = 2
 
@@ -81,6 +82,7 @@ def run(main: Callable[[], None]) -> None:
 
     def guarded(argv):
         del argv
+        keep_freed_memory()
         try:
             main()
         except UserError as error:

@@ -23,6 +23,7 @@ from vjepa_jax.data.frames import Crop
 from vjepa_jax.data.records import Record, Source
 from vjepa_jax.data.sampling import Sampling
 from vjepa_jax.data.workers import WorkLog
+from vjepa_jax.host_memory import keep_freed_memory
 
 Batch = dict[str, Any]
 
@@ -128,6 +129,7 @@ def _start_worker(work_log: WorkLog, worker_index: int, worker_count: int) -> No
     cannot end its workers, which then would wait for ever.
     """
     del worker_index, worker_count
+    keep_freed_memory()
     work_log.begin()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
