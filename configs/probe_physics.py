@@ -58,7 +58,7 @@ def get_config(dataset="world"):
     config.reported_context = 8
     config.mask_index = 0  # of the predictor's mask tokens
     if dataset == "world":
-        config.num_frames, config.frame_step, config.context_frames = 0, 1, (8,)
+        config.num_frames, config.frame_step, config.context_frames = 12, 1, (8,)
         config.batch_size, config.groups_at_once = 64, 512
     elif dataset == "intphys":
         config.max_frames = 99

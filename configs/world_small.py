@@ -20,9 +20,9 @@ _TINY = runpy.run_path(str(pathlib.Path(__file__).with_name("world_tiny.py")))
 def get_config():
     """Return the demo's config, longer."""
     config = _TINY["get_config"]()
-    config.total_steps = 8000
+    config.total_steps = 12000
     config.world.path = "runs/world_small"
-    config.world.pretrain_videos = 8192
+    config.world.pretrain_videos = 16500
     config.data.path = "runs/world_small/pretrain.csv"
     config.checkpoint.every_steps = 1000
     config.log.every_steps = 50

@@ -14,10 +14,14 @@ from vjepa_jax.default_config import mask
 def get_config():
     """Return the demo's config."""
     config = get_default()
-    config.total_steps = 2600
+    config.total_steps = 4000
     config.batch_size = 32
 
     config.world.path = "runs/world_tiny"
+    # A quarter is play: what the laws of the world are shows where things meet.
+    config.world.pretrain_videos = 5500
+    config.world.play_fraction = 0.25
+    config.world.physics_pairs = 40  # for configs/probe_physics.py
     config.data.path = "runs/world_tiny/pretrain.csv"
     config.data.num_workers = 1
     config.data.num_frames = 16

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Render the synthetic world, pretrain a small V-JEPA on its files, probe what it learned,
-# and write a page that shows it.
+# Render the synthetic world, pretrain a small V-JEPA on its files and look at it as it
+# learns, probe what it learned, and write a page that shows it.
 # Safe to interrupt and to run again: what is complete is kept, training resumes.
 #   ./launch/demo.sh [--config.key=value ...]     overrides for the training config
 . "$(dirname "$0")/setup.sh" "" # no extra, nor the overrides that a sourced file would get
@@ -9,6 +9,10 @@ python=.venv/bin/python
 run=runs/demo
 config=--config=configs/world_tiny.py
 "$python" -m vjepa_jax.data.prepare "$config" "$@"
-"$python" -m vjepa_jax.train "$config" --workdir="$run" "$@"
-"$python" -m vjepa_jax.probe --config=configs/probe_world.py --workdir="$run"
+"$python" -m vjepa_jax.train "$config" --workdir="$run" \
+  --config.evals.health.every_steps=1000 --config.evals.health.overrides=num_videos=512 \
+  --config.evals.physics.every_steps=1000 "$@"
+for evaluation in world physics; do
+  "$python" -m vjepa_jax.probe --config="configs/probe_$evaluation.py" --workdir="$run"
+done
 "$python" -m vjepa_jax.report --workdir="$run"
