@@ -211,6 +211,36 @@ def test_loops_without_a_known_end_are_named():
     assert {c.count for c in counted.collectives} == {1}
 
 
+# As XLA writes for GPUs, shortened: a covariance and a mean, exchanged as one array.
+GPU = textwrap.dedent("""\
+    HloModule jit_step, is_scheduled=true
+
+    %wrapped_concatenate_computation (a: f32[4096], b: f32[64]) -> f32[4160] {
+      %a = f32[4096]{0} parameter(0)
+      %b = f32[64]{0} parameter(1)
+      ROOT %concatenate.1 = f32[4160]{0} concatenate(%a, %b), dimensions={0}
+    }
+
+    ENTRY %main (x: f32[64,64], y: f32[64]) -> f32[4160] {
+      %x = f32[64,64]{1,0} parameter(0)
+      %y = f32[64]{0} parameter(1)
+      %bitcast.1 = f32[4096]{0} bitcast(%x)
+      %wrapped_concatenate = f32[4160]{0} fusion(%bitcast.1, %y), kind=kLoop, calls=%wrapped_concatenate_computation
+      %all-reduce-start.1 = f32[4160]{0} all-reduce-start(%wrapped_concatenate), channel_id=1, to_apply=%add
+      %all-reduce-done.1 = f32[4160]{0} all-reduce-done(%all-reduce-start.1)
+      ROOT %all-reduce.2 = f32[4160]{0} all-reduce(%all-reduce-done.1), channel_id=2, to_apply=%add
+    }
+    """)  # noqa: E501
+
+
+def test_arrays_exchanged_as_one_are_told_apart():
+    flat, joined = sorted(hlo.account(GPU).collectives, key=lambda c: len(c.shapes))
+    assert [s.dims for s in joined.shapes] == [(64, 64), (64,)]
+    assert [s.dims for s in flat.shapes] == [(4160,)]
+    assert flat.kind == joined.kind == "all-reduce"
+    assert flat.bytes == joined.bytes == 4 * 4160
+
+
 def test_sizes_of_types():
     sizes = {"pred": 1, "bf16": 2, "f32": 4, "u8": 1, "s64": 8, "f8e4m3fn": 1}
     for dtype, size in sizes.items():

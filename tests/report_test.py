@@ -381,15 +381,25 @@ def test_neighbours_are_those_of_the_largest_cosine(rng):
         np.testing.assert_allclose(values, cosine[row], rtol=1e-5)
 
 
-def test_surprise_of_a_frame_is_that_of_the_tubelet_it_ends(run, rng):
+@pytest.mark.parametrize("num_context", [2, 4, 10, 12])
+def test_surprise_of_a_frame_is_that_of_the_tubelet_it_ends(run, rng, num_context):
     model = frozen.load(str(run))
     video = rng.integers(0, 256, (12, 16, 16, 3), np.uint8)
-    frames, (found,) = surprise.per_frame(model, [video], num_context=4)
-    assert frames.tolist() == [*range(5, 12)]
+    frames, (found,) = surprise.per_frame(model, [video], num_context)
+    assert frames.tolist() == [*range(3, 12)]
     for frame, value in zip(frames, found, strict=True):
-        window = video[None, frame - 5 : frame + 1]
-        error = np.subtract(*model.predict(window, range(8), range(8, 12)))
+        # Whole tubelets of two frames, of four tokens each.
+        seen = min(num_context, (frame - 1) // 2 * 2)
+        window = video[None, frame - 1 - seen : frame + 1]
+        tokens = range(2 * seen + 4)
+        error = np.subtract(*model.predict(window, tokens[:-4], tokens[-4:]))
         np.testing.assert_allclose(np.abs(error).mean(), value, rtol=1e-4)
+
+
+def test_surprise_of_frames_wants_two_tubelets(run):
+    model = frozen.load(str(run))
+    with pytest.raises(UserError, match="3 frames of a video are fewer than two"):
+        surprise.per_frame(model, [np.zeros((3, 16, 16, 3), np.uint8)], 2)
 
 
 @settings(deadline=None)

@@ -255,8 +255,30 @@ def _matmuls(computation: Computation) -> Iterator[tuple[Instruction, float, boo
                 yield instruction, math.nan if flops is None else flops, True
 
 
+def _joined(name: str, computations, owner: str) -> tuple[Shape, ...]:
+    """Return the arrays that were laid end to end to be exchanged as one.
+
+    GPUs are given one flat array of several. An array that was not made so is itself;
+    what is no instruction of the computation `owner` is nothing.
+    """
+    computation = computations[owner]
+    if name not in computation:
+        return ()
+    made = computation[name]
+    *_, root = [made, *computations.get(made.attribute(_CALLED.pattern), {}).values()]
+    if root.opcode != "concatenate" or len(made.shapes[0].dims) != 1:
+        return made.shapes
+    parts = []
+    for operand in made.operands:
+        part = computation[operand]
+        while part.opcode == "bitcast" and part.operands[0] in computation:
+            part = computation[part.operands[0]]
+        parts += part.shapes
+    return tuple(parts)
+
+
 def _collective(
-    instruction: Instruction, computation: Computation, owner: str, times: int
+    instruction: Instruction, computations, owner: str, times: int
 ) -> Collective | None:
     """Return what an instruction of the computation `owner` exchanges, if it does."""
     kind = instruction.opcode.removesuffix("-start")
@@ -267,9 +289,9 @@ def _collective(
         shapes = (max(shapes, key=lambda s: s.bytes),)
     if kind in ("send", "recv"):  # the array, a context and a token
         shapes = shapes[:1]
-    inputs = [computation[n].shapes for n in instruction.operands if n in computation]
+    inputs = [_joined(name, computations, owner) for name in instruction.operands]
     inputs = tuple(s for of_operand in inputs for s in of_operand)
-    if kind == "reduce-scatter" and inputs:
+    if kind in ("all-reduce", "reduce-scatter") and inputs:
         shapes = inputs
     if kind == "all-reduce" and owner.startswith("all-reduce-scatter"):
         kind = "reduce-scatter"
@@ -295,7 +317,7 @@ def account(text: str) -> Account:
             flops[is_kernel] += times * once
             remat += times * once * _is_repeated(instruction)
         for instruction in computations[name].values():
-            found = _collective(instruction, computations[name], name, times)
+            found = _collective(instruction, computations, name, times)
             if found:
                 # The pieces of an asynchronous one (start, steps, done) are fusions of
                 # one host and share a channel; else a channel says nothing, as several

@@ -127,7 +127,7 @@ def physics(groups: Sequence[dict[str, Frozen]]) -> Section:
             context = surprise.context_frames(first, pairs[0].possible)
             section.lead = (
                 "Two videos that are the same up to the dashed line; after it one "
-                "breaks a law. A tubelet is predicted from the "
+                "breaks a law. A tubelet is predicted from up to "
                 f"{context} frames before it; the surprise is the mean L1 distance to "
                 "the target's features, at the tubelet's last frame. The first pair of "
                 "each law, not chosen."

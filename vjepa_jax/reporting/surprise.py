@@ -100,7 +100,8 @@ def per_frame(
     Args:
       frozen: with a predictor.
       videos: uint8 [T, S, S, 3] each, of one length.
-      num_context: frames before the tubelet that are seen.
+      num_context: frames before the tubelet that are seen, whole tubelets; those of
+        the first tubelets are as many as there are.
 
     Returns:
       The last frame of each tubelet, int [F], and the surprise of every video, float
@@ -109,17 +110,24 @@ def per_frame(
     Raises:
       UserError: the videos are too short.
     """
-    tubelet = frozen.encoder.tubelet_size
-    window = num_context + tubelet
-    if window > len(videos[0]):
+    tubelet, length = frozen.encoder.tubelet_size, len(videos[0])
+    if 2 * tubelet > length:
         raise UserError(
-            f"no surprise frame by frame: the {len(videos[0])} frames of a video are "
-            f"fewer than the {num_context} seen and the {tubelet} of a tubelet"
+            f"no surprise frame by frame: the {length} frames of a video are fewer than "
+            f"two tubelets of {tubelet}"
         )
-    protocol = physics.Protocol(window, 1, (num_context,))
-    found = physics.surprise(frozen, videos, protocol, _BATCH)
-    frames = np.arange(window - 1, len(videos[0]))
-    return frames, [losses[:, 0] for losses in found]
+    parts = []
+    for seen in range(tubelet, num_context + 1, tubelet):
+        # From the next number on there is room for a tubelet more.
+        last = length if seen == num_context else min(length, seen + 2 * tubelet - 1)
+        clips = [video[:last] for video in videos]
+        protocol = physics.Protocol(seen + tubelet, 1, (seen,))
+        if last >= protocol.num_frames:
+            parts.append(physics.surprise(frozen, clips, protocol, _BATCH))
+    frames = np.arange(2 * tubelet - 1, length)
+    return frames, [
+        np.concatenate(of_video)[:, 0] for of_video in zip(*parts, strict=True)
+    ]
 
 
 def show(pairs: list[Pair], models: dict[str, Frozen]) -> list[Shown]:
@@ -169,6 +177,6 @@ def show(pairs: list[Pair], models: dict[str, Frozen]) -> list[Shown]:
 
 
 def context_frames(frozen: Frozen, video: np.ndarray) -> int:
-    """Return how many frames the network sees before those it predicts."""
+    """Return how many frames the network sees, at most, before those it predicts."""
     tubelet = frozen.encoder.tubelet_size
-    return max(tubelet, len(video) // 4 // tubelet * tubelet)
+    return max(tubelet, len(video) // 2 // tubelet * tubelet)
