@@ -113,8 +113,8 @@ def per_frame(
     tubelet, length = frozen.encoder.tubelet_size, len(videos[0])
     if 2 * tubelet > length:
         raise UserError(
-            f"no surprise frame by frame: the {length} frames of a video are fewer than "
-            f"two tubelets of {tubelet}"
+            f"no surprise frame by frame: the {length} frames of a video are fewer "
+            f"than two tubelets of {tubelet}"
         )
     parts = []
     for seen in range(tubelet, num_context + 1, tubelet):
