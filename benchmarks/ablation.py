@@ -4,8 +4,9 @@
     python benchmarks/ablation.py --rows=recipe,pixels --seeds=1
 
 A row is a short run of `configs/world_tiny.py` with `STEPS` updates and other values,
-read out by `configs/probe_world.py`; `NAME/seedN` of the output folder holds each. What
-is complete is kept. Prints a Markdown table: mean over the seeds, lowest to highest.
+read out by `configs/probe_world.py` and, where features are predicted, by
+`configs/probe_physics.py`; `NAME/seedN` of the output folder holds each. What is
+complete is kept. Prints a Markdown table: mean over the seeds, lowest to highest.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import world
 
 STEPS = 800
 CONFIG = "configs/world_tiny.py"
+_PIXELS = "objective.target=pixels"
 _BLOCKS = "masks.future.num_blocks=8", "masks.future.max_temporal_keep=1.0"
 # Name: what it is, and what it changes. The future has no boxes whose budgets could
 # differ, so official and unbiased masks are compared for boxes alone.
@@ -25,7 +27,7 @@ ROWS = {
         "objective: V-JEPA 2.1's, visible tokens too",
         ("model.predictor.predict_context=True", "objective.context_weight=0.5"),
     ),
-    "pixels": ("objective: pixels as targets", ("objective.target=pixels",)),
+    "pixels": ("objective: pixels as targets", (_PIXELS,)),
     "terms": (
         "objective: VICReg's variance and covariance terms as well",
         ("objective.variance_weight=0.025", "objective.covariance_weight=0.0025"),
@@ -34,6 +36,14 @@ ROWS = {
     "blocks_official": (
         "masks: 8 boxes of 15 %, official budgets",
         (*_BLOCKS, "masks.future.mode=official"),
+    ),
+    "no_play": (
+        "data: no clips of play",
+        (
+            "world.play_fraction=0.0",
+            "world.path=runs/world_no_play",
+            "data.path=runs/world_no_play/pretrain.csv",
+        ),
     ),
     "tubes": (
         "masks: random tubes of 75 %",
@@ -57,6 +67,7 @@ _MEASURES = {
     "position_r2": "position R²",
     "velocity_r2": "velocity R²",
     "occluded_position_r2": "occluded position R²",
+    "physics_accuracy": "physics, mean of nine",
 }
 
 
@@ -68,13 +79,20 @@ def run(folder: pathlib.Path, seed: int, changes: tuple[str, ...]) -> dict:
         world.train(CONFIG, workdir, seed, [f"--config.{value}" for value in values])
         # Only the linear read-outs are shown: the others get one epoch.
         probe = "random_init=False", "attentive.epochs=1", "regression.epochs=1"
-        world.evaluate(
-            "configs/probe_world.py",
-            workdir,
-            seed,
-            [f"--config.{value}" for value in probe],
-        )
-    return json.loads((workdir / "results.json").read_text())
+        _evaluate("world", workdir, seed, probe)
+    results = json.loads((workdir / "results.json").read_text())
+    surprise = workdir / "results_physics_world.json"
+    if _PIXELS in changes:  # nothing to compare the prediction with
+        return results | {"physics_accuracy": {}}
+    if not surprise.exists():
+        _evaluate("physics", workdir, seed, ["null_seeds=0"])
+    share = json.loads(surprise.read_text())["mean"]["accuracy"]
+    return results | {"physics_accuracy": {"pretrained": share}}
+
+
+def _evaluate(name: str, workdir: pathlib.Path, seed: int, changes) -> None:
+    values = [f"--config.{value}" for value in changes]
+    world.evaluate(f"configs/probe_{name}.py", workdir, seed, values)
 
 
 def main() -> None:
