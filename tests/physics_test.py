@@ -235,7 +235,11 @@ def pairs(tmp_path_factory):
 
 def test_pairs_of_the_world_from_files_to_the_table(model, pairs):
     config = make_evaluation(
-        path=str(pairs), context_frames=(2, 4), reported_context=4, null_seeds=2
+        path=str(pairs),
+        num_frames=0,
+        context_frames=(2, 4),
+        reported_context=4,
+        null_seeds=2,
     )
     config.groups_at_once = 7
     table = registry.evaluate(model, config)
@@ -288,7 +292,8 @@ def test_a_test_set_without_labels_gives_the_surprise_of_every_video(
     ],
 )
 def test_a_protocol_that_does_not_fit_is_named(model, pairs, fields, message):
-    fields = {"context_frames": (4,), "reported_context": 0} | fields
+    base = {"num_frames": 0, "context_frames": (4,), "reported_context": 0}
+    fields = base | fields
     config = make_evaluation(path=str(pairs), **fields)
     with pytest.raises(UserError, match=message):
         physics.evaluate(model, config)

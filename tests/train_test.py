@@ -8,6 +8,7 @@ interrupted and continued again. Both read a list with a broken video in it.
 import json
 import os
 import pathlib
+import runpy
 import signal
 import subprocess
 import sys
@@ -22,7 +23,6 @@ from step_setup import abstract_of
 from vjepa_jax import (
     checkpoint,
     cli,
-    default_config,
     environment,
     metrics,
     saved_config,
@@ -31,6 +31,7 @@ from vjepa_jax import (
 from vjepa_jax.data import render
 
 ROOT = pathlib.Path(__file__).parents[1]
+CONFIG = ROOT / "configs/world_tiny.py"
 TOTAL_STEPS = 30
 NUM_VIDEOS = 40
 TIMEOUT_SECS = 300
@@ -43,6 +44,7 @@ OVERRIDES = {
     "world.probe_test_videos": 1,
     "world.hidden_train_videos": 1,
     "world.hidden_test_videos": 1,
+    "world.physics_pairs": 0,
     "data.num_workers": 2,
     "model.scan_layers": True,
     "model.predictor.depth": 1,
@@ -79,7 +81,7 @@ class Process:
                 sys.executable,
                 "-m",
                 "vjepa_jax.train",
-                "--config=configs/world_tiny.py",
+                f"--config={CONFIG}",
                 f"--workdir={workdir}",
                 *(f"--config.{key}={value}" for key, value in values.items()),
             ],
@@ -117,7 +119,7 @@ class Process:
 def data(tmp_path_factory):
     """The folder of a small world, and of a list of it with a broken video."""
     folder = tmp_path_factory.mktemp("data")
-    config = default_config.get_config()
+    config = runpy.run_path(str(CONFIG))["get_config"]()
     config.update_from_flattened_dict(
         {k: v for k, v in OVERRIDES.items() if k.startswith("world.")}
     )
