@@ -221,24 +221,54 @@ GPU = textwrap.dedent("""\
       ROOT %concatenate.1 = f32[4160]{0} concatenate(%a, %b), dimensions={0}
     }
 
-    ENTRY %main (x: f32[64,64], y: f32[64]) -> f32[4160] {
+    %fused_concatenate (c: f32[32], d: bf16[16,8], e: f32[16,8]) -> f32[160] {
+      %d = bf16[16,8]{1,0} parameter(1)
+      %convert = f32[16,8]{1,0} convert(%d)
+      %e = f32[16,8]{1,0} parameter(2)
+      %multiply = f32[16,8]{1,0} multiply(%convert, %e)
+      %bitcast.2 = f32[128]{0} bitcast(%multiply)
+      %c = f32[32]{0} parameter(0)
+      ROOT %concatenate.2 = f32[160]{0} concatenate(%bitcast.2, %c), dimensions={0}
+    }
+
+    ENTRY %main (x: f32[64,64], y: f32[64], v: f32[32], w: bf16[16,8], z: f32[16,8]) -> f32[4160] {
       %x = f32[64,64]{1,0} parameter(0)
       %y = f32[64]{0} parameter(1)
+      %v = f32[32]{0} parameter(2)
+      %w = bf16[16,8]{1,0} parameter(3)
+      %z = f32[16,8]{1,0} parameter(4)
       %bitcast.1 = f32[4096]{0} bitcast(%x)
       %wrapped_concatenate = f32[4160]{0} fusion(%bitcast.1, %y), kind=kLoop, calls=%wrapped_concatenate_computation
       %all-reduce-start.1 = f32[4160]{0} all-reduce-start(%wrapped_concatenate), channel_id=1, to_apply=%add
       %all-reduce-done.1 = f32[4160]{0} all-reduce-done(%all-reduce-start.1)
+      %concatenate_fusion = f32[160]{0} fusion(%v, %w, %z), kind=kLoop, calls=%fused_concatenate
+      %all-reduce.3 = f32[160]{0} all-reduce(%concatenate_fusion), channel_id=3, to_apply=%add
+      %all-gather-start.1 = ((bf16[16,8]{1,0}, f32[32]{0}), (bf16[128,8]{1,0}, f32[256]{0})) all-gather-start(%w, %v), channel_id=4, dimensions={0}
+      %all-gather-done.1 = (bf16[128,8]{1,0}, f32[256]{0}) all-gather-done(%all-gather-start.1)
       ROOT %all-reduce.2 = f32[4160]{0} all-reduce(%all-reduce-done.1), channel_id=2, to_apply=%add
     }
     """)  # noqa: E501
 
 
 def test_arrays_exchanged_as_one_are_told_apart():
-    flat, joined = sorted(hlo.account(GPU).collectives, key=lambda c: len(c.shapes))
+    found = hlo.account(GPU).collectives
+    reduced = [c for c in found if c.kind == "all-reduce"]
+    flat, joined = sorted(
+        (c for c in reduced if c.bytes == 4 * 4160), key=lambda c: len(c.shapes)
+    )
     assert [s.dims for s in joined.shapes] == [(64, 64), (64,)]
     assert [s.dims for s in flat.shapes] == [(4160,)]
-    assert flat.kind == joined.kind == "all-reduce"
-    assert flat.bytes == joined.bytes == 4 * 4160
+    (computed,) = (c for c in reduced if c.bytes == 4 * 160)
+    assert [s.dims for s in computed.shapes] == [(16, 8), (32,)]
+    assert len(reduced) == 3
+
+
+def test_every_array_that_is_gathered_at_once_counts():
+    (found,) = (c for c in hlo.account(GPU).collectives if c.kind == "all-gather")
+    assert [(s.dtype, s.dims) for s in found.shapes] == [
+        ("bf16", (128, 8)),
+        ("f32", (256,)),
+    ]
 
 
 def test_sizes_of_types():

@@ -255,24 +255,34 @@ def _matmuls(computation: Computation) -> Iterator[tuple[Instruction, float, boo
                 yield instruction, math.nan if flops is None else flops, True
 
 
+def _source(name: str, computation: Computation) -> Instruction:
+    """Return what a value is, seen through changes of shape."""
+    made = computation[name]
+    while made.opcode == "bitcast" and made.operands[0] in computation:
+        made = computation[made.operands[0]]
+    return made
+
+
 def _joined(name: str, computations, owner: str) -> tuple[Shape, ...]:
     """Return the arrays that were laid end to end to be exchanged as one.
 
-    GPUs are given one flat array of several. An array that was not made so is itself;
-    what is no instruction of the computation `owner` is nothing.
+    GPUs are given one flat array of several, which a fusion or an instruction of its
+    own joins. An array that was not made so is itself; a name that is no instruction
+    of `owner` gives ().
     """
-    computation = computations[owner]
-    if name not in computation:
+    outer = computations[owner]
+    if name not in outer:
         return ()
-    made = computation[name]
-    *_, root = [made, *computations.get(made.attribute(_CALLED.pattern), {}).values()]
+    made = outer[name]
+    inner = computations.get(made.attribute(_CALLED.pattern))
+    root = made if inner is None else list(inner.values())[-1]
     if root.opcode != "concatenate" or len(made.shapes[0].dims) != 1:
         return made.shapes
     parts = []
-    for operand in made.operands:
-        part = computation[operand]
-        while part.opcode == "bitcast" and part.operands[0] in computation:
-            part = computation[part.operands[0]]
+    for operand in root.operands:
+        part = _source(operand, outer if inner is None else inner)
+        if inner is not None and part.opcode == "parameter":
+            part = _source(made.operands[int(part.rest.split(")")[0])], outer)
         parts += part.shapes
     return tuple(parts)
 
@@ -285,8 +295,10 @@ def _collective(
     if kind not in _COLLECTIVES:
         return None
     shapes = instruction.shapes
-    if instruction.opcode.endswith("-start"):  # operands, results and contexts
-        shapes = (max(shapes, key=lambda s: s.bytes),)
+    if instruction.opcode.endswith("-start"):
+        # Operands, results and contexts; of an all-reduce the results alone.
+        count = len(instruction.operands)
+        shapes = shapes[count : 2 * count] or shapes
     if kind in ("send", "recv"):  # the array, a context and a token
         shapes = shapes[:1]
     inputs = [_joined(name, computations, owner) for name in instruction.operands]
