@@ -12,6 +12,7 @@ complete is kept. Prints a Markdown table: mean over the seeds, lowest to highes
 import argparse
 import json
 import pathlib
+from collections.abc import Sequence
 
 import world
 
@@ -38,7 +39,7 @@ ROWS = {
         (*_BLOCKS, "masks.future.mode=official"),
     ),
     "no_play": (
-        "data: no clips of play",
+        "data: no clips of play, as many of classes instead",
         (
             "world.play_fraction=0.0",
             "world.path=runs/world_no_play",
@@ -90,7 +91,9 @@ def run(folder: pathlib.Path, seed: int, changes: tuple[str, ...]) -> dict:
     return results | {"physics_accuracy": {"pretrained": share}}
 
 
-def _evaluate(name: str, workdir: pathlib.Path, seed: int, changes) -> None:
+def _evaluate(
+    name: str, workdir: pathlib.Path, seed: int, changes: Sequence[str]
+) -> None:
     values = [f"--config.{value}" for value in changes]
     world.evaluate(f"configs/probe_{name}.py", workdir, seed, values)
 

@@ -4,10 +4,10 @@
     python benchmarks/world.py --out=runs/bench_all \
         --evaluations=world,neighbours,physics,anticipation,davis:world \
         --config.world.path=runs/all --config.data.path=runs/all/pretrain.csv \
-        --config.world.physics_pairs=40 --config.world.action_clips=1600 \
-        --config.world.segmentation_videos=200
+        --config.world.action_clips=1600 --config.world.segmentation_videos=200
 
-Runs the very commands of the demo, one after the other: what is complete is kept. An
+Runs the demo's commands, without its evaluations during training: what is complete is
+kept. An
 evaluation NAME:VARIANT is `configs/probe_NAME.py:VARIANT`, on the files of the run's
 own world. Prints a Markdown table for each: mean over the seeds, and lowest to highest.
 """

@@ -18,7 +18,7 @@ def get_config():
     config.batch_size = 32
 
     config.world.path = "runs/world_tiny"
-    # A quarter is play: what the laws of the world are shows where things meet.
+    # A quarter is play, where things meet: it shows the world's laws.
     config.world.pretrain_videos = 5500
     config.world.play_fraction = 0.25
     config.world.physics_pairs = 40  # for configs/probe_physics.py
