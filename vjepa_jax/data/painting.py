@@ -33,13 +33,46 @@ def _distance(shape: str, x, y, radius):
     return np.minimum(horizontal, vertical)
 
 
+def _grid(size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the pixels' centres, x [1, 1, S] and y [1, S, 1] of 0..1."""
+    grid = ((np.arange(size) + 0.5) / size).astype(np.float32)
+    return grid[None, None, :], grid[None, :, None]
+
+
+def _object_coordinates(size: int, position: np.ndarray, angle: np.ndarray):
+    """Return x, y [T, S, S] of the pixels as an object at [T, 2], turned, sees them."""
+    gx, gy = _grid(size)
+    dx, dy = gx - position[:, 0, None, None], gy - position[:, 1, None, None]
+    cos, sin = (f(angle)[:, None, None] for f in (np.cos, np.sin))
+    return cos * dx + sin * dy, cos * dy - sin * dx
+
+
+def _occluder_coverage(scene: Scene, size: int) -> np.ndarray:
+    """Antialiased coverage 0..1 [1, S, S] of the occluder."""
+    gx, gy = _grid(size)
+    cx, cy, *half = scene.occluder.astype(np.float32)
+    distance = np.maximum(np.abs(gx - cx) - half[0], np.abs(gy - cy) - half[1])
+    return np.clip(0.5 - distance * size, 0, 1)
+
+
+def touches_occluder(world: World, scene: Scene) -> bool:
+    """Whether any pixel of the middle frame holds main object and occluder."""
+    position, angle, radius = (
+        array[:1].astype(np.float32)
+        for array in (scene.position, scene.angle, scene.radius)
+    )
+    x, y = _object_coordinates(world.size, position, angle)
+    alpha = _coverage(scene.shape[:1], x, y, radius[:, None, None], 1 / world.size)
+    return bool((alpha * _occluder_coverage(scene, world.size)).any())
+
+
 def _paint_background(world: World, scene: Scene) -> np.ndarray:
     """Sum the scene's plane waves, scrolled by the camera: float32 [T, S, S, 3]."""
     frames, size = world.num_frames, world.size
-    grid = ((np.arange(size) + 0.5) / size).astype(np.float32)
+    gx, gy = _grid(size)
     time = (np.arange(frames, dtype=np.float32) - frames // 2)[:, None, None]
-    x = grid[None, None, :] - np.float32(scene.camera[0]) * time
-    y = grid[None, :, None] - np.float32(scene.camera[1]) * time
+    x = gx - np.float32(scene.camera[0]) * time
+    y = gy - np.float32(scene.camera[1]) * time
     video = np.empty((frames, size, size, 3), np.float32)
     video[:] = scene.background
     phases = scene.phases.astype(np.float32).T[..., None, None]
@@ -68,8 +101,7 @@ def paint(
     position, velocity, radius, angle, colours = (
         getattr(track, name).astype(np.float32) for name in names
     )
-    grid = ((np.arange(size) + 0.5) / size).astype(np.float32)
-    gx, gy = grid[None, None, :], grid[None, :, None]
+    gx, gy = _grid(size)
     video = _paint_background(world, scene)
     masks = np.zeros((frames, size, size), np.uint8)
     area = np.ones((frames, count))
@@ -78,16 +110,11 @@ def paint(
     layers += [k for k in reversed(range(count)) if not behind[k]]
     for k in layers:
         if k == count:
-            cx, cy, *half = scene.occluder.astype(np.float32)
-            distance = np.maximum(np.abs(gx - cx) - half[0], np.abs(gy - cy) - half[1])
-            alpha = np.clip(0.5 - distance * size, 0, 1)
+            alpha = _occluder_coverage(scene, size)
             stripe = 0.5 + 0.5 * np.sin(2 * math.pi * 9 * (gx + gy))
             bright, dark = scene.occluder_colours.astype(np.float32)
         else:
-            dx = gx - position[:, k, 0, None, None]
-            dy = gy - position[:, k, 1, None, None]
-            cos, sin = (f(angle[:, k])[:, None, None] for f in (np.cos, np.sin))
-            x, y = cos * dx + sin * dy, cos * dy - sin * dx
+            x, y = _object_coordinates(size, position[:, k], angle[:, k])
             r = radius[:, k, None, None]
             alpha = _coverage(track.shape[:, k], x, y, r, 1 / size)
             alpha[~track.present[:, k]] = 0

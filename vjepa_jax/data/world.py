@@ -16,7 +16,7 @@ import math
 
 import numpy as np
 
-from vjepa_jax.data.painting import paint
+from vjepa_jax.data.painting import paint, touches_occluder
 from vjepa_jax.data.scenes import SHAPES, Clip, Motion, Scene, Track, World
 
 CLASSES = (
@@ -86,8 +86,8 @@ def draw_scene(world: World, rng: np.random.Generator) -> Scene:
     half[axis] = radius[0] + rng.uniform(0.01, 0.04)
     half[1 - axis] = radius[0] + rng.uniform(0.03, 0.10)
     centre = position[0].copy()
-    # Corners reach beyond the radius, and soft edges half a pixel further: were they to
-    # touch, what is in front would show.
+    # Corners reach beyond the radius, and their soft edges a pixel further: were they
+    # to touch, what is in front would show.
     reach = CORNER * radius[0] + 1 / world.size
     centre[axis] += side * (reach + half[axis] + rng.uniform(0, 0.045))
     centre[1 - axis] += rng.uniform(-0.02, 0.02)
@@ -103,7 +103,7 @@ def draw_scene(world: World, rng: np.random.Generator) -> Scene:
     moving = rng.uniform() >= world.still_fraction
     heading = rng.uniform(0, 2 * math.pi)
     speed = world.camera_speed * rng.uniform(0.3, 1.0) * moving
-    return Scene(
+    scene = Scene(
         position=position,
         radius=radius,
         angle=rng.uniform(0, 2 * math.pi, count),
@@ -122,6 +122,9 @@ def draw_scene(world: World, rng: np.random.Generator) -> Scene:
         phases=_walk(rng, world, num_waves) * world.background_change,
         light=np.exp(_walk(rng, world, 3) * world.light_change),
     )
+    if touches_occluder(world, scene):  # with its own soft edge, of half a pixel
+        scene.occluder[axis] += side * 0.5 / world.size
+    return scene
 
 
 def _straight_speed(scene: Scene, axis: int, reach: float) -> float:
