@@ -279,7 +279,8 @@ def test_nothing_is_left_behind(tmp_path, ending):
     if ending == "wait":
         os.killpg(process.pid, signal.SIGINT)  # as a terminal sends Ctrl-C
     _, stderr = process.communicate(timeout=60)
-    assert process.returncode == {"error": 1, "wait": -signal.SIGINT}.get(ending, 0)
+    code = {"error": 1, "wait": -signal.SIGINT}.get(ending, 0)
+    assert process.returncode == code, stderr
     wait_until(lambda: not members(process.pid))
     assert not list(pathlib.Path("/dev/shm").glob(f"{prefix}*")), stderr
     assert not list(tmp_path.glob("vjepa_workers_*"))
