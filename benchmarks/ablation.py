@@ -20,8 +20,9 @@ STEPS = 800
 CONFIG = "configs/world_tiny.py"
 _PIXELS = "objective.target=pixels"
 _BLOCKS = "masks.future.num_blocks=8", "masks.future.max_temporal_keep=1.0"
-# Name: what it is, and what it changes. The future has no boxes whose budgets could
-# differ, so official and unbiased masks are compared for boxes alone.
+# Name: what it is, and what it changes. The recipe is the objective of V-JEPA and V-JEPA
+# 2 alike. The future has no boxes whose budgets could differ, so official and unbiased
+# masks are compared for boxes alone.
 ROWS = {
     "recipe": ("the demo's recipe", ()),
     "v2_1": (
@@ -33,10 +34,23 @@ ROWS = {
         "objective: VICReg's variance and covariance terms as well",
         ("objective.variance_weight=0.025", "objective.covariance_weight=0.0025"),
     ),
+    "v2_1_levels": (
+        "the same, and all four blocks' outputs as targets",
+        (
+            "model.predictor.predict_context=True",
+            "objective.context_weight=0.5",
+            "model.encoder.levels=(0,1,2,3)",
+            "model.predictor.deep_input=True",
+        ),
+    ),
     "blocks_unbiased": ("masks: 8 boxes of 15 %, unbiased budgets", _BLOCKS),
     "blocks_official": (
         "masks: 8 boxes of 15 %, official budgets",
         (*_BLOCKS, "masks.future.mode=official"),
+    ),
+    "future_blocks": (
+        "masks: the future, and 8 boxes of 15 % of the past",
+        ("masks.future.num_blocks=8",),
     ),
     "no_play": (
         "data: no clips of play, as many of classes instead",

@@ -104,7 +104,7 @@ def _add_training(config: ConfigDict) -> None:
     config.head = ConfigDict()
     config.head.depth = 4  # blocks, the last of them with cross-attention
     config.head.num_heads = 16  # of all attentions; 0: the encoder's
-    config.head.remat = "none"  # what backward recomputes, as model.remat of a run
+    config.head.remat = "none"  # what backward recomputes: `none`, `full`, `dots`, ...
     config.head.dtype = "float32"  # of the computation
 
     config.grids = ConfigDict()  # heads trained side by side, by name

@@ -1,0 +1,81 @@
+"""How far a target encoder in 8 bits moves the loss of a run of the synthetic world.
+
+    python benchmarks/target_dtype.py --workdir=runs/demo [--batches=20]
+
+The checkpoint's weights predict the same hidden tokens of the same clips, drawn for
+the purpose, with the target encoder's matmuls as they are and in each 8-bit type. On a
+machine without such units the types are imitated: the numbers hold, no speed does.
+Prints a Markdown table: the mean loss, and the relative difference of a batch's loss,
+mean and largest.
+"""
+
+import argparse
+
+import jax
+import numpy as np
+
+from vjepa_jax import build, masking
+from vjepa_jax.data import world
+from vjepa_jax.data.scenes import World
+from vjepa_jax.evals import frozen
+from vjepa_jax.train_step import Objective, make_loss_fn
+
+TYPES = "", "int8", "float8_e4m3fn"
+BATCH = 32
+SEED = 2024  # of clips; no split of a world has it
+
+
+def losses(model: frozen.Frozen, batches: int) -> dict[str, np.ndarray]:
+    """Return {type: the loss of each batch}."""
+    (stream,) = streams = build.make_streams(model.config, model.encoder)
+    looks = World(size=model.video_shape[1], num_frames=model.video_shape[0])
+    grid = model.encoder.grid((BATCH, *model.video_shape))
+    functions = {
+        name: jax.jit(
+            make_loss_fn(
+                model.encoder,
+                model.predictor,
+                streams,
+                Objective(**model.config.objective),
+                target_dtype=name,
+            )
+        )
+        for name in TYPES
+    }
+    found = {name: [] for name in TYPES}
+    for batch in range(batches):
+        numbers = range(BATCH * batch, BATCH * (batch + 1))
+        clips = np.stack([world.make_clip(looks, SEED, i).video for i in numbers])
+        keys = jax.random.split(jax.random.key(batch), 1 + len(streams[stream].masks))
+        masks = {
+            name: masking.sample(key, keys[0], BATCH, grid, spec)
+            for key, (name, spec) in zip(
+                keys[1:], streams[stream].masks.items(), strict=True
+            )
+        }
+        for name, function in functions.items():
+            args = {stream: {"video": clips}}, {stream: masks}, 0
+            total, _ = function(model.params, model.params["target"], *args)
+            found[name].append(float(total))
+    return {name: np.array(values) for name, values in found.items()}
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--workdir", required=True)
+    parser.add_argument("--batches", type=int, default=20)
+    options = parser.parse_args()
+    found = losses(frozen.load(options.workdir), options.batches)
+    print("| target encoder | loss | difference, mean | largest |\n|---|---|---|---|")
+    for name, values in found.items():
+        difference = values / found[""] - 1
+        largest = np.abs(difference).max()
+        print(
+            f"| {name or 'as it is'} | {values.mean():.4f} | {difference.mean():+.2%} "
+            f"| {largest:.2%} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
