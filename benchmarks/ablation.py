@@ -20,8 +20,8 @@ STEPS = 800
 CONFIG = "configs/world_tiny.py"
 _PIXELS = "objective.target=pixels"
 _BLOCKS = "masks.future.num_blocks=8", "masks.future.max_temporal_keep=1.0"
-# Name: what it is, and what it changes. The recipe is the objective of V-JEPA and V-JEPA
-# 2 alike. The future has no boxes whose budgets could differ, so official and unbiased
+# Name: what it is, and what it changes. The recipe's objective is that of V-JEPA and of
+# V-JEPA 2. The future has no boxes whose budgets could differ, so official and unbiased
 # masks are compared for boxes alone.
 ROWS = {
     "recipe": ("the demo's recipe", ()),

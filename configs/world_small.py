@@ -1,8 +1,8 @@
 r"""The synthetic world, longer: three times the updates of the demo, and its videos.
 
 Cost: 16 minutes on two CPU cores that did other work. Result, two seeds: linear probe
-77.0 and 69.2 % with 16 labels per class (random-init 15.3 and 16.5 %), attentive velocity
-R² 0.90 (0.83), 73.3 % of the pairs of intuitive physics.
+77.0 and 69.2 % with 16 labels per class (random-init 15.3 and 16.5 %), attentive
+velocity R² 0.90 (0.83), 73.3 % of the pairs of intuitive physics.
 
 Command:
 
