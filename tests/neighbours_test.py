@@ -112,6 +112,7 @@ def test_evaluations_stand_beside_an_untrained_encoder(frozen, listed):
     config.update(k=(1, 3), shots=(1, 2), draws=2, clips_per_call=16)
     found = neighbours.evaluate(frozen, config)
     assert found["knn_1_accuracy"] == {"pretrained": 1.0, "random_init": 1.0}
+    assert found["videos_tested"] == {"pretrained": 12, "random_init": 12}
     assert set(found["few_shot_2_linear_accuracy"]) == {"pretrained", "random_init"}
     config.shots = (1, 5)
     with pytest.raises(UserError, match="has 4 videos"):

@@ -30,7 +30,8 @@ def evaluate(frozen: Frozen, config: ConfigDict) -> dict[str, dict[str, Any]]:
       {measure: {"pretrained": value}}, with `config.random_init` also `random_init`:
       `knn_K_accuracy`, and of N labelled videos per class `few_shot_N_nearest_mean_
       accuracy` and `few_shot_N_linear_accuracy`, means over draws with their standard
-      deviations under the same names without `accuracy` and with `spread`.
+      deviations under the same names without `accuracy` and with `spread`; and
+      `videos_tested`, those that could be read.
 
     Raises:
       UserError: config, data and model do not fit.
@@ -51,11 +52,11 @@ def evaluate(frozen: Frozen, config: ConfigDict) -> dict[str, dict[str, Any]]:
             )
             for source in sources
         )
-        return knn_accuracies(
-            *train, *test, tuple(config.k), config.temperature
-        ) | few_shot_accuracies(
+        nearest = knn_accuracies(*train, *test, tuple(config.k), config.temperature)
+        few = few_shot_accuracies(
             *train, *test, tuple(config.shots), config.draws, config.seed
         )
+        return nearest | few | {"videos_tested": len(test[1])}
 
     return beside_untrained(measure, frozen, config)
 

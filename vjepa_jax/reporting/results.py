@@ -63,7 +63,7 @@ def _cells(run: Run, name: str) -> dict[str, dict[str, Cell]]:
                 continue
             interval = _interval(found, measure, column)
             if not interval and name == RESULTS and measure in _OF_ALL_TEST_CLIPS:
-                interval = _wilson(value, matrices.get(column))
+                interval = _wilson(value, _count(matrices.get(column)))
             cells[column] = Cell(_number(value, measure, column), interval)
         out[measure] = cells
     return out
@@ -93,16 +93,25 @@ def _interval(found: dict[str, dict], measure: str, column: str) -> str:
     if measure == "accuracy":
         low, high = share("lower_bound_accuracy"), share("upper_bound_accuracy")
         return f"{low:.1%} to {high:.1%}" if low <= high else ""
+    if measure.startswith("knn_"):
+        return _wilson(share(measure), share("videos_tested"))
     spread = share(measure.removesuffix("accuracy") + "spread")
     if column == "null_accuracy":
         spread = found[measure].get("null_std", math.nan)
     return f"± {spread:.1%}" if spread >= 0 else ""
 
 
-def _wilson(accuracy: Any, matrix: Any) -> str:
-    """Return the 95 % interval of an accuracy on the videos that a matrix counts."""
+def _count(matrix: Any) -> Any:
+    """Return how many videos a confusion matrix counts; NaN where it is none."""
     try:
-        total = sum(map(sum, matrix))
+        return sum(map(sum, matrix))
+    except TypeError:
+        return math.nan
+
+
+def _wilson(accuracy: Any, total: Any) -> str:
+    """Return the 95 % interval of an accuracy on so many videos."""
+    try:
         found = binomtest(round(accuracy * total), total).proportion_ci(method="wilson")
     except (TypeError, ValueError):  # none, or of another program
         return ""
