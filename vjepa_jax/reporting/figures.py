@@ -8,9 +8,16 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-# Pairs that stay apart for colour-blind eyes, on white and on black.
-_LIGHT = ("#1f5fbf", "#c4540a", "#177a5b", "#9a3f9a", "#8a6d00", "#5b6470")
-_DARK = ("#7fb2ff", "#ff9e57", "#5fd3ab", "#e49ae4", "#e3c34d", "#a9b2bd")
+# Neighbours stay apart for colour-blind eyes, on white and on black. As many as the
+# parts of a run's wall time.
+_LIGHT = (
+    *("#1f5fbf", "#c4540a", "#177a5b", "#9a3f9a"),
+    *("#8a6d00", "#5b6470", "#b02a4a", "#0b8aa6"),
+)
+_DARK = (
+    *("#7fb2ff", "#ff9e57", "#5fd3ab", "#e49ae4"),
+    *("#e3c34d", "#a9b2bd", "#ff8fa6", "#6fd8ef"),
+)
 _MAX_POINTS = 1000  # of a line
 _DIGITS = 5  # significant ones that the page holds
 _LABELLED_CLASSES = 20  # more would not be legible on a confusion matrix
