@@ -125,19 +125,3 @@ def psnr(pixels: np.ndarray, others: np.ndarray) -> float:
     """Returns the peak signal-to-noise ratio of bytes in dB; infinite where equal."""
     error = np.mean((pixels.astype(np.float64) - others) ** 2)
     return 10 * np.log10(255**2 / error) if error else np.inf
-
-
-def difference(path, other):
-    """Mean difference of two videos' pixels, in levels; 0 if the files are the same.
-
-    Two encodings of one clip may differ by two levels: libx264 spends other bits on the
-    same frames once in some thousand times. Those of two clips differ by 19 and more.
-    """
-    if path.read_bytes() == other.read_bytes():
-        return 0.0
-    videos = []
-    for file in (path, other):
-        with av.open(str(file)) as video:
-            frames = [f.to_ndarray(format="rgb24") for f in video.decode(video=0)]
-        videos.append(np.stack(frames).astype(np.float64))
-    return np.abs(videos[0] - videos[1]).mean()
