@@ -14,11 +14,11 @@ import argparse
 import jax
 import numpy as np
 
-from vjepa_jax import build, masking
+from vjepa_jax import build
 from vjepa_jax.data import world
 from vjepa_jax.data.scenes import World
 from vjepa_jax.evals import frozen
-from vjepa_jax.train_step import Objective, make_loss_fn
+from vjepa_jax.train_step import Objective, make_loss_fn, sample_masks
 
 TYPES = "", "int8", "float8_e4m3fn"
 BATCH = 32
@@ -29,7 +29,6 @@ def losses(model: frozen.Frozen, batches: int) -> dict[str, np.ndarray]:
     """Return {type: the loss of each batch}."""
     (stream,) = streams = build.make_streams(model.config, model.encoder)
     looks = World(size=model.video_shape[1], num_frames=model.video_shape[0])
-    grid = model.encoder.grid((BATCH, *model.video_shape))
     functions = {
         name: jax.jit(
             make_loss_fn(
@@ -46,16 +45,10 @@ def losses(model: frozen.Frozen, batches: int) -> dict[str, np.ndarray]:
     for batch in range(batches):
         numbers = range(BATCH * batch, BATCH * (batch + 1))
         clips = np.stack([world.make_clip(looks, SEED, i).video for i in numbers])
-        keys = jax.random.split(jax.random.key(batch), 1 + len(streams[stream].masks))
-        masks = {
-            name: masking.sample(key, keys[0], BATCH, grid, spec)
-            for key, (name, spec) in zip(
-                keys[1:], streams[stream].masks.items(), strict=True
-            )
-        }
+        videos = {stream: {"video": clips}}
+        masks = sample_masks(jax.random.key(batch), videos, streams, model.encoder)
         for name, function in functions.items():
-            args = {stream: {"video": clips}}, {stream: masks}, 0
-            total, _ = function(model.params, model.params["target"], *args)
+            total, _ = function(model.params, model.params["target"], videos, masks, 0)
             found[name].append(float(total))
     return {name: np.array(values) for name, values in found.items()}
 

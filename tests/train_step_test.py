@@ -222,7 +222,7 @@ def test_masks_depend_on_seed_and_step_and_share_their_box_shape(
     batch = as_batch(videos(rng, 2))
     for step in (0, 1, 0):
         key = jax.random.fold_in(jax.random.key(5), step)
-        train_step._sample_masks(key, batch, STREAMS, setup.encoder)
+        train_step.sample_masks(key, batch, STREAMS, setup.encoder)
     (short, long), (later, _), (again, _) = zip(seen[::2], seen[1::2], strict=True)
     assert short[1] == long[1] and short[0] != long[0]
     assert later[0] != short[0] and later[1] != short[1]

@@ -89,8 +89,18 @@ class SpikeGuard:
         return loss > recent.mean() + self.deviations * recent.std()
 
 
-def _sample_masks(key, batch: Batch, streams: Mapping[str, Stream], encoder):
-    """Draw all masks of a step: {stream: {mask: (ctx_idx, tgt_idx)}}."""
+def sample_masks(key, batch: Batch, streams: Mapping[str, Stream], encoder):
+    """Draw all masks of a step.
+
+    Args:
+      key: of the step; each stream and mask type has its own from it.
+      batch: {stream: {"video": [B, T, H, W, 3]}}.
+      streams: with the masks' specifications.
+      encoder: whose tokens they are of.
+
+    Returns:
+      {stream: {mask: (ctx_idx, tgt_idx)}}, see `masking.sample`.
+    """
     out: dict[str, dict[str, tuple[jax.Array, jax.Array]]] = {}
     for s, (name, stream) in enumerate(sorted(streams.items())):
         video = batch[name]["video"]
@@ -327,7 +337,7 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch, teacher_params=None):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        masks = _sample_masks(key, batch, streams, encoder)
+        masks = sample_masks(key, batch, streams, encoder)
         target = state.target if teacher is None else teacher_params
         grads, metrics = accumulate(state.params, target, batch, masks, state.step)
         norms = {name: optax.tree.norm(tree) for name, tree in grads.items()}
