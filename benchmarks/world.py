@@ -7,9 +7,9 @@
         --config.world.action_clips=1600 --config.world.segmentation_videos=200
 
 Runs the demo's commands, without its evaluations during training: what is complete is
-kept. An
-evaluation NAME:VARIANT is `configs/probe_NAME.py:VARIANT`, on the files of the run's
-own world. Prints a Markdown table for each: mean over the seeds, and lowest to highest.
+kept. An evaluation NAME:VARIANT is `configs/probe_NAME.py:VARIANT`, on the files of the
+run's own world. Prints a Markdown table for each: mean over the seeds, and lowest to
+highest.
 """
 
 import argparse
