@@ -25,33 +25,6 @@ _BLOCKS = "masks.future.num_blocks=8", "masks.future.max_temporal_keep=1.0"
 # masks are compared for boxes alone.
 ROWS = {
     "recipe": ("the demo's recipe", ()),
-    "v2_1": (
-        "objective: V-JEPA 2.1's, visible tokens too",
-        ("model.predictor.predict_context=True", "objective.context_weight=0.5"),
-    ),
-    "pixels": ("objective: pixels as targets", (_PIXELS,)),
-    "terms": (
-        "objective: VICReg's variance and covariance terms as well",
-        ("objective.variance_weight=0.025", "objective.covariance_weight=0.0025"),
-    ),
-    "v2_1_levels": (
-        "the same, and all four blocks' outputs as targets",
-        (
-            "model.predictor.predict_context=True",
-            "objective.context_weight=0.5",
-            "model.encoder.levels=(0,1,2,3)",
-            "model.predictor.deep_input=True",
-        ),
-    ),
-    "blocks_unbiased": ("masks: 8 boxes of 15 %, unbiased budgets", _BLOCKS),
-    "blocks_official": (
-        "masks: 8 boxes of 15 %, official budgets",
-        (*_BLOCKS, "masks.future.mode=official"),
-    ),
-    "future_blocks": (
-        "masks: the future, and 8 boxes of 15 % of the past",
-        ("masks.future.num_blocks=8",),
-    ),
     "no_play": (
         "data: no clips of play, as many of classes instead",
         (
@@ -59,6 +32,33 @@ ROWS = {
             "world.path=runs/world_no_play",
             "data.path=runs/world_no_play/pretrain.csv",
         ),
+    ),
+    "v2_1": (
+        "objective: V-JEPA 2.1's, visible tokens too",
+        ("model.predictor.predict_context=True", "objective.context_weight=0.5"),
+    ),
+    "v2_1_levels": (
+        "objective: V-JEPA 2.1's, all four blocks' outputs as targets",
+        (
+            "model.predictor.predict_context=True",
+            "objective.context_weight=0.5",
+            "model.encoder.levels=(0,1,2,3)",
+            "model.predictor.deep_input=True",
+        ),
+    ),
+    "pixels": ("objective: pixels as targets", (_PIXELS,)),
+    "terms": (
+        "objective: VICReg's variance and covariance terms as well",
+        ("objective.variance_weight=0.025", "objective.covariance_weight=0.0025"),
+    ),
+    "future_blocks": (
+        "masks: the future, and 8 boxes of 15 % of the past",
+        ("masks.future.num_blocks=8",),
+    ),
+    "blocks_unbiased": ("masks: 8 boxes of 15 %, unbiased budgets", _BLOCKS),
+    "blocks_official": (
+        "masks: 8 boxes of 15 %, official budgets",
+        (*_BLOCKS, "masks.future.mode=official"),
     ),
     "tubes": (
         "masks: random tubes of 75 %",
@@ -89,9 +89,9 @@ _MEASURES = {
 def run(folder: pathlib.Path, seed: int, changes: tuple[str, ...]) -> dict:
     """Train and read out one seed of a row, unless that is done; return the results."""
     workdir = folder / f"seed{seed}"
+    values = f"total_steps={STEPS}", *changes
+    world.train(CONFIG, workdir, seed, [f"--config.{value}" for value in values])
     if not (workdir / "results.json").exists():
-        values = f"total_steps={STEPS}", *changes
-        world.train(CONFIG, workdir, seed, [f"--config.{value}" for value in values])
         # Only the linear read-outs are shown: the others get one epoch.
         probe = "random_init=False", "attentive.epochs=1", "regression.epochs=1"
         _evaluate("world", workdir, seed, probe)

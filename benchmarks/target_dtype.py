@@ -2,11 +2,11 @@
 
     python benchmarks/target_dtype.py --workdir=runs/demo [--batches=20]
 
-The checkpoint's weights predict the same hidden tokens of the same clips, drawn for
-the purpose, with the target encoder's matmuls as they are and in each 8-bit type. On a
-machine without such units the types are imitated: the numbers hold, no speed does.
-Prints a Markdown table: the mean loss, and the relative difference of a batch's loss,
-mean and largest.
+The checkpoint's weights predict the same hidden tokens of the same clips of classes,
+drawn for the purpose, with the target encoder's matmuls as they are and in each 8-bit
+type. On a machine without such units the types are imitated: the numbers hold, no speed
+does. Prints a Markdown table: the mean loss, and the relative difference of a batch's
+loss, its mean, with its sign, and its largest size.
 """
 
 import argparse
@@ -59,7 +59,10 @@ def main() -> None:
     parser.add_argument("--workdir", required=True)
     parser.add_argument("--batches", type=int, default=20)
     options = parser.parse_args()
-    found = losses(frozen.load(options.workdir), options.batches)
+    model = frozen.load(options.workdir)
+    if model.config.streams:
+        parser.error(f"{options.workdir} has other streams than clips of the world")
+    found = losses(model, options.batches)
     print("| target encoder | loss | difference, mean | largest |\n|---|---|---|---|")
     for name, values in found.items():
         difference = values / found[""] - 1

@@ -1,15 +1,15 @@
 """Pretrain and evaluate a world config with several seeds; print mean and spread.
 
-    python benchmarks/world.py --config=configs/world_tiny.py --out=runs/bench
+    python benchmarks/world.py --config=configs/world_tiny.py
     python benchmarks/world.py --out=runs/bench_all \
         --evaluations=world,neighbours,physics,anticipation,davis:world \
         --config.world.path=runs/all --config.data.path=runs/all/pretrain.csv \
         --config.world.action_clips=1600 --config.world.segmentation_videos=200
 
-Runs the demo's commands, without its evaluations during training: what is complete is
-kept. An evaluation NAME:VARIANT is `configs/probe_NAME.py:VARIANT`, on the files of the
-run's own world. Prints a Markdown table for each: mean over the seeds, and lowest to
-highest.
+Runs the demo's commands, without its evaluations during training, in `runs/bench_NAME`
+for a config NAME: what is complete is kept, and refused if other settings made it. An
+evaluation NAME:VARIANT is `configs/probe_NAME.py:VARIANT`, on the files of the run's
+own world. Prints a Markdown table for each: mean over the seeds, and lowest to highest.
 """
 
 import argparse
@@ -49,11 +49,18 @@ def _config(evaluation: str) -> str:
 def _run(module: str, *arguments: str) -> None:
     command = [sys.executable, "-m", module, *arguments]
     print("+", " ".join(command), file=sys.stderr, flush=True)
-    subprocess.run(command, check=True, env={"JAX_PLATFORMS": "cpu", **os.environ})
+    code = subprocess.run(
+        command, env={"JAX_PLATFORMS": "cpu", **os.environ}
+    ).returncode
+    if code:
+        sys.exit(code)  # it has said why
 
 
 def train(config: str, workdir: pathlib.Path, seed: int, overrides: list[str]) -> None:
-    """Render the world and train one seed."""
+    """Render the world and train one seed, unless that is done.
+
+    A workdir of other settings ends the program.
+    """
     flag = f"--config={config}"
     _run("vjepa_jax.data.prepare", flag, *overrides)
     run = f"--workdir={workdir}", f"--config.seed={seed}"
@@ -80,7 +87,7 @@ def cell(measure: str, column: str, runs: list[dict]) -> str:
 
 def table(runs: list[dict]) -> str:
     """Return a Markdown table: a row per measure, a column per features."""
-    measures = [name for name in runs[0] if name != "seconds"]
+    measures = [name for name in runs[0] if name not in ("seconds", "videos_tested")]
     columns = list(dict.fromkeys(c for name in measures for c in runs[0][name]))
     lines = ["| measure | " + " | ".join(columns) + " |"]
     lines.append("|---" * (len(columns) + 1) + "|")
@@ -100,7 +107,7 @@ def main() -> None:
     """Run the command line; unknown flags go to training as overrides."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="configs/world_tiny.py")
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/bench"))
+    parser.add_argument("--out", type=pathlib.Path, help="runs/bench_NAME by default")
     parser.add_argument("--evaluations", default="world", help="with commas between")
     parser.add_argument("--seeds", type=int, default=3)
     options, overrides = parser.parse_known_args()
@@ -111,12 +118,14 @@ def main() -> None:
             parser.error(f"there is no {file}; run it where configs/ lies")
         config = runpy.run_path(file)["get_config"](*variant)
         results[evaluation] = probe.results_file(config)
-    workdirs = [options.out / f"seed{seed}" for seed in range(options.seeds)]
+    stem = pathlib.Path(options.config.split(":")[0]).stem
+    out = options.out or pathlib.Path(f"runs/bench_{stem}")
+    workdirs = [out / f"seed{seed}" for seed in range(options.seeds)]
     for seed, workdir in enumerate(workdirs):
-        missing = [e for e, name in results.items() if not (workdir / name).exists()]
-        if missing:
-            train(options.config, workdir, seed, overrides)
-        for evaluation in missing:
+        train(options.config, workdir, seed, overrides)
+        for evaluation, name in results.items():
+            if (workdir / name).exists():
+                continue
             world = json.loads((workdir / "config.json").read_text())["world"]
             values = _OVERRIDES.get(evaluation, ())
             values = [f"--config.{value}".format(world["path"]) for value in values]

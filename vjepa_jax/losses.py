@@ -6,8 +6,6 @@ import jax
 import jax.numpy as jnp
 
 Grid = tuple[int, int, int]
-# Scope, in compiled programs, of what is computed over the tokens of all devices.
-_STATISTICS = "statistics"
 
 
 def normalise_target(h: jax.Array, num_levels: int = 1, eps: float = 1e-5) -> jax.Array:
@@ -90,7 +88,7 @@ def prediction_variance(predictions: Sequence[jax.Array]) -> jax.Array:
     return jax.nn.relu(1 - sum(deviations) / len(deviations)).mean()
 
 
-@jax.named_scope(_STATISTICS)
+@jax.named_scope("statistics")
 def variance_covariance(
     z: jax.Array, std: float = 1.0, eps: float = 1e-4
 ) -> tuple[jax.Array, jax.Array]:
@@ -114,7 +112,7 @@ def variance_covariance(
     return hinge, off_diagonal / z.shape[-1]
 
 
-@jax.named_scope(_STATISTICS)
+@jax.named_scope("statistics")
 def collapse_statistics(h: jax.Array, max_tokens: int = 4096) -> dict[str, jax.Array]:
     """Describe the spread of features: a collapsed encoder shows in all three numbers.
 

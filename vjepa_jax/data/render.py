@@ -123,8 +123,8 @@ def write_video(
         decoded alike up to where they part; the file is a little larger.
     """
     temporary = path.with_suffix(f".{os.getpid()}.part")
-    # x264's macroblock tree reads memory that nobody wrote: with it the same frames
-    # become another file now and then.
+    # x264's macroblock tree, which looks ahead, reads memory that nobody wrote: with it
+    # the same frames become another file now and then.
     options = {"crf": "12", "preset": "veryfast", "x264-params": "mbtree=0"}
     if is_causal:
         options["tune"] = "zerolatency"  # neither B-frames nor a look ahead

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-# Neighbours stay apart for colour-blind eyes, on white and on black. As many as the
-# parts of a run's wall time.
+# Neighbours stay apart for colour-blind eyes, on white and on black. The parts of a
+# run's wall time need as many.
 _LIGHT = (
     *("#1f5fbf", "#c4540a", "#177a5b", "#9a3f9a"),
     *("#8a6d00", "#5b6470", "#b02a4a", "#0b8aa6"),

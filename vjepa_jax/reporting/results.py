@@ -10,6 +10,8 @@ from vjepa_jax.reporting.run_files import CONFUSION, RESULTS, Run
 from vjepa_jax.reporting.tables import ABSENT, Cell, Table
 
 _MAX_ROWS = 60  # of a table
+# Rows that only say how sure others are.
+_OF_INTERVALS = ("lower_bound_accuracy", "upper_bound_accuracy", "videos_tested")
 # Of the world, both are shares of all clips of its test split.
 _OF_ALL_TEST_CLIPS = ("attentive_accuracy", "linear_accuracy")
 
@@ -53,7 +55,7 @@ def _cells(run: Run, name: str) -> dict[str, dict[str, Cell]]:
     matrices = run.confusions.get(confusion_name(name), {})
     out: dict[str, dict[str, Cell]] = {}
     for measure, row in found.items():
-        if measure in ("lower_bound_accuracy", "upper_bound_accuracy"):
+        if measure in _OF_INTERVALS:
             continue
         if measure.endswith("_spread") and _accuracy_of(measure) in found:
             continue

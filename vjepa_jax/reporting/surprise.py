@@ -100,8 +100,8 @@ def per_frame(
     Args:
       frozen: with a predictor.
       videos: uint8 [T, S, S, 3] each, of one length.
-      num_context: frames before the tubelet that are seen, whole tubelets; those of
-        the first tubelets are as many as there are.
+      num_context: frames before the tubelet that are seen, one whole tubelet or more;
+        those of the first tubelets are as many as there are.
 
     Returns:
       The last frame of each tubelet, int [F], and the surprise of every video, float
@@ -109,8 +109,11 @@ def per_frame(
 
     Raises:
       UserError: the videos are too short.
+      ValueError: the context is not of whole tubelets.
     """
     tubelet, length = frozen.encoder.tubelet_size, len(videos[0])
+    if num_context < tubelet or num_context % tubelet:
+        raise ValueError(f"{num_context} frames are not whole tubelets of {tubelet}")
     if 2 * tubelet > length:
         raise UserError(
             f"no surprise frame by frame: the {length} frames of a video are fewer "
