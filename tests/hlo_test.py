@@ -173,7 +173,9 @@ TPU = textwrap.dedent("""\
     /splash" stack_frame_id=1}
       %splash_mha_dkv_no_residuals.1 = (bf16[4,2,16,8]{3,2,1,0}, bf16[4,2,16,8]{3,2,1,0}) custom-call(%q, %k, %k), custom_call_target="tpu_custom_call", metadata={op_name="jit(step)/attention/splash"}
       %sort_kernel.2 = bf16[16,64]{1,0} custom-call(%w.1), custom_call_target="tpu_custom_call", metadata={op_name="jit(step)/sort"}
-      %tuple.2 = (s32[]{:T(128)}, bf16[16,64]{1,0}, bf16[8,64]{1,0}) tuple(%zero, %sort_kernel.2, %w.1)
+      %first = s32[]{:T(128)} constant(START)
+      %first.1 = s32[]{:T(128)} copy(%first)
+      %tuple.2 = (s32[]{:T(128)}, bf16[16,64]{1,0}, bf16[8,64]{1,0}) tuple(%first.1, %sort_kernel.2, %w.1)
       %while.1 = (s32[]{:T(128)}, bf16[16,64]{1,0}, bf16[8,64]{1,0}) while(%tuple.2), condition=%condition, body=%body
       %last = bf16[8,64]{1,0} fusion(%sort_kernel.2), kind=kCustom, calls=%all-reduce-scatter.4
       %moved.1 = bf16[8,64]{1,0} collective-permute(%last), channel_id=1
@@ -183,9 +185,13 @@ TPU = textwrap.dedent("""\
     """)  # noqa: E501
 
 
-@pytest.mark.parametrize(("step", "trips"), [(1, 24), (2, 12), (5, 5)])
-def test_programs_of_tpus_are_read(step, trips):
-    counted = hlo.account(TPU.replace("STEP", str(step)))
+@pytest.mark.parametrize(
+    ("start", "step", "trips"),
+    [(0, 1, 24), (0, 2, 12), (0, 5, 5), (1, 1, 23), (4, 5, 4), (24, 1, 0)],
+)
+def test_programs_of_tpus_are_read(start, step, trips):
+    text = TPU.replace("START", str(start)).replace("STEP", str(step))
+    counted = hlo.account(text)
     fc1 = 2 * 16 * 64 * 64
     one_matmul = 2 * 4 * 2 * 16 * 16 * 8  # of attention: [B, H, N, N] times C
     assert counted.matmul_flops == trips * fc1 + one_matmul
@@ -195,20 +201,85 @@ def test_programs_of_tpus_are_read(step, trips):
     assert counted.unknown_kernels == {"sort_kernel": 1}
     whole, part = 64 * 64 * 2, 8 * 64 * 2
     found = sorted((c.kind, c.count, c.bytes) for c in counted.collectives)
-    assert found == [
-        ("all-gather", trips, trips * whole),
-        ("collective-permute", 1, part),
-        ("collective-permute", 1, part),
-        ("reduce-scatter", 1, whole),
-        ("reduce-scatter", trips, trips * whole),
-    ]
+    assert found == sorted(
+        [
+            ("all-gather", trips, trips * whole),
+            ("collective-permute", 1, part),
+            ("collective-permute", 1, part),
+            ("reduce-scatter", 1, whole),
+            ("reduce-scatter", trips, trips * whole),
+        ]
+    )
 
 
-def test_loops_without_a_known_end_are_named():
-    text = TPU.replace("STEP", "1").replace("constant(24)", "parameter(1)")
-    counted = hlo.account(text)
+@pytest.mark.parametrize("unknown", ["constant(24)", "constant(START)"])
+def test_loops_without_a_known_end_or_start_are_named(unknown):
+    text = TPU.replace(unknown, "parameter(3)")
+    counted = hlo.account(text.replace("START", "0").replace("STEP", "1"))
     assert counted.unknown_loops == ("while.1",)
     assert {c.count for c in counted.collectives} == {1}
+
+
+# Likewise: a loop in another one, through which its counter's start is carried.
+NESTED = textwrap.dedent("""\
+    HloModule jit_step, is_scheduled=true
+
+    %inner (s: (s32[], f32[8,8])) -> (s32[], f32[8,8]) {
+      %s = (s32[], f32[8,8]{1,0}) parameter(0)
+      %i = s32[] get-tuple-element(%s), index=0
+      %x = f32[8,8]{1,0} get-tuple-element(%s), index=1
+      %dot.1 = f32[8,8]{1,0} dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+      %one = s32[] constant(1)
+      %next = s32[] add(%i, %one)
+      ROOT %tuple.1 = (s32[], f32[8,8]{1,0}) tuple(%next, %dot.1)
+    }
+
+    %inner_condition (s.1: (s32[], f32[8,8])) -> pred[] {
+      %s.1 = (s32[], f32[8,8]{1,0}) parameter(0)
+      %i.1 = s32[] get-tuple-element(%s.1), index=0
+      %bound = s32[] constant(12)
+      ROOT %compare.1 = pred[] compare(%i.1, %bound), direction=LT
+    }
+
+    %outer (s.2: (s32[], f32[8,8], s32[])) -> (s32[], f32[8,8], s32[]) {
+      %s.2 = (s32[], f32[8,8]{1,0}, s32[]) parameter(0)
+      %j = s32[] get-tuple-element(%s.2), index=0
+      %x.2 = f32[8,8]{1,0} get-tuple-element(%s.2), index=1
+      %from = s32[] get-tuple-element(%s.2), index=2
+      %from.1 = s32[] copy(%from)
+      %tuple.2 = (s32[], f32[8,8]{1,0}) tuple(%from.1, %x.2)
+      %while.1 = (s32[], f32[8,8]{1,0}) while(%tuple.2), condition=%inner_condition, body=%inner
+      %x.3 = f32[8,8]{1,0} get-tuple-element(%while.1), index=1
+      %one.1 = s32[] constant(1)
+      %next.1 = s32[] add(%j, %one.1)
+      ROOT %tuple.3 = (s32[], f32[8,8]{1,0}, s32[]) tuple(%next.1, %x.3, CARRIED)
+    }
+
+    %outer_condition (s.3: (s32[], f32[8,8], s32[])) -> pred[] {
+      %s.3 = (s32[], f32[8,8]{1,0}, s32[]) parameter(0)
+      %j.1 = s32[] get-tuple-element(%s.3), index=0
+      %bound.1 = s32[] constant(3)
+      ROOT %compare.2 = pred[] compare(%j.1, %bound.1), direction=LT
+    }
+
+    ENTRY %main (x.4: f32[8,8]) -> f32[8,8] {
+      %x.4 = f32[8,8]{1,0} parameter(0)
+      %zero = s32[] constant(0)
+      %first = s32[] constant(2)
+      %tuple.4 = (s32[], f32[8,8]{1,0}, s32[]) tuple(%zero, %x.4, %first)
+      %while.2 = (s32[], f32[8,8]{1,0}, s32[]) while(%tuple.4), condition=%outer_condition, body=%outer
+      ROOT %out = f32[8,8]{1,0} get-tuple-element(%while.2), index=1
+    }
+    """)  # noqa: E501
+
+
+@pytest.mark.parametrize(
+    ("carried", "trips", "unknown"), [("%from", 10, ()), ("%j", 1, ("while.1",))]
+)
+def test_starts_are_followed_out_of_loops(carried, trips, unknown):
+    counted = hlo.account(NESTED.replace("CARRIED", carried))
+    assert counted.unknown_loops == unknown
+    assert counted.matmul_flops == 3 * trips * 2 * 8 * 8 * 8
 
 
 # As XLA writes for GPUs, shortened: a covariance and a mean, exchanged as one array.

@@ -91,8 +91,38 @@ def _constant(instruction: Instruction | None) -> int | None:
     return int(value) if re.fullmatch(r"-?\d+", value) else None
 
 
-def _trip_count(loop: Instruction, computations) -> int | None:
-    """The compiler's note, else from `counter < constant` and the counter's step."""
+def _through_copies(name: str, computation: Computation) -> Instruction | None:
+    made = computation.get(name)
+    while made and made.opcode in ("copy", "bitcast"):
+        made = computation.get(made.operands[0])
+    return made
+
+
+def _initial(loop: Instruction, index: int, owner: str, computations, loops):
+    """Return the constant that a loop of the computation `owner` starts from, if any.
+
+    It may be carried through the loop that `owner` is the body of: {body: (loop, its
+    owner)}.
+    """
+    start = computations[owner].get(loop.operands[0])
+    if start is None or start.opcode != "tuple":
+        return None
+    made = _through_copies(start.operands[index], computations[owner])
+    if made is None or made.opcode != "get-tuple-element" or owner not in loops:
+        return _constant(made)
+    outer_index = int(made.attribute(r"index=(\d+)"))
+    result = list(computations[owner].values())[-1]
+    carried = _through_copies(result.operands[outer_index], computations[owner])
+    if carried is not made:  # another in every turn
+        return None
+    return _initial(loops[owner][0], outer_index, loops[owner][1], computations, loops)
+
+
+def _trip_count(loop: Instruction, owner: str, computations, loops) -> int | None:
+    """The compiler's note, else from the counter's start, bound and step.
+
+    The TPU compiler draws a layer out of some loops, which then start from one.
+    """
     known = loop.attribute(r'"known_trip_count":\{"n":"?(\d+)')
     if known:
         return int(known)
@@ -109,18 +139,19 @@ def _trip_count(loop: Instruction, computations) -> int | None:
                 bound = value + ("direction=LE" in compare.rest)
             elif operand and operand.opcode == "get-tuple-element":
                 index = int(operand.attribute(r"index=(\d+)"))
-    if bound is None:
+    if bound is None or index is None:
+        return None
+    start = _initial(loop, index, owner, computations, loops)
+    if start is None:
         return None
     step = 1
     result = next((i for i in reversed(body.values()) if i.opcode == "tuple"), None)
-    if result is not None and index is not None and index < len(result.operands):
-        counter = body.get(result.operands[index])
-        while counter and counter.opcode in ("copy", "bitcast"):
-            counter = body.get(counter.operands[0])
+    if result is not None and index < len(result.operands):
+        counter = _through_copies(result.operands[index], body)
         if counter and counter.opcode == "add":
             values = [_constant(body.get(name)) for name in counter.operands]
             step = next((v for v in values if v), 1)
-    return -(-bound // step)
+    return max(0, -((start - bound) // step))
 
 
 def _executions(computations, entry):
@@ -130,6 +161,7 @@ def _executions(computations, entry):
     """
     counts: collections.Counter[str] = collections.Counter()
     hosts: dict[str, str] = {}
+    loops: dict[str, tuple[Instruction, str]] = {}  # by their bodies, with their owners
     unknown = []
 
     def visit(name, times, host):
@@ -137,10 +169,11 @@ def _executions(computations, entry):
         hosts[name] = host
         for instruction in computations[name].values():
             if instruction.opcode == "while":
-                trips = _trip_count(instruction, computations)
+                trips = _trip_count(instruction, name, computations, loops)
                 if trips is None:
                     unknown.append(instruction.name)
                 body = instruction.attribute(r"body=%?([\w.\-]+)")
+                loops[body] = instruction, name
                 visit(body, times * (1 if trips is None else trips), body)
             elif instruction.opcode in ("fusion", "call", "custom-call", "async-start"):
                 for called in _CALLED.findall(instruction.rest):
