@@ -99,21 +99,23 @@ def _through_copies(name: str, computation: Computation) -> Instruction | None:
 
 
 def _initial(loop: Instruction, index: int, owner: str, computations, loops):
-    """Return the constant that a loop of the computation `owner` starts from, if any.
+    """Return the constant that place `index` of a loop's state starts from, if any.
 
-    It may be carried through the loop that `owner` is the body of: {body: (loop, its
-    owner)}.
+    The loop stands in the computation `owner`. If that is the body of another loop, of
+    {body: (loop, its owner)}, the constant may be carried through it.
     """
-    start = computations[owner].get(loop.operands[0])
-    if start is None or start.opcode != "tuple":
+    inside = computations[owner]
+    state = inside.get(loop.operands[0])
+    if state is None or state.opcode != "tuple":
         return None
-    made = _through_copies(start.operands[index], computations[owner])
+    made = _through_copies(state.operands[index], inside)
     if made is None or made.opcode != "get-tuple-element" or owner not in loops:
         return _constant(made)
     outer_index = int(made.attribute(r"index=(\d+)"))
-    result = list(computations[owner].values())[-1]
-    carried = _through_copies(result.operands[outer_index], computations[owner])
-    if carried is not made:  # another in every turn
+    result = list(inside.values())[-1]
+    carried = _through_copies(result.operands[outer_index], inside)
+    is_argument = inside[made.operands[0]].opcode == "parameter"
+    if carried is not made or not is_argument:  # another in every turn
         return None
     return _initial(loops[owner][0], outer_index, loops[owner][1], computations, loops)
 
