@@ -7,9 +7,10 @@
         --config.world.action_clips=1600 --config.world.segmentation_videos=200
 
 Runs the demo's commands, without its evaluations during training, in `runs/bench_NAME`
-for a config NAME: what is complete is kept, and refused if other settings made it. An
-evaluation NAME:VARIANT is `configs/probe_NAME.py:VARIANT`, on the files of the run's
-own world. Prints a Markdown table for each: mean over the seeds, and lowest to highest.
+for a config NAME: what is complete is kept, and refused if it was trained otherwise;
+other clips to evaluate on want another `--out`. An evaluation NAME:VARIANT is
+`configs/probe_NAME.py:VARIANT`, on the files of the run's own world. Prints a Markdown
+table for each: mean over the seeds, and lowest to highest.
 """
 
 import argparse

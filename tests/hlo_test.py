@@ -253,6 +253,7 @@ NESTED = textwrap.dedent("""\
       %one.1 = s32[] constant(1)
       %next.1 = s32[] add(%j, %one.1)
       ROOT %tuple.3 = (s32[], f32[8,8]{1,0}, s32[]) tuple(%next.1, %x.3, CARRIED)
+      %given = (s32[], f32[8,8]{1,0}, s32[]) opt-barrier(%tuple.3)
     }
 
     %outer_condition (s.3: (s32[], f32[8,8], s32[])) -> pred[] {
@@ -267,6 +268,7 @@ NESTED = textwrap.dedent("""\
       %zero = s32[] constant(0)
       %first = s32[] constant(2)
       %tuple.4 = (s32[], f32[8,8]{1,0}, s32[]) tuple(%zero, %x.4, %first)
+      %tuple.5 = (s32[], f32[8,8]{1,0}, s32[]) opt-barrier(%tuple.4)
       %while.2 = (s32[], f32[8,8]{1,0}, s32[]) while(%tuple.4), condition=%outer_condition, body=%outer
       ROOT %out = f32[8,8]{1,0} get-tuple-element(%while.2), index=1
     }
@@ -276,8 +278,16 @@ NESTED = textwrap.dedent("""\
 @pytest.mark.parametrize(
     ("carried", "trips", "unknown"), [("%from", 10, ()), ("%j", 1, ("while.1",))]
 )
-def test_starts_are_followed_out_of_loops(carried, trips, unknown):
-    counted = hlo.account(NESTED.replace("CARRIED", carried))
+@pytest.mark.parametrize(
+    ("state", "result"),
+    [
+        ("%tuple.4", "ROOT %tuple.3"),
+        ("%tuple.5", "%tuple.3"),  # both behind barriers
+    ],
+)
+def test_starts_are_followed_out_of_loops(carried, trips, unknown, state, result):
+    text = NESTED.replace("CARRIED", carried).replace("ROOT %tuple.3", result)
+    counted = hlo.account(text.replace("while(%tuple.4)", f"while({state})"))
     assert counted.unknown_loops == unknown
     assert counted.matmul_flops == 3 * trips * 2 * 8 * 8 * 8
 

@@ -26,6 +26,7 @@ _COLLECTIVES = (
     "send",
     "recv",
 )
+_COPIES = ("copy", "copy-start", "copy-done", "bitcast", "opt-barrier")
 _CALLED = re.compile(r"(?:calls|to_apply)=%?([\w.\-]+)")
 
 
@@ -93,9 +94,16 @@ def _constant(instruction: Instruction | None) -> int | None:
 
 def _through_copies(name: str, computation: Computation) -> Instruction | None:
     made = computation.get(name)
-    while made and made.opcode in ("copy", "bitcast"):
+    while made and made.opcode in _COPIES:
         made = computation.get(made.operands[0])
     return made
+
+
+def _result(computation: Computation) -> Instruction | None:
+    """Return the tuple that the body of a loop gives, if it is written as one."""
+    return next(
+        (i for i in reversed(computation.values()) if i.opcode == "tuple"), None
+    )
 
 
 def _initial(loop: Instruction, index: int, owner: str, computations, loops):
@@ -105,14 +113,16 @@ def _initial(loop: Instruction, index: int, owner: str, computations, loops):
     {body: (loop, its owner)}, the constant may be carried through it.
     """
     inside = computations[owner]
-    state = inside.get(loop.operands[0])
+    state = _through_copies(loop.operands[0], inside)
     if state is None or state.opcode != "tuple":
         return None
     made = _through_copies(state.operands[index], inside)
     if made is None or made.opcode != "get-tuple-element" or owner not in loops:
         return _constant(made)
     outer_index = int(made.attribute(r"index=(\d+)"))
-    result = list(inside.values())[-1]
+    result = _result(inside)
+    if result is None or outer_index >= len(result.operands):
+        return None
     carried = _through_copies(result.operands[outer_index], inside)
     is_argument = inside[made.operands[0]].opcode == "parameter"
     if carried is not made or not is_argument:  # another in every turn
@@ -147,7 +157,7 @@ def _trip_count(loop: Instruction, owner: str, computations, loops) -> int | Non
     if start is None:
         return None
     step = 1
-    result = next((i for i in reversed(body.values()) if i.opcode == "tuple"), None)
+    result = _result(body)
     if result is not None and index < len(result.operands):
         counter = _through_copies(result.operands[index], body)
         if counter and counter.opcode == "add":
