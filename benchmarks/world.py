@@ -50,11 +50,9 @@ def _config(evaluation: str) -> str:
 def _run(module: str, *arguments: str) -> None:
     command = [sys.executable, "-m", module, *arguments]
     print("+", " ".join(command), file=sys.stderr, flush=True)
-    code = subprocess.run(
-        command, env={"JAX_PLATFORMS": "cpu", **os.environ}
-    ).returncode
-    if code:
-        sys.exit(code)  # it has said why
+    done = subprocess.run(command, env={"JAX_PLATFORMS": "cpu", **os.environ})
+    if done.returncode:
+        sys.exit(done.returncode)  # it has said why
 
 
 def train(config: str, workdir: pathlib.Path, seed: int, overrides: list[str]) -> None:

@@ -1,10 +1,10 @@
 """Rendering a world: complete, restartable, refused over another one's files."""
 
-import collections
 import json
 
 import numpy as np
 import pytest
+from video_files import used_memory
 
 from vjepa_jax.config_rules import validate
 from vjepa_jax.data import play, render, sources, violations, world
@@ -90,10 +90,8 @@ def test_interrupted_rendering_makes_only_what_is_missing(tmp_path):
 def test_the_same_frames_make_the_same_file(tmp_path):
     """Whatever the memory held before, which the encoder is given."""
     video = world.make_clip(world.World(size=32), (0, 1), 1).video
-    junk, contents = collections.deque(maxlen=20), set()
-    rng = np.random.default_rng(0)
-    for _ in range(150):
-        junk.append(rng.integers(0, 256, rng.integers(100, 200_000), np.uint8))
+    contents = set()
+    for _ in used_memory(150):
         render.write_video(tmp_path / "clip.mp4", video)
         contents.add((tmp_path / "clip.mp4").read_bytes())
     assert len(contents) == 1

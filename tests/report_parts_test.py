@@ -7,9 +7,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from PIL import Image
 
-from vjepa_jax import goodput, sharding
+from vjepa_jax import goodput
 from vjepa_jax.default_config import get_config, mask
-from vjepa_jax.evals import features, world
 from vjepa_jax.reporting import clips, figures, media, results, tables
 
 
@@ -36,48 +35,6 @@ def test_thin_lines_keep_extremes_and_gaps(y):
     assert np.isnan(kept_y).any() == np.isnan(y).any()
     if not np.isnan(y).all():
         assert np.nanmax(kept_y) == np.nanmax(y) and np.nanmin(kept_y) == np.nanmin(y)
-
-
-def test_confusion_of_the_world_counts_the_attentive_probe(rng, monkeypatch):
-    said = rng.integers(0, 11, 25)
-    monkeypatch.setattr(world.probes, "attentive_classes", lambda *_: said)
-    state = dict.fromkeys(("position", "velocity", "time_to_collision"), 0.0)
-    monkeypatch.setattr(world.probes, "attentive_r2", lambda *_: state)
-    training = world.Training(
-        num_heads=2,
-        epochs=1,
-        batch_size=8,
-        learning_rates=(1e-2,),
-        weight_decay=0.0,
-        seed=0,
-        mesh=sharding.make_mesh(),
-    )
-
-    def split(count):
-        labels = np.arange(count) % 11
-        tokens = rng.normal(size=(count, 2, 2, 4)).astype(np.float32)
-        tokens[..., 0] += labels[:, None, None]
-        of_clips = features.Features(tokens, labels, np.arange(count))
-        state = rng.normal(size=(count, 2, 2))
-        return of_clips, world.State(state, state, np.zeros((count, 2)), state[..., :1])
-
-    names = ("probe_train", "probe_test", "hidden_train", "hidden_test")
-    found = world.measure(
-        {
-            name: split(count)
-            for name, count in zip(names, (44, 25, 22, 22), strict=True)
-        },
-        labels_per_class=2,
-        draws=1,
-        hidden_visibility=0.5,
-        attentive=training,
-        regression=training,
-        seed=0,
-    )
-    wanted = np.zeros((11, 11), int)
-    np.add.at(wanted, (np.arange(25) % 11, said), 1)
-    assert found["confusion"] == wanted.tolist()
-    assert found["attentive_accuracy"] == pytest.approx(np.trace(wanted) / 25)
 
 
 def test_lines_that_never_change_have_a_range():

@@ -1,8 +1,9 @@
 """Video files for tests, made on the spot."""
 
+import collections
 import io
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 
 import av
@@ -119,6 +120,14 @@ def decode_plainly(path: str | io.BytesIO) -> np.ndarray:
 def decode_content(content: bytes) -> np.ndarray:
     """Decodes every frame of a file in memory, see `decode_plainly`."""
     return decode_plainly(io.BytesIO(content))
+
+
+def used_memory(times: int) -> Iterator[None]:
+    """Go round `times`; new memory then holds what was left there, other each time."""
+    junk, rng = collections.deque(maxlen=20), np.random.default_rng(0)
+    for _ in range(times):
+        junk.append(rng.integers(0, 256, rng.integers(100, 200_000), np.uint8))
+        yield
 
 
 def psnr(pixels: np.ndarray, others: np.ndarray) -> float:

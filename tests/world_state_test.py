@@ -10,8 +10,8 @@ from vjepa_jax import sharding
 from vjepa_jax.data import render, streams, world
 from vjepa_jax.data.world import CLASSES
 from vjepa_jax.default_config import get_config
+from vjepa_jax.evals import probes
 from vjepa_jax.evals.features import Features
-from vjepa_jax.evals.probes import Training
 from vjepa_jax.evals.world import MEASURES, State, measure, read_state
 
 NUM_CLIPS, TIME_STEPS, STRIDE = 66, 4, 2
@@ -95,30 +95,28 @@ def make_split(rng, count):
     return Features(tokens.astype(np.float32), labels, np.arange(count)), state
 
 
+def measured(splits, epochs, batch_size, **options):
+    training = probes.Training(
+        num_heads=2,
+        epochs=epochs,
+        batch_size=batch_size,
+        learning_rates=(1e-2,),
+        weight_decay=0.0,
+        seed=0,
+        mesh=sharding.make_mesh(devices=jax.devices()[:1]),
+    )
+    heads = {"attentive": training, "regression": training}
+    return measure(splits, draws=1, seed=0, **heads, **options)
+
+
 def test_every_measure_finds_what_the_features_hold(rng):
     splits = {
         f"{kind}_{part}": make_split(rng, 600 if part == "train" else 200)
         for kind in ("probe", "hidden")
         for part in ("train", "test")
     }
-    training = Training(
-        num_heads=2,
-        epochs=12,
-        batch_size=32,
-        learning_rates=(1e-2,),
-        weight_decay=0.0,
-        seed=0,
-        mesh=sharding.make_mesh(devices=jax.devices()[:1]),
-    )
-    found = measure(
-        splits,
-        labels_per_class=4,
-        draws=1,
-        hidden_visibility=0.2,
-        attentive=training,
-        regression=training,
-        seed=0,
-    )
+    options = {"labels_per_class": 4, "hidden_visibility": 0.2}
+    found = measured(splits, epochs=12, batch_size=32, **options)
     assert np.sum(found.pop("confusion")) == len(splits["probe_test"][0].labels)
     assert tuple(found) == MEASURES
     for name, value in found.items():
@@ -126,3 +124,29 @@ def test_every_measure_finds_what_the_features_hold(rng):
             assert value > (0.5 if name.startswith("attentive") else 0.95), name
         else:  # the labels are in none of the channels
             assert value < 0.6, name
+
+
+def test_confusion_of_the_world_counts_the_attentive_probe(rng, monkeypatch):
+    said = rng.integers(0, 11, 25)
+    monkeypatch.setattr(probes, "attentive_classes", lambda *_: said)
+    state = dict.fromkeys(("position", "velocity", "time_to_collision"), 0.0)
+    monkeypatch.setattr(probes, "attentive_r2", lambda *_: state)
+
+    def split(count):
+        labels = np.arange(count) % 11
+        tokens = rng.normal(size=(count, 2, 2, 4)).astype(np.float32)
+        tokens[..., 0] += labels[:, None, None]
+        of_clips = Features(tokens, labels, np.arange(count))
+        state = rng.normal(size=(count, 2, 2))
+        return of_clips, State(state, state, np.zeros((count, 2)), state[..., :1])
+
+    names = ("probe_train", "probe_test", "hidden_train", "hidden_test")
+    splits = {
+        name: split(count) for name, count in zip(names, (44, 25, 22, 22), strict=True)
+    }
+    options = {"labels_per_class": 2, "hidden_visibility": 0.5}
+    found = measured(splits, epochs=1, batch_size=8, **options)
+    wanted = np.zeros((11, 11), int)
+    np.add.at(wanted, (np.arange(25) % 11, said), 1)
+    assert found["confusion"] == wanted.tolist()
+    assert found["attentive_accuracy"] == pytest.approx(np.trace(wanted) / 25)

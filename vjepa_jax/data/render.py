@@ -28,6 +28,7 @@ import numpy as np
 import tqdm
 
 from vjepa_jax.data import masked_world, play, play_actions, violations, world
+from vjepa_jax.data.reencode import REPRODUCIBLE
 from vjepa_jax.default_config import ConfigDict, UserError
 
 MANIFEST = "world.json"
@@ -123,9 +124,7 @@ def write_video(
         decoded alike up to where they part; the file is a little larger.
     """
     temporary = path.with_suffix(f".{os.getpid()}.part")
-    # x264's macroblock tree, which looks ahead, reads memory that nobody wrote: with it
-    # the same frames become another file now and then.
-    options = {"crf": "12", "preset": "veryfast", "x264-params": "mbtree=0"}
+    options = {"crf": "12", "preset": "veryfast", **REPRODUCIBLE}
     if is_causal:
         options["tune"] = "zerolatency"  # neither B-frames nor a look ahead
     with av.open(str(temporary), "w", format="mp4") as container:
