@@ -17,7 +17,7 @@ setup(
     description="Pretraining of video joint-embedding predictive models in JAX",
     python_requires=">=3.11",
     packages=find_packages(include=["vjepa_jax", "vjepa_jax.*"]),
-    package_data={"vjepa_jax.reporting": ["templates/*"]},
+    package_data={"vjepa_jax.report": ["templates/*"]},
     install_requires=[
         *PAIRS,
         "absl-py>=2.1",

@@ -27,12 +27,15 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from video_sets import FPS, HD, KINETICS, SETS, VideoSet, make_set
 
-from vjepa_jax import default_config
-from vjepa_jax.data import check, decode, pipeline, sources
-from vjepa_jax.data.mixture import Mixture
-from vjepa_jax.data.reading import Reading
-from vjepa_jax.data.sampling import Sampling
-from vjepa_jax.data.transforms import ClipTransform
+from vjepa_jax import check
+from vjepa_jax.config import defaults
+from vjepa_jax.data.clips import reader as decode
+from vjepa_jax.data.clips.sampling import Sampling
+from vjepa_jax.data.sources import factory
+from vjepa_jax.data.sources.mixture import Mixture
+from vjepa_jax.data.stream import pipeline
+from vjepa_jax.data.stream.reading import Reading
+from vjepa_jax.data.transforms.transforms import ClipTransform
 
 NUM_FRAMES, FRAME_STEP, SIZE = 16, 4, 224
 SAMPLING, TRANSFORM = Sampling(NUM_FRAMES, FRAME_STEP), ClipTransform(SIZE)
@@ -221,10 +224,10 @@ def compare_shards(folder: pathlib.Path, paths: list[str], num_rounds: int) -> f
     """Compares prepared shards with their 720p originals; returns their clips/s."""
     originals = pathlib.Path(paths[0]).parent
     prepared = folder / "shards" / originals.name
-    command = [sys.executable, "-m", "vjepa_jax.data.prepare"]
+    command = [sys.executable, "-m", "vjepa_jax.prepare"]
     command += [f"--data={originals}", f"--output={prepared}"]
     subprocess.run(command, check=True, stdout=sys.stderr)
-    records = sources.open_source(str(prepared))
+    records = factory.open_source(str(prepared))
     readers = {
         "originals": functools.partial(_read_ours, paths),
         "shards": functools.partial(_read_ours, records),
@@ -245,7 +248,7 @@ def compare_workers(paths: list[str], num_rounds: int, num_batches: int) -> None
     # through thousands of numbers that are none of theirs.
     listed = pathlib.Path(paths[0]).parent / "repeated.csv"
     listed.write_text("".join(f"{path} 0\n" for path in paths * 10_000))
-    source = Mixture(sources.open_sources(str(listed)))
+    source = Mixture(factory.open_sources(str(listed)))
     batch_size = 8
     rates = {"one core": [], "1 worker": [], "2 workers": []}
     for i in range(num_rounds):
@@ -315,7 +318,7 @@ def print_cores(rates: dict[str, float]) -> None:
     """Prints how many host cores keep a chip busy."""
     rows = []
     for label, size in (("ViT-B", "base"), ("ViT-L", "large"), ("ViT-g", "giant")):
-        config = default_config.get_config()
+        config = defaults.get_config()
         config.model.encoder.size = size
         config.data.resolution = 256
         per_clip = check.flops_per_clip(config)

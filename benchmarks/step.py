@@ -25,14 +25,16 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from vjepa_jax import build, compilation, config_rules, default_config, flops, sharding
-from vjepa_jax.host_memory import keep_freed_memory
-from vjepa_jax.program import make_program
+from vjepa_jax.base.host_memory import keep_freed_memory
+from vjepa_jax.config import defaults, rules
+from vjepa_jax.parallel import sharding
+from vjepa_jax.program import build, compilation, flops
+from vjepa_jax.program.program import make_program
 
 
 def make_config(options: argparse.Namespace, size: str):
     """Return the config of a size: V-JEPA 2's at 16 x 224 x 224."""
-    config = default_config.get_config()
+    config = defaults.get_config()
     config.data.path = "none"
     config.batch_size = options.batch_size
     config.mesh.data, config.mesh.fsdp = 1, -1
@@ -44,7 +46,7 @@ def make_config(options: argparse.Namespace, size: str):
     config.model.remat = options.remat
     config.model.attention = options.attention
     config.model.scan_layers = options.scan_layers
-    config_rules.validate(config)
+    rules.validate(config)
     return config
 
 
@@ -59,7 +61,7 @@ class Ours:
             lowered = self.program.lower()
             self.step, self.compile_secs = compilation.compile_step(lowered)
             self.state = self.program.make_state()
-        shape = build.video_shapes(config)[default_config.MAIN_STREAM]
+        shape = build.video_shapes(config)[defaults.MAIN_STREAM]
         video = np.random.default_rng(0).integers(
             0, 256, (config.batch_size, *shape), dtype=np.uint8
         )
@@ -81,8 +83,8 @@ class Peer:
     def __init__(self, ours: Ours):
         """Starts the process."""
         program, config = ours.program, ours.program.config
-        shape = build.video_shapes(config)[default_config.MAIN_STREAM]
-        masks = program.streams[default_config.MAIN_STREAM].masks.values()
+        shape = build.video_shapes(config)[defaults.MAIN_STREAM]
+        masks = program.streams[defaults.MAIN_STREAM].masks.values()
         arguments = (
             _size(program.encoder),
             _size(program.predictor),

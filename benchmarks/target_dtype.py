@@ -14,11 +14,11 @@ import argparse
 import jax
 import numpy as np
 
-from vjepa_jax import build
-from vjepa_jax.data import world
-from vjepa_jax.data.scenes import World
 from vjepa_jax.evals import frozen
-from vjepa_jax.train_step import Objective, make_loss_fn, sample_masks
+from vjepa_jax.objective.step import Objective, make_loss_fn, sample_masks
+from vjepa_jax.program import build
+from vjepa_jax.world import motion
+from vjepa_jax.world.scenes import World
 
 TYPES = "", "int8", "float8_e4m3fn"
 BATCH = 32
@@ -44,7 +44,7 @@ def losses(model: frozen.Frozen, batches: int) -> dict[str, np.ndarray]:
     found = {name: [] for name in TYPES}
     for batch in range(batches):
         numbers = range(BATCH * batch, BATCH * (batch + 1))
-        clips = np.stack([world.make_clip(looks, SEED, i).video for i in numbers])
+        clips = np.stack([motion.make_clip(looks, SEED, i).video for i in numbers])
         videos = {stream: {"video": clips}}
         masks = sample_masks(jax.random.key(batch), videos, streams, model.encoder)
         for name, function in functions.items():

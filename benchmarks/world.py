@@ -61,7 +61,7 @@ def train(config: str, workdir: pathlib.Path, seed: int, overrides: list[str]) -
     A workdir of other settings ends the program.
     """
     flag = f"--config={config}"
-    _run("vjepa_jax.data.prepare", flag, *overrides)
+    _run("vjepa_jax.prepare", flag, *overrides)
     run = f"--workdir={workdir}", f"--config.seed={seed}"
     _run("vjepa_jax.train", flag, *run, *overrides)
 

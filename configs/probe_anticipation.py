@@ -7,7 +7,7 @@ is in docs/anticipation.md.
 
 The world must have been rendered with clips for it, here in a folder of its own:
 
-    python -m vjepa_jax.data.prepare --config=configs/world_tiny.py \
+    python -m vjepa_jax.prepare --config=configs/world_tiny.py \
         --config.world.path=runs/actions --config.world.action_clips=1600 ...
     python -m vjepa_jax.probe --config=configs/probe_anticipation.py --workdir=RUN \
         --config.data.videos_path=runs/actions \

@@ -23,7 +23,7 @@ Commands, DIR being a run (`--workdir`) or converted weights:
     python -m vjepa_jax.probe --config=configs/probe_davis.py:world --workdir=runs/mine
 """
 
-from vjepa_jax.default_config import UserError
+from vjepa_jax.base.errors import UserError
 from vjepa_jax.evals import settings
 
 

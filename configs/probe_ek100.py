@@ -28,7 +28,7 @@ Command, DIR being a run (`--workdir`) or converted weights with a predictor:
         --config.data.videos_path=EPIC-KITCHENS
 """
 
-from vjepa_jax.default_config import UserError
+from vjepa_jax.base.errors import UserError
 from vjepa_jax.evals import settings
 
 VARIANTS = ("vitl16", "vith16", "vitg16", "vitg16_384")

@@ -23,9 +23,9 @@ Commands, DIR being a run (`--workdir`) or converted weights:
         --workdir=runs/mine
 """
 
-from vjepa_jax.data.masked_world import NUM_CLASSES
-from vjepa_jax.default_config import UserError
+from vjepa_jax.base.errors import UserError
 from vjepa_jax.evals import settings
+from vjepa_jax.world.labelled import NUM_CLASSES
 
 _CLASSES = {"ade20k": 150, "cityscapes": 19, "voc": 21, "world": NUM_CLASSES}
 

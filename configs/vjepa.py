@@ -24,8 +24,8 @@ Command; `:vitl16,smoke` is the variant's small form, which needs no data:
         --config.data.path=LIST_OR_FOLDER
 """
 
-from vjepa_jax import smoke
-from vjepa_jax.default_config import get_config as get_default
+from vjepa_jax.config import smoke
+from vjepa_jax.config.defaults import get_config as get_default
 
 VARIANTS = {
     "vitl16": {},

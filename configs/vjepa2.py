@@ -34,8 +34,8 @@ Command; a cooldown continues from a pretraining run (`--config.init.path=WORKDI
         --config.data.mix_weights=0.335,0.1,0.565
 """
 
-from vjepa_jax import smoke
-from vjepa_jax.default_config import get_config as get_default
+from vjepa_jax.config import smoke
+from vjepa_jax.config.defaults import get_config as get_default
 
 SIZES = {"vitl16": "large", "vith16": "huge", "vitg16": "giant"}
 VARIANTS = (*SIZES, *(f"{name}_cooldown" for name in SIZES), "vitg16_cooldown_384")

@@ -49,9 +49,9 @@ Both may be folders, lists, shards or TFDS datasets, several of them with weight
 
 from ml_collections import ConfigDict
 
-from vjepa_jax import smoke
-from vjepa_jax.default_config import get_config as get_default
-from vjepa_jax.default_config import mask, stream
+from vjepa_jax.config import smoke
+from vjepa_jax.config.defaults import get_config as get_default
+from vjepa_jax.config.defaults import mask, stream
 
 # Size, supervised blocks, and the official batch per device of videos and of images.
 SIZES = {

@@ -7,8 +7,8 @@ Command:
 
 from ml_collections import ConfigDict
 
-from vjepa_jax.default_config import get_config as get_default
-from vjepa_jax.default_config import mask
+from vjepa_jax.config.defaults import get_config as get_default
+from vjepa_jax.config.defaults import mask
 
 
 def get_config():

@@ -8,7 +8,7 @@ export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
 python=.venv/bin/python
 run=runs/demo
 config=--config=configs/world_tiny.py
-"$python" -m vjepa_jax.data.prepare "$config" "$@"
+"$python" -m vjepa_jax.prepare "$config" "$@"
 "$python" -m vjepa_jax.train "$config" --workdir="$run" \
   --config.evals.health.every_steps=1000 --config.evals.health.overrides=num_videos=512 \
   --config.evals.physics.every_steps=1000 "$@"

@@ -16,12 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vjepa_jax import build, flops, sharding, smoke
-from vjepa_jax.config_rules import validate
-from vjepa_jax.default_config import UserError, get_config
+from vjepa_jax.base.errors import UserError
+from vjepa_jax.config import smoke
+from vjepa_jax.config.defaults import get_config
+from vjepa_jax.config.rules import validate
 from vjepa_jax.models import registry
-from vjepa_jax.train_state import abstract_state, make_init
-from vjepa_jax.train_step import Objective, make_loss_fn, make_train_step
+from vjepa_jax.objective.state import abstract_state, make_init
+from vjepa_jax.objective.step import Objective, make_loss_fn, make_train_step
+from vjepa_jax.parallel import sharding
+from vjepa_jax.program import build, flops
 
 ROOT = pathlib.Path(__file__).parents[1]
 TREES = ROOT / "tests" / "goldens" / "trees"

@@ -14,7 +14,7 @@ __all__ = ["load_encoder"]
 def __getattr__(name: str) -> Any:
     # On first use: the package itself imports nothing heavy.
     if name == "load_encoder":
-        from vjepa_jax.encode import load_encoder
+        from vjepa_jax.evals.encode import load_encoder
 
         return load_encoder
     raise AttributeError(f"module 'vjepa_jax' has no attribute '{name}'")

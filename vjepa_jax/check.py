@@ -1,6 +1,6 @@
 """Look at every video before a run does: which give clips, and why others do not.
 
-    python -m vjepa_jax.data.check --data=LIST_OR_FOLDER [--deep]
+    python -m vjepa_jax.check --data=LIST_OR_FOLDER [--deep]
         [--output=FILE.jsonl] [--config=configs/vjepa.py]
 
 Reads each video's packets and one clip of it, with --deep every frame. With --config
@@ -20,13 +20,18 @@ from collections.abc import Iterable, Iterator
 import tqdm
 from absl import flags
 
-from vjepa_jax import cli, config_rules, default_config, flops
-from vjepa_jax.data import sources, survey
-from vjepa_jax.data.findings import Output, Summary
-from vjepa_jax.data.records import Joined
-from vjepa_jax.data.sampling import make_sampling
-from vjepa_jax.data.transforms import ClipTransform
-from vjepa_jax.default_config import ConfigDict, UserError
+from vjepa_jax.base.errors import UserError
+from vjepa_jax.config import defaults, rules
+from vjepa_jax.config.defaults import ConfigDict
+from vjepa_jax.config.flags import define_config_flag
+from vjepa_jax.data.clips.sampling import make_sampling
+from vjepa_jax.data.jobs import survey
+from vjepa_jax.data.jobs.findings import Output, Summary
+from vjepa_jax.data.sources import factory
+from vjepa_jax.data.sources.records import Joined
+from vjepa_jax.data.transforms.transforms import ClipTransform
+from vjepa_jax.program import flops
+from vjepa_jax.run import cli
 
 EXIT_TOO_MANY_BAD = 1
 EXIT_INTERRUPTED = 130
@@ -50,7 +55,7 @@ def flops_per_clip(config: ConfigDict) -> float:
     A teacher is counted as if it had the size of the encoder.
     """
     # It brings JAX, which the workers, who import this module, do without.
-    from vjepa_jax import build
+    from vjepa_jax.program import build
 
     encoder, predictor = build.make_models(config)
     streams = build.make_streams(config, encoder)
@@ -102,7 +107,7 @@ def check(
       KeyboardInterrupt: after a report on what was done by then.
     """
     data = config.data
-    source = Joined([source for source, _ in sources.open_sources(data.path)])
+    source = Joined([source for source, _ in factory.open_sources(data.path)])
     transform = ClipTransform(
         data.resolution,
         data.crop_scale,
@@ -117,7 +122,7 @@ def check(
     if output_path:
         asked_for = {"deep": deep, "max_pixels": data.max_pixels}
         asked_for |= dataclasses.asdict(sampling)
-        output = Output(output_path, sources.fingerprint(source, **asked_for))
+        output = Output(output_path, factory.fingerprint(source, **asked_for))
     done = output.done if output else {}
     summary = Summary(sampling)
     if done:
@@ -164,7 +169,7 @@ def check(
 
 
 def _report(
-    source: sources.Source, config: ConfigDict, summary: Summary, with_need: bool
+    source: factory.Source, config: ConfigDict, summary: Summary, with_need: bool
 ) -> Iterator[str]:
     yield source.name
     yield from summary.lines()
@@ -187,12 +192,12 @@ def _report(
 
 def main() -> None:
     """Run the command line."""
-    config = _CONFIG.value or default_config.get_config()
+    config = _CONFIG.value or defaults.get_config()
     if _DATA.value:
         config.data.path = _DATA.value
     if not config.data.path:
         raise UserError("--data is not set: give a folder of videos or a list file")
-    config_rules.validate(config)
+    rules.validate(config)
     limit = _MAX_BAD_FRACTION.value
     if limit is None:
         limit = config.data.max_bad_fraction
@@ -223,7 +228,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    _CONFIG = cli.define_config_flag(required=False)
+    _CONFIG = define_config_flag(required=False)
     _DATA = flags.DEFINE_string(
         "data", None, "Folder of videos or list of `path label` lines; or the config's"
     )

@@ -19,19 +19,14 @@ from typing import Any
 import jax
 from absl import flags
 
-from vjepa_jax import (
-    build,
-    cli,
-    compilation,
-    config_rules,
-    default_config,
-    hlo,
-    sharding,
-    step_report,
-    topologies,
-)
-from vjepa_jax.default_config import ConfigDict, UserError
-from vjepa_jax.program import make_program
+from vjepa_jax.base.errors import UserError
+from vjepa_jax.config import defaults, rules
+from vjepa_jax.config.defaults import ConfigDict
+from vjepa_jax.config.flags import define_config_flag
+from vjepa_jax.parallel import sharding
+from vjepa_jax.program import build, compilation, hlo, step_report, topologies
+from vjepa_jax.program.program import make_program
+from vjepa_jax.run import cli
 
 EXIT_DOES_NOT_FIT = 1
 
@@ -103,7 +98,7 @@ def largest_batch(config: ConfigDict, devices: Any, **options: Any):
     def attempt(number):
         at = config.copy_and_resolve_references()
         with at.unlocked():
-            at.batch_size = sizes[default_config.MAIN_STREAM] // shared * parts * number
+            at.batch_size = sizes[defaults.MAIN_STREAM] // shared * parts * number
             for name, fields in at.streams.items():
                 fields.batch_size = sizes[name] // shared * parts * number
         report = check(at, devices, **options)
@@ -153,7 +148,7 @@ def main() -> None:
     if _TOPOLOGY.value != topologies.LOCAL:
         topologies.prepare()
     config = without_files(_CONFIG.value)
-    config_rules.validate(config)
+    rules.validate(config)
     trained = _TEACHER.value
     if config.teacher.path and trained is None:
         raise UserError(
@@ -183,8 +178,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    _CONFIG = cli.define_config_flag(required=False)
-    _TEACHER = cli.define_config_flag("teacher", required=False)
+    _CONFIG = define_config_flag(required=False)
+    _TEACHER = define_config_flag("teacher", required=False)
     _TOPOLOGY = flags.DEFINE_string("topology", "", "v5e:4x4, v5p-32, h100-8, local")
     _NUM_SLICES = flags.DEFINE_integer("num_slices", 1, "Such slices together", 1)
     _FAST = flags.DEFINE_boolean("fast", False, "Compile at O1: a hint, no verdict")

@@ -20,14 +20,16 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from vjepa_jax import build, checkpoint, cli, huggingface, official, weight_files
-from vjepa_jax import weights as rules
-from vjepa_jax.default_config import UserError
+from vjepa_jax.base.errors import UserError
+from vjepa_jax.config.saved import restored
 from vjepa_jax.models import positions, registry
 from vjepa_jax.models.encoder import VideoEncoder
 from vjepa_jax.models.heads import AttentiveClassifier
 from vjepa_jax.models.predictor import Predictor
-from vjepa_jax.saved_config import restored
+from vjepa_jax.program import build
+from vjepa_jax.run import checkpoint, cli
+from vjepa_jax.weights import files, huggingface, official
+from vjepa_jax.weights import rules as rules
 
 TARGETS = ("checkpoint", "official", "huggingface")
 _NO_HINTS = official.Hints()
@@ -60,7 +62,7 @@ def _shapes(module: nn.Module, *args: Any) -> Any:
 
 
 def _import_predictor(
-    source: weight_files.Source, encoder: VideoEncoder, predictor: Predictor
+    source: files.Source, encoder: VideoEncoder, predictor: Predictor
 ):
     """Return (parameters, ignored) of V-JEPA's predictor."""
     one = jnp.zeros((1, 1), jnp.int32)
@@ -70,7 +72,7 @@ def _import_predictor(
     return rules.import_state(predictor_rules, source.predictor, shapes, "predictor")
 
 
-def _import_action_predictor(source: weight_files.Source, hints: official.Hints):
+def _import_action_predictor(source: files.Source, hints: official.Hints):
     """Return (fields, parameters, ignored) of the action-conditioned predictor."""
     fields = official.action_predictor_fields(source.predictor, hints)
     predictor = registry.make_action_predictor(**fields)
@@ -83,7 +85,7 @@ def _import_action_predictor(source: weight_files.Source, hints: official.Hints)
     return fields, *found
 
 
-def _import_classifiers(source: weight_files.Source, hints: official.Hints):
+def _import_classifiers(source: files.Source, hints: official.Hints):
     """Return (fields of the first head, parameters of all by number, ignored)."""
     fields = official.classifier_fields(source.classifiers[0], hints)
     model = AttentiveClassifier(**fields)
@@ -98,9 +100,7 @@ def _import_classifiers(source: weight_files.Source, hints: official.Hints):
     return fields, params, ignored
 
 
-def import_source(
-    source: weight_files.Source, hints: official.Hints = _NO_HINTS
-) -> Converted:
+def import_source(source: files.Source, hints: official.Hints = _NO_HINTS) -> Converted:
     """Turn what was read from a file into our parameters.
 
     Raises:
@@ -187,7 +187,7 @@ def save(converted: Converted, output: str) -> None:
     if "://" in output:  # no renaming there; Orbax completes a step or leaves none
         write(output)
     else:
-        weight_files.write_whole(output, write)
+        files.write_whole(output, write)
 
 
 def convert(
@@ -204,8 +204,8 @@ def convert(
     Raises:
       UserError: something that the user can mend; nothing is written.
     """
-    weight_files.require_free(output)
-    converted = import_source(weight_files.read(source, key), hints)
+    files.require_free(output)
+    converted = import_source(files.read(source, key), hints)
     converted.meta["source"] = pathlib.Path(source).name
     save(converted, output)
     return converted
@@ -281,11 +281,11 @@ def export_official(source: str, output: str, step: int | None = None) -> None:
     Raises:
       UserError: something that the user can mend; nothing is written.
     """
-    weight_files.require_free(output)
+    files.require_free(output)
     models, meta = checkpoint.restore_models(source, step)
     is_wrapped = meta.get("kind", "pretraining") in ("pretraining", "encoder")
     prefix = "module.backbone." if is_wrapped else "module."
-    weight_files.write_official(output, export_parts(models, meta), prefix)
+    files.write_official(output, export_parts(models, meta), prefix)
 
 
 def export_huggingface(source: str, output: str, step: int | None = None) -> None:
@@ -298,7 +298,7 @@ def export_huggingface(source: str, output: str, step: int | None = None) -> Non
     Raises:
       UserError: it is not of V-JEPA 2; nothing is written.
     """
-    weight_files.require_free(output)
+    files.require_free(output)
     models, meta = checkpoint.restore_models(source, step)
     kind = meta.get("kind", "pretraining")
     if kind not in ("pretraining", "encoder"):
@@ -322,7 +322,7 @@ def export_huggingface(source: str, output: str, step: int | None = None) -> Non
     if "classifiers" in exported:
         parts["classifier"] = exported["classifiers"][0]
         fields |= huggingface.classifier_config(**meta["classifier"])
-    weight_files.write_huggingface(output, huggingface.from_official(parts), fields)
+    files.write_huggingface(output, huggingface.from_official(parts), fields)
 
 
 def describe(converted: Converted) -> str:

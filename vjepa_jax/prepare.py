@@ -1,13 +1,13 @@
 """Make a dataset ready: encode videos into shards, or render a synthetic world.
 
-python -m vjepa_jax.data.prepare --data=LIST_OR_FOLDER --output=DIR
-python -m vjepa_jax.data.prepare --verify --output=DIR
-python -m vjepa_jax.data.prepare --config=configs/world_tiny.py
+python -m vjepa_jax.prepare --data=LIST_OR_FOLDER --output=DIR
+python -m vjepa_jax.prepare --verify --output=DIR
+python -m vjepa_jax.prepare --config=configs/world_tiny.py
 
 The first runs on Apache Beam (pip install 'vjepa_jax[prepare]'): on the cores of this
 machine, or wherever Beam's options say, which stand behind `--`:
 
-python -m vjepa_jax.data.prepare --data=... --output=gs://bucket/folder -- \
+python -m vjepa_jax.prepare --data=... --output=gs://bucket/folder -- \
     --runner=DataflowRunner --project=... --region=... --temp_location=gs://...
 
 The same command again goes on where a run was stopped. See docs/data.md.
@@ -22,12 +22,15 @@ import threading
 import tqdm
 from absl import flags
 
-from vjepa_jax import cli
-from vjepa_jax.config_rules import validate
-from vjepa_jax.data import encode_shards, render, shards, sources
-from vjepa_jax.data.file_lists import is_remote
-from vjepa_jax.data.reencode import Encoding
-from vjepa_jax.default_config import UserError
+from vjepa_jax.base.errors import UserError
+from vjepa_jax.config.flags import define_config_flag
+from vjepa_jax.config.rules import validate
+from vjepa_jax.data.jobs import encode_shards
+from vjepa_jax.data.jobs.reencode import Encoding
+from vjepa_jax.data.sources import factory, shards
+from vjepa_jax.data.sources.file_lists import is_remote
+from vjepa_jax.run import cli
+from vjepa_jax.world import render
 
 EXIT_INTERRUPTED = 130
 
@@ -62,8 +65,8 @@ def _encode_shards() -> None:
             f"--data={path} does not exist; it names one list or folder: prepare "
             "several one after the other, each with its own --output"
         )
-    source = sources.open_source(path)
-    if not isinstance(source, sources.VideoList):
+    source = factory.open_source(path)
+    if not isinstance(source, factory.VideoList):
         raise UserError(
             f"--data={_DATA.value} must be a list file or a folder of videos, which "
             f"{type(source).__name__} is not: what it holds is stored already"
@@ -134,7 +137,7 @@ def _take_beam_options(argv: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    _CONFIG = cli.define_config_flag(required=False)
+    _CONFIG = define_config_flag(required=False)
     _DATA = flags.DEFINE_string("data", "", "List file or folder of videos to encode")
     _OUTPUT = flags.DEFINE_string("output", "", "Folder of the shards, local or gs://")
     _SHORT_SIDE = flags.DEFINE_integer(

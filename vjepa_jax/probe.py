@@ -19,11 +19,18 @@ from typing import Any
 
 from absl import flags
 
-from vjepa_jax import build, checkpoint, cli, cluster, metrics, workdirs
-from vjepa_jax.data import render, sources, streams
-from vjepa_jax.default_config import ConfigDict, UserError
-from vjepa_jax.evals import features, frozen, pictures, registry
+from vjepa_jax.base.errors import UserError
+from vjepa_jax.config.defaults import ConfigDict
+from vjepa_jax.config.flags import define_config_flag
+from vjepa_jax.data.sources import factory
+from vjepa_jax.data.stream import streams
+from vjepa_jax.evals import drawing, frozen, registry
 from vjepa_jax.evals.frozen import Frozen
+from vjepa_jax.evals.tokens import features
+from vjepa_jax.parallel import cluster
+from vjepa_jax.program import build
+from vjepa_jax.run import checkpoint, cli, metrics, workdirs
+from vjepa_jax.world import render
 
 WORLD_RESULTS_FILE = "results.json"
 _SHARES = ("accuracy", "recall_at_5")
@@ -109,16 +116,16 @@ def _earlier_seconds(run: ConfigDict, folder: pathlib.Path) -> dict[str, float]:
 def _draw(model: Frozen, seed: int, folder: pathlib.Path) -> None:
     """Draw curves, masks and features of one clip of the world into the workdir."""
     run = model.config
-    pictures.draw_curves(metrics.read_metrics(str(folder)), folder / "curves.png")
-    listed = sources.open_source(str(pathlib.Path(run.world.path) / "hidden_test.csv"))
+    drawing.draw_curves(metrics.read_metrics(str(folder)), folder / "curves.png")
+    listed = factory.open_source(str(pathlib.Path(run.world.path) / "hidden_test.csv"))
     reading = streams.make_reading(run.data, run.data)
     clip = next(features.read_clips(listed, reading, count=8))
     grid = model.grid(clip.shape)
     masks = build.make_masks(run.masks, grid)
-    pictures.draw_masks(clip[0], grid, masks, folder / "masks.png")
+    drawing.draw_masks(clip[0], grid, masks, folder / "masks.png")
     untrained = frozen.random_init(model, seed)
     named = {"pretrained": model.encode(clip), "random_init": untrained.encode(clip)}
-    pictures.draw_principal_components(clip[0], grid, named, folder / "features.png")
+    drawing.draw_principal_components(clip[0], grid, named, folder / "features.png")
 
 
 def main() -> None:
@@ -141,7 +148,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    _CONFIG = cli.define_config_flag()
+    _CONFIG = define_config_flag()
     _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run")
     _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of a conversion")
     cli.run(main)

@@ -19,29 +19,29 @@ import flax.linen as nn
 import jax
 from absl import flags, logging
 
-from vjepa_jax import (
-    build,
+from vjepa_jax.base.errors import UserError
+from vjepa_jax.config import rules
+from vjepa_jax.config import saved as saved_config
+from vjepa_jax.config.defaults import MAIN_STREAM, ConfigDict, flatten
+from vjepa_jax.config.flags import define_config_flag
+from vjepa_jax.data.stream import streams
+from vjepa_jax.data.stream.bad_videos import REASONS
+from vjepa_jax.evals.hook import EvaluationHook
+from vjepa_jax.parallel import distributed, sharding
+from vjepa_jax.program import build, compilation, flops
+from vjepa_jax.program.program import make_program
+from vjepa_jax.run import (
     checkpoint,
     cli,
-    compilation,
-    config_rules,
-    distributed,
     environment,
     fit,
-    flops,
     metrics,
     profiling,
-    saved_config,
-    sharding,
     watchdog,
     workdirs,
 )
-from vjepa_jax.data import render, streams
-from vjepa_jax.data.bad_videos import REASONS
-from vjepa_jax.default_config import MAIN_STREAM, ConfigDict, UserError, flatten
-from vjepa_jax.evals.hook import EvaluationHook
-from vjepa_jax.goodput import TimeAccount
-from vjepa_jax.program import make_program
+from vjepa_jax.run.goodput import TimeAccount
+from vjepa_jax.world import render
 
 SHARDINGS_FILE = "shardings.txt"
 # What hosts may have of their own; all else must be the same.
@@ -161,7 +161,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> int | None:
     """
     account = TimeAccount()
     # ---------------------------------------------------------------- what to compute
-    config_rules.validate(config)
+    rules.validate(config)
     _require_same_config(config)
     mesh = sharding.make_mesh(**config.mesh)
     compilation.use_cache(config.compilation_cache)
@@ -381,7 +381,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    _CONFIG = cli.define_config_flag()
+    _CONFIG = define_config_flag()
     _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run", required=True)
     _CLUSTER = cli.define_cluster_flags()
     cli.run(main)

@@ -9,7 +9,7 @@ import types
 
 import pytest
 
-from vjepa_jax import host_memory
+from vjepa_jax.base import host_memory
 
 # Takes and frees a large buffer again and again; prints the page faults of the second
 # half, given who keeps what is freed.

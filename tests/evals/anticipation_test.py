@@ -12,12 +12,14 @@ from sklearn.metrics import top_k_accuracy_score
 from sklearn.utils.class_weight import compute_sample_weight
 from step_setup import one_device
 
-from vjepa_jax.default_config import UserError
-from vjepa_jax.evals import anticipation, registry, settings, token_cache
-from vjepa_jax.evals.anticipation import Anticipator, make_loss, measure
+from vjepa_jax.base.errors import UserError
+from vjepa_jax.evals import registry, settings
+from vjepa_jax.evals.anticipation import anticipation
+from vjepa_jax.evals.anticipation.anticipation import Anticipator, make_loss, measure
+from vjepa_jax.evals.anticipation.epic_kitchens import Classes
 from vjepa_jax.evals.classification import Predictions
-from vjepa_jax.evals.epic_kitchens import Classes
 from vjepa_jax.evals.frozen import Frozen
+from vjepa_jax.evals.tokens import token_cache
 from vjepa_jax.models.encoder import VideoEncoder
 from vjepa_jax.models.heads import AttentiveClassifier
 from vjepa_jax.models.predictor import Predictor

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from colour_videos import SIDE, make_frozen, write_videos
 
-from vjepa_jax.data.records import Source
-from vjepa_jax.data.subset import Subset, hold_out
-from vjepa_jax.default_config import UserError
-from vjepa_jax.evals import classification, clip_tokens, settings, token_cache
+from vjepa_jax.base.errors import UserError
+from vjepa_jax.data.sources.records import Source
+from vjepa_jax.data.sources.subset import Subset, hold_out
+from vjepa_jax.evals import classification, settings
 from vjepa_jax.evals import frozen as frozen_models
 from vjepa_jax.evals.frozen import Frozen
+from vjepa_jax.evals.tokens import clip_tokens, token_cache
 
 
 @pytest.fixture(scope="module")

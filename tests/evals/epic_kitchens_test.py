@@ -5,10 +5,10 @@ import pytest
 import video_files
 from kitchen_files import FPS, stamp, write_annotations
 
-from vjepa_jax.data.records import Record
-from vjepa_jax.data.sampling import Sampling
-from vjepa_jax.default_config import UserError
-from vjepa_jax.evals.epic_kitchens import (
+from vjepa_jax.base.errors import UserError
+from vjepa_jax.data.clips.sampling import Sampling
+from vjepa_jax.data.sources.records import Record
+from vjepa_jax.evals.anticipation.epic_kitchens import (
     Classes,
     ContextReading,
     Contexts,

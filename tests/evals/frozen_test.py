@@ -9,11 +9,15 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from vjepa_jax import build, checkpoint, probe, sharding
-from vjepa_jax.default_config import UserError, get_config
+from vjepa_jax import probe
+from vjepa_jax.base.errors import UserError
+from vjepa_jax.config.defaults import get_config
 from vjepa_jax.evals import frozen, registry
 from vjepa_jax.models import registry as sizes
 from vjepa_jax.models.encoder import normalise
+from vjepa_jax.parallel import sharding
+from vjepa_jax.program import build
+from vjepa_jax.run import checkpoint
 
 SHAPE = (4, 16, 16, 3)  # a grid of 2 x 2 x 2 tokens
 

@@ -9,11 +9,11 @@ import pytest
 from sklearn.metrics import top_k_accuracy_score
 from step_setup import one_device
 
-from vjepa_jax import sharding
-from vjepa_jax.default_config import UserError
-from vjepa_jax.evals.head_grid import HeadGrid, Schedules, lowest
-from vjepa_jax.models import attention
+from vjepa_jax.base.errors import UserError
+from vjepa_jax.evals.heads.head_grid import HeadGrid, Schedules, lowest
+from vjepa_jax.models.attention import dispatch
 from vjepa_jax.models.heads import AttentiveClassifier, LinearClassifier
+from vjepa_jax.parallel import sharding
 
 
 @pytest.mark.parametrize("kind", ["attentive", "linear"])
@@ -246,7 +246,7 @@ def test_long_clips_are_attended_to_without_all_scores_in_memory(rng, monkeypatc
     found = grid.classify(tokens[:, None], num_best=5)
     _, losses = update(grid.state, *batch)
 
-    monkeypatch.setattr(attention, "choose", lambda *_: "xla")
+    monkeypatch.setattr(dispatch, "choose", lambda *_: "xla")
     plain_bytes = compiled()[2].memory_analysis().temp_size_in_bytes
     assert update.memory_analysis().temp_size_in_bytes < plain_bytes / 3
     logits = np.asarray(jax.jit(head.apply)({"params": params}, tokens))

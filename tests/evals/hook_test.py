@@ -19,15 +19,16 @@ import video_files
 from process_group import Group
 from step_setup import abstract_of
 
-from vjepa_jax import checkpoint, metrics
-from vjepa_jax.default_config import UserError, evaluation
+from vjepa_jax.base.errors import UserError
+from vjepa_jax.config.defaults import evaluation
 from vjepa_jax.evals import frozen, hook, registry
+from vjepa_jax.run import checkpoint, metrics
+from vjepa_jax.run.watchdog import Watchdog
 from vjepa_jax.train import train_and_evaluate
-from vjepa_jax.watchdog import Watchdog
 
-HERE = pathlib.Path(__file__).parent
-CONFIGS = HERE.parent / "configs"
-BROKEN = HERE / "broken_evaluation.py"
+ROOT = pathlib.Path(__file__).parents[2]
+CONFIGS = ROOT / "configs"
+BROKEN = ROOT / "tests" / "helpers" / "broken_evaluation.py"
 STEPS = 6
 HEALTH = "num_videos=5 data.num_clips=1 data.num_workers=0"
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from step_setup import one_device
 
-from vjepa_jax import sharding
-from vjepa_jax.evals.label_propagation import Propagation
+from vjepa_jax.evals.video_objects.propagation import Propagation
+from vjepa_jax.parallel import sharding
 
 H, W, D, K = 5, 7, 6, 3
 

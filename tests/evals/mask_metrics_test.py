@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from sklearn.metrics import jaccard_score
 
-from vjepa_jax.evals import mask_metrics
+from vjepa_jax.evals.video_objects import region_metrics
 
 
 def plain_boundary(mask):
@@ -65,8 +65,8 @@ def test_measures_agree_with_brute_force(rng, shape):
         found = np.roll(truth, shift, axis=int(rng.integers(2)))
         found ^= rng.random(shape) < 0.002
         wanted = plain_f(truth, found)
-        assert mask_metrics.boundary_accuracy(truth, found) == pytest.approx(wanted)
-        found_j = mask_metrics.region_similarity(truth, found)
+        assert region_metrics.boundary_accuracy(truth, found) == pytest.approx(wanted)
+        found_j = region_metrics.region_similarity(truth, found)
         if truth.any():
             assert found_j == pytest.approx(jaccard_score(truth.ravel(), found.ravel()))
 
@@ -77,12 +77,12 @@ def test_boundaries_of_any_mask_agree_with_brute_force(mask, data):
     wanted = np.zeros(mask.shape, bool)
     for place in plain_boundary(mask):
         wanted[place] = True
-    np.testing.assert_array_equal(mask_metrics.boundary(mask), wanted)
-    found = mask_metrics.boundary_accuracy(mask, other)
+    np.testing.assert_array_equal(region_metrics.boundary(mask), wanted)
+    found = region_metrics.boundary_accuracy(mask, other)
     assert found == pytest.approx(plain_f(mask, other))
-    assert mask_metrics.boundary_accuracy(other, mask) == pytest.approx(found)
-    assert mask_metrics.boundary_accuracy(mask, mask) == 1
-    assert mask_metrics.region_similarity(mask, mask) == 1
+    assert region_metrics.boundary_accuracy(other, mask) == pytest.approx(found)
+    assert region_metrics.boundary_accuracy(mask, mask) == 1
+    assert region_metrics.region_similarity(mask, mask) == 1
 
 
 def test_tolerance_is_rounded_up_and_inclusive():
@@ -92,7 +92,7 @@ def test_tolerance_is_rounded_up_and_inclusive():
     for shift, wanted in ((4, 1.0), (5, 0.0)):
         found = np.roll(truth, shift, axis=1)
         found[:, :shift] = False
-        assert mask_metrics.boundary_accuracy(truth, found) == wanted
+        assert region_metrics.boundary_accuracy(truth, found) == wanted
 
 
 def test_empty_masks():
@@ -103,8 +103,8 @@ def test_empty_masks():
         (empty, whole, 0, 0),
         (whole, empty, 0, 0),
     ):
-        assert mask_metrics.region_similarity(one, other) == j
-        assert mask_metrics.boundary_accuracy(one, other) == f
+        assert region_metrics.region_similarity(one, other) == j
+        assert region_metrics.boundary_accuracy(one, other) == f
 
 
 def plain_statistics(values):
@@ -122,11 +122,11 @@ def plain_statistics(values):
 @pytest.mark.parametrize("length", [1, 2, 3, 5, 14, 66])
 def test_statistics_are_those_of_a_loop(rng, length):
     values = rng.random(length)
-    found = mask_metrics.statistics(values)
+    found = region_metrics.statistics(values)
     assert found == pytest.approx(plain_statistics([*values]))
 
 
 def test_decay_is_what_is_lost():
-    mean, recall, decay = mask_metrics.statistics(np.linspace(1, 0, 9))
+    mean, recall, decay = region_metrics.statistics(np.linspace(1, 0, 9))
     assert (mean, recall) == pytest.approx((0.5, 4 / 9))
     assert decay == pytest.approx(0.75)

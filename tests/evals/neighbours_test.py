@@ -8,7 +8,8 @@ import pytest
 from colour_videos import make_frozen, write_videos
 from sklearn.neighbors import KNeighborsClassifier
 
-from vjepa_jax.default_config import UserError, get_config
+from vjepa_jax.base.errors import UserError
+from vjepa_jax.config.defaults import get_config
 from vjepa_jax.evals import health, neighbours, settings
 
 

@@ -5,9 +5,9 @@ import pytest
 from physics_files import SIZE, quadruplet, render_pairs, write_intphys
 from video_files import moving_frames, write_video
 
-from vjepa_jax.default_config import UserError
-from vjepa_jax.evals import physics_data
-from vjepa_jax.evals.physics_data import (
+from vjepa_jax.base.errors import UserError
+from vjepa_jax.evals.physics import videos as physics_data
+from vjepa_jax.evals.physics.videos import (
     Group,
     Video,
     matched_pairs,

@@ -15,16 +15,25 @@ from physics_files import SIZE, quadruplet, render_pairs, write_intphys
 from sklearn.metrics import roc_auc_score
 from step_setup import one_device
 
-from vjepa_jax import build
-from vjepa_jax.default_config import UserError, get_config
-from vjepa_jax.evals import frozen, physics, physics_data, registry
+from vjepa_jax.base.errors import UserError
+from vjepa_jax.config.defaults import get_config
+from vjepa_jax.evals import frozen, registry
 from vjepa_jax.evals.frozen import Frozen
-from vjepa_jax.evals.physics import Outcome, Protocol, summarise, surprise, welch_p
+from vjepa_jax.evals.physics import physics
+from vjepa_jax.evals.physics import videos as physics_data
+from vjepa_jax.evals.physics.physics import (
+    Outcome,
+    Protocol,
+    summarise,
+    surprise,
+    welch_p,
+)
 from vjepa_jax.models import registry as sizes
+from vjepa_jax.program import build
 
 TUBELET = 2
 BATCH = 16
-CONFIG = pathlib.Path(__file__).parents[1] / "configs" / "probe_physics.py"
+CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "probe_physics.py"
 
 
 @pytest.fixture(scope="module")

@@ -5,11 +5,11 @@ import pathlib
 
 import pytest
 
-from vjepa_jax.default_config import UserError
+from vjepa_jax.base.errors import UserError
 from vjepa_jax.evals import classification, registry, settings
 from vjepa_jax.models import registry as models
 
-CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
+CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 # Heads that V-JEPA 2 trains, by data set.
 HEADS = {"k400": 20, "ssv2": 20, "coin": 20, "in1k": 21, "diving48": 3, "jester": 3}
 SIZES = {"vitl16": "large", "vith16": "huge", "vitg16": "giant"}

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vjepa_jax import sharding
-from vjepa_jax.evals import probes
-from vjepa_jax.evals.head_grid import HeadGrid, Schedules
-from vjepa_jax.evals.probes import Training
+from vjepa_jax.evals.heads import probes
+from vjepa_jax.evals.heads.head_grid import HeadGrid, Schedules
+from vjepa_jax.evals.heads.probes import Training
 from vjepa_jax.models.heads import AttentiveRegressor
+from vjepa_jax.parallel import sharding
 
 TOKENS, WIDTH = 6, 8
 

@@ -10,28 +10,30 @@ from hypothesis import strategies as st
 from sklearn.metrics import confusion_matrix, jaccard_score
 from step_setup import one_device
 
-from vjepa_jax import sharding
-from vjepa_jax.data import mask_lists, masks
-from vjepa_jax.default_config import UserError
-from vjepa_jax.evals import confusion, registry, segmentation, settings
-from vjepa_jax.evals.frame_features import FrameEncoder
+from vjepa_jax.base.errors import UserError
+from vjepa_jax.data.clips import label_images
+from vjepa_jax.evals import registry, settings
 from vjepa_jax.evals.frozen import Frozen
-from vjepa_jax.evals.head_grid import HeadGrid, Schedules
-from vjepa_jax.evals.segmentation_data import Reader
+from vjepa_jax.evals.heads.head_grid import HeadGrid, Schedules
+from vjepa_jax.evals.segmentation import confusion, segmentation
+from vjepa_jax.evals.segmentation import pairs as mask_lists
+from vjepa_jax.evals.segmentation.images import Reader
+from vjepa_jax.evals.tokens.frame_features import FrameEncoder
 from vjepa_jax.models.encoder import VideoEncoder
 from vjepa_jax.models.heads import LinearClassifier
+from vjepa_jax.parallel import sharding
 
 COLOURS = np.array([(40, 40, 40), (220, 40, 40), (40, 40, 220)], np.uint8)
 
 
 def write_pair(root, name, mask, rng):
     """Write an image whose colours are its classes."""
-    colours = COLOURS[np.where(mask == masks.IGNORED, 0, mask)]
+    colours = COLOURS[np.where(mask == label_images.IGNORED, 0, mask)]
     noise = rng.integers(0, 30, (*mask.shape, 3), dtype=np.uint8)
     for folder, pixels in (("images", colours + noise), ("masks", mask)):
         path = root / folder / f"{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        masks.write_image(path, pixels)
+        label_images.write_image(path, pixels)
 
 
 def draw_mask(rng, height, width):
@@ -39,7 +41,7 @@ def draw_mask(rng, height, width):
     for k in (1, 2):
         top, left = rng.integers(0, height - 16), rng.integers(0, width - 16)
         mask[top : top + 16, left : left + 16] = k
-    mask[: rng.integers(0, 4)] = masks.IGNORED
+    mask[: rng.integers(0, 4)] = label_images.IGNORED
     return mask
 
 
@@ -143,17 +145,17 @@ def test_frames_around_an_image_are_those_of_its_folder(folder):
 )
 def test_masks_are_resized_to_the_nearest_pixel(height, width, scale, seed):
     mask = np.random.default_rng(seed).integers(0, 9, (height, width), np.uint8)
-    large = masks.resize_mask(mask, (height * scale, width * scale))
+    large = label_images.resize_mask(mask, (height * scale, width * scale))
     np.testing.assert_array_equal(large, np.kron(mask, np.ones((scale, scale), int)))
-    np.testing.assert_array_equal(masks.resize_mask(large, mask.shape), mask)
+    np.testing.assert_array_equal(label_images.resize_mask(large, mask.shape), mask)
     box = (height // 2, width // 3, height - height // 2, width - width // 3)
     cut = mask[box[0] : box[0] + box[2], box[1] : box[1] + box[3]]
-    np.testing.assert_array_equal(masks.resize_mask(mask, cut.shape, box), cut)
+    np.testing.assert_array_equal(label_images.resize_mask(mask, cut.shape, box), cut)
 
 
 def test_shares_are_those_of_a_loop(rng):
     mask = rng.integers(0, 5, (12, 20), np.uint8)
-    found = masks.patch_shares(mask, (12, 20), (3, 5), num_labels=4)
+    found = label_images.patch_shares(mask, (12, 20), (3, 5), num_labels=4)
     assert found.shape == (3, 5, 4)
     for y in range(3):
         for x in range(5):
@@ -175,7 +177,7 @@ def test_image_and_mask_are_cropped_and_flipped_together(folder, frozen, rng):
     pair = mask_lists.open_pairs(str(folder / "train"))[3]
     read = make_reader(frozen, crop_scale=(0.2, 0.9), flip_probability=0.5)
     whole, seen = read(pair), []
-    np.testing.assert_array_equal(whole.labels, masks.read_mask(pair.mask))
+    np.testing.assert_array_equal(whole.labels, label_images.read_mask(pair.mask))
     for number in range(8):
         sample = read(pair, (int(rng.integers(999)), number))
         seen.append(sample.window.tobytes())
@@ -201,11 +203,11 @@ def test_clips_are_the_frames_around(folder, frozen):
 
 def test_classes_count_from_the_first(tmp_path, frozen, rng):
     mask = np.full((32, 32), 1, np.uint8)
-    mask[:8], mask[8:12] = 0, masks.IGNORED
+    mask[:8], mask[8:12] = 0, label_images.IGNORED
     mask[12:16] = 3
     write_pair(tmp_path, "a", np.minimum(mask, 2), rng)
     path = tmp_path / "masks" / "a.png"
-    masks.write_image(path, mask)
+    label_images.write_image(path, mask)
     (pair,) = mask_lists.open_pairs(str(tmp_path))
     found = make_reader(frozen, first_class=1)(pair)
     wanted = np.where((mask == 0) | (mask == 255), 255, mask - 1)
@@ -245,12 +247,12 @@ def test_heads_are_counted_as_one_by_one(rng, devices):
     )
     features = 9 * rng.normal(size=(count, *side, 6)).astype(np.float32)
     patch_labels = rng.integers(0, classes + 1, (count, *side), np.uint8)
-    patch_labels[patch_labels == classes] = masks.IGNORED
+    patch_labels[patch_labels == classes] = label_images.IGNORED
     shapes = np.array([(12, 20), (9, 15), (16, 11), (3, 5), (13, 24)], np.int32)
-    labels = np.full((count, 16, 24), masks.IGNORED, np.uint8)
+    labels = np.full((count, 16, 24), label_images.IGNORED, np.uint8)
     for filled, (height, width) in zip(labels, shapes, strict=True):
         filled[:height, :width] = rng.integers(0, classes, (height, width))
-    labels[0, :4] = masks.IGNORED
+    labels[0, :4] = label_images.IGNORED
     found = confusion.confusions(
         grid, features, patch_labels, labels, shapes, batch_size=6
     )
@@ -268,7 +270,7 @@ def test_heads_are_counted_as_one_by_one(rng, devices):
                 (patches, patch_labels[i], logits[i].argmax(-1)),
                 (pixels, labels[i, :height, :width], np.argmax(large, -1)),
             ):
-                kept = truth != masks.IGNORED
+                kept = truth != label_images.IGNORED
                 pairs.append((truth[kept], said[kept]))
         for pairs, matrix in ((patches, found[number, 0]), (pixels, found[number, 1])):
             truth, said = (np.concatenate(part) for part in zip(*pairs, strict=True))

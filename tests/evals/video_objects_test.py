@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vjepa_jax import sharding
-from vjepa_jax.data import davis, masks
-from vjepa_jax.default_config import UserError
-from vjepa_jax.evals import mask_metrics, registry, settings, video_objects
-from vjepa_jax.evals.frame_features import FrameEncoder
+from vjepa_jax.base.errors import UserError
+from vjepa_jax.data.clips import label_images
+from vjepa_jax.data.sources import davis
+from vjepa_jax.evals import registry, settings
 from vjepa_jax.evals.frozen import Frozen
+from vjepa_jax.evals.tokens.frame_features import FrameEncoder
+from vjepa_jax.evals.video_objects import region_metrics, video_objects
 from vjepa_jax.models.encoder import VideoEncoder
+from vjepa_jax.parallel import sharding
 
 SHAPE = (4, 16, 16, 3)
 
@@ -57,14 +59,14 @@ def dataset(tmp_path_factory):
                 region = square(height, width, 2 + 24 * k, left, 16)
                 pixels[region] = (230, 30, 30) if k == 0 else (30, 30, 230)
                 mask[region] = k + 1
-            mask[-1, -1] = masks.IGNORED
+            mask[-1, -1] = label_images.IGNORED
             folders = [root / part / "480p" / name for part in ("JPEGImages",)]
             folders.append(root / "Annotations" / "480p" / name)
             for folder in folders:
                 folder.mkdir(parents=True, exist_ok=True)
             image = Image.fromarray(pixels)
             image.save(folders[0] / f"{i:05d}.{kind}", quality=95)
-            masks.write_image(folders[1] / f"{i:05d}.png", mask)
+            label_images.write_image(folders[1] / f"{i:05d}.png", mask)
     lists = root / "ImageSets" / "2017"
     lists.mkdir(parents=True)
     (lists / "val.txt").write_text("walk\ncross\n")
@@ -95,7 +97,7 @@ def test_palette_masks_keep_their_numbers(dataset):
     with Image.open(path) as image:
         assert image.mode == "P"
         colours = np.asarray(image.convert("RGB"))
-    mask = masks.read_mask(path)
+    mask = label_images.read_mask(path)
     assert set(np.unique(mask)) == {0, 1, 2, 255}
     # The colours of DAVIS and VOC.
     for number, colour in ((0, (0, 0, 0)), (1, (128, 0, 0)), (2, (0, 128, 0))):
@@ -137,10 +139,10 @@ def test_files_that_are_no_masks_are_named(dataset, tmp_path, config, frozen):
     Image.fromarray(np.zeros((40, 64, 3), np.uint8)).save(first)
     with pytest.raises(UserError, match=r"00000\.png is an image of mode RGB"):
         video_objects.evaluate(frozen, config)
-    masks.write_image(first, np.zeros((40, 64), np.uint8))
+    label_images.write_image(first, np.zeros((40, 64), np.uint8))
     with pytest.raises(UserError, match=r"00000\.png has no object to follow"):
         video_objects.evaluate(frozen, config)
-    masks.write_image(first, np.ones((40, 60), np.uint8))
+    label_images.write_image(first, np.ones((40, 60), np.uint8))
     with pytest.raises(UserError, match=r"40x64 pixels and its mask 40x60"):
         video_objects.evaluate(frozen, config)
     first.write_bytes(b"nothing")
@@ -223,7 +225,7 @@ def test_labels_are_stretched_before_the_largest_is_taken(rng):
 
 def test_judging_leaves_out_the_first_and_the_last_frame(dataset, rng):
     _, cross = davis.list_videos(str(dataset), "2017/val", "480p")
-    truth = [np.where(m == 255, 0, m) for m in map(masks.read_mask, cross.masks)]
+    truth = [np.where(m == 255, 0, m) for m in map(label_images.read_mask, cross.masks)]
     wrong = np.zeros_like(truth[0])
     found = video_objects.judge(cross, iter([*truth[1:-1], wrong]))
     assert found.shape == (2, 2, 3)
@@ -232,13 +234,13 @@ def test_judging_leaves_out_the_first_and_the_last_frame(dataset, rng):
     found = video_objects.judge(cross, iter(said))
     for k in (1, 2):
         for row, measure in enumerate(
-            (mask_metrics.region_similarity, mask_metrics.boundary_accuracy)
+            (region_metrics.region_similarity, region_metrics.boundary_accuracy)
         ):
             values = [
                 measure(t == k, s == k)
                 for t, s in zip(truth[1:-1], said[:-1], strict=True)
             ]
-            wanted = mask_metrics.statistics(np.array(values))
+            wanted = region_metrics.statistics(np.array(values))
             np.testing.assert_allclose(found[k - 1, row], wanted)
 
 

@@ -6,13 +6,15 @@ import jax
 import numpy as np
 import pytest
 
-from vjepa_jax import sharding
-from vjepa_jax.data import render, streams, world
-from vjepa_jax.data.world import CLASSES
-from vjepa_jax.default_config import get_config
-from vjepa_jax.evals import probes
-from vjepa_jax.evals.features import Features
-from vjepa_jax.evals.world import MEASURES, State, measure, read_state
+from vjepa_jax.config.defaults import get_config
+from vjepa_jax.data.stream import streams
+from vjepa_jax.evals.heads import probes
+from vjepa_jax.evals.tokens.features import Features
+from vjepa_jax.evals.world_state import MEASURES, State, measure, read_state
+from vjepa_jax.parallel import sharding
+from vjepa_jax.world import motion as world
+from vjepa_jax.world import render
+from vjepa_jax.world.motion import CLASSES
 
 NUM_CLIPS, TIME_STEPS, STRIDE = 66, 4, 2
 

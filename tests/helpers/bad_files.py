@@ -2,7 +2,7 @@
 
     python tests/bad_files.py FOLDER
 
-fills FOLDER, which may be shown to `python -m vjepa_jax.data.check`, and writes
+fills FOLDER, which may be shown to `python -m vjepa_jax.check`, and writes
 FOLDER/list.csv, which has the entries that a walk over the folder does not find.
 """
 

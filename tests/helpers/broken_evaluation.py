@@ -3,7 +3,7 @@
 import numpy as np
 from ml_collections import ConfigDict
 
-from vjepa_jax.default_config import UserError
+from vjepa_jax.base.errors import UserError
 from vjepa_jax.evals import registry
 
 

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import video_files
 
-from vjepa_jax.data import decode
+from vjepa_jax.data.clips import reader
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +20,7 @@ def whole_frame(height, width):
 
 
 def read(record, *, num_frames=8, frame_step=1, size=48, crop=whole_frame, **options):
-    return decode.read_clip(
+    return reader.read_clip(
         record,
         num_frames=num_frames,
         frame_step=frame_step,

@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import video_files
 
-from vjepa_jax import sharding
 from vjepa_jax.evals.frozen import Frozen
 from vjepa_jax.models.encoder import VideoEncoder
+from vjepa_jax.parallel import sharding
 
 CLASSES = 3
 SIDE = 16  # of the clips in pixels

@@ -9,8 +9,8 @@ import time
 
 import jax
 
-from vjepa_jax import distributed
-from vjepa_jax.default_config import UserError
+from vjepa_jax.base.errors import UserError
+from vjepa_jax.parallel import distributed
 
 USER_ERROR_CODE = 2
 

@@ -7,7 +7,7 @@ import matplotlib.image
 import numpy as np
 from tensorboardX.proto import event_pb2
 
-from vjepa_jax import metrics
+from vjepa_jax.run import metrics
 
 
 def read(workdir):

@@ -12,12 +12,12 @@ from multiprocessing import shared_memory
 
 import numpy as np
 
-from vjepa_jax.data import pipeline
-from vjepa_jax.data.mixture import Mixture
-from vjepa_jax.data.reading import Reading
-from vjepa_jax.data.records import Record, Source
-from vjepa_jax.data.sampling import Sampling
-from vjepa_jax.data.transforms import ClipTransform
+from vjepa_jax.data.clips.sampling import Sampling
+from vjepa_jax.data.sources.mixture import Mixture
+from vjepa_jax.data.sources.records import Record, Source
+from vjepa_jax.data.stream import pipeline
+from vjepa_jax.data.stream.reading import Reading
+from vjepa_jax.data.transforms.transforms import ClipTransform
 
 # By their names a test finds its own segments among those of other programs.
 if "SHM_PREFIX" in os.environ:

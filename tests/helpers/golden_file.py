@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vjepa_jax import weights
+from vjepa_jax.weights import rules
 
 # Every key that a golden may have: an option that this test does not know must fail.
 KNOWN = {
@@ -86,7 +86,7 @@ class Golden:
                 self.states.setdefault(model, {})[key] = value
             else:
                 self.arrays[name] = value
-        self.states = {k: weights.strip_prefixes(v) for k, v in self.states.items()}
+        self.states = {k: rules.strip_prefixes(v) for k, v in self.states.items()}
 
     def clips(self, step: int, shape: str = "clip_shape") -> jax.Array:
         """Return the clips of a step as [B, T, H, W, 3], normalised."""

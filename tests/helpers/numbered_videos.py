@@ -2,8 +2,8 @@
 
 import video_files
 
-from vjepa_jax.data import sources
-from vjepa_jax.data.mixture import Mixture
+from vjepa_jax.data.sources import factory
+from vjepa_jax.data.sources.mixture import Mixture
 
 NUM_VIDEOS = 11
 
@@ -29,4 +29,4 @@ def make_list(path, folder, *, bad=(), name="list.csv"):
             entry.write_text("not a video")
         lines.append(f"{entry} {i}\n")
     (path / name).write_text("".join(lines))
-    return Mixture(sources.open_sources(str(path / name)))
+    return Mixture(factory.open_sources(str(path / name)))

@@ -5,9 +5,10 @@ import pathlib
 
 import numpy as np
 
-from vjepa_jax import convert, official, weight_files
+from vjepa_jax import convert
+from vjepa_jax.weights import files, official
 
-FOLDER = pathlib.Path(__file__).parent / "goldens"
+FOLDER = pathlib.Path(__file__).parents[1] / "goldens"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.npz"))
 
 
@@ -32,7 +33,7 @@ class Golden:
         return clips.transpose(0, 2, 3, 4, 1)
 
     def source(self, key=""):
-        return weight_files.split(self.content, "x.pt", key)
+        return files.split(self.content, "x.pt", key)
 
     def converted(self, key=""):
         return convert.import_source(self.source(key), self.hints)

@@ -6,8 +6,8 @@ import pathlib
 import numpy as np
 from PIL import Image
 
-from vjepa_jax.data import render
-from vjepa_jax.default_config import get_config
+from vjepa_jax.config.defaults import get_config
+from vjepa_jax.world import render
 
 SIZE = 16  # side of the frames in pixels
 

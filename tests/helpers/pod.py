@@ -14,7 +14,7 @@ import pytest
 LINUX_ONLY = pytest.mark.skipif(
     sys.platform != "linux", reason="the commands of workers run here, which are Linux"
 )
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 CREATE = ("--zone=us-z", "--accelerator-type=v5litepod-16")
 TIMEOUT_SECS = 180  # of one command, on a busy machine
 TRAIN = ("--config=configs/x.py:a,b", "--workdir=gs://bucket/run")

@@ -3,8 +3,8 @@
 Its argument is the folder with the videos.
 """
 
-from vjepa_jax.default_config import get_config as get_default
-from vjepa_jax.default_config import mask
+from vjepa_jax.config.defaults import get_config as get_default
+from vjepa_jax.config.defaults import mask
 from vjepa_jax.models import registry
 
 registry.SIZES["process_test"] = registry.Size(1, 16, 2, 32)

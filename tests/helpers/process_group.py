@@ -9,7 +9,7 @@ import time
 
 import process_config
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 # Silence of a process that compiles on a busy machine must not count as its death.
 HEARTBEAT_SECS = 30
 TIMEOUT_SECS = 240

@@ -7,10 +7,11 @@ import jax
 import numpy as np
 import video_files
 
-from vjepa_jax import build, checkpoint, environment
-from vjepa_jax.data.world import CLASSES
-from vjepa_jax.default_config import get_config, mask
-from vjepa_jax.train_state import unbox
+from vjepa_jax.config.defaults import get_config, mask
+from vjepa_jax.objective.state import unbox
+from vjepa_jax.program import build
+from vjepa_jax.run import checkpoint, environment
+from vjepa_jax.world.motion import CLASSES
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'"
 SIDE, FRAMES, VIDEOS = 16, 12, 20

@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vjepa_jax import build, optim
-from vjepa_jax.masking import MaskSpec
 from vjepa_jax.models.encoder import VideoEncoder
 from vjepa_jax.models.predictor import Predictor
-from vjepa_jax.train_state import abstract_state, make_init
-from vjepa_jax.train_step import Objective, Stream, make_loss_fn, make_train_step
+from vjepa_jax.objective import optim
+from vjepa_jax.objective.masking import MaskSpec
+from vjepa_jax.objective.state import abstract_state, make_init
+from vjepa_jax.objective.step import Objective, Stream, make_loss_fn, make_train_step
+from vjepa_jax.program import build
 
 STEPS = 200  # length of the schedules
 SHAPE = (4, 16, 16, 3)  # a grid of 2 x 4 x 4 tokens

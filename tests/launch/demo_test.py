@@ -11,7 +11,7 @@ from ml_collections import config_flags
 
 from vjepa_jax.evals import hook
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 OVERRIDE = "--config.world.path=a folder"
 # Stands for the interpreter: writes down its arguments and runs nothing.
 RECORDER = """\

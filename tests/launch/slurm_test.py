@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "goldens" / "launch" / "slurm.txt"
 TRAIN = ("--config=configs/x.py:a,b", "--workdir=runs/x")
 TIMEOUT_SECS = 180  # of a job, on a busy machine

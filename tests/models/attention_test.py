@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vjepa_jax import sharding
-from vjepa_jax.models import attention as attention_lib
 from vjepa_jax.models import layers
-from vjepa_jax.models.attention import attention
+from vjepa_jax.models.attention import dispatch as attention_lib
+from vjepa_jax.models.attention.dispatch import attention
+from vjepa_jax.parallel import sharding
 
 
 def operands(rng, n, m, head_dim, batch=2, heads=2, dtype=np.float32):

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from list_files import make_files, records
 
-from vjepa_jax.data import sources
-from vjepa_jax.default_config import UserError
+from vjepa_jax.base.errors import UserError
+from vjepa_jax.data.sources import factory
 
 
 @pytest.mark.parametrize("dtype", [object, str, ">U40"])
@@ -19,7 +19,7 @@ def test_arrays_of_paths(tmp_path, dtype):
     make_files(tmp_path, "b.mp4")
     names = ["a \\ 'quoted' é.mp4", "b.mp4", "/elsewhere/c.mp4"]
     np.save(tmp_path / "list.npy", np.array(names, dtype), allow_pickle=True)
-    source = sources.open_source(str(tmp_path / "list.npy"))
+    source = factory.open_source(str(tmp_path / "list.npy"))
     assert records(source) == [(str(tmp_path / name), 0) for name in names]
 
 
@@ -29,7 +29,7 @@ def test_arrays_of_numpy_strings_as_objects(tmp_path, order):
     array = np.empty(2, object)
     array[:] = [np.array(name, f"{order}U20")[()] for name in names]
     np.save(tmp_path / "list.npy", array, allow_pickle=True)
-    source = sources.VideoList.from_array_file(str(tmp_path / "list.npy"))
+    source = factory.VideoList.from_array_file(str(tmp_path / "list.npy"))
     assert records(source) == [(str(tmp_path / name), 0) for name in names]
 
 
@@ -45,7 +45,7 @@ def test_arrays_saved_by_other_versions_of_numpy(tmp_path, protocol):
         if protocol == 3:
             pickled = pickled.replace(b"cnumpy._core.", b"cnumpy.core.")
         file.write(pickled)
-    source = sources.VideoList.from_array_file(str(tmp_path / "list.npy"))
+    source = factory.VideoList.from_array_file(str(tmp_path / "list.npy"))
     expected = [(str(tmp_path / name), 0) for name in [*names, "c.mp4"]]
     assert records(source) == expected
 
@@ -75,7 +75,7 @@ def test_damaged_arrays_of_paths_are_a_users_error(tmp_path, kind):
         content[random.randrange(len(whole))] ^= random.randrange(1, 256)
         path.write_bytes(content)
         try:
-            source = sources.VideoList.from_array_file(str(path))
+            source = factory.VideoList.from_array_file(str(path))
         except UserError as error:
             assert str(error).startswith(f"{path} is no .npy array of paths: ")
             assert "\n" not in str(error) and len(str(error)) < 200 + len(str(path))
@@ -99,7 +99,7 @@ def test_damaged_arrays_ask_for_no_more_memory_than_they_have(tmp_path, damage):
     (tmp_path / "list.npy").write_bytes(damaged)
     tracemalloc.start()
     with pytest.raises(UserError, match="array of paths: it is damaged"):
-        sources.VideoList.from_array_file(str(tmp_path / "list.npy"))
+        factory.VideoList.from_array_file(str(tmp_path / "list.npy"))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1 << 20
@@ -126,7 +126,7 @@ class Evil:
 def test_other_arrays_are_refused(tmp_path, array, message):
     np.save(tmp_path / "list.npy", array, allow_pickle=True)
     with pytest.raises(UserError, match=message):
-        sources.open_source(str(tmp_path / "list.npy"))
+        factory.open_source(str(tmp_path / "list.npy"))
 
 
 def test_files_that_are_no_arrays_are_refused(tmp_path):
@@ -134,4 +134,4 @@ def test_files_that_are_no_arrays_are_refused(tmp_path):
     for content in (b"", b"text 1", whole[:-4], whole[:60]):
         (tmp_path / "list.npy").write_bytes(content)
         with pytest.raises(UserError, match=r"list\.npy is no \.npy array of paths"):
-            sources.open_source(str(tmp_path / "list.npy"))
+            factory.open_source(str(tmp_path / "list.npy"))

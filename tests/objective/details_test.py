@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vjepa_jax import losses, optim, sharding
 from vjepa_jax.models import layers, registry
-from vjepa_jax.models.attention import attention
+from vjepa_jax.models.attention.dispatch import attention
 from vjepa_jax.models.encoder import VideoEncoder
 from vjepa_jax.models.heads import AttentiveClassifier
 from vjepa_jax.models.predictor import Predictor
-from vjepa_jax.train_state import abstract_state, make_init
+from vjepa_jax.objective import losses, optim
+from vjepa_jax.objective.state import abstract_state, make_init
+from vjepa_jax.parallel import sharding
 
 
 def make_state_init(tx):

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 from step_setup import Setup, as_batch, copy_to_host, one_device, videos
 
-from vjepa_jax import optim, sharding, train_step
-from vjepa_jax.train_state import Guard, TrainState, make_init
-from vjepa_jax.train_step import Objective, SpikeGuard, make_train_step
+from vjepa_jax.objective import optim
+from vjepa_jax.objective import step as train_step
+from vjepa_jax.objective.state import Guard, TrainState, make_init
+from vjepa_jax.objective.step import Objective, SpikeGuard, make_train_step
+from vjepa_jax.parallel import sharding
 
 BATCH = 8
 SCHEDULES = {

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vjepa_jax import losses
+from vjepa_jax.objective import losses
 
 
 def normal(rng, *shape):

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from masking_test import LONG, SHORT, coordinates, draw
 
-from vjepa_jax import masking
-from vjepa_jax.masking import MaskSpec
+from vjepa_jax.objective import masking
+from vjepa_jax.objective.masking import MaskSpec
 
 # Shares in per cent of visible and hidden tokens that the official trimming keeps in
 # batches of 24 per device, rounded.

@@ -9,9 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vjepa_jax import build, masking
-from vjepa_jax.default_config import UserError, get_config, mask
-from vjepa_jax.masking import MaskSpec
+from vjepa_jax.base.errors import UserError
+from vjepa_jax.config.defaults import get_config, mask
+from vjepa_jax.objective import masking
+from vjepa_jax.objective.masking import MaskSpec
+from vjepa_jax.program import build
 
 GRID = (2, 3, 4)
 NUM_TOKENS = 24

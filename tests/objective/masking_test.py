@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from vjepa_jax import masking
-from vjepa_jax.masking import MaskSpec
+from vjepa_jax.objective import masking
+from vjepa_jax.objective.masking import MaskSpec
 
 SHORT = {"num_blocks": 8, "spatial_scale": (0.15, 0.15)}
 LONG = {"num_blocks": 2, "spatial_scale": (0.7, 0.7)}

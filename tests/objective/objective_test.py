@@ -16,11 +16,11 @@ from step_setup import (
     videos,
 )
 
-from vjepa_jax import losses
-from vjepa_jax.masking import MaskSpec
 from vjepa_jax.models.encoder import VideoEncoder, normalise
 from vjepa_jax.models.predictor import Predictor
-from vjepa_jax.train_step import Objective, Stream, make_loss_fn
+from vjepa_jax.objective import losses
+from vjepa_jax.objective.masking import MaskSpec
+from vjepa_jax.objective.step import Objective, Stream, make_loss_fn
 
 GRID = (2, 4, 4)
 SMALL = {"depth": 1, "width": 16, "mlp_dim": 32}

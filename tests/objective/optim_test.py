@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vjepa_jax import optim
 from vjepa_jax.models.encoder import VideoEncoder
 from vjepa_jax.models.predictor import Predictor
-from vjepa_jax.train_state import make_init
+from vjepa_jax.objective import optim
+from vjepa_jax.objective.state import make_init
 
 VALUES = st.floats(0, 10)
 

@@ -21,11 +21,13 @@ from step_setup import (
     videos,
 )
 
-from vjepa_jax import losses, sharding, train_step
-from vjepa_jax.masking import MaskSpec
 from vjepa_jax.models.predictor import Predictor
-from vjepa_jax.train_state import TrainState
-from vjepa_jax.train_step import Objective, Stream, make_loss_fn
+from vjepa_jax.objective import losses
+from vjepa_jax.objective import step as train_step
+from vjepa_jax.objective.masking import MaskSpec
+from vjepa_jax.objective.state import TrainState
+from vjepa_jax.objective.step import Objective, Stream, make_loss_fn
+from vjepa_jax.parallel import sharding
 
 BATCH = 16
 

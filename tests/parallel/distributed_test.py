@@ -12,7 +12,7 @@ import time
 import distributed_program
 import pytest
 
-from vjepa_jax import distributed
+from vjepa_jax.parallel import distributed
 
 TIMEOUT_SECS = 120
 
@@ -24,7 +24,7 @@ class Group:
         with socket.socket() as probe:
             probe.bind(("localhost", 0))
             address = f"localhost:{probe.getsockname()[1]}"
-        path = [str(pathlib.Path(__file__).parents[1]), *sys.path]
+        path = [str(pathlib.Path(__file__).parents[2]), *sys.path]
         env = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": os.pathsep.join(path)}
         self.processes = [
             subprocess.Popen(

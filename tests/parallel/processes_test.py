@@ -19,7 +19,8 @@ import pytest
 import video_files
 from process_group import HEARTBEAT_SECS, TIMEOUT_SECS, Group
 
-from vjepa_jax import distributed, metrics
+from vjepa_jax.parallel import distributed
+from vjepa_jax.run import metrics
 from vjepa_jax.train import train_and_evaluate
 
 NUM_VIDEOS = 800  # the first epoch is the last

@@ -13,12 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec
 
-from vjepa_jax import optim, sharding
-from vjepa_jax.default_config import UserError
+from vjepa_jax.base.errors import UserError
 from vjepa_jax.models import layers
 from vjepa_jax.models.encoder import VideoEncoder
 from vjepa_jax.models.predictor import Predictor
-from vjepa_jax.train_state import abstract_state, make_init, unbox
+from vjepa_jax.objective import optim
+from vjepa_jax.objective.state import abstract_state, make_init, unbox
+from vjepa_jax.parallel import sharding
 
 VIDEO = (4, 8, 8, 3)
 

@@ -17,26 +17,21 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from vjepa_jax import (
-    cli,
-    compilation,
-    compile_check,
-    config_rules,
-    default_config,
-    hlo,
-    sharding,
-    step_report,
-    topologies,
-)
-from vjepa_jax.default_config import UserError, mask, stream
-from vjepa_jax.hlo_text import Shape
-from vjepa_jax.program import make_program
+from vjepa_jax import compile_check
+from vjepa_jax.base.errors import UserError
+from vjepa_jax.config import defaults, rules
+from vjepa_jax.config.defaults import mask, stream
+from vjepa_jax.parallel import sharding
+from vjepa_jax.program import compilation, hlo, step_report, topologies
+from vjepa_jax.program.hlo_text import Shape
+from vjepa_jax.program.program import make_program
+from vjepa_jax.run import cli
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def small_config(**changes):
-    config = default_config.get_config()
+    config = defaults.get_config()
     config.update_from_flattened_dict(
         {
             "batch_size": 16,
@@ -59,7 +54,7 @@ def small_config(**changes):
 @pytest.fixture(scope="module")
 def report():
     config = compile_check.without_files(small_config())
-    config_rules.validate(config)
+    rules.validate(config)
     return compile_check.check(config, jax.devices())
 
 

@@ -6,10 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vjepa_jax import build, flops
-from vjepa_jax.default_config import get_config, stream
+from vjepa_jax.config.defaults import get_config, stream
 from vjepa_jax.models.encoder import VideoEncoder
 from vjepa_jax.models.predictor import Predictor
+from vjepa_jax.program import build, flops
 
 # Lowering runs nothing, so real widths are free. Stacks are unrolled: the compiler
 # counts the body of a scan once. What is left out (norms, softmax, GELU) is below this.

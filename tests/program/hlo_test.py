@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from vjepa_jax import flops, hlo, sharding
-from vjepa_jax.hlo_text import Shape
 from vjepa_jax.models.layers import Stack
+from vjepa_jax.parallel import sharding
+from vjepa_jax.program import flops, hlo
+from vjepa_jax.program.hlo_text import Shape
 
 
 def account_of(function, *args, **options):

@@ -11,7 +11,7 @@ import pytest
 import report_files
 from playwright.sync_api import sync_playwright
 
-from vjepa_jax import report
+from vjepa_jax.report import __main__ as report
 
 CHROMIUM = pathlib.Path("/usr/bin/chromium")
 ARGUMENTS = [

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from PIL import Image
 
-from vjepa_jax import goodput
-from vjepa_jax.default_config import get_config, mask
-from vjepa_jax.reporting import clips, figures, media, results, tables
+from vjepa_jax.config.defaults import get_config, mask
+from vjepa_jax.report import clips, figures, media, results, tables
+from vjepa_jax.run import goodput
 
 
 def test_parts_of_the_wall_time_have_colours_of_their_own():

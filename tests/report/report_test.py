@@ -12,10 +12,12 @@ import pytest
 import report_files
 from report_files import HOSTILE
 
-from vjepa_jax import probe, report
-from vjepa_jax.default_config import ConfigDict, UserError
+from vjepa_jax import probe
+from vjepa_jax.base.errors import UserError
+from vjepa_jax.config.defaults import ConfigDict
 from vjepa_jax.evals import frozen, registry
-from vjepa_jax.reporting import surprise
+from vjepa_jax.report import __main__ as report
+from vjepa_jax.report import surprise
 
 MATRIX = [[1, 1], [0, 2]]
 # What a page may refer to without loading anything.

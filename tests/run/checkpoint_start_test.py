@@ -15,16 +15,16 @@ from checkpoint_test import (
     to_host,
 )
 
-from vjepa_jax import checkpoint
-from vjepa_jax.checkpoint import (
+from vjepa_jax.base.errors import UserError
+from vjepa_jax.run import checkpoint
+from vjepa_jax.run.checkpoint import (
     Checkpointer,
     restore_models,
     restore_start,
     restore_target,
     save_converted,
 )
-from vjepa_jax.checkpoint_format import FORMAT_VERSION
-from vjepa_jax.default_config import UserError
+from vjepa_jax.run.checkpoint_format import FORMAT_VERSION
 
 
 @pytest.fixture(scope="module")

@@ -18,10 +18,10 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from vjepa_jax import checkpoint
-from vjepa_jax.checkpoint import Checkpointer, restore_target
-from vjepa_jax.checkpoint_format import FORMAT_VERSION
-from vjepa_jax.default_config import UserError
+from vjepa_jax.base.errors import UserError
+from vjepa_jax.run import checkpoint
+from vjepa_jax.run.checkpoint import Checkpointer, restore_target
+from vjepa_jax.run.checkpoint_format import FORMAT_VERSION
 
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2))
 DATA = {"step": 3, "fingerprint": "abc"}
@@ -360,7 +360,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_save_that_was_killed_is_ignored(tmp_path):
-    root = pathlib.Path(__file__).parents[1]
+    root = pathlib.Path(__file__).parents[2]
     killed = subprocess.run(
         [sys.executable, "-c", KILLED_RUN, str(tmp_path)],
         cwd=root,

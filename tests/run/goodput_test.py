@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from vjepa_jax.goodput import PARTS, TimeAccount
+from vjepa_jax.run.goodput import PARTS, TimeAccount
 
 
 @pytest.fixture

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
-from vjepa_jax import distributed, metrics
+from vjepa_jax.parallel import distributed
+from vjepa_jax.run import metrics
 
 
 class Terminal(io.StringIO):

@@ -10,9 +10,11 @@ import pytest
 import video_files
 from step_setup import abstract_of
 
-from vjepa_jax import checkpoint, compilation, metrics
-from vjepa_jax.default_config import UserError, mask, stream
+from vjepa_jax.base.errors import UserError
+from vjepa_jax.config.defaults import mask, stream
 from vjepa_jax.models import registry
+from vjepa_jax.program import compilation
+from vjepa_jax.run import checkpoint, metrics
 from vjepa_jax.train import train_and_evaluate
 
 RATE, DECAY_STEPS, EPS = 1e-3, 2, 1e-8

@@ -20,17 +20,12 @@ import numpy as np
 import pytest
 from step_setup import abstract_of
 
-from vjepa_jax import (
-    checkpoint,
-    cli,
-    environment,
-    metrics,
-    saved_config,
-    train,
-)
-from vjepa_jax.data import render
+from vjepa_jax import train
+from vjepa_jax.config import saved as saved_config
+from vjepa_jax.run import checkpoint, cli, environment, metrics
+from vjepa_jax.world import render
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = ROOT / "configs/world_tiny.py"
 TOTAL_STEPS = 30
 NUM_VIDEOS = 40

@@ -6,8 +6,8 @@ import types
 
 import pytest
 
-from vjepa_jax import watchdog
-from vjepa_jax.watchdog import Watchdog
+from vjepa_jax.run import watchdog
+from vjepa_jax.run.watchdog import Watchdog
 
 
 def wait_until(condition, timeout_secs=30.0):

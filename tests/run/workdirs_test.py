@@ -6,8 +6,9 @@ import os
 import pytest
 from buckets import Bucket
 
-from vjepa_jax import default_config, workdirs
-from vjepa_jax.default_config import UserError
+from vjepa_jax.base.errors import UserError
+from vjepa_jax.config import defaults
+from vjepa_jax.run import workdirs
 
 
 def stored():
@@ -88,7 +89,7 @@ def test_a_local_workdir_is_itself(tmp_path):
 
 
 def test_a_remote_workdir_belongs_to_its_config(bucket):
-    config = default_config.get_config()
+    config = defaults.get_config()
     workdirs.check(config, "gs://b/run")
     workdirs.claim(config, "gs://b/run")
     workdirs.check(config, "gs://b/run")
@@ -103,4 +104,4 @@ def test_a_store_that_does_not_answer_is_told_in_a_line(bucket, monkeypatch):
 
     monkeypatch.setattr(Bucket, "exists", refuse)
     with pytest.raises(UserError, match="run cannot be read: no credentials"):
-        workdirs.check(default_config.get_config(), "gs://b/run")
+        workdirs.check(defaults.get_config(), "gs://b/run")

@@ -8,9 +8,11 @@ import pytest
 from official_files import Golden
 
 import vjepa_jax
-from vjepa_jax import checkpoint, convert, official, weight_files, weights
-from vjepa_jax.default_config import UserError
+from vjepa_jax import convert
+from vjepa_jax.base.errors import UserError
 from vjepa_jax.models.heads import AttentiveClassifier
+from vjepa_jax.run import checkpoint
+from vjepa_jax.weights import files, official, rules
 
 
 def test_probe_has_no_encoder(tmp_path):
@@ -61,7 +63,7 @@ def test_probe_of_action_anticipation(rng, names):
     hints = official.Hints(num_heads=golden.meta["num_heads"])
 
     def run(content):
-        source = weight_files.split(content, "golden")
+        source = files.split(content, "golden")
         converted = convert.import_source(source, hints)
         fields = json.loads(json.dumps(converted.meta["classifier"]))  # as stored
         model = AttentiveClassifier(**fields)
@@ -74,7 +76,7 @@ def test_probe_of_action_anticipation(rng, names):
         np.testing.assert_allclose(logits[name], run(single)[1], atol=1e-5)
     parts = convert.export_parts({"target": converted.target}, converted.meta)
     (exported,) = parts["classifiers"]
-    wanted = weights.strip_prefixes(state)
+    wanted = rules.strip_prefixes(state)
     assert set(exported) == set(wanted)
     for name, value in exported.items():
         assert value.tobytes() == wanted[name].tobytes(), name

@@ -9,12 +9,15 @@ import pytest
 from official_files import NAMES, Golden
 
 import vjepa_jax
-from vjepa_jax import build, checkpoint, convert, official, weight_files, weights
-from vjepa_jax.config_rules import validate
-from vjepa_jax.default_config import UserError
+from vjepa_jax import convert
+from vjepa_jax.base.errors import UserError
+from vjepa_jax.config.rules import validate
+from vjepa_jax.config.saved import restored
 from vjepa_jax.models import positions, registry
 from vjepa_jax.models.encoder import normalise
-from vjepa_jax.saved_config import restored
+from vjepa_jax.program import build
+from vjepa_jax.run import checkpoint
+from vjepa_jax.weights import files, official, rules
 
 FAMILIES = {
     "vjepa1_train": "vjepa",
@@ -26,9 +29,9 @@ FAMILIES = {
 
 def assert_same_arrays(parts, content):
     for part, state in parts.items():
-        theirs = weights.strip_prefixes(content[part])
+        theirs = rules.strip_prefixes(content[part])
         assert set(state) <= set(theirs)
-        assert set(theirs) - set(state) <= set(weights.IGNORED)
+        assert set(theirs) - set(state) <= set(rules.IGNORED)
         for name, value in state.items():
             assert value.tobytes() == theirs[name].tobytes(), f"{part} {name}"
             assert value.shape == theirs[name].shape
@@ -152,7 +155,7 @@ def test_video_that_cannot_be_encoded(encode, shape, dtype, match):
 
 def test_gated_mlp_of_the_encoder_alone():
     golden = Golden("vjepa2_swiglu_nonsquare")
-    predictor = weights.strip_prefixes(golden.content["predictor"])
+    predictor = rules.strip_prefixes(golden.content["predictor"])
     width = golden.meta["predictor_dim"]
     for i in range(golden.meta["predictor_depth"]):
         block = f"predictor_blocks.{i}.mlp"
@@ -173,7 +176,7 @@ def test_distilled_model():
     """The student has four norms and trains one; it predicts a wider teacher."""
     golden = Golden("vjepa2_1_train")
     content = golden.content
-    predictor = weights.strip_prefixes(content["predictor"])
+    predictor = rules.strip_prefixes(content["predictor"])
     for name in ("predictor_embed.0", "predictor_embed.2"):
         del predictor[f"{name}.weight"], predictor[f"{name}.bias"]
     predictor["predictor_embed.weight"] = np.ones((24, 32), np.float32)
@@ -251,7 +254,7 @@ def test_unknown_part_of_a_file():
 def test_two_names_that_are_one_without_prefixes():
     state = {"module.norm.bias": np.zeros(2), "norm.bias": np.ones(2)}
     with pytest.raises(UserError, match=r"are norm\.bias without"):
-        weights.strip_prefixes(state)
+        rules.strip_prefixes(state)
 
 
 def with_table(grid, num_tokens):
@@ -336,7 +339,7 @@ def test_nothing_is_left_of_a_failure(tmp_path):
 
     (tmp_path / "out.partial").write_text("of a killed conversion")
     with pytest.raises(OSError, match="disk full"):
-        weight_files.write_whole(str(tmp_path / "out"), write)
+        files.write_whole(str(tmp_path / "out"), write)
     assert not list(tmp_path.iterdir())
 
 
@@ -351,7 +354,7 @@ def test_without_pytorch(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "torch", None)
     (tmp_path / "x.pt").write_bytes(b"")
     with pytest.raises(UserError, match="PyTorch, which is not installed: pip install"):
-        weight_files.read(str(tmp_path / "x.pt"))
+        files.read(str(tmp_path / "x.pt"))
 
 
 def test_command_tells_a_mistake_in_one_line(tmp_path):

@@ -6,12 +6,15 @@ import jax
 import numpy as np
 import pytest
 
-from vjepa_jax import build, checkpoint, convert, huggingface, load_encoder, official
-from vjepa_jax.default_config import UserError
+from vjepa_jax import convert, load_encoder
+from vjepa_jax.base.errors import UserError
+from vjepa_jax.config.saved import restored
 from vjepa_jax.models import registry
 from vjepa_jax.models.heads import AttentiveClassifier
 from vjepa_jax.models.positions import Grid
-from vjepa_jax.saved_config import restored
+from vjepa_jax.program import build
+from vjepa_jax.run import checkpoint
+from vjepa_jax.weights import huggingface, official
 
 pytestmark = pytest.mark.torch
 

@@ -16,14 +16,15 @@ import optax
 import pytest
 from golden_file import KNOWN_OF_OPTIMIZER, Golden
 
-from vjepa_jax import losses, optim, weights
 from vjepa_jax.models import registry
 from vjepa_jax.models.heads import AttentiveClassifier
 from vjepa_jax.models.layers import take_tokens
-from vjepa_jax.train_step import Objective, Stream, make_loss_fn
+from vjepa_jax.objective import losses, optim
+from vjepa_jax.objective.step import Objective, Stream, make_loss_fn
+from vjepa_jax.weights import rules as weights
 
 FOLDER = pathlib.Path(
-    os.environ.get("VJEPA_GOLDENS", pathlib.Path(__file__).parent / "goldens")
+    os.environ.get("VJEPA_GOLDENS", pathlib.Path(__file__).parents[1] / "goldens")
 )
 FILES = sorted(FOLDER.glob("*.npz"))
 FAMILIES = ("vjepa", "vjepa2", "vjepa2_1")

@@ -5,9 +5,10 @@ import math
 import numpy as np
 import pytest
 
-from vjepa_jax.data import contacts, world
-from vjepa_jax.data.scenes import World
-from vjepa_jax.data.world import CLASSES
+from vjepa_jax.world import contacts
+from vjepa_jax.world import motion as world
+from vjepa_jax.world.motion import CLASSES
+from vjepa_jax.world.scenes import World
 
 WORLD = World(size=32)
 MIDDLE = WORLD.num_frames // 2

@@ -6,12 +6,16 @@ import numpy as np
 import pytest
 from render_test import tiny_world
 
-from vjepa_jax.config_rules import validate
-from vjepa_jax.data import davis, mask_lists, masked_world, masks, render, world
-from vjepa_jax.default_config import UserError, get_config
+from vjepa_jax.base.errors import UserError
+from vjepa_jax.config.defaults import get_config
+from vjepa_jax.config.rules import validate
+from vjepa_jax.data.clips import label_images
+from vjepa_jax.data.sources import davis
+from vjepa_jax.evals.segmentation import pairs as mask_lists
+from vjepa_jax.world import labelled, motion, render
 
-LOOKS = world.World(size=32, num_frames=6)
-ROOT = masked_world.FOLDER
+LOOKS = motion.World(size=32, num_frames=6)
+ROOT = labelled.FOLDER
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +45,7 @@ def test_everything_else_stays_bit_for_bit(rendered):
 
 def test_files_are_the_clips_without_loss(rendered):
     config = rendered[1]
-    looks = world.World(size=config.size, num_frames=config.num_frames)
+    looks = motion.World(size=config.size, num_frames=config.num_frames)
     train, val = (
         davis.list_videos(f"{config.path}/{ROOT}", f"2017/{split}", "480p")
         for split in ("train", "val")
@@ -49,21 +53,21 @@ def test_files_are_the_clips_without_loss(rendered):
     names = [video.name for video in train + val]
     assert names == [f"{i:05d}" for i in range(5)] and len(train) == 2
     for index, video in enumerate(train + val):
-        clip = masked_world.make_masked(looks, (config.seed, 7), index)
+        clip = labelled.make_masked(looks, (config.seed, 7), index)
         shape = clip.objects.shape[1:]
-        frames = [masks.read_image(path, shape) for path in video.frames]
+        frames = [label_images.read_image(path, shape) for path in video.frames]
         np.testing.assert_array_equal(frames, clip.video)
-        objects = [masks.read_mask(path) for path in video.masks]
+        objects = [label_images.read_mask(path) for path in video.masks]
         np.testing.assert_array_equal(objects, clip.objects)
         folder = video.masks[0].parents[3] / "Classes/480p" / video.name
-        classes = [masks.read_mask(path) for path in sorted(folder.iterdir())]
+        classes = [label_images.read_mask(path) for path in sorted(folder.iterdir())]
         np.testing.assert_array_equal(classes, clip.classes)
 
 
 def test_lists_of_classes_are_of_the_same_videos(rendered):
     root = f"{rendered[1].path}/{ROOT}"
     for key, split in (("train_path", "train"), ("test_path", "val")):
-        pairs = mask_lists.open_pairs(f"{root}/{masked_world.CLASS_LISTS[key]}")
+        pairs = mask_lists.open_pairs(f"{root}/{labelled.CLASS_LISTS[key]}")
         videos = davis.list_videos(root, f"2017/{split}", "480p")
         frames = [frame for video in videos for frame in video.frames]
         assert [pair.image for pair in pairs] == frames
@@ -74,8 +78,8 @@ def test_masks_say_what_is_painted():
     """What is followed can be seen at first, and every pixel of it has its class."""
     unseen = several = 0
     for index in range(12):
-        clip = masked_world.make_masked(LOOKS, 3, index)
-        again = masked_world.make_masked(LOOKS, 3, index)
+        clip = labelled.make_masked(LOOKS, 3, index)
+        again = labelled.make_masked(LOOKS, 3, index)
         np.testing.assert_array_equal(clip.objects, again.objects)
         assert clip.video.shape == (*clip.objects.shape, 3)
         numbers = set(np.unique(clip.objects)) - {0}
@@ -88,7 +92,7 @@ def test_masks_say_what_is_painted():
             assert len(classes) == 1 and classes <= shapes
         unseen += np.isin(clip.classes[clip.objects == 0], [1, 2, 3, 4]).any()
         # The occluder stands still and is never an object.
-        occluder = clip.classes == masked_world.CLASSES.index("occluder")
+        occluder = clip.classes == labelled.CLASSES.index("occluder")
         assert occluder.any() and not clip.objects[occluder].any()
     assert several > 6
     assert unseen > 0
@@ -97,7 +101,7 @@ def test_masks_say_what_is_painted():
 def test_objects_stand_out_from_the_background():
     """The masks fall on what differs: colours inside and outside are not the same."""
     for index in range(4):
-        clip = masked_world.make_masked(LOOKS, 5, index)
+        clip = labelled.make_masked(LOOKS, 5, index)
         is_object = clip.objects > 0
         inside, outside = clip.video[is_object], clip.video[clip.classes == 0]
         assert inside.mean() > outside.mean() + 20

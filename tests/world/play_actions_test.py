@@ -5,11 +5,12 @@ import csv
 import numpy as np
 import pytest
 
-from vjepa_jax.data import play, play_actions, render, world
-from vjepa_jax.data.play_actions import VERBS, Event
-from vjepa_jax.data.scenes import SHAPES, World
-from vjepa_jax.default_config import get_config
-from vjepa_jax.evals.epic_kitchens import Contexts, read_actions
+from vjepa_jax.config.defaults import get_config
+from vjepa_jax.evals.anticipation.epic_kitchens import Contexts, read_actions
+from vjepa_jax.world import actions as play_actions
+from vjepa_jax.world import motion, play, render
+from vjepa_jax.world.actions import VERBS, Event
+from vjepa_jax.world.scenes import SHAPES, World
 
 WORLD = World(size=32)
 
@@ -18,7 +19,7 @@ WORLD = World(size=32)
 def clips(rng, monkeypatch):
     """(scene, track, gravity, what happened) of clips, noted as they are integrated."""
     log = []
-    collide = world._collide
+    collide = motion._collide
 
     def noted(x, v, radius, mass):
         before = v.copy()
@@ -26,7 +27,7 @@ def clips(rng, monkeypatch):
         moved = np.flatnonzero(np.any(v != before, axis=1))
         log.append({int(k): (before[k], v[k].copy(), x[k].copy()) for k in moved})
 
-    monkeypatch.setattr(world, "_collide", noted)
+    monkeypatch.setattr(motion, "_collide", noted)
     seed, out = int(rng.integers(1 << 30)), []
     for index in range(40):
         log.clear()
@@ -37,7 +38,7 @@ def clips(rng, monkeypatch):
 
 def test_events_are_what_was_integrated(clips):
     """Each change of motion is one object's bounce, or two objects' strike."""
-    substeps, kinds = world._SUBSTEPS, set()
+    substeps, kinds = motion._SUBSTEPS, set()
     for scene, track, gravity, log in clips:
         found = play_actions.events(scene, track, gravity)
         kinds |= {event.verb for event in found}

@@ -5,8 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from vjepa_jax.data import play, world
-from vjepa_jax.data.scenes import World
+from vjepa_jax.world import motion, play
+from vjepa_jax.world.scenes import World
 
 WORLD = World(size=32)
 CLIPS = 60
@@ -28,7 +28,7 @@ def drawn():
 
 def test_seed_and_index_determine_every_array():
     first, again = (play.make_play(WORLD, (3, 0), 5) for _ in range(2))
-    for field in dataclasses.fields(world.Clip):
+    for field in dataclasses.fields(motion.Clip):
         np.testing.assert_array_equal(
             getattr(first, field.name), getattr(again, field.name)
         )
@@ -57,7 +57,7 @@ def test_objects_stay_within_the_walls(drawn):
         beyond = np.maximum(r - track.position, track.position + r - 1)
         # A wall is noticed at the end of a substep.
         speed = np.abs(track.velocity).max() + gravity * WORLD.num_frames
-        assert beyond.max() <= speed / world._SUBSTEPS
+        assert beyond.max() <= speed / motion._SUBSTEPS
 
 
 def test_much_happens_in_the_second_half(drawn):

@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 from video_files import used_memory
 
-from vjepa_jax.config_rules import validate
-from vjepa_jax.data import play, render, sources, violations, world
-from vjepa_jax.data.decode import read_clip
-from vjepa_jax.data.transforms import central_box
-from vjepa_jax.default_config import UserError, get_config
+from vjepa_jax.base.errors import UserError
+from vjepa_jax.config.defaults import get_config
+from vjepa_jax.config.rules import validate
+from vjepa_jax.data.clips.reader import read_clip
+from vjepa_jax.data.sources import factory
+from vjepa_jax.data.transforms.transforms import central_box
+from vjepa_jax.world import motion, play, render, violations
 
 
 def tiny_world(path, **fields):
@@ -35,7 +37,7 @@ def contents(root):
 
 def test_lists_truth_and_files_agree(rendered):
     for split in render.splits(tiny_world(rendered)):
-        source = sources.open_source(str(rendered / f"{split.name}.csv"))
+        source = factory.open_source(str(rendered / f"{split.name}.csv"))
         truth = np.load(rendered / f"{split.name}.npz")
         assert len(source) == len(truth["label"]) == split.num_videos
         np.testing.assert_array_equal(source.labels, truth["label"])
@@ -89,7 +91,7 @@ def test_interrupted_rendering_makes_only_what_is_missing(tmp_path):
 
 def test_the_same_frames_make_the_same_file(tmp_path):
     """Whatever the memory held before, which the encoder is given."""
-    video = world.make_clip(world.World(size=32), (0, 1), 1).video
+    video = motion.make_clip(motion.World(size=32), (0, 1), 1).video
     contents = set()
     for _ in used_memory(150):
         render.write_video(tmp_path / "clip.mp4", video)
@@ -173,7 +175,7 @@ def test_pairs_are_listed_with_what_they_are(with_pairs):
     assert truth["pair"].tolist() == [0, 0, 1, 1] * len(names)
     assert truth["possible"].tolist() == [1, 0] * (2 * len(names))
     assert ((truth["onset"] >= 6) & (truth["onset"] <= 8)).all()
-    source = sources.open_source(str(with_pairs / "physics.csv"))
+    source = factory.open_source(str(with_pairs / "physics.csv"))
     np.testing.assert_array_equal(source.labels, truth["possible"])
     for i in (0, 1, 4 * len(names) - 1):
         index, kind = truth["pair"][i], ("im" * (i % 2)) + "possible"
@@ -184,8 +186,8 @@ def test_pairs_are_listed_with_what_they_are(with_pairs):
 def test_decoded_pairs_are_equal_up_to_the_onset_bit_for_bit(with_pairs, tmp_path):
     """And would not be, were frames allowed to depend on later ones."""
     truth = np.load(with_pairs / "physics.npz")
-    source = sources.open_source(str(with_pairs / "physics.csv"))
-    looks = world.World(size=16, num_frames=12)
+    source = factory.open_source(str(with_pairs / "physics.csv"))
+    looks = motion.World(size=16, num_frames=12)
     leaks = 0
     for i in range(0, len(source), 2):
         onset = truth["onset"][i]
@@ -210,14 +212,14 @@ def test_play_is_a_share_of_the_clips_and_leaves_the_others_as_they_are(with_pai
     assert 5 < is_play.sum() < 25
     np.testing.assert_array_equal(truth["label"] == play.LABEL, is_play)
     assert truth["position"].shape == (30, 12, 2, 2)
-    looks = world.World(size=16, num_frames=12)
+    looks = motion.World(size=16, num_frames=12)
     split = render.splits(config)[0]
     for index in range(6):
         clip = split.make_clip(looks, index)
         if is_play[index]:
             wanted = play.make_play(looks, split.seed, index)
         else:
-            wanted = world.make_clip(looks, split.seed, index)
+            wanted = motion.make_clip(looks, split.seed, index)
         np.testing.assert_array_equal(clip.video, wanted.video)
     # None of the splits that probes are fitted and judged on has any.
     assert [s.play_fraction for s in render.splits(config)[1:]] == [0] * 4

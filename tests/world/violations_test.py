@@ -5,9 +5,9 @@ import dataclasses
 import numpy as np
 import pytest
 
-from vjepa_jax.data import violations, world
-from vjepa_jax.data.scenes import World
-from vjepa_jax.data.violations import PROPERTIES, make_pair
+from vjepa_jax.world import motion, violations
+from vjepa_jax.world.scenes import World
+from vjepa_jax.world.violations import PROPERTIES, make_pair
 
 WORLD = World(size=32)
 EXCHANGED = [name for name in PROPERTIES if name not in ("gravity", "solidity")]
@@ -26,9 +26,9 @@ class Drawn:
     """A pair and what it was painted from."""
 
     pair: violations.Pair
-    scene: world.Scene
-    possible: world.Track
-    impossible: world.Track
+    scene: motion.Scene
+    possible: motion.Track
+    impossible: motion.Track
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def deviation(scene, track):
     far = 0.0
     for frame in range(len(track.position)):
         far = max(far, np.abs(track.position[frame, there] - x).max(initial=0))
-        world.advance(x, v, radius, radius**2, gravity)
+        motion.advance(x, v, radius, radius**2, gravity)
     return far / np.abs(track.velocity).max()
 
 
@@ -136,7 +136,7 @@ def test_seed_property_and_index_determine_every_array(seed):
     for name in PROPERTIES:
         first, again = (make_pair(WORLD, seed, name, 3) for _ in range(2))
         for part in ("possible", "impossible"):
-            for field in dataclasses.fields(world.Clip):
+            for field in dataclasses.fields(motion.Clip):
                 np.testing.assert_array_equal(
                     getattr(getattr(first, part), field.name),
                     getattr(getattr(again, part), field.name),
@@ -186,7 +186,7 @@ def test_looks_change_and_nothing_else(draw, name):
     for drawn in pairs(draw, name):
         changed = {
             field.name
-            for field in dataclasses.fields(world.Track)
+            for field in dataclasses.fields(motion.Track)
             if np.any(
                 getattr(drawn.possible, field.name)
                 != getattr(drawn.impossible, field.name)

@@ -9,9 +9,11 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from vjepa_jax.data import decode, render, world
-from vjepa_jax.data.transforms import central_box
-from vjepa_jax.data.world import CLASSES, SHAPES, World
+from vjepa_jax.data.clips import reader
+from vjepa_jax.data.transforms.transforms import central_box
+from vjepa_jax.world import motion as world
+from vjepa_jax.world import render
+from vjepa_jax.world.motion import CLASSES, SHAPES, World
 
 WORLD = World(size=32)
 MIDDLE = WORLD.num_frames // 2
@@ -286,7 +288,7 @@ def test_written_files_decode_to_nearly_the_rendered_video(tmp_path, seed):
         clip = world.make_clip(WORLD, seed, index)
         path = tmp_path / f"{index}.mp4"
         render.write_video(path, clip.video)
-        video = decode.read_clip(
+        video = reader.read_clip(
             str(path),
             num_frames=WORLD.num_frames,
             frame_step=1,

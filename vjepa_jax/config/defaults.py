@@ -13,13 +13,6 @@ from ml_collections import ConfigDict
 MAIN_STREAM = "video"
 
 
-class UserError(ValueError):
-    """Something that the user can mend: the message names the thing and the mend.
-
-    Entry points print it without a traceback and exit with code 2.
-    """
-
-
 def mask(**fields: Any) -> ConfigDict:
     """Return the config of one mask type: V-JEPA's short-range mask, changed."""
     config = ConfigDict()

@@ -3,7 +3,8 @@
 import math
 from typing import Any
 
-from vjepa_jax.default_config import MAIN_STREAM, ConfigDict, UserError, flatten
+from vjepa_jax.base.errors import UserError
+from vjepa_jax.config.defaults import MAIN_STREAM, ConfigDict, flatten
 
 
 def _require(is_met: bool, key: str, value: Any, mend: str) -> None:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from vjepa_jax.default_config import (
+from vjepa_jax.config.defaults import (
     ConfigDict,
     evaluation,
     flatten,

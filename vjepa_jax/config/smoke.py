@@ -7,7 +7,8 @@ A config file with variants calls `split_argument` on what follows its name
 import re
 from collections.abc import Collection
 
-from vjepa_jax.default_config import ConfigDict, UserError
+from vjepa_jax.base.errors import UserError
+from vjepa_jax.config.defaults import ConfigDict
 
 WORD = "smoke"
 STEPS = 2

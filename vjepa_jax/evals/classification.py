@@ -25,15 +25,17 @@ from sklearn.metrics import (
     confusion_matrix,
 )
 
-from vjepa_jax.data.records import Source
-from vjepa_jax.data.subset import hold_out
-from vjepa_jax.data.transforms import ClipTransform
-from vjepa_jax.default_config import ConfigDict, UserError
-from vjepa_jax.evals import clip_tokens, settings, token_cache
-from vjepa_jax.evals.clip_tokens import TokenBatch, Videos
+from vjepa_jax.base.errors import UserError
+from vjepa_jax.config.defaults import ConfigDict
+from vjepa_jax.data.sources.records import Source
+from vjepa_jax.data.sources.subset import hold_out
+from vjepa_jax.data.transforms.transforms import ClipTransform
+from vjepa_jax.evals import settings
 from vjepa_jax.evals.frozen import Frozen, beside_untrained
-from vjepa_jax.evals.head_grid import HeadGrid, Schedules, describe, lowest
-from vjepa_jax.evals.token_cache import CachedVideos
+from vjepa_jax.evals.heads.head_grid import HeadGrid, Schedules, describe, lowest
+from vjepa_jax.evals.tokens import clip_tokens, token_cache
+from vjepa_jax.evals.tokens.clip_tokens import TokenBatch, Videos
+from vjepa_jax.evals.tokens.token_cache import CachedVideos
 from vjepa_jax.models.heads import AttentiveClassifier, LinearClassifier
 
 _AUGMENTATION = (

@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from sklearn.decomposition import PCA
 
-from vjepa_jax import masking
+from vjepa_jax.objective import masking
 
 matplotlib.use("Agg")  # no display on servers
 

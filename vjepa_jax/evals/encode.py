@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vjepa_jax import build, checkpoint
-from vjepa_jax.default_config import UserError
+from vjepa_jax.base.errors import UserError
+from vjepa_jax.config.saved import restored
 from vjepa_jax.models.encoder import VideoEncoder, normalise
-from vjepa_jax.saved_config import restored
+from vjepa_jax.program import build
+from vjepa_jax.run import checkpoint
 
 # video -> float32 features [B, T', H', W', D]
 Encode = Callable[[np.ndarray], np.ndarray]

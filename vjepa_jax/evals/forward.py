@@ -11,10 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vjepa_jax import losses
 from vjepa_jax.models.encoder import VideoEncoder, normalise
 from vjepa_jax.models.layers import take_tokens
 from vjepa_jax.models.predictor import Predictor
+from vjepa_jax.objective import losses
 
 
 @functools.partial(jax.jit, static_argnames=("encoder", "out_layers", "params_of"))

@@ -12,14 +12,17 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from vjepa_jax import build, checkpoint, sharding
-from vjepa_jax.default_config import MAIN_STREAM, ConfigDict, UserError
+from vjepa_jax.base.errors import UserError
+from vjepa_jax.config.defaults import MAIN_STREAM, ConfigDict
+from vjepa_jax.config.saved import restored
 from vjepa_jax.evals import forward
 from vjepa_jax.models.encoder import VideoEncoder
 from vjepa_jax.models.predictor import Predictor
-from vjepa_jax.program import Program
-from vjepa_jax.saved_config import restored
-from vjepa_jax.train_state import TrainState, unbox
+from vjepa_jax.objective.state import TrainState, unbox
+from vjepa_jax.parallel import sharding
+from vjepa_jax.program import build
+from vjepa_jax.program.program import Program
+from vjepa_jax.run import checkpoint
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,11 +12,13 @@ import numpy as np
 from scipy.spatial.distance import pdist
 from sklearn.preprocessing import normalize
 
-from vjepa_jax import losses
-from vjepa_jax.data.subset import Subset, evenly_spread
-from vjepa_jax.default_config import ConfigDict, UserError
-from vjepa_jax.evals import clip_tokens, settings
+from vjepa_jax.base.errors import UserError
+from vjepa_jax.config.defaults import ConfigDict
+from vjepa_jax.data.sources.subset import Subset, evenly_spread
+from vjepa_jax.evals import settings
 from vjepa_jax.evals.frozen import Frozen, beside_untrained
+from vjepa_jax.evals.tokens import clip_tokens
+from vjepa_jax.objective import losses
 
 
 def evaluate(frozen: Frozen, config: ConfigDict) -> dict[str, dict[str, Any]]:

@@ -19,15 +19,17 @@ import jax
 import numpy as np
 from absl import logging
 
-from vjepa_jax import build, distributed
-from vjepa_jax.data import streams
-from vjepa_jax.data.read_all import read_all
-from vjepa_jax.data.records import Source
-from vjepa_jax.default_config import ConfigDict, UserError, flatten
-from vjepa_jax.evals import frozen, pictures, registry
+from vjepa_jax.base.errors import UserError
+from vjepa_jax.config.defaults import ConfigDict, flatten
+from vjepa_jax.data.sources.records import Source
+from vjepa_jax.data.stream import streams
+from vjepa_jax.data.stream.read_all import read_all
+from vjepa_jax.evals import drawing, frozen, registry
 from vjepa_jax.evals.frozen import Frozen
-from vjepa_jax.program import Program
-from vjepa_jax.train_state import TrainState
+from vjepa_jax.objective.state import TrainState
+from vjepa_jax.parallel import distributed
+from vjepa_jax.program import build
+from vjepa_jax.program.program import Program
 
 PREFIX = "eval/"
 IMAGES = "images"  # under this name a failure to draw is told and counted
@@ -150,7 +152,7 @@ def load(name: str, entry: ConfigDict) -> ConfigDict:
 
     Args:
       name: of the entry in `config.evals`.
-      entry: from `default_config.evaluation`.
+      entry: from `defaults.evaluation`.
 
     Raises:
       UserError: the file cannot be loaded, or the overrides do not fit it.
@@ -226,12 +228,12 @@ def _draw(found: Found, model: Frozen, source: Source, step: int) -> None:
     grid, tokens = model.grid(clips.shape), model.encode(clips)
     masks = build.make_masks(run.masks, grid)
     for i, clip in enumerate(clips[:count]):
-        found.images[f"masks/{i}"] = pictures.as_array(
-            pictures.draw_masks, clip, grid, masks, seed=step + i
+        found.images[f"masks/{i}"] = drawing.as_array(
+            drawing.draw_masks, clip, grid, masks, seed=step + i
         )
         named = {"pretrained": np.roll(tokens, -i, axis=0)}
-        found.images[f"features/{i}"] = pictures.as_array(
-            pictures.draw_principal_components, clip, grid, named
+        found.images[f"features/{i}"] = drawing.as_array(
+            drawing.draw_principal_components, clip, grid, named
         )
 
 

@@ -12,9 +12,12 @@ import numpy as np
 from sklearn.metrics import accuracy_score, pairwise_distances_argmin
 from sklearn.preprocessing import normalize
 
-from vjepa_jax.default_config import ConfigDict, UserError
-from vjepa_jax.evals import clip_tokens, probes, settings
+from vjepa_jax.base.errors import UserError
+from vjepa_jax.config.defaults import ConfigDict
+from vjepa_jax.evals import settings
 from vjepa_jax.evals.frozen import Frozen, beside_untrained
+from vjepa_jax.evals.heads import probes
+from vjepa_jax.evals.tokens import clip_tokens
 
 _LINEAR_PENALTY = 2e-2  # L2 per sample
 

@@ -3,18 +3,14 @@
 from collections.abc import Callable
 from typing import Any
 
-from vjepa_jax.default_config import ConfigDict, UserError
-from vjepa_jax.evals import (
-    anticipation,
-    classification,
-    health,
-    neighbours,
-    physics,
-    segmentation,
-    video_objects,
-    world,
-)
+from vjepa_jax.base.errors import UserError
+from vjepa_jax.config.defaults import ConfigDict
+from vjepa_jax.evals import classification, health, neighbours, world_state
+from vjepa_jax.evals.anticipation import anticipation
 from vjepa_jax.evals.frozen import Frozen
+from vjepa_jax.evals.physics import physics
+from vjepa_jax.evals.segmentation import segmentation
+from vjepa_jax.evals.video_objects import video_objects
 
 # (frozen, config) -> {measure: number, or {column: number}}; opens its own data. Under
 # `CONFUSION`, where there is one, {column: confusion matrix, a list of rows}.
@@ -30,7 +26,7 @@ EVALUATIONS: dict[str, Evaluation] = {
     "physics": physics.evaluate,
     "segmentation": segmentation.evaluate,
     "video_objects": video_objects.evaluate,
-    "world": world.evaluate,
+    "world": world_state.evaluate,
 }
 
 

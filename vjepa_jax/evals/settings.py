@@ -3,7 +3,8 @@
 The leaf files `configs/probe_*.py` take one of these and change what differs.
 """
 
-from vjepa_jax.default_config import ConfigDict, UserError, flatten
+from vjepa_jax.base.errors import UserError
+from vjepa_jax.config.defaults import ConfigDict, flatten
 
 
 def _of_features(name: str) -> ConfigDict:

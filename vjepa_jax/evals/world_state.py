@@ -11,15 +11,18 @@ from typing import Any
 import numpy as np
 from sklearn.metrics import confusion_matrix
 
-from vjepa_jax.data import render, sources, streams
-from vjepa_jax.data.contacts import frames_to_contact
-from vjepa_jax.data.reading import Reading
-from vjepa_jax.data.world import CLASSES, draw_clip
-from vjepa_jax.default_config import ConfigDict, UserError
-from vjepa_jax.evals import probes
-from vjepa_jax.evals.features import Encode, Features, extract, make_pixel_encode
+from vjepa_jax.base.errors import UserError
+from vjepa_jax.config.defaults import ConfigDict
+from vjepa_jax.data.sources import factory
+from vjepa_jax.data.stream import streams
+from vjepa_jax.data.stream.reading import Reading
 from vjepa_jax.evals.frozen import Frozen, random_init
-from vjepa_jax.evals.probes import Training
+from vjepa_jax.evals.heads import probes
+from vjepa_jax.evals.heads.probes import Training
+from vjepa_jax.evals.tokens.features import Encode, Features, extract, make_pixel_encode
+from vjepa_jax.world import render
+from vjepa_jax.world.contacts import frames_to_contact
+from vjepa_jax.world.motion import CLASSES, draw_clip
 
 MEASURES = (
     "attentive_accuracy",
@@ -115,9 +118,9 @@ def read_features(
         if not truth.exists():
             raise UserError(
                 f"{truth} is missing: render the world first (python -m "
-                "vjepa_jax.data.prepare --config=...)"
+                "vjepa_jax.prepare --config=...)"
             )
-        source = sources.open_source(str(truth.with_suffix(".csv")))
+        source = factory.open_source(str(truth.with_suffix(".csv")))
         parts = extract(encodes, source, reading, batch_size, num_workers)
         first = next(iter(parts.values()))  # all are of the same clips and time steps
         time_steps = first.tokens.shape[1]

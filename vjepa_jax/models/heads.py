@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from vjepa_jax.models import layers
-from vjepa_jax.models.attention import attention
+from vjepa_jax.models.attention.dispatch import attention
 
 # PyTorch's default, which the official probes keep, unlike their encoders.
 _NORM_EPS = 1e-5

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vjepa_jax.models import functional, positions
-from vjepa_jax.models.attention import OUTPUT_NAME, attention
+from vjepa_jax.models.attention.dispatch import OUTPUT_NAME, attention
 
 NORM_EPS = 1e-6
 ACT_AXES = ("act_batch", "act_len", "act_embed")

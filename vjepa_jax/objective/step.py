@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from vjepa_jax import losses, masking
 from vjepa_jax.models.encoder import VideoEncoder, normalise
 from vjepa_jax.models.layers import take_tokens, tubelets
 from vjepa_jax.models.predictor import Predictor
-from vjepa_jax.optim import Schedule
-from vjepa_jax.train_state import Guard, TrainState
+from vjepa_jax.objective import losses, masking
+from vjepa_jax.objective.optim import Schedule
+from vjepa_jax.objective.state import Guard, TrainState
 
 Batch = Mapping[str, Mapping[str, jax.Array]]
 Metrics = dict[str, jax.Array]

@@ -15,7 +15,7 @@ from typing import Any
 
 from absl import logging
 
-from vjepa_jax.default_config import UserError
+from vjepa_jax.base.errors import UserError
 
 _TPU_CHIPS = ("/dev/accel[0-9]*", "/dev/vfio/[0-9]*")
 _METADATA = "http://{}/computeMetadata/v1/instance/attributes/{}"

@@ -18,8 +18,8 @@ import jax
 from jax._src import distributed as jax_distributed
 from jax.experimental import multihost_utils
 
-from vjepa_jax import cluster
-from vjepa_jax.default_config import UserError
+from vjepa_jax.base.errors import UserError
+from vjepa_jax.parallel import cluster
 
 # EX_TEMPFAIL: the same command, on all processes, continues the run.
 EXIT_TRY_AGAIN = 75

@@ -11,7 +11,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from vjepa_jax.default_config import UserError
+from vjepa_jax.base.errors import UserError
 
 AXES = ("data", "fsdp")
 # A host of GPUs, a ring of a TPU slice: more parts make gathers slow, not memory small.

@@ -4,12 +4,14 @@ import math
 
 import optax
 
-from vjepa_jax import flops, masking, optim
-from vjepa_jax.default_config import MAIN_STREAM, ConfigDict, UserError
+from vjepa_jax.base.errors import UserError
+from vjepa_jax.config.defaults import MAIN_STREAM, ConfigDict
 from vjepa_jax.models import registry
 from vjepa_jax.models.encoder import VideoEncoder
 from vjepa_jax.models.predictor import Predictor
-from vjepa_jax.train_step import SpikeGuard, Stream
+from vjepa_jax.objective import masking, optim
+from vjepa_jax.objective.step import SpikeGuard, Stream
+from vjepa_jax.program import flops
 
 
 def video_shapes(config: ConfigDict) -> dict[str, tuple[int, int, int, int]]:

@@ -10,7 +10,8 @@ from typing import Any
 
 import jax
 
-from vjepa_jax.default_config import MAIN_STREAM, ConfigDict, UserError
+from vjepa_jax.base.errors import UserError
+from vjepa_jax.config.defaults import MAIN_STREAM, ConfigDict
 
 GIB = 2**30
 # What the backward pass recomputes, from nothing to everything. `dots` is left out: it

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from vjepa_jax.hlo_text import Computation, Instruction, Shape, parse
+from vjepa_jax.program.hlo_text import Computation, Instruction, Shape, parse
 
 _COLLECTIVES = (
     "all-gather",

@@ -13,12 +13,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from vjepa_jax import build, sharding
-from vjepa_jax.default_config import MAIN_STREAM, ConfigDict
+from vjepa_jax.config.defaults import MAIN_STREAM, ConfigDict
 from vjepa_jax.models.encoder import VideoEncoder
 from vjepa_jax.models.predictor import Predictor
-from vjepa_jax.train_state import TrainState, abstract_state, make_init, unbox
-from vjepa_jax.train_step import Objective, Stream, make_train_step
+from vjepa_jax.objective.state import TrainState, abstract_state, make_init, unbox
+from vjepa_jax.objective.step import Objective, Stream, make_train_step
+from vjepa_jax.parallel import sharding
+from vjepa_jax.program import build
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,8 +8,8 @@ from typing import Any
 
 import jax
 
-from vjepa_jax import build, compilation, flops, hlo, topologies
-from vjepa_jax.program import Program
+from vjepa_jax.program import build, compilation, flops, hlo, topologies
+from vjepa_jax.program.program import Program
 
 GIB = compilation.GIB
 # Statistics of a batch, counts and norms are exchanged as well; they are small.

@@ -14,8 +14,8 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from vjepa_jax import compilation
-from vjepa_jax.default_config import UserError
+from vjepa_jax.base.errors import UserError
+from vjepa_jax.program import compilation
 
 LOCAL = "local"
 

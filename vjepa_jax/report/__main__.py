@@ -14,9 +14,9 @@ import sys
 
 from absl import flags
 
-from vjepa_jax import checkpoint, cli
-from vjepa_jax.default_config import UserError
-from vjepa_jax.reporting import page, run_files, sections
+from vjepa_jax.base.errors import UserError
+from vjepa_jax.report import page, run_files, sections
+from vjepa_jax.run import checkpoint, cli
 
 FILE = "report.html"
 

@@ -8,17 +8,18 @@ import jax
 import numpy as np
 from sklearn.preprocessing import normalize
 
-from vjepa_jax import masking
-from vjepa_jax.data import streams
-from vjepa_jax.data.mixture import Mixture
-from vjepa_jax.data.read_all import read_all
-from vjepa_jax.data.reading import Reading
-from vjepa_jax.data.subset import Subset
-from vjepa_jax.data.world import CLASSES
-from vjepa_jax.default_config import MAIN_STREAM, ConfigDict, UserError
+from vjepa_jax.base.errors import UserError
+from vjepa_jax.config.defaults import MAIN_STREAM, ConfigDict
+from vjepa_jax.data.sources.mixture import Mixture
+from vjepa_jax.data.sources.subset import Subset
+from vjepa_jax.data.stream import streams
+from vjepa_jax.data.stream.read_all import read_all
+from vjepa_jax.data.stream.reading import Reading
+from vjepa_jax.evals.drawing import per_pixel, principal_colours
 from vjepa_jax.evals.frozen import Frozen
-from vjepa_jax.evals.pictures import per_pixel, principal_colours
-from vjepa_jax.reporting.media import Film, film
+from vjepa_jax.objective import masking
+from vjepa_jax.report.media import Film, film
+from vjepa_jax.world.motion import CLASSES
 
 NUM_CLIPS = 256  # read of a run's data
 _SECONDS = 20.0  # after which no more are read, or encoded: large models take time

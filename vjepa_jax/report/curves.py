@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vjepa_jax.goodput import PREFIX
-from vjepa_jax.reporting import figures
-from vjepa_jax.reporting.figures import Figure, Line
-from vjepa_jax.reporting.run_files import Run
+from vjepa_jax.report import figures
+from vjepa_jax.report.figures import Figure, Line
+from vjepa_jax.report.run_files import Run
+from vjepa_jax.run.goodput import PREFIX
 
 _DASHES = ("solid", "dash")  # of the first and the second run
 _MAX_OF_EVALUATIONS = 24  # charts; a run may evaluate more than can be looked at

@@ -4,13 +4,13 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from vjepa_jax import build
-from vjepa_jax.default_config import MAIN_STREAM
+from vjepa_jax.config.defaults import MAIN_STREAM
 from vjepa_jax.evals import frozen as frozen_models
 from vjepa_jax.evals.frozen import Frozen
-from vjepa_jax.reporting import clips, surprise
-from vjepa_jax.reporting.clips import Clips, Encoded
-from vjepa_jax.reporting.parts import Block, Section
+from vjepa_jax.program import build
+from vjepa_jax.report import clips, surprise
+from vjepa_jax.report.clips import Clips, Encoded
+from vjepa_jax.report.parts import Block, Section
 
 UNTRAINED = "random-init"
 

@@ -9,9 +9,9 @@ import plotly.offline
 from markupsafe import Markup
 
 import vjepa_jax
-from vjepa_jax.reporting import figures
-from vjepa_jax.reporting.parts import Section, Tile
-from vjepa_jax.reporting.run_files import Run
+from vjepa_jax.report import figures
+from vjepa_jax.report.parts import Section, Tile
+from vjepa_jax.report.run_files import Run
 
 _FOLDER = "templates"
 
@@ -25,7 +25,7 @@ def render(
     and Plotly are ours.
     """
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("vjepa_jax.reporting", _FOLDER),
+        loader=jinja2.PackageLoader("vjepa_jax.report", _FOLDER),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -47,5 +47,5 @@ def render(
 
 
 def _own(name: str) -> Markup:
-    folder = importlib.resources.files("vjepa_jax.reporting") / _FOLDER
+    folder = importlib.resources.files("vjepa_jax.report") / _FOLDER
     return Markup((folder / name).read_text(encoding="utf-8"))

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from vjepa_jax.default_config import UserError
+from vjepa_jax.base.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,8 +6,8 @@ from typing import Any
 
 from scipy.stats import binomtest
 
-from vjepa_jax.reporting.run_files import CONFUSION, RESULTS, Run
-from vjepa_jax.reporting.tables import ABSENT, Cell, Table
+from vjepa_jax.report.run_files import CONFUSION, RESULTS, Run
+from vjepa_jax.report.tables import ABSENT, Cell, Table
 
 _MAX_ROWS = 60  # of a table
 # Rows that only say how sure others are.

@@ -11,8 +11,10 @@ from typing import Any
 
 from etils import epath
 
-from vjepa_jax import environment, metrics, saved_config, workdirs
-from vjepa_jax.default_config import ConfigDict, UserError
+from vjepa_jax.base.errors import UserError
+from vjepa_jax.config import saved
+from vjepa_jax.config.defaults import ConfigDict
+from vjepa_jax.run import environment, metrics, workdirs
 
 RESULTS = "results"
 CONFUSION = "confusion"
@@ -109,7 +111,7 @@ def _read_config(run: Run) -> ConfigDict | None:
         run.notes.append(f"{path.name} is missing")
         return None
     try:
-        return saved_config.restored(json.loads(path.read_text()))
+        return saved.restored(json.loads(path.read_text()))
     except (ValueError, TypeError, AttributeError, KeyError):
         run.notes.append(f"{path.name} is damaged")
         return None

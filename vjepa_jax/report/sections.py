@@ -3,13 +3,13 @@
 import math
 from collections.abc import Callable, Sequence
 
-from vjepa_jax.data.world import CLASSES
 from vjepa_jax.evals import frozen
-from vjepa_jax.goodput import WALL_SECONDS, duration
-from vjepa_jax.reporting import curves, figures, model_sections, results, tables
-from vjepa_jax.reporting.figures import Figure
-from vjepa_jax.reporting.parts import Block, Section, Tile
-from vjepa_jax.reporting.run_files import CONFUSION, RESULTS, Run
+from vjepa_jax.report import curves, figures, model_sections, results, tables
+from vjepa_jax.report.figures import Figure
+from vjepa_jax.report.parts import Block, Section, Tile
+from vjepa_jax.report.run_files import CONFUSION, RESULTS, Run
+from vjepa_jax.run.goodput import WALL_SECONDS, duration
+from vjepa_jax.world.motion import CLASSES
 
 
 def tiles(runs: Sequence[Run]) -> list[Tile]:

@@ -4,16 +4,19 @@ import dataclasses
 
 import numpy as np
 
-from vjepa_jax.data import decode, transforms, violations
-from vjepa_jax.data.records import Record
-from vjepa_jax.data.render import FPS, PHYSICS_STREAM
-from vjepa_jax.data.scenes import World
-from vjepa_jax.default_config import ConfigDict, UserError
-from vjepa_jax.evals import physics
+from vjepa_jax.base.errors import UserError
+from vjepa_jax.config.defaults import ConfigDict
+from vjepa_jax.data.clips import reader
+from vjepa_jax.data.sources.records import Record
+from vjepa_jax.data.transforms import transforms
 from vjepa_jax.evals.frozen import Frozen
-from vjepa_jax.reporting import figures
-from vjepa_jax.reporting.figures import Figure, Line
-from vjepa_jax.reporting.media import Film, film
+from vjepa_jax.evals.physics import physics
+from vjepa_jax.report import figures
+from vjepa_jax.report.figures import Figure, Line
+from vjepa_jax.report.media import Film, film
+from vjepa_jax.world import violations
+from vjepa_jax.world.render import FPS, PHYSICS_STREAM
+from vjepa_jax.world.scenes import World
 
 MEANINGS = {
     "permanence": "what is hidden is gone, or what never was comes out",
@@ -79,7 +82,7 @@ def make_pairs(config: ConfigDict) -> list[Pair]:
     for name in violations.PROPERTIES:
         made = violations.make_pair(looks, (world.seed, PHYSICS_STREAM), name, 0)
         videos = [
-            decode.read_clip(
+            reader.read_clip(
                 Record(name, 0, clip.video, FPS),
                 num_frames=world.num_frames // step,
                 frame_step=step,

@@ -5,10 +5,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from vjepa_jax.default_config import ConfigDict, flatten, get_config, mask, stream
-from vjepa_jax.goodput import WALL_SECONDS, duration
+from vjepa_jax.config.defaults import ConfigDict, flatten, get_config, mask, stream
 from vjepa_jax.models import registry
-from vjepa_jax.reporting.run_files import Run, reasons
+from vjepa_jax.report.run_files import Run, reasons
+from vjepa_jax.run.goodput import WALL_SECONDS, duration
 
 ABSENT = "—"
 _MAX_BAD_VIDEOS = 20  # listed by name

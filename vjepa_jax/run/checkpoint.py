@@ -14,14 +14,9 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
-from vjepa_jax import fit
-from vjepa_jax.checkpoint_format import (
-    FOLDER,
-    absolute,
-    provenance,
-    require_format,
-)
-from vjepa_jax.default_config import UserError
+from vjepa_jax.base.errors import UserError
+from vjepa_jax.run import fit
+from vjepa_jax.run.checkpoint_format import FOLDER, absolute, provenance, require_format
 
 _STATE_FIELDS = ("step", "params", "opt_state", "guard")
 

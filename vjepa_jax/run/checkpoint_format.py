@@ -16,7 +16,7 @@ import jax
 from etils import epath
 
 import vjepa_jax
-from vjepa_jax.default_config import UserError
+from vjepa_jax.base.errors import UserError
 
 FOLDER = "checkpoints"
 # Raised when a reader of the old layout would misread the new one.

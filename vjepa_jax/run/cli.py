@@ -5,22 +5,11 @@ from collections.abc import Callable
 from typing import Any
 
 from absl import app, flags
-from ml_collections import config_flags
 
-from vjepa_jax.default_config import UserError
-from vjepa_jax.host_memory import keep_freed_memory
+from vjepa_jax.base.errors import UserError
+from vjepa_jax.base.host_memory import keep_freed_memory
 
 EXIT_USER_ERROR = 2
-
-
-def define_config_flag(name: str = "config", required: bool = True) -> flags.FlagHolder:
-    """Define `--NAME=FILE.py[:argument]` with overrides `--NAME.key=value`."""
-    holder = config_flags.DEFINE_config_file(
-        name, None, "File with get_config(), e.g. configs/world_tiny.py"
-    )
-    if required:
-        flags.mark_flag_as_required(name)
-    return holder
 
 
 def define_cluster_flags() -> Callable[[], dict[str, Any]]:

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vjepa_jax.default_config import UserError
+from vjepa_jax.base.errors import UserError
 
 _MAX_LISTED = 10
 

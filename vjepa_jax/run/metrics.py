@@ -19,8 +19,8 @@ from typing import Any, TextIO
 import jax
 import numpy as np
 
-from vjepa_jax import distributed
-from vjepa_jax.goodput import TimeAccount, duration
+from vjepa_jax.parallel import distributed
+from vjepa_jax.run.goodput import TimeAccount, duration
 
 FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"

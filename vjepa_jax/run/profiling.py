@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from vjepa_jax import distributed
+from vjepa_jax.parallel import distributed
 
 FOLDER = "profile"
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from typing import TextIO
 
-from vjepa_jax import distributed
+from vjepa_jax.parallel import distributed
 
 
 class Watchdog:

@@ -15,9 +15,11 @@ import threading
 from absl import logging
 from etils import epath
 
-from vjepa_jax import distributed, saved_config
-from vjepa_jax.data.file_lists import is_remote
-from vjepa_jax.default_config import ConfigDict, UserError
+from vjepa_jax.base.errors import UserError
+from vjepa_jax.config import saved
+from vjepa_jax.config.defaults import ConfigDict
+from vjepa_jax.data.sources.file_lists import is_remote
+from vjepa_jax.parallel import distributed
 
 CONFIG_FILE = "config.json"
 _EVERY_SECS = 60.0
@@ -31,10 +33,10 @@ def check(config: ConfigDict, workdir: str) -> None:
             raise UserError(f"--workdir={workdir} is not a folder: give another")
         return
     try:
-        old = saved_config.restored(json.loads(path.read_text())).to_dict()
+        old = saved.restored(json.loads(path.read_text())).to_dict()
     except (ValueError, TypeError, AttributeError, KeyError):
         raise UserError(f"{path} is no config: give another --workdir") from None
-    changed = saved_config.differences(old, config.to_dict())
+    changed = saved.differences(old, config.to_dict())
     if changed:
         raise UserError(
             f"{workdir} holds a run of another config ({'; '.join(changed)}): give "

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from vjepa_jax import huggingface, weights
-from vjepa_jax.default_config import UserError
+from vjepa_jax.base.errors import UserError
+from vjepa_jax.weights import huggingface, rules
 
 State = Mapping[str, np.ndarray]
 
@@ -110,7 +110,7 @@ def _as_state(content: Mapping[str, Any]) -> dict[str, np.ndarray]:
             arrays[name] = value
         else:
             arrays[name] = value.detach().float().numpy()
-    return weights.strip_prefixes(arrays)
+    return rules.strip_prefixes(arrays)
 
 
 def _is_state(value: Any) -> bool:
@@ -133,7 +133,7 @@ def split(content: Any, path: str, key: str = "") -> Source:
       UserError: it holds something that is not known, or no model.
     """
     if _is_state(content):  # one model's state dict by itself
-        names = list(weights.strip_prefixes(content))
+        names = list(rules.strip_prefixes(content))
         is_probe = any(name.startswith("pooler.") for name in names)
         content = {"classifier" if is_probe else "encoder": content}
     if not isinstance(content, Mapping):

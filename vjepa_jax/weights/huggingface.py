@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from vjepa_jax.default_config import UserError
+from vjepa_jax.base.errors import UserError
 
 State = Mapping[str, np.ndarray]
 Parts = Mapping[str, State]

@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from vjepa_jax.default_config import ConfigDict, UserError, get_config
-from vjepa_jax.huggingface import count
+from vjepa_jax.base.errors import UserError
+from vjepa_jax.config.defaults import ConfigDict, get_config
 from vjepa_jax.models import positions, registry
+from vjepa_jax.weights.huggingface import count
 
 State = Mapping[str, np.ndarray]
 

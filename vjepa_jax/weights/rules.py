@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from vjepa_jax.default_config import UserError
+from vjepa_jax.base.errors import UserError
 from vjepa_jax.models.encoder import VideoEncoder
 from vjepa_jax.models.heads import AttentiveClassifier
 from vjepa_jax.models.predictor import ActionPredictor, Predictor

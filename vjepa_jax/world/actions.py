@@ -13,8 +13,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from vjepa_jax.data import play
-from vjepa_jax.data.scenes import SHAPES, Scene, Track, World
+from vjepa_jax.world import play
+from vjepa_jax.world.scenes import SHAPES, Scene, Track, World
 
 VERBS = ("left", "right", "top", "bottom", "strike")  # the walls, and one another
 _STRIKE = VERBS.index("strike")

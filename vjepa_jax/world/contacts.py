@@ -4,8 +4,8 @@ import math
 
 import numpy as np
 
-from vjepa_jax.data.scenes import Motion, Scene, World
-from vjepa_jax.data.world import advance
+from vjepa_jax.world.motion import advance
+from vjepa_jax.world.scenes import Motion, Scene, World
 
 _EXACT = 1e-9  # sides per frame; free flight changes velocities by rounding only
 

@@ -9,9 +9,11 @@ import pathlib
 
 import numpy as np
 
-from vjepa_jax.data import davis, masks, play
-from vjepa_jax.data.painting import paint
-from vjepa_jax.data.scenes import SHAPES, World
+from vjepa_jax.data.clips import label_images
+from vjepa_jax.data.sources import davis
+from vjepa_jax.world import play
+from vjepa_jax.world.painting import paint
+from vjepa_jax.world.scenes import SHAPES, World
 
 FOLDER = "segmentation"  # of a world
 CLASSES = ("background", *SHAPES, "occluder")
@@ -65,7 +67,7 @@ def write_clip(root: pathlib.Path, name: str, clip: MaskedClip) -> None:
         folder = root / kind / _QUALITY / name
         folder.mkdir(parents=True, exist_ok=True)
         for number, pixels in enumerate(frames):
-            masks.write_image(folder / f"{number:05d}.png", pixels)
+            label_images.write_image(folder / f"{number:05d}.png", pixels)
 
 
 def is_written(root: pathlib.Path, name: str, num_frames: int) -> bool:

@@ -16,8 +16,8 @@ import math
 
 import numpy as np
 
-from vjepa_jax.data.painting import paint, touches_occluder
-from vjepa_jax.data.scenes import SHAPES, Clip, Motion, Scene, Track, World
+from vjepa_jax.world.painting import paint, touches_occluder
+from vjepa_jax.world.scenes import SHAPES, Clip, Motion, Scene, Track, World
 
 CLASSES = (
     "left",

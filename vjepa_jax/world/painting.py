@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from vjepa_jax.data.scenes import SHAPES, Clip, Scene, Track, World
+from vjepa_jax.world.scenes import SHAPES, Clip, Scene, Track, World
 
 
 def _coverage(shapes: np.ndarray, x, y, radius, softness: float) -> np.ndarray:

@@ -12,9 +12,9 @@ import math
 
 import numpy as np
 
-from vjepa_jax.data.painting import paint
-from vjepa_jax.data.scenes import Clip, Scene, Track, World
-from vjepa_jax.data.world import CLASSES, CORNER, advance, draw_scene
+from vjepa_jax.world.motion import CLASSES, CORNER, advance, draw_scene
+from vjepa_jax.world.painting import paint
+from vjepa_jax.world.scenes import Clip, Scene, Track, World
 
 LABEL = len(CLASSES)  # in lists, which want a number; no class of the probes
 NUM_OBJECTS = 3

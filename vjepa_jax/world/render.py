@@ -27,9 +27,11 @@ import av
 import numpy as np
 import tqdm
 
-from vjepa_jax.data import masked_world, play, play_actions, violations, world
-from vjepa_jax.data.reencode import REPRODUCIBLE
-from vjepa_jax.default_config import ConfigDict, UserError
+from vjepa_jax.base.errors import UserError
+from vjepa_jax.config.defaults import ConfigDict
+from vjepa_jax.data.jobs.reencode import REPRODUCIBLE
+from vjepa_jax.world import actions as play_actions
+from vjepa_jax.world import labelled, motion, play, violations
 
 MANIFEST = "world.json"
 FPS = 12
@@ -62,13 +64,13 @@ class Split:
     name: str
     num_videos: int
     seed: tuple[int, int]
-    classes: tuple[str, ...] = world.CLASSES
+    classes: tuple[str, ...] = motion.CLASSES
     play_fraction: float = 0.0
 
-    def make_clip(self, looks: world.World, index: int) -> world.Clip:
+    def make_clip(self, looks: motion.World, index: int) -> motion.Clip:
         """Make a clip, whose ground truth is of the main object and the companions."""
         if not play.is_play(self.play_fraction, self.seed, index):
-            return world.make_clip(looks, self.seed, index, self.classes)
+            return motion.make_clip(looks, self.seed, index, self.classes)
         clip = play.make_play(looks, self.seed, index)
         # As many objects as the other clips have, to be stored in one array with them.
         shown = slice(1 + looks.num_companions)
@@ -80,9 +82,9 @@ class Split:
         )
 
 
-def looks_of(config: ConfigDict) -> world.World:
+def looks_of(config: ConfigDict) -> motion.World:
     """Return what the clips of a world look like."""
-    return world.World(size=config.size, num_frames=config.num_frames)
+    return motion.World(size=config.size, num_frames=config.num_frames)
 
 
 def splits(config: ConfigDict) -> list[Split]:
@@ -141,7 +143,7 @@ def write_video(
 
 
 def _render_chunk(
-    folder: pathlib.Path, looks: world.World, split: Split, indices: range
+    folder: pathlib.Path, looks: motion.World, split: Split, indices: range
 ) -> dict[str, np.ndarray]:
     """Render clips and return their ground truth, stacked."""
     clips = []
@@ -157,7 +159,7 @@ def _render_chunk(
 
 def _render_pairs(
     folder: pathlib.Path,
-    looks: world.World,
+    looks: motion.World,
     seed: tuple[int, int],
     pairs: list[tuple[str, int]],
 ) -> dict[str, np.ndarray]:
@@ -288,7 +290,7 @@ def _collect(root, name, items, pool, progress, videos_per_item, *what):
 
 
 def _render_masked(root, looks, config: ConfigDict, pool, progress) -> None:
-    folder = root / masked_world.FOLDER
+    folder = root / labelled.FOLDER
     seed = config.seed, _MASKED
     names = [f"{index:05d}" for index in range(config.segmentation_videos)]
     futures = []
@@ -298,10 +300,10 @@ def _render_masked(root, looks, config: ConfigDict, pool, progress) -> None:
         futures[-1].add_done_callback(lambda _: progress.update())
     for future in futures:
         future.result()
-    masked_world.write_lists(folder, names, looks.num_frames)
+    labelled.write_lists(folder, names, looks.num_frames)
 
 
 def _write_masked(folder, name, looks, seed, index) -> None:
-    if not masked_world.is_written(folder, name, looks.num_frames):
-        clip = masked_world.make_masked(looks, seed, index)
-        masked_world.write_clip(folder, name, clip)
+    if not labelled.is_written(folder, name, looks.num_frames):
+        clip = labelled.make_masked(looks, seed, index)
+        labelled.write_clip(folder, name, clip)

@@ -30,9 +30,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from vjepa_jax.data.painting import paint
-from vjepa_jax.data.scenes import SHAPES, Clip, Scene, Track, World
-from vjepa_jax.data.world import CORNER, draw_scene
+from vjepa_jax.world.motion import CORNER, draw_scene
+from vjepa_jax.world.painting import paint
+from vjepa_jax.world.scenes import SHAPES, Clip, Scene, Track, World
 
 MIN_FRAMES = 12  # of a clip; in fewer a law cannot be seen both kept and broken
 # Frames from the violation to the end, at least: what is there must be seen.

@@ -6,8 +6,8 @@ import pytest
 import video_files
 from clip_files import FILES, VFR_STAMPS, Record, read, whole_frame, write_files
 
-from vjepa_jax.data import decode, packets
-from vjepa_jax.data.sampling import ContextSampling, Sampling
+from vjepa_jax.data.clips import packets, reader
+from vjepa_jax.data.clips.sampling import ContextSampling, Sampling
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +19,7 @@ def assert_clips_match_plain_decode(path):
     plain = video_files.decode_plainly(path)
     for seed in range(6):
         sampling = Sampling(8, frame_step=1 + 2 * seed)
-        clips = decode.read_clips(
+        clips = reader.read_clips(
             path,
             sampling=sampling,
             rng=np.random.default_rng(seed),
@@ -84,7 +84,7 @@ def test_frames_are_chosen_by_their_time(files):
     plain = video_files.decode_plainly(files["vfr.mp4"])
     times = (np.array(VFR_STAMPS) - VFR_STAMPS[0]) / 1000
     sampling = Sampling(6, fps=5.0)
-    clip = decode.read_clips(
+    clip = reader.read_clips(
         files["vfr.mp4"], sampling=sampling, size=48, crop=whole_frame
     )
     wanted = sampling.frames(times)
@@ -95,7 +95,7 @@ def test_frames_are_chosen_by_their_time(files):
 @pytest.mark.parametrize("name", ["h264.mp4", "vp9.webm", "stream.ts"])
 def test_the_official_rule_steps_by_the_stated_frame_rate(files, name):
     plain = video_files.decode_plainly(files[name])
-    clip = decode.read_clips(
+    clip = reader.read_clips(
         files[name],
         sampling=Sampling(6, fps=5, rule="official"),
         size=48,
@@ -103,8 +103,8 @@ def test_the_official_rule_steps_by_the_stated_frame_rate(files, name):
     )
     # ceil(12) // 5 = 2
     np.testing.assert_array_equal(clip[0], plain[[0, 2, 4, 7, 9, 11]])
-    with pytest.raises(decode.DecodeError) as caught:
-        decode.read_clips(
+    with pytest.raises(reader.DecodeError) as caught:
+        reader.read_clips(
             files[name],
             sampling=Sampling(6, fps=13, rule="official"),
             size=48,
@@ -119,7 +119,7 @@ def test_several_clips_come_from_one_pass(files, monkeypatch, held_bytes):
     plain = video_files.decode_plainly(files["b_frames.mp4"])
     sampling = Sampling(5, frame_step=2, num_clips=3)
     corners = iter([(0, 0), (3, 5), (8, 8)])
-    clips = decode.read_clips(
+    clips = reader.read_clips(
         files["b_frames.mp4"],
         sampling=sampling,
         rng=np.random.default_rng(7),
@@ -207,7 +207,7 @@ def test_shrinking_is_antialiased(tmp_path):
 def test_frames_in_memory_are_cut_like_a_video():
     pixels = video_files.moving_frames(40)
     sampling = Sampling(4, fps=5.0, num_clips=2)
-    clips = decode.read_clips(
+    clips = reader.read_clips(
         Record("x", pixels, fps=12.0),
         sampling=sampling,
         rng=np.random.default_rng(1),
@@ -216,9 +216,9 @@ def test_frames_in_memory_are_cut_like_a_video():
     )
     wanted = sampling.frames(np.arange(40) / 12, 12.0, np.random.default_rng(1))
     np.testing.assert_array_equal(clips, pixels[wanted, 5:35, 9:39])
-    info = decode.inspect(Record("x", pixels, fps=12.0))
-    assert info == decode.VideoInfo(40, 48, 48, 12.0, "raw", 40 / 12)
-    with pytest.raises(decode.DecodeError) as caught:
+    info = reader.inspect(Record("x", pixels, fps=12.0))
+    assert info == reader.VideoInfo(40, 48, 48, 12.0, "raw", 40 / 12)
+    with pytest.raises(reader.DecodeError) as caught:
         read(Record("x", pixels[:0]))
     assert caught.value.reason == "no_frames"
 
@@ -237,7 +237,7 @@ def test_an_image_is_a_clip_of_equal_frames(tmp_path, kind, error):
     path.write_bytes(encode_image(pixels, kind))
     for record in (str(path), Record("x", path.read_bytes())):
         for rule in ("exact", "official"):
-            clips = decode.read_clips(
+            clips = reader.read_clips(
                 record,
                 sampling=Sampling(4, fps=4.0, num_clips=2, rule=rule),
                 size=48,
@@ -246,13 +246,13 @@ def test_an_image_is_a_clip_of_equal_frames(tmp_path, kind, error):
             assert clips.shape == (2, 4, 48, 48, 3)
             assert (clips == clips[0, 0]).all()
             assert np.abs(clips[0, 0].astype(int) - pixels).mean() <= error
-    assert decode.inspect(str(path)).frames == 1
+    assert reader.inspect(str(path)).frames == 1
 
 
 @pytest.mark.parametrize("name", [*FILES])
 @pytest.mark.parametrize("deep", [False, True])
 def test_inspect_tells_what_a_file_is(files, name, deep):
-    info = decode.inspect(files[name], deep=deep)
+    info = reader.inspect(files[name], deep=deep)
     side = 64 if "hevc" in name else 48
     assert (info.frames, info.height, info.width) == (40, side, side)
     assert info.codec == {
@@ -276,7 +276,7 @@ def read_context(path, side, moment_secs, **fields):
     sampling = ContextSampling(
         4, fps=6, moment_secs=moment_secs, ahead_secs=0.2, **fields
     )
-    return decode.read_clips(path, sampling=sampling, size=side, crop=whole_frame)[0]
+    return reader.read_clips(path, sampling=sampling, size=side, crop=whole_frame)[0]
 
 
 @pytest.mark.parametrize("moment_secs", [-1.0, 0.4, 1.9, 3.0, 99.0])
@@ -351,8 +351,8 @@ def test_where_seeking_fails_a_context_is_counted(long_files, name, monkeypatch)
 
 
 def test_a_context_at_too_low_a_rate_is_named(files):
-    with pytest.raises(decode.DecodeError, match="low_frame_rate"):
-        decode.read_clips(
+    with pytest.raises(reader.DecodeError, match="low_frame_rate"):
+        reader.read_clips(
             files["h264.mp4"],
             sampling=ContextSampling(4, fps=13, rule="official"),
             size=48,

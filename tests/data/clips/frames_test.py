@@ -4,7 +4,7 @@ import av
 import numpy as np
 import pytest
 
-from vjepa_jax.data import frames
+from vjepa_jax.data.clips import frames
 
 
 def smooth_pixels(height, width, seed=0):

@@ -12,8 +12,8 @@ import pytest
 import video_files
 from clip_files import Record, read, whole_frame, write_files
 
-from vjepa_jax.data import decode, media
-from vjepa_jax.data.sampling import Sampling
+from vjepa_jax.data.clips import media, reader
+from vjepa_jax.data.clips.sampling import Sampling
 
 
 @pytest.fixture(scope="module")
@@ -73,11 +73,11 @@ def make_bad_file(path, kind, good_bytes):
 def test_bad_files_say_why(tmp_path, good_bytes, kind, reason):
     path = tmp_path / "bad.mp4"
     make_bad_file(path, kind, good_bytes)
-    with pytest.raises(decode.DecodeError, match=r"bad\.mp4") as caught:
+    with pytest.raises(reader.DecodeError, match=r"bad\.mp4") as caught:
         read(path)
     assert caught.value.reason == reason
     assert caught.value.path == str(path)
-    assert reason in decode.REASONS
+    assert reason in reader.REASONS
 
 
 @pytest.mark.parametrize("codec", ["libx264", "mpeg4"])
@@ -134,14 +134,14 @@ def test_no_damage_escapes_as_another_error(files, name):
         record = Record("x" + name[-4:], damaged(content, rng))
         sampling = Sampling(8, fps=float(rng.integers(1, 9)), num_clips=2)
         for look, options in (
-            (decode.inspect, {"deep": True}),
-            (decode.read_clips, {"sampling": sampling, "rng": rng, **square}),
+            (reader.inspect, {"deep": True}),
+            (reader.read_clips, {"sampling": sampling, "rng": rng, **square}),
         ):
             try:
                 look(record, **options)
                 outcomes.add("fine")
-            except decode.DecodeError as error:
-                assert error.reason in decode.REASONS
+            except reader.DecodeError as error:
+                assert error.reason in reader.REASONS
                 outcomes.add(error.reason)
     assert "fine" in outcomes and len(outcomes) > 1
 
@@ -163,16 +163,16 @@ def test_hostile_sizes_are_refused(tmp_path):
     stated = struct.pack(">4H", 0xB082, side, 0xBA82, side)
     assert stated in content
     hostile = lying.replace(stated, struct.pack(">4H", 0xB082, 16383, 0xBA82, 16383))
-    for look in (read, decode.inspect):
-        with pytest.raises(decode.DecodeError, match="16383 x 16383") as caught:
+    for look in (read, reader.inspect):
+        with pytest.raises(reader.DecodeError, match="16383 x 16383") as caught:
             look(Record("x.webm", hostile))
         assert caught.value.reason == "too_large"
         # Where the container states less, the decoder refuses what the frames state.
-        with pytest.raises(decode.DecodeError) as caught:
+        with pytest.raises(reader.DecodeError) as caught:
             look(Record("x.webm", lying))
         assert caught.value.reason == "undecodable"
         look(Record("x.webm", content), max_pixels=side * side)
-        with pytest.raises(decode.DecodeError) as caught:
+        with pytest.raises(reader.DecodeError) as caught:
             look(Record("x.webm", content), max_pixels=side * side - 1)
         assert caught.value.reason == "too_large"
 
@@ -187,13 +187,13 @@ def test_a_picture_that_is_too_large_is_refused():
     png = bytearray(one_png())
     png[16:24] = struct.pack(">2I", 100_000, 100_000)
     png[29:33] = struct.pack(">I", zlib.crc32(png[12:29]))
-    with pytest.raises(decode.DecodeError):
+    with pytest.raises(reader.DecodeError):
         read(Record("x.png", bytes(png)))
 
 
 def test_decoding_that_takes_too_long_is_given_up(files):
-    for look in (decode.inspect, read):
-        with pytest.raises(decode.DecodeError, match=r"over 0 s") as caught:
+    for look in (reader.inspect, read):
+        with pytest.raises(reader.DecodeError, match=r"over 0 s") as caught:
             look(files["h264.mp4"], time_limit_secs=0)
         assert caught.value.reason == "too_slow"
 
@@ -208,7 +208,7 @@ def test_videos_without_duration_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(
         media.Media, "packets", lambda *_: iter([Packet(), Packet(), Packet()])
     )
-    with pytest.raises(decode.DecodeError) as caught:
+    with pytest.raises(reader.DecodeError) as caught:
         read(path)
     assert caught.value.reason == "zero_duration"
 
@@ -231,7 +231,7 @@ def test_bytes_and_urls_give_the_clips_of_the_file(files, monkeypatch, good_byte
     monkeypatch.setattr(media.epath, "Path", Remote)
     np.testing.assert_array_equal(read("gs://videos/x.mp4"), expected)
     assert asked == [("gs://videos/x.mp4", "rb")]
-    with pytest.raises(decode.DecodeError) as caught:
+    with pytest.raises(reader.DecodeError) as caught:
         read("gs://videos/nothing.mp4")
     assert caught.value.reason == "missing"
 
@@ -265,10 +265,10 @@ def fail_with(monkeypatch, content, errors):
 def test_passing_io_errors_do_not_change_the_clip(monkeypatch, good_bytes):
     record = Record("x.mp4", good_bytes)
     options = {"sampling": Sampling(8, frame_step=1), "size": 48, "crop": whole_frame}
-    expected = decode.read_clips(record, rng=np.random.default_rng(3), **options)
+    expected = reader.read_clips(record, rng=np.random.default_rng(3), **options)
     errors = [OSError(errno.ESTALE, "stale"), ConnectionError("reset"), KeyError("x")]
     waits = fail_with(monkeypatch, good_bytes, errors)
-    clips = decode.read_clips("x.mp4", rng=np.random.default_rng(3), **options)
+    clips = reader.read_clips("x.mp4", rng=np.random.default_rng(3), **options)
     np.testing.assert_array_equal(clips, expected)
     assert waits == [0.5, 2.0, 8.0]
 
@@ -276,7 +276,7 @@ def test_passing_io_errors_do_not_change_the_clip(monkeypatch, good_bytes):
 @pytest.mark.parametrize("code, num_waits", [(errno.EIO, 3), (errno.EACCES, 0)])
 def test_lasting_io_errors_make_a_bad_file(monkeypatch, good_bytes, code, num_waits):
     waits = fail_with(monkeypatch, good_bytes, [OSError(code, "no")] * 99)
-    with pytest.raises(decode.DecodeError) as caught:
+    with pytest.raises(reader.DecodeError) as caught:
         read("x.mp4")
     assert caught.value.reason == "unreadable"
     assert len(waits) == num_waits

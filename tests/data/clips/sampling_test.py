@@ -6,8 +6,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from vjepa_jax.data.sampling import ContextSampling, LowFrameRateError, Sampling
-from vjepa_jax.default_config import UserError
+from vjepa_jax.base.errors import UserError
+from vjepa_jax.data.clips.sampling import ContextSampling, LowFrameRateError, Sampling
 
 spacings = st.one_of(
     st.fixed_dictionaries({"frame_step": st.integers(1, 8)}),

@@ -17,18 +17,21 @@ import video_files
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vjepa_jax import default_config
-from vjepa_jax.data import check, decode, sources, survey
-from vjepa_jax.data.findings import Output, Summary
-from vjepa_jax.data.records import Joined
-from vjepa_jax.data.sampling import Sampling
-from vjepa_jax.data.sources import Record
-from vjepa_jax.data.transforms import ClipTransform
-from vjepa_jax.default_config import UserError
+from vjepa_jax import check
+from vjepa_jax.base.errors import UserError
+from vjepa_jax.config import defaults
+from vjepa_jax.data.clips import reader
+from vjepa_jax.data.clips.sampling import Sampling
+from vjepa_jax.data.jobs import survey
+from vjepa_jax.data.jobs.findings import Output, Summary
+from vjepa_jax.data.sources import factory
+from vjepa_jax.data.sources.factory import Record
+from vjepa_jax.data.sources.records import Joined
+from vjepa_jax.data.transforms.transforms import ClipTransform
 
 
 def run(*arguments, **options):
-    command = [sys.executable, "-m", "vjepa_jax.data.check", *arguments]
+    command = [sys.executable, "-m", "vjepa_jax.check", *arguments]
     return subprocess.run(
         command, capture_output=True, text=True, timeout=120, **options
     )
@@ -47,7 +50,7 @@ def bad_folder(tmp_path_factory):
 @pytest.mark.parametrize("deep", [False, True])
 def test_every_kind_of_file_has_its_outcome(bad_folder, deep):
     folder, cases = bad_folder
-    source = sources.open_source(str(folder / "list.csv"))
+    source = factory.open_source(str(folder / "list.csv"))
     examine = survey.Examination(Sampling(16, 4), ClipTransform(32), deep, 30)
     findings = dict(
         survey.survey(
@@ -97,7 +100,7 @@ def test_folder_under_the_limit_and_needs_of_a_config(tmp_path):
     (tmp_path / "d.mp4").touch()
     large = video_files.moving_frames(4, height=200, width=320)
     video_files.write_video(tmp_path / "e.mp4", large)
-    config = pathlib.Path(__file__).parents[1] / "configs" / "vjepa.py"
+    config = pathlib.Path(__file__).parents[2] / "configs" / "vjepa.py"
     done = run(
         f"--config={config}",
         f"--data={tmp_path}",
@@ -254,7 +257,7 @@ def test_interrupted_command_loses_nothing_and_continues(tmp_path):
     num_videos = 150
     (tmp_path / "list.csv").write_text("v.mp4 0\n" * num_videos + "none.mp4 0\n")
     output, partial = tmp_path / "o.jsonl", tmp_path / "o.jsonl.partial"
-    command = [sys.executable, "-m", "vjepa_jax.data.check", "--workers=2"]
+    command = [sys.executable, "-m", "vjepa_jax.check", "--workers=2"]
     command += [f"--data={tmp_path}/list.csv", f"--output={output}"]
     process = subprocess.Popen(
         command,
@@ -287,7 +290,7 @@ def test_interrupted_command_loses_nothing_and_continues(tmp_path):
 
 def some_finding(rng):
     if rng.random() < 0.3:
-        error = rng.choice([*decode.REASONS, survey.CRASHED, survey.TIMED_OUT])
+        error = rng.choice([*reader.REASONS, survey.CRASHED, survey.TIMED_OUT])
         return survey.Finding("caf\udce9\n.mp4", error=error, detail="some")
     return survey.Finding(
         f"/{rng.random()}",
@@ -368,7 +371,7 @@ def test_summary_counts(rng, in_frames):
 
 def test_rows_of_the_summary_stand_in_columns():
     summary = Summary(Sampling(16, 4))
-    reasons = (*decode.REASONS, survey.CRASHED, survey.TIMED_OUT)
+    reasons = (*reader.REASONS, survey.CRASHED, survey.TIMED_OUT)
     for reason in reasons:
         summary.add(survey.Finding(f"/videos/{reason}.mp4", error=reason))
     lines = list(summary.lines())
@@ -406,7 +409,7 @@ def test_unreadable_videos_are_listed_with_what_the_reason_does_not_tell():
 
 
 def test_need_grows_with_the_model_and_the_chip():
-    config = default_config.get_config()
+    config = defaults.get_config()
     config.model.encoder.size = "base"
     base = check.flops_per_clip(config)
     config.model.encoder.size = "large"
@@ -424,7 +427,7 @@ def test_several_sources_are_looked_at_together(tmp_path):
         paths[-1].write_text("".join(f"{name}.mp4 {ord(name)}\n" for name in names))
         (tmp_path / f"{names[0]}.mp4").touch()
     joined = ",".join(map(str, paths))
-    together = Joined([s for s, _ in sources.open_sources(joined)])
+    together = Joined([s for s, _ in factory.open_sources(joined)])
     expected = [f"{tmp_path}/{name}.mp4" for name in "abcdef"]
     assert [record.path for record in together] == expected
     assert [together.path_of(i) for i in range(-6, 0)] == expected

@@ -8,9 +8,9 @@ import signal
 import pytest
 from video_files import decode_plainly, moving_frames, write_video
 
-from vjepa_jax.data import encoders
-from vjepa_jax.data.children import CRASHED, TIMED_OUT
-from vjepa_jax.data.reencode import Encoding, reencode
+from vjepa_jax.data.jobs import encoders
+from vjepa_jax.data.jobs.children import CRASHED, TIMED_OUT
+from vjepa_jax.data.jobs.reencode import Encoding, reencode
 
 
 @pytest.fixture(autouse=True)

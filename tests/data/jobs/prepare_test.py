@@ -19,16 +19,9 @@ from video_files import (
     write_video,
 )
 
-from vjepa_jax.data import (
-    beam_job,
-    encode_shards,
-    encoders,
-    reencode,
-    shard_job,
-    shards,
-    sources,
-)
-from vjepa_jax.default_config import UserError
+from vjepa_jax.base.errors import UserError
+from vjepa_jax.data.jobs import beam_job, encode_shards, encoders, reencode, shard_job
+from vjepa_jax.data.sources import factory, shards
 
 # One process, no servers: what is tested here does not depend on the runner.
 IN_MEMORY = ("--direct_running_mode=in_memory", "--direct_num_workers=1")
@@ -62,7 +55,7 @@ def prepare(folder, **settings):
     encoding = reencode.Encoding(
         **{k: arguments.pop(k) for k in ("gop", "crf") if k in arguments}
     )
-    source = sources.open_source(str(folder / "in"))
+    source = factory.open_source(str(folder / "in"))
     return encode_shards.prepare(
         source, str(folder / "out"), encoding, beam_options=IN_MEMORY, **arguments
     )
@@ -76,8 +69,8 @@ def contents(folder):
 def test_a_folder_becomes_shards(folder):
     manifest = prepare(folder)
     assert (manifest["num_records"], manifest["num_failures"]) == (6, 1)
-    source = sources.open_source(str(folder / "out"))
-    original = sources.open_source(str(folder / "in"))
+    source = factory.open_source(str(folder / "out"))
+    original = factory.open_source(str(folder / "in"))
     good = [i for i in range(len(original)) if "bad" not in original.path_of(i)]
     for record, index in zip(map(source.read, range(6)), good, strict=True):
         assert record.path == original.path_of(index)
@@ -110,7 +103,7 @@ def test_a_stopped_run_goes_on_with_what_is_missing(folder, monkeypatch):
     with pytest.raises(BaseException):  # noqa: B017 Beam wraps some of them
         prepare(folder)
     with pytest.raises(UserError, match="not complete"):
-        sources.open_source(str(folder / "out"))
+        factory.open_source(str(folder / "out"))
     done = [name for name in contents(folder) if name.endswith(shards.SUFFIX)]
     begun.clear()
 
@@ -135,7 +128,7 @@ def test_a_stopped_run_goes_on_with_what_is_missing(folder, monkeypatch):
         file.write(b"damage")
     prepare(folder)
     assert len(begun) == 4 and shards.verify(str(folder / "out")) == 6
-    assert sources.open_source(str(folder / "out"))
+    assert factory.open_source(str(folder / "out"))
 
 
 @pytest.mark.beam
@@ -158,7 +151,7 @@ def test_the_same_names_elsewhere_are_other_videos(folder):
     prepare(folder)
     before = contents(folder)
     shutil.copytree(folder / "in", folder / "in2")
-    source = sources.open_source(str(folder / "in2"))
+    source = factory.open_source(str(folder / "in2"))
     with pytest.raises(UserError, match=r"in', whose list is that of .*in2"):
         encode_shards.prepare(source, str(folder / "out"), reencode.Encoding())
     assert contents(folder) == before
@@ -177,7 +170,7 @@ def test_a_damaged_manifest_is_written_again(folder):
         path.unlink()
         if damage is not None:
             path.write_bytes(damage)
-        for look in (sources.open_source, shards.verify):
+        for look in (factory.open_source, shards.verify):
             with pytest.raises(UserError, match=r"run vjepa_jax\.data\.prepare"):
                 look(str(folder / "out"))
         prepare(folder, num_shards=0)
@@ -231,7 +224,7 @@ def test_foreign_folders_are_left_alone(folder):
     with pytest.raises(UserError, match="not of this program's shards"):
         prepare(folder)
     (folder / "file").touch()
-    source = sources.open_source(str(folder / "in"))
+    source = factory.open_source(str(folder / "in"))
     with pytest.raises(UserError, match="is not a folder"):
         encode_shards.prepare(source, str(folder / "file"), reencode.Encoding())
     with pytest.raises(UserError, match="--output=/proc/foo cannot be made"):
@@ -271,7 +264,7 @@ def touch_in(folder, number):
 
 
 def command(*arguments):
-    return [sys.executable, "-m", "vjepa_jax.data.prepare", *map(str, arguments)]
+    return [sys.executable, "-m", "vjepa_jax.prepare", *map(str, arguments)]
 
 
 @pytest.mark.beam

@@ -24,9 +24,10 @@ from video_files import (
     write_video,
 )
 
-from vjepa_jax.data import media, reencode
-from vjepa_jax.data.media import DecodeError
-from vjepa_jax.default_config import UserError
+from vjepa_jax.base.errors import UserError
+from vjepa_jax.data.clips import media
+from vjepa_jax.data.clips.media import DecodeError
+from vjepa_jax.data.jobs import reencode
 
 
 def encode(path, **settings):

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vjepa_jax.data import mixture as mixture_module
-from vjepa_jax.data.mixture import Mixture
-from vjepa_jax.data.records import Record, Source
+from vjepa_jax.data.sources import mixture as mixture_module
+from vjepa_jax.data.sources.mixture import Mixture
+from vjepa_jax.data.sources.records import Record, Source
 
 
 class Numbers(Source):

@@ -6,8 +6,8 @@ from buckets import Bucket
 from etils.epath import backend
 from list_files import records, write_list
 
-from vjepa_jax.data import sources
-from vjepa_jax.default_config import UserError
+from vjepa_jax.base.errors import UserError
+from vjepa_jax.data.sources import factory
 
 
 def test_remote_lists(bucket, tmp_path):
@@ -17,14 +17,14 @@ def test_remote_lists(bucket, tmp_path):
             "gs://b/lists/a.mp4": b"video",
         }
     )
-    source = sources.open_source("gs://b/lists/train.csv")
+    source = factory.open_source("gs://b/lists/train.csv")
     assert records(source) == [
         ("gs://b/lists/a.mp4", 1),
         ("gs://c/x.mp4", 2),
         ("/local.mp4", 3),
     ]
     here = write_list(tmp_path, "gs://b/lists/a.mp4 7\n")
-    assert records(sources.open_source(here)) == [("gs://b/lists/a.mp4", 7)]
+    assert records(factory.open_source(here)) == [("gs://b/lists/a.mp4", 7)]
 
 
 def test_remote_folders(bucket):
@@ -38,7 +38,7 @@ def test_remote_folders(bucket):
         }
     )
     for path in ("gs://b/data", "gs://b/data/"):
-        assert records(sources.open_source(path)) == [
+        assert records(factory.open_source(path)) == [
             ("gs://b/data/cat/1.mp4", 0),
             ("gs://b/data/cat/deep/2.jpg", 0),
             ("gs://b/data/dog/3.mp4", 1),
@@ -48,16 +48,16 @@ def test_remote_folders(bucket):
 def test_remote_trouble_is_told_in_a_line(bucket, monkeypatch):
     bucket({"gs://b/train.csv": b"a.mp4 1\n"})
     with pytest.raises(UserError, match="does not exist"):
-        sources.open_source("gs://b/nothing")
+        factory.open_source("gs://b/nothing")
     with pytest.raises(UserError, match="none of the 1 files looked at"):
-        sources.open_source("gs://b/train.csv")
+        factory.open_source("gs://b/train.csv")
 
     def refuse(*args, **kwargs):
         raise RuntimeError("no\ncredentials")
 
     monkeypatch.setattr(Bucket, "exists", refuse)
     with pytest.raises(UserError, match="cannot be read: no credentials"):
-        sources.open_source("gs://b/train.csv")
+        factory.open_source("gs://b/train.csv")
     backend.fsspec_backend._get_filesystem.cache_clear()
 
     def missing(*args, **kwargs):
@@ -65,4 +65,4 @@ def test_remote_trouble_is_told_in_a_line(bucket, monkeypatch):
 
     monkeypatch.setattr(fsspec, "filesystem", missing)
     with pytest.raises(UserError, match=r"pip install 'vjepa_jax\[gcs\]'"):
-        sources.open_source("gs://b/train.csv")
+        factory.open_source("gs://b/train.csv")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from vjepa_jax.data.streams import StreamIterator
+from vjepa_jax.data.stream.streams import StreamIterator
 
 
 class Source:

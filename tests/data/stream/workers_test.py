@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 from faulty_sources import FaultySource, take
 
-from vjepa_jax.data import pipeline, workers
-from vjepa_jax.data.bad_videos import CODES, BadVideos
-from vjepa_jax.data.mixture import Mixture
-from vjepa_jax.default_config import UserError
+from vjepa_jax.base.errors import UserError
+from vjepa_jax.data.sources.mixture import Mixture
+from vjepa_jax.data.stream import pipeline, workers
+from vjepa_jax.data.stream.bad_videos import CODES, BadVideos
 
 NUM_RECORDS = 12
 
@@ -247,7 +247,7 @@ def members(group):
 def start_program(folder, ending):
     """Returns a process that draws batches, and the prefix of its shared memory."""
     prefix = f"vj{uuid.uuid4().hex[:6]}"
-    paths = [str(pathlib.Path(__file__).parent), *sys.path]
+    paths = [str(pathlib.Path(faulty_sources.__file__).parent), *sys.path]
     process = subprocess.Popen(
         [sys.executable, faulty_sources.__file__, ending, str(folder)],
         env={

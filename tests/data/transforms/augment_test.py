@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from vjepa_jax.data import augment
-from vjepa_jax.default_config import UserError
+from vjepa_jax.base.errors import UserError
+from vjepa_jax.data.transforms import augment
 
 OFFICIAL = "rand-m7-n4-mstd0.5-inc1"
 levels = st.floats(-1, 1)

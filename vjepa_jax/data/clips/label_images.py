@@ -5,8 +5,8 @@ import pathlib
 import numpy as np
 from PIL import Image
 
-from vjepa_jax.data.transforms import Box
-from vjepa_jax.default_config import UserError
+from vjepa_jax.base.errors import UserError
+from vjepa_jax.data.transforms.transforms import Box
 
 IGNORED = 255  # label of pixels that count nowhere
 

@@ -19,7 +19,7 @@ from typing import TypeVar
 import av
 from etils import epath
 
-from vjepa_jax.default_config import UserError
+from vjepa_jax.base.errors import UserError
 
 REASONS = (
     "missing",  # no such file

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 import av
 import numpy as np
 
-from vjepa_jax.data.media import DecodeError, Media
+from vjepa_jax.data.clips.media import DecodeError, Media
 
 # A 10 s clip of Kinetics has under 1 MB. Larger files are read twice instead of held.
 _MAX_HELD_BYTES = 64 << 20

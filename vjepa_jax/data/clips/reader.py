@@ -12,9 +12,9 @@ from typing import Any
 import av
 import numpy as np
 
-from vjepa_jax.data import packets
-from vjepa_jax.data.frames import RESIZES, ClipWriter, Crop, as_frame
-from vjepa_jax.data.media import (
+from vjepa_jax.data.clips import packets
+from vjepa_jax.data.clips.frames import RESIZES, ClipWriter, Crop, as_frame
+from vjepa_jax.data.clips.media import (
     MAX_PIXELS,
     REASONS,
     TIME_LIMIT_SECS,
@@ -22,7 +22,7 @@ from vjepa_jax.data.media import (
     Media,
     read_media,
 )
-from vjepa_jax.data.sampling import LowFrameRateError, Sampling
+from vjepa_jax.data.clips.sampling import LowFrameRateError, Sampling
 
 __all__ = [
     "MAX_PIXELS",

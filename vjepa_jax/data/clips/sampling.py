@@ -5,7 +5,8 @@ import math
 
 import numpy as np
 
-from vjepa_jax.default_config import ConfigDict, UserError
+from vjepa_jax.base.errors import UserError
+from vjepa_jax.config.defaults import ConfigDict
 
 RULES = ("exact", "official")
 

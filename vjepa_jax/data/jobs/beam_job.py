@@ -9,7 +9,7 @@ import io
 import logging
 from collections.abc import Callable, Iterator, Sequence
 
-from vjepa_jax.default_config import UserError
+from vjepa_jax.base.errors import UserError
 
 # The part of Beam's DirectRunner that runs in Python; what DirectRunner tries first
 # downloads a binary.

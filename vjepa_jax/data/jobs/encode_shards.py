@@ -22,12 +22,13 @@ import numpy as np
 import tqdm
 from etils import epath
 
-from vjepa_jax.data import beam_job, shard_job, shards
-from vjepa_jax.data.encoders import Failure, end_children, reencode_apart
-from vjepa_jax.data.file_lists import VideoList, is_remote
-from vjepa_jax.data.reencode import Encoding
-from vjepa_jax.data.shard_job import Job
-from vjepa_jax.default_config import UserError
+from vjepa_jax.base.errors import UserError
+from vjepa_jax.data.jobs import beam_job, shard_job
+from vjepa_jax.data.jobs.encoders import Failure, end_children, reencode_apart
+from vjepa_jax.data.jobs.reencode import Encoding
+from vjepa_jax.data.jobs.shard_job import Job
+from vjepa_jax.data.sources import shards
+from vjepa_jax.data.sources.file_lists import VideoList, is_remote
 
 
 def prepare(

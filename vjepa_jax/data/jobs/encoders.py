@@ -3,9 +3,9 @@
 import collections
 import dataclasses
 
-from vjepa_jax.data.children import CRASHED, TIMED_OUT, Child
-from vjepa_jax.data.media import DecodeError
-from vjepa_jax.data.reencode import (
+from vjepa_jax.data.clips.media import DecodeError
+from vjepa_jax.data.jobs.children import CRASHED, TIMED_OUT, Child
+from vjepa_jax.data.jobs.reencode import (
     TIME_LIMIT_SECS,
     EncodedVideo,
     Encoding,

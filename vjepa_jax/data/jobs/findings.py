@@ -6,9 +6,9 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 
-from vjepa_jax.data import survey
-from vjepa_jax.data.sampling import Sampling
-from vjepa_jax.default_config import UserError
+from vjepa_jax.base.errors import UserError
+from vjepa_jax.data.clips.sampling import Sampling
+from vjepa_jax.data.jobs import survey
 
 _JSON_FIELDS = ("path", "frames", "width", "height", "fps", "codec", "error")
 _LENGTHS_SECS = (0, 1, 2, 5, 10, 20, 60, 300, 1800)

@@ -23,8 +23,8 @@ from av.video.reformatter import (
     VideoReformatter,
 )
 
-from vjepa_jax.data.media import DecodeError, Media, read_media
-from vjepa_jax.default_config import UserError
+from vjepa_jax.base.errors import UserError
+from vjepa_jax.data.clips.media import DecodeError, Media, read_media
 
 # x264's macroblock tree, which looks ahead, reads memory that nobody wrote: with it the
 # same frames become another file now and then.

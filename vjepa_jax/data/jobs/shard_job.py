@@ -8,9 +8,9 @@ import re
 
 from etils import epath
 
-from vjepa_jax.data import shards
-from vjepa_jax.data.reencode import Encoding
-from vjepa_jax.default_config import UserError
+from vjepa_jax.base.errors import UserError
+from vjepa_jax.data.jobs.reencode import Encoding
+from vjepa_jax.data.sources import shards
 
 # Files of a folder that is not complete: the job, and its videos.
 JOB = f"{shards.MANIFEST}.part"

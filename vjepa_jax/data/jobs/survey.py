@@ -13,11 +13,11 @@ from multiprocessing import connection as connections
 
 import numpy as np
 
-from vjepa_jax.data import decode
-from vjepa_jax.data.children import CRASHED, TIMED_OUT, Child
-from vjepa_jax.data.records import Record, Source
-from vjepa_jax.data.sampling import Sampling
-from vjepa_jax.data.transforms import ClipTransform
+from vjepa_jax.data.clips import reader
+from vjepa_jax.data.clips.sampling import Sampling
+from vjepa_jax.data.jobs.children import CRASHED, TIMED_OUT, Child
+from vjepa_jax.data.sources.records import Record, Source
+from vjepa_jax.data.transforms.transforms import ClipTransform
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Examination:
     deep: bool
     time_limit_secs: float
     resize: str = "antialias"
-    max_pixels: int = decode.MAX_PIXELS
+    max_pixels: int = reader.MAX_PIXELS
 
     def __call__(self, record: Record) -> Finding:
         """Examines one video; one that gives no clip is described by its reason."""
@@ -74,9 +74,9 @@ class Examination:
             "time_limit_secs": self.time_limit_secs,
         }
         try:
-            info = decode.inspect(record, deep=self.deep, **limits)
+            info = reader.inspect(record, deep=self.deep, **limits)
             start_secs = time.process_time()
-            clips = decode.read_clips(
+            clips = reader.read_clips(
                 record,
                 sampling=self.sampling,
                 rng=rng,
@@ -85,7 +85,7 @@ class Examination:
                 resize=self.resize,
                 **limits,
             )
-        except decode.DecodeError as error:
+        except reader.DecodeError as error:
             # Of what the system says, not the path, which is there already.
             detail = getattr(error.__cause__, "strerror", None) or ""
             return Finding(record.path, error=error.reason, detail=detail)

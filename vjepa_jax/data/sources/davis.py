@@ -8,7 +8,7 @@ ROOT/Annotations/480p/NAME/00000.png    0 the background, k object k
 import dataclasses
 import pathlib
 
-from vjepa_jax.default_config import UserError
+from vjepa_jax.base.errors import UserError
 
 FRAMES, MASKS, LISTS = "JPEGImages", "Annotations", "ImageSets"
 

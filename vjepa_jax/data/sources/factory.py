@@ -19,10 +19,10 @@ from collections.abc import Sequence
 
 from etils import epath
 
-from vjepa_jax.data import shards, tfds_source
-from vjepa_jax.data.file_lists import MEDIA_SUFFIXES, VideoList, is_remote
-from vjepa_jax.data.records import Record, Source, digest_of
-from vjepa_jax.default_config import UserError
+from vjepa_jax.base.errors import UserError
+from vjepa_jax.data.sources import shards, tfds_source
+from vjepa_jax.data.sources.file_lists import MEDIA_SUFFIXES, VideoList, is_remote
+from vjepa_jax.data.sources.records import Record, Source, digest_of
 
 __all__ = [
     "Record",

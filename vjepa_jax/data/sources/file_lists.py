@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 from etils import epath
 
-from vjepa_jax.data.records import Record, Source, digest_of
-from vjepa_jax.default_config import UserError
+from vjepa_jax.base.errors import UserError
+from vjepa_jax.data.sources.records import Record, Source, digest_of
 
 VIDEO_SUFFIXES = (
     ".mp4",

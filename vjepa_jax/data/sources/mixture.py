@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import grain
 import numpy as np
 
-from vjepa_jax.data.records import Joined, Source, digest_of
+from vjepa_jax.data.sources.records import Joined, Source, digest_of
 
 # Grain deals sources in a fixed cycle, to which a stride over hosts is not blind: with
 # weights of 1 to 1 and two hosts, each would see one source alone. Within windows of so

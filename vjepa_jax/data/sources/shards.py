@@ -30,8 +30,8 @@ from array_record.python.array_record_module import (
 )
 from etils import epath
 
-from vjepa_jax.data.records import Record, Source, digest_of
-from vjepa_jax.default_config import UserError
+from vjepa_jax.base.errors import UserError
+from vjepa_jax.data.sources.records import Record, Source, digest_of
 
 _FORMAT_NAME = "vjepa_jax video shards"
 FORMAT = f"{_FORMAT_NAME} 1"
@@ -167,14 +167,14 @@ def read_manifest(path: str) -> dict:
     if not manifest.exists():
         raise UserError(
             f"the shards in {path!r} are not complete: {MANIFEST} is missing; run "
-            f"vjepa_jax.data.prepare --output={path} again to finish them"
+            f"vjepa_jax.prepare --output={path} again to finish them"
         )
     try:
         content = _parse(manifest)
         found = content.get("format")
     except (ValueError, AttributeError) as error:
         raise UserError(
-            f"{str(manifest)!r} is damaged ({error}): run vjepa_jax.data.prepare again"
+            f"{str(manifest)!r} is damaged ({error}): run vjepa_jax.prepare again"
         ) from error
     if found != FORMAT:
         raise UserError(
@@ -226,7 +226,7 @@ class ShardSource(Source):
         if len(self.labels) != sum(counts):
             raise UserError(
                 f"the index of {path!r} has {len(self.labels)} records, the shards "
-                f"{sum(counts)}: run vjepa_jax.data.prepare --output={path} again"
+                f"{sum(counts)}: run vjepa_jax.prepare --output={path} again"
             )
         self._open_no_shard()
 
@@ -302,7 +302,7 @@ class ShardSource(Source):
 
 
 def _check_size(path: str, num_bytes: int) -> None:
-    mend = "restore it, or remove it and its .json and run vjepa_jax.data.prepare again"
+    mend = "restore it, or remove it and its .json and run vjepa_jax.prepare again"
     try:
         found = os.path.getsize(path)
     except OSError:
@@ -321,7 +321,7 @@ def _read_index(path: str, sha256: str) -> dict[str, np.ndarray]:
     if hashlib.sha256(content).hexdigest() != sha256:
         raise UserError(
             f"{os.path.join(path, INDEX)!r} is missing or damaged: run "
-            f"vjepa_jax.data.prepare --output={path} again to write it"
+            f"vjepa_jax.prepare --output={path} again to write it"
         )
     with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
         return dict(arrays)
@@ -346,6 +346,6 @@ def verify(path: str, progress=lambda shards: shards) -> int:
         if checksum(shard_path) != shard["sha256"]:
             raise UserError(
                 f"shard {shard_path!r} is damaged, its checksum is not that of the "
-                "manifest: remove it and its .json and run vjepa_jax.data.prepare again"
+                "manifest: remove it and its .json and run vjepa_jax.prepare again"
             )
     return len(source)

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vjepa_jax.data.records import Record, Source, digest_of
-from vjepa_jax.default_config import UserError
+from vjepa_jax.base.errors import UserError
+from vjepa_jax.data.sources.records import Record, Source, digest_of
 
 
 class Subset(Source):

@@ -12,8 +12,8 @@ import re
 
 import numpy as np
 
-from vjepa_jax.data.records import Record, Source, digest_of
-from vjepa_jax.default_config import UserError
+from vjepa_jax.base.errors import UserError
+from vjepa_jax.data.sources.records import Record, Source, digest_of
 
 PREFIX = "tfds:"
 

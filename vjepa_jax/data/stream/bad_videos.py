@@ -8,14 +8,14 @@ from collections import Counter
 import numpy as np
 from absl import logging
 
-from vjepa_jax.data import decode
-from vjepa_jax.data.children import CRASHED
-from vjepa_jax.data.mixture import Mixture
-from vjepa_jax.default_config import UserError
+from vjepa_jax.base.errors import UserError
+from vjepa_jax.data.clips import reader
+from vjepa_jax.data.jobs.children import CRASHED
+from vjepa_jax.data.sources.mixture import Mixture
 
 # Why a video is quarantined: processes died of it, or never came back from it.
 HUNG = "hung"
-REASONS = (*decode.REASONS, CRASHED, HUNG)
+REASONS = (*reader.REASONS, CRASHED, HUNG)
 CODES = {reason: code for code, reason in enumerate(REASONS)}
 
 # A share of bad files means something only after this many samples.

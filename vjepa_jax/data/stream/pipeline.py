@@ -17,13 +17,23 @@ from collections.abc import Callable, Iterator, Mapping
 import grain
 import numpy as np
 
-from vjepa_jax.data import decode
-from vjepa_jax.data.bad_videos import CODES, BadVideos
-from vjepa_jax.data.mixture import Mixture
-from vjepa_jax.data.reading import Batch, Reading, decoded_ahead, shared_bytes, take
-from vjepa_jax.data.transforms import ClipTransform
-from vjepa_jax.data.workers import SupervisedBatches, WorkLog, require_shared_memory
-from vjepa_jax.default_config import UserError
+from vjepa_jax.base.errors import UserError
+from vjepa_jax.data.clips import reader
+from vjepa_jax.data.sources.mixture import Mixture
+from vjepa_jax.data.stream.bad_videos import CODES, BadVideos
+from vjepa_jax.data.stream.reading import (
+    Batch,
+    Reading,
+    decoded_ahead,
+    shared_bytes,
+    take,
+)
+from vjepa_jax.data.stream.workers import (
+    SupervisedBatches,
+    WorkLog,
+    require_shared_memory,
+)
+from vjepa_jax.data.transforms.transforms import ClipTransform
 
 # Records tried for one place in the stream, the first half of them of the same source.
 # With half of all files bad, one place in 10^19 finds none.
@@ -83,7 +93,7 @@ class _ReadTrainClips(grain.transforms.Map):
                     with self._work_log.at(index):
                         self._read(index, np.random.default_rng(of_clip), clips)
                     return
-                except decode.DecodeError as error:
+                except reader.DecodeError as error:
                     reasons[attempt] = CODES[error.reason]
         # An exception would reach the main process as text only: let the report, which
         # has no successful try in it, tell.

@@ -7,13 +7,23 @@ import grain
 import numpy as np
 from absl import logging
 
-from vjepa_jax.data import decode
-from vjepa_jax.data.bad_videos import CODES, REASONS
-from vjepa_jax.data.frames import Crop
-from vjepa_jax.data.reading import Batch, Reading, decoded_ahead, shared_bytes, take
-from vjepa_jax.data.records import Source
-from vjepa_jax.data.transforms import central_box
-from vjepa_jax.data.workers import SupervisedBatches, WorkLog, require_shared_memory
+from vjepa_jax.data.clips import reader
+from vjepa_jax.data.clips.frames import Crop
+from vjepa_jax.data.sources.records import Source
+from vjepa_jax.data.stream.bad_videos import CODES, REASONS
+from vjepa_jax.data.stream.reading import (
+    Batch,
+    Reading,
+    decoded_ahead,
+    shared_bytes,
+    take,
+)
+from vjepa_jax.data.stream.workers import (
+    SupervisedBatches,
+    WorkLog,
+    require_shared_memory,
+)
+from vjepa_jax.data.transforms.transforms import central_box
 
 
 class _ReadEvalClips(grain.transforms.Map):
@@ -46,7 +56,7 @@ class _ReadEvalClips(grain.transforms.Map):
                         record = take(self._source, index)
                         label[place] = record.label
                         self._reading.read(record, self._views, out=video[place])
-                except decode.DecodeError as error:
+                except reader.DecodeError as error:
                     reason[place] = CODES[error.reason]
             if reason[place] >= 0:
                 video[place] = 0

@@ -18,12 +18,12 @@ import grain
 import numpy as np
 from absl import flags
 
-from vjepa_jax.data import decode
-from vjepa_jax.data.frames import Crop
-from vjepa_jax.data.records import Record, Source
-from vjepa_jax.data.sampling import Sampling
-from vjepa_jax.data.workers import WorkLog
-from vjepa_jax.host_memory import keep_freed_memory
+from vjepa_jax.base.host_memory import keep_freed_memory
+from vjepa_jax.data.clips import reader
+from vjepa_jax.data.clips.frames import Crop
+from vjepa_jax.data.clips.sampling import Sampling
+from vjepa_jax.data.sources.records import Record, Source
+from vjepa_jax.data.stream.workers import WorkLog
 
 Batch = dict[str, Any]
 
@@ -47,8 +47,8 @@ class Reading:
     sampling: Sampling
     resolution: int
     resize: str = "antialias"
-    max_pixels: int = decode.MAX_PIXELS
-    time_limit_secs: float = decode.TIME_LIMIT_SECS
+    max_pixels: int = reader.MAX_PIXELS
+    time_limit_secs: float = reader.TIME_LIMIT_SECS
 
     def read(
         self,
@@ -58,7 +58,7 @@ class Reading:
         out: np.ndarray | None = None,
     ) -> np.ndarray:
         """Reads uint8 `[K, T, S, S, 3]`; see `decode.read_clips`."""
-        return decode.read_clips(
+        return reader.read_clips(
             record,
             sampling=self.sampling,
             rng=rng,
@@ -86,7 +86,7 @@ def take(source: Source, index: int) -> Record:
         except OSError as error:
             if not waits_secs:
                 path = source.path_of(index)
-                raise decode.DecodeError(path, "unreadable", str(error)) from error
+                raise reader.DecodeError(path, "unreadable", str(error)) from error
         time.sleep(waits_secs.pop(0))
 
 

@@ -5,16 +5,17 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 
-from vjepa_jax import saved_config
-from vjepa_jax.data import pipeline, sources
-from vjepa_jax.data.mixture import Mixture
-from vjepa_jax.data.pipeline import TrainIterator
-from vjepa_jax.data.reading import Batch, Reading
-from vjepa_jax.data.records import digest_of
-from vjepa_jax.data.sampling import make_sampling
-from vjepa_jax.data.transforms import ClipTransform
-from vjepa_jax.data.workers import require_shared_memory
-from vjepa_jax.default_config import MAIN_STREAM, ConfigDict
+from vjepa_jax.config import saved
+from vjepa_jax.config.defaults import MAIN_STREAM, ConfigDict
+from vjepa_jax.data.clips.sampling import make_sampling
+from vjepa_jax.data.sources import factory
+from vjepa_jax.data.sources.mixture import Mixture
+from vjepa_jax.data.sources.records import digest_of
+from vjepa_jax.data.stream import pipeline
+from vjepa_jax.data.stream.pipeline import TrainIterator
+from vjepa_jax.data.stream.reading import Batch, Reading
+from vjepa_jax.data.stream.workers import require_shared_memory
+from vjepa_jax.data.transforms.transforms import ClipTransform
 
 _TRANSFORM_KEYS = (
     "crop_scale",
@@ -51,7 +52,7 @@ def open_sources(config: ConfigDict) -> dict[str, Mixture]:
       UserError: a source cannot be opened, or has nothing in it.
     """
     return {
-        name: Mixture(sources.open_sources(clip.path, clip.mix_weights))
+        name: Mixture(factory.open_sources(clip.path, clip.mix_weights))
         for name, clip in _clips(config).items()
     }
 
@@ -71,13 +72,13 @@ def fingerprint(config: ConfigDict, opened: Mapping[str, Mixture]) -> str:
             for key in ("path", "masks", "weight"):
                 del of_stream[key]
             settings |= of_stream
-        parts.append(sources.fingerprint(source, **settings))
+        parts.append(factory.fingerprint(source, **settings))
     return digest_of(part.encode() for part in parts)
 
 
 def _sampling_settings(data: ConfigDict) -> dict[str, object]:
     """Return the settings that decide which clips a step sees."""
-    operational = saved_config.OPERATIONAL
+    operational = saved.OPERATIONAL
     return {k: v for k, v in data.items() if not f"data.{k}".startswith(operational)}
 
 

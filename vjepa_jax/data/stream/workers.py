@@ -28,7 +28,7 @@ import numpy as np
 from absl import logging
 from grain.multiprocessing import SharedMemoryArray
 
-from vjepa_jax.default_config import UserError
+from vjepa_jax.base.errors import UserError
 
 # How often a wait for a batch looks after the processes.
 _POLL_SECS = 0.5

@@ -20,7 +20,7 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
-from vjepa_jax.default_config import UserError
+from vjepa_jax.base.errors import UserError
 
 Operation = Callable[[Image.Image], Image.Image]
 

@@ -12,8 +12,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from vjepa_jax.data import augment
-from vjepa_jax.default_config import UserError
+from vjepa_jax.base.errors import UserError
+from vjepa_jax.data.transforms import augment
 
 Box = tuple[int, int, int, int]
 

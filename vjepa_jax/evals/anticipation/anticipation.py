@@ -19,13 +19,12 @@ import optax
 from absl import logging
 from sklearn.metrics import accuracy_score, recall_score
 
-from vjepa_jax.data.sampling import Sampling
-from vjepa_jax.data.subset import hold_out
-from vjepa_jax.default_config import ConfigDict, UserError
+from vjepa_jax.base.errors import UserError
+from vjepa_jax.config.defaults import ConfigDict
+from vjepa_jax.data.clips.sampling import Sampling
+from vjepa_jax.data.sources.subset import hold_out
 from vjepa_jax.evals import classification, settings
-from vjepa_jax.evals.classification import Predictions, Preparation
-from vjepa_jax.evals.clip_tokens import TokenBatch, Videos
-from vjepa_jax.evals.epic_kitchens import (
+from vjepa_jax.evals.anticipation.epic_kitchens import (
     ANCHORS,
     Actions,
     Classes,
@@ -33,8 +32,10 @@ from vjepa_jax.evals.epic_kitchens import (
     Contexts,
     read_actions,
 )
+from vjepa_jax.evals.classification import Predictions, Preparation
 from vjepa_jax.evals.frozen import Frozen, random_init
-from vjepa_jax.evals.head_grid import describe
+from vjepa_jax.evals.heads.head_grid import describe
+from vjepa_jax.evals.tokens.clip_tokens import TokenBatch, Videos
 
 OUTPUTS = ("verb", "noun", "action")  # in the order of the queries
 

@@ -12,12 +12,12 @@ from collections.abc import Sequence
 import numpy as np
 from etils import epath
 
-from vjepa_jax.data.file_lists import VideoList
-from vjepa_jax.data.frames import Crop
-from vjepa_jax.data.reading import Reading
-from vjepa_jax.data.records import Record, Source, digest_of
-from vjepa_jax.data.sampling import ContextSampling, Sampling
-from vjepa_jax.default_config import UserError
+from vjepa_jax.base.errors import UserError
+from vjepa_jax.data.clips.frames import Crop
+from vjepa_jax.data.clips.sampling import ContextSampling, Sampling
+from vjepa_jax.data.sources.file_lists import VideoList
+from vjepa_jax.data.sources.records import Record, Source, digest_of
+from vjepa_jax.data.stream.reading import Reading
 
 # Where the moment to anticipate is, as a share of the way from the action's start to
 # its end. The paper counts `anticipation_point` from the start; the released code takes

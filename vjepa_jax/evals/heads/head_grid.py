@@ -17,8 +17,9 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from vjepa_jax import optim, sharding
-from vjepa_jax.default_config import UserError
+from vjepa_jax.base.errors import UserError
+from vjepa_jax.objective import optim
+from vjepa_jax.parallel import sharding
 
 # (outputs, labels [B, ...]) -> float32 [B]; outputs are a head's, but float32.
 Loss = Callable[[Any, jax.Array], jax.Array]

@@ -20,7 +20,7 @@ from sklearn.metrics import r2_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from vjepa_jax.evals.head_grid import HeadGrid, Loss, Schedules
+from vjepa_jax.evals.heads.head_grid import HeadGrid, Loss, Schedules
 from vjepa_jax.models.heads import AttentiveClassifier, AttentiveRegressor
 
 

@@ -18,11 +18,13 @@ import numpy as np
 import scipy.stats
 from sklearn.metrics import roc_auc_score
 
-from vjepa_jax.default_config import ConfigDict, UserError
-from vjepa_jax.evals import physics_data, settings
+from vjepa_jax.base.errors import UserError
+from vjepa_jax.config.defaults import ConfigDict
+from vjepa_jax.evals import settings
 from vjepa_jax.evals.forward import predicted_features, target_features
 from vjepa_jax.evals.frozen import Frozen, random_init
-from vjepa_jax.evals.physics_data import Group
+from vjepa_jax.evals.physics import videos as physics_data
+from vjepa_jax.evals.physics.videos import Group
 from vjepa_jax.models.encoder import normalise
 
 MEAN = "mean"  # the row of all properties together

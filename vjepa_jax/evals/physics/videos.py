@@ -13,8 +13,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from vjepa_jax.data import decode, render, sources
-from vjepa_jax.default_config import UserError
+from vjepa_jax.base.errors import UserError
+from vjepa_jax.data.clips import reader
+from vjepa_jax.data.sources import factory
+from vjepa_jax.world import render
 
 # Its 16 properties in the order of the reference evaluation.
 GRASP_PROPERTIES = (
@@ -106,9 +108,9 @@ def _world(root: pathlib.Path, lists: pathlib.Path) -> list[Group]:
     if not truth_path.exists():
         raise UserError(
             f"{truth_path} is missing: render a world with world.physics_pairs "
-            "(python -m vjepa_jax.data.prepare --config=...)"
+            "(python -m vjepa_jax.prepare --config=...)"
         )
-    source = sources.open_source(str(root / f"{render.PHYSICS}.csv"))
+    source = factory.open_source(str(root / f"{render.PHYSICS}.csv"))
     paths = [pathlib.Path(source.path_of(i)) for i in range(len(source))]
     with np.load(truth_path) as truth:
         rows = zip(paths, truth["property"], truth["possible"], strict=True)
@@ -234,7 +236,7 @@ def read_group(
                 count = min(count, max_frames // frame_step * frame_step)
             frames = range(first, first + count, frame_step)
             out.append(_read_frames(video.path, total, frames, size))
-    except decode.DecodeError as error:
+    except reader.DecodeError as error:
         raise UserError(f"{error}: repair it, or leave its group out") from None
     return out
 
@@ -250,7 +252,7 @@ def _frame_files(folder: pathlib.Path) -> list[pathlib.Path]:
 def _count_frames(path: pathlib.Path) -> int:
     if path.is_dir():
         return len(_frame_files(path))
-    return decode.inspect(str(path)).frames
+    return reader.inspect(str(path)).frames
 
 
 def _read_frames(
@@ -263,9 +265,9 @@ def _read_frames(
     if path.is_dir():
         files = _frame_files(path)[frames.start : frames.stop : frames.step]
         return np.concatenate(
-            [decode.read_clip(str(f), num_frames=1, **how) for f in files]
+            [reader.read_clip(str(f), num_frames=1, **how) for f in files]
         )
-    pixels = decode.read_clip(str(path), num_frames=total, **how)
+    pixels = reader.read_clip(str(path), num_frames=total, **how)
     return pixels[frames.start : frames.stop : frames.step]
 
 

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from vjepa_jax import sharding
-from vjepa_jax.data.masks import IGNORED
-from vjepa_jax.evals.head_grid import HeadGrid
+from vjepa_jax.data.clips.label_images import IGNORED
+from vjepa_jax.evals.heads.head_grid import HeadGrid
+from vjepa_jax.parallel import sharding
 
 
 def confusions(

@@ -5,13 +5,14 @@ import pathlib
 
 import numpy as np
 
-from vjepa_jax.data import masks
-from vjepa_jax.data.mask_lists import Pair, frames_around, hold_out, open_pairs
-from vjepa_jax.data.masked_world import CLASS_LISTS, FOLDER
-from vjepa_jax.data.subset import evenly_spread
-from vjepa_jax.default_config import ConfigDict, UserError
-from vjepa_jax.evals.frame_features import FrameEncoder
+from vjepa_jax.base.errors import UserError
+from vjepa_jax.config.defaults import ConfigDict
+from vjepa_jax.data.clips import label_images
+from vjepa_jax.data.sources.subset import evenly_spread
 from vjepa_jax.evals.frozen import Frozen
+from vjepa_jax.evals.segmentation.pairs import Pair, frames_around, hold_out, open_pairs
+from vjepa_jax.evals.tokens.frame_features import FrameEncoder
+from vjepa_jax.world.labelled import CLASS_LISTS, FOLDER
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,20 +69,20 @@ class Reader:
             files, place = frames_around(pair)
         window = self.encoder.window(place, len(files))
         frames = {
-            i: masks.read_image(files[i], self.size, box, labels.shape)
+            i: label_images.read_image(files[i], self.size, box, labels.shape)
             for i in np.unique(window)
         }
         pixels = np.stack([frames[i] for i in window])
-        seen = masks.resize_mask(labels, self.size, box)
+        seen = label_images.resize_mask(labels, self.size, box)
         if is_flipped:
             pixels, seen = pixels[:, :, ::-1], seen[:, ::-1]
         grid = self.encoder.grid(self.size)
-        shares = masks.patch_shares(seen, self.size, grid, self.num_classes)
+        shares = label_images.patch_shares(seen, self.size, grid, self.num_classes)
         return Sample(pixels, shares, labels)
 
     def _labels(self, pair: Pair) -> np.ndarray:
-        mask = masks.read_mask(pair.mask)
-        is_class = (mask >= self.first_class) & (mask != masks.IGNORED)
+        mask = label_images.read_mask(pair.mask)
+        is_class = (mask >= self.first_class) & (mask != label_images.IGNORED)
         highest = self.first_class + self.num_classes
         if np.any(is_class & (mask >= highest)):
             raise UserError(
@@ -89,7 +90,9 @@ class Reader:
                 f"{self.num_classes} from {self.first_class} on: set "
                 "config.num_classes and config.data.first_class"
             )
-        return np.where(is_class, mask - np.uint8(self.first_class), masks.IGNORED)
+        return np.where(
+            is_class, mask - np.uint8(self.first_class), label_images.IGNORED
+        )
 
 
 def _draw_box(shape, scale, rng) -> tuple[int, int, int, int]:

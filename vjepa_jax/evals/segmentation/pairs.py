@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from sklearn.model_selection import GroupShuffleSplit
 
-from vjepa_jax.default_config import UserError
+from vjepa_jax.base.errors import UserError
 
 _IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 

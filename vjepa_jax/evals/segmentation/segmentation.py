@@ -17,17 +17,18 @@ import optax
 from absl import logging
 from sklearn.preprocessing import StandardScaler
 
-from vjepa_jax.data import masks
-from vjepa_jax.data.mask_lists import Pair
-from vjepa_jax.data.subset import evenly_spread
-from vjepa_jax.default_config import ConfigDict, UserError
+from vjepa_jax.base.errors import UserError
+from vjepa_jax.config.defaults import ConfigDict
+from vjepa_jax.data.clips import label_images
+from vjepa_jax.data.sources.subset import evenly_spread
 from vjepa_jax.evals import settings
 from vjepa_jax.evals.classification import epochs_order, make_schedules
-from vjepa_jax.evals.confusion import class_iou, confusions, mean_iou
-from vjepa_jax.evals.frame_features import FrameEncoder
 from vjepa_jax.evals.frozen import Frozen, random_init
-from vjepa_jax.evals.head_grid import HeadGrid, describe, lowest
-from vjepa_jax.evals.segmentation_data import Reader, Sample, open_images
+from vjepa_jax.evals.heads.head_grid import HeadGrid, describe, lowest
+from vjepa_jax.evals.segmentation.confusion import class_iou, confusions, mean_iou
+from vjepa_jax.evals.segmentation.images import Reader, Sample, open_images
+from vjepa_jax.evals.segmentation.pairs import Pair
+from vjepa_jax.evals.tokens.frame_features import FrameEncoder
 from vjepa_jax.models.heads import LinearClassifier
 
 _BATCHES_AHEAD = 2
@@ -59,10 +60,10 @@ def evaluate(frozen: Frozen, config: ConfigDict) -> dict[str, dict[str, Any]]:
       UserError: config, data and model do not fit.
     """
     settings.validate(config)
-    if not 1 <= config.num_classes < masks.IGNORED:
+    if not 1 <= config.num_classes < label_images.IGNORED:
         raise UserError(
             f"config.num_classes={config.num_classes} is out of range: give 1 to "
-            f"{masks.IGNORED - 1}"
+            f"{label_images.IGNORED - 1}"
         )
     models = {"pretrained": frozen}
     if config.random_init:
@@ -192,7 +193,7 @@ class Probe:
             features = self._encode(batch)
             shares = np.stack([sample.shares for sample in batch])
             frequent = shares.argmax(-1).astype(np.uint8)
-            frequent[shares.sum(-1) == 0] = masks.IGNORED
+            frequent[shares.sum(-1) == 0] = label_images.IGNORED
             labels, shapes = _stacked([sample.labels for sample in batch])
             found = confusions(
                 self.grid, features, frequent, labels, shapes, batch_size=size
@@ -235,7 +236,7 @@ def _stacked(labels: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Return masks of several sizes filled up to one, and the sizes, int32 [B, 2]."""
     shapes = np.array([mask.shape for mask in labels], np.int32)
     size = -(-shapes.max(0) // _SHAPE_UNIT) * _SHAPE_UNIT
-    stacked = np.full((len(labels), *size), masks.IGNORED, np.uint8)
+    stacked = np.full((len(labels), *size), label_images.IGNORED, np.uint8)
     for filled, mask in zip(stacked, labels, strict=True):
         filled[: mask.shape[0], : mask.shape[1]] = mask
     return stacked, shapes

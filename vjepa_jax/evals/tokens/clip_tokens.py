@@ -9,13 +9,15 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from vjepa_jax.data import pipeline, sources, streams
-from vjepa_jax.data.mixture import Mixture
-from vjepa_jax.data.read_all import read_all
-from vjepa_jax.data.reading import Reading
-from vjepa_jax.data.records import Joined, Source
-from vjepa_jax.data.transforms import ClipTransform, make_views
-from vjepa_jax.default_config import ConfigDict, UserError
+from vjepa_jax.base.errors import UserError
+from vjepa_jax.config.defaults import ConfigDict
+from vjepa_jax.data.sources import factory
+from vjepa_jax.data.sources.mixture import Mixture
+from vjepa_jax.data.sources.records import Joined, Source
+from vjepa_jax.data.stream import pipeline, streams
+from vjepa_jax.data.stream.read_all import read_all
+from vjepa_jax.data.stream.reading import Reading
+from vjepa_jax.data.transforms.transforms import ClipTransform, make_views
 from vjepa_jax.evals.frozen import Frozen
 
 
@@ -256,7 +258,7 @@ def open_source(config: ConfigDict, key: str) -> Source:
             f"config.data.{key} is not set: give a list file with one 'path label' per "
             "line, or what else data.path of a run may be"
         )
-    parts = [source for source, _ in sources.open_sources(path)]
+    parts = [source for source, _ in factory.open_sources(path)]
     return parts[0] if len(parts) == 1 else Joined(parts)
 
 

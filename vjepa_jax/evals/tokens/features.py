@@ -5,9 +5,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from vjepa_jax.data.read_all import read_all
-from vjepa_jax.data.reading import Reading
-from vjepa_jax.data.records import Source
+from vjepa_jax.data.sources.records import Source
+from vjepa_jax.data.stream.read_all import read_all
+from vjepa_jax.data.stream.reading import Reading
 from vjepa_jax.models.encoder import token_grid
 
 # uint8 video [B, T, H, W, 3] -> tokens float32 [B, T', S, D]

@@ -25,10 +25,10 @@ from array_record.python.array_record_module import (
     ArrayRecordWriter,
 )
 
-from vjepa_jax.data.records import digest_of
-from vjepa_jax.default_config import UserError
-from vjepa_jax.evals.clip_tokens import TokenBatch, Videos
+from vjepa_jax.base.errors import UserError
+from vjepa_jax.data.sources.records import digest_of
 from vjepa_jax.evals.frozen import Frozen
+from vjepa_jax.evals.tokens.clip_tokens import TokenBatch, Videos
 
 _FORMAT = "vjepa_jax tokens 1"
 # Rows are read in any order: a reader that looks ahead would read in vain.

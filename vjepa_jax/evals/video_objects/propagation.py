@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from vjepa_jax import sharding
+from vjepa_jax.parallel import sharding
 
 _ABSENT = -2.0  # below every cosine
 

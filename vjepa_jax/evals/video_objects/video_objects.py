@@ -16,14 +16,18 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from vjepa_jax.data import davis, masked_world, masks
-from vjepa_jax.data.davis import MaskedVideo
-from vjepa_jax.data.subset import evenly_spread
-from vjepa_jax.default_config import ConfigDict, UserError
-from vjepa_jax.evals import mask_metrics, settings
-from vjepa_jax.evals.frame_features import FrameEncoder
+from vjepa_jax.base.errors import UserError
+from vjepa_jax.config.defaults import ConfigDict
+from vjepa_jax.data.clips import label_images
+from vjepa_jax.data.sources import davis
+from vjepa_jax.data.sources.davis import MaskedVideo
+from vjepa_jax.data.sources.subset import evenly_spread
+from vjepa_jax.evals import settings
 from vjepa_jax.evals.frozen import Frozen, random_init
-from vjepa_jax.evals.label_propagation import Propagation
+from vjepa_jax.evals.tokens.frame_features import FrameEncoder
+from vjepa_jax.evals.video_objects import region_metrics
+from vjepa_jax.evals.video_objects.propagation import Propagation
+from vjepa_jax.world import labelled
 
 _RESAMPLES = 1000  # of the interval
 
@@ -96,20 +100,20 @@ def evaluate(frozen: Frozen, config: ConfigDict) -> dict[str, dict[str, float]]:
 def _root(frozen: Frozen, config: ConfigDict) -> str:
     if config.path:
         return config.path
-    path = pathlib.Path(frozen.config.world.path) / masked_world.FOLDER
+    path = pathlib.Path(frozen.config.world.path) / labelled.FOLDER
     if not path.is_dir():
         raise UserError(
             f"config.path is not set, and {path} is missing: give a folder laid out as "
             "DAVIS 2017, or render a world with world.segmentation_videos (python -m "
-            "vjepa_jax.data.prepare --config=...)"
+            "vjepa_jax.prepare --config=...)"
         )
     return str(path)
 
 
 def _read_objects(path: pathlib.Path) -> np.ndarray:
     """Read a mask of objects; pixels that count nowhere are background, as in DAVIS."""
-    mask = masks.read_mask(path)
-    return np.where(mask == masks.IGNORED, np.uint8(0), mask)
+    mask = label_images.read_mask(path)
+    return np.where(mask == label_images.IGNORED, np.uint8(0), mask)
 
 
 def _count_objects(video: MaskedVideo) -> int:
@@ -143,7 +147,7 @@ def carry(
         encoder.frozen.encoder.patch_size,
     )
     features = _features(video, encoder, size, first.shape, config.num_workers)
-    shares = masks.patch_shares(first, size, encoder.grid(size), num_objects + 1)
+    shares = label_images.patch_shares(first, size, encoder.grid(size), num_objects + 1)
     for labels in how(features, shares, encoder.frozen.mesh):
         yield np.asarray(_to_mask(labels, size=first.shape))
 
@@ -173,7 +177,7 @@ def _features(
     num_workers: int,
 ) -> Iterator[np.ndarray]:
     """Yield the features [h, w, D] of every frame, encoding some frames at once."""
-    read = functools.partial(masks.read_image, size=size, shape=shape)
+    read = functools.partial(label_images.read_image, size=size, shape=shape)
     with concurrent.futures.ThreadPoolExecutor(max(1, num_workers)) as pool:
         frames = np.stack(list(pool.map(read, video.frames)))
     for start in range(0, len(frames), encoder.clips_per_call):
@@ -222,8 +226,8 @@ def judge(video: MaskedVideo, found: Iterator[np.ndarray]) -> np.ndarray:
         scores.append(
             [
                 (
-                    mask_metrics.region_similarity(truth == k, mask == k),
-                    mask_metrics.boundary_accuracy(truth == k, mask == k),
+                    region_metrics.region_similarity(truth == k, mask == k),
+                    region_metrics.boundary_accuracy(truth == k, mask == k),
                 )
                 for k in objects
             ]
@@ -231,7 +235,7 @@ def judge(video: MaskedVideo, found: Iterator[np.ndarray]) -> np.ndarray:
     per_frame = np.array(scores)  # [frames, objects, 2]
     return np.array(
         [
-            [mask_metrics.statistics(per_frame[:, k, measure]) for measure in (0, 1)]
+            [region_metrics.statistics(per_frame[:, k, measure]) for measure in (0, 1)]
             for k in range(len(objects))
         ]
     )

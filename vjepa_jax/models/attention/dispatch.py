@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from vjepa_jax.models import blockwise, splash
-from vjepa_jax.models.blockwise import OUTPUT_NAME
+from vjepa_jax.models.attention import blockwise, splash
+from vjepa_jax.models.attention.blockwise import OUTPUT_NAME
 from vjepa_jax.models.platform import platform
 
 IMPLS = ("auto", "xla", "blockwise", "cudnn", "splash")

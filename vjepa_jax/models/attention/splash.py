@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 
-from vjepa_jax.models.blockwise import OUTPUT_NAME
+from vjepa_jax.models.attention.blockwise import OUTPUT_NAME
 
 # Both from compilations for TPU v5e: whole rows of keys leave no partial sums of the
 # queries' gradient to write and add up, until they no longer fit the vector memory.
