@@ -17,8 +17,7 @@ from vjepa_jax.config.rules import validate
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "vjepa_jax"
 # A file imports its own room and rooms of lines above its own.
-ORDER = [
-    "",
+ORDER = (
     "base",
     "config models",
     "parallel objective weights",
@@ -27,8 +26,7 @@ ORDER = [
     "world run",
     "evals planning decoding",
     "report",
-    "",
-]
+)
 LEVELS = {room: level for level, line in enumerate(ORDER) for room in line.split()}
 COMMANDS = len(ORDER)  # files of the root and of `report/__main__.py`
 # {library: where it may be imported}
