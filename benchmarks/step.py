@@ -57,7 +57,7 @@ class Ours:
         """Compiles."""
         self.mesh = sharding.make_mesh(**config.mesh)
         self.program = make_program(config, self.mesh)
-        with jax.set_mesh(self.mesh), nn.logical_axis_rules(sharding.RULES):
+        with sharding.use(self.mesh):
             lowered = self.program.lower()
             self.step, self.compile_secs = compilation.compile_step(lowered)
             self.state = self.program.make_state()

@@ -15,7 +15,6 @@ import pathlib
 import sys
 from collections.abc import Mapping
 
-import flax.linen as nn
 import jax
 from absl import flags, logging
 
@@ -185,8 +184,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> int | None:
         f"{build.describe_schedules(config)}"
     )
     with (
-        jax.set_mesh(mesh),
-        nn.logical_axis_rules(sharding.RULES),
+        sharding.use(mesh),
         checkpoint.Checkpointer(workdir, **config.checkpoint) as checkpointer,
         compilation.explain_out_of_memory(config, mesh),
         distributed.StopRequest() as stop,

@@ -2,7 +2,6 @@
 
 import math
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -110,7 +109,7 @@ def test_splash_waits_for_its_backward_pass_without_gaps(policy, tokens):
 def test_splash_computes_every_sample_where_it_is(rng, batch):
     q, k, v = operands(rng, 20, 30, 8, batch)
     mesh = sharding.make_mesh(2, 4)
-    with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
+    with sharding.use(mesh):
         if batch == 8:
             q, k, v = jax.device_put((q, k, v), sharding.batch_sharding(mesh))
         compute = jax.jit(lambda *x: attention(*x, "splash")).lower(q, k, v).compile()

@@ -1,6 +1,5 @@
 """Details across modules: published sizes, shardings by name, edges of the losses."""
 
-import contextlib
 import math
 
 import flax.linen as nn
@@ -135,15 +134,15 @@ def test_activations_are_split_over_the_batch(rng):
     shapes = nn.unbox(jax.eval_shape(stack.init, jax.random.key(0), x))
     params = jax.tree.map(lambda s: jnp.ones(s.shape, s.dtype), shapes)
 
-    def shape_per_device(rules):
-        with jax.set_mesh(mesh), rules:
+    def shape_per_device(context):
+        with context:
             # The input is whole: only the constraint can split the output.
             whole = jax.device_put(x, sharding.replicated(mesh))
             y = jax.jit(lambda p, x: stack.apply(p, x)[0])(params, whole)
             return y.sharding.shard_shape(x.shape)
 
-    assert shape_per_device(nn.logical_axis_rules(sharding.RULES)) == (1, 3, 16)
-    assert shape_per_device(contextlib.nullcontext()) == x.shape
+    assert shape_per_device(sharding.use(mesh)) == (1, 3, 16)
+    assert shape_per_device(jax.set_mesh(mesh)) == x.shape
 
 
 # models

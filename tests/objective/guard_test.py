@@ -192,7 +192,7 @@ def test_all_devices_decide_alike(monkeypatch, rng):
     losses = spiky_losses(rng, 25, 3, 2.0)
     runs = []
     for mesh in (one_device(), sharding.make_mesh(4, 2)):
-        with jax.set_mesh(mesh):
+        with sharding.use(mesh):
             step, state = make_toy(monkeypatch, SpikeGuard(3, 2.0))
             state = jax.device_put(state, sharding.replicated(mesh))
             runs.append(run(step, state, losses, mesh))

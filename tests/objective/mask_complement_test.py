@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vjepa_jax.base import choices
 from vjepa_jax.base.errors import UserError
 from vjepa_jax.config.defaults import get_config, mask
 from vjepa_jax.objective import masking
@@ -36,7 +37,7 @@ def plain_mask(hidden, num_visible, num_hidden, spec):
     st.integers(0, 2**32 - 1),
     st.sampled_from(OPTIONS),
     st.booleans(),
-    st.sampled_from(masking.MODES),
+    st.sampled_from(choices.MASK_MODES),
     # Few budgets, because slices of every size are compiled.
     st.sampled_from([1, 5, 12, 17, 23]),
     st.sampled_from([1, 4, 12]),
@@ -95,7 +96,7 @@ def test_samples_follow_the_official_rules(
     st.integers(0, 2**31 - 1),
     st.sampled_from(OPTIONS[1:]),
     st.booleans(),
-    st.sampled_from(masking.MODES),
+    st.sampled_from(choices.MASK_MODES),
 )
 def test_drawn_complements_are_exact_at_default_budgets(seed, options, inv_block, mode):
     fields = {"num_blocks": 3, "spatial_scale": (0.25, 0.25), "mode": mode}

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from vjepa_jax.base import choices
 from vjepa_jax.objective import masking
 from vjepa_jax.objective.masking import MaskSpec
 
@@ -55,12 +56,12 @@ def cases(draw_value):
     return grid, MaskSpec(
         num_context=num_context,
         num_target=num_target,
-        kind=draw_value(st.sampled_from(masking.KINDS)),
+        kind=draw_value(st.sampled_from(choices.MASK_KINDS)),
         num_blocks=draw_value(st.integers(0, 3)),
         spatial_scale=(low, draw_value(st.sampled_from([low, 1.0]))),
         temporal_scale=draw_value(st.sampled_from([(1.0, 1.0), (0.3, 0.9)])),
         max_temporal_keep=draw_value(st.sampled_from([1.0, 0.5])),
-        mode=draw_value(st.sampled_from(masking.MODES)),
+        mode=draw_value(st.sampled_from(choices.MASK_MODES)),
     )
 
 
@@ -85,7 +86,7 @@ def test_samples_are_ascending_disjoint_and_of_static_size(case, seed):
     st.integers(0, 2**32 - 1),
     st.integers(1, 23),
     st.integers(1, 23),
-    st.sampled_from(masking.MODES),
+    st.sampled_from(choices.MASK_MODES),
 )
 def test_samples_keep_to_the_first_drawn_mask_that_fits(
     seed, num_context, num_target, mode
@@ -118,7 +119,7 @@ def test_samples_keep_to_the_first_drawn_mask_that_fits(
             np.testing.assert_array_equal(wanted, np.flatnonzero(mask)[:num_target])
 
 
-@pytest.mark.parametrize("mode", masking.MODES)
+@pytest.mark.parametrize("mode", choices.MASK_MODES)
 def test_impossible_budgets_fall_back_to_random_tokens_of_exact_budgets(mode):
     grid = (2, 4, 4)
     # Boxes cover the whole frame and clip: no drawn mask leaves a visible token.
@@ -143,7 +144,7 @@ def test_masks_depend_on_the_key_and_differ_within_a_batch():
         assert len({row.tobytes() for row in a}) == len(a)
 
 
-@pytest.mark.parametrize("mode", masking.MODES)
+@pytest.mark.parametrize("mode", choices.MASK_MODES)
 def test_a_sharded_batch_gets_the_masks_of_one_device(mode):
     mesh = jax.make_mesh((4, 2), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
     spread = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
@@ -313,7 +314,7 @@ def test_unbiased_mode_keeps_any_target_alike():
     assert np.abs(times - times.sum() / 4).max() < 5 * sigma
 
 
-@pytest.mark.parametrize("mode", masking.MODES)
+@pytest.mark.parametrize("mode", choices.MASK_MODES)
 def test_causal_masks_never_show_late_tokens(mode):
     grid = (8, 4, 4)
     # int(8 * 0.4) = 3 time steps may be seen.
@@ -336,7 +337,7 @@ def test_a_causal_mask_without_blocks_hides_the_future_alone():
     np.testing.assert_array_equal(target, np.tile(np.arange(36, 72), (5, 1)))
 
 
-@pytest.mark.parametrize("mode", masking.MODES)
+@pytest.mark.parametrize("mode", choices.MASK_MODES)
 def test_tubes_hide_random_places_through_all_of_time(mode):
     grid, batch = (3, 4, 5), 500
     spec = MaskSpec(0, 0, kind="tube", spatial_scale=(0.6, 0.6), mode=mode)

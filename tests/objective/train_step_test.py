@@ -54,7 +54,7 @@ def run_on(mesh, clips, **kwargs):
     streams = {"video": Stream({"short": MASKS["short"]})}
     setup = Setup(streams, Objective(), eps=1e-3, **kwargs)
     shardings = sharding.state_shardings(setup.init, mesh)
-    with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
+    with sharding.use(mesh):
         state = jax.device_put(setup.initial_state, shardings)
         step = jax.jit(
             setup.step,

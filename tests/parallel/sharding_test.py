@@ -190,7 +190,7 @@ def test_initial_state_is_made_where_it_belongs_and_independent_of_the_mesh():
     for sizes in ((4, 2), (8, 1)):
         mesh = sharding.make_mesh(*sizes)
         shardings = sharding.state_shardings(init, mesh)
-        with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
+        with sharding.use(mesh):
             state = unbox(jax.jit(init, out_shardings=shardings)(jax.random.key(3)))
         for s, x in zip(
             jax.tree.leaves(shardings), jax.tree.leaves(state), strict=True

@@ -5,7 +5,6 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -62,7 +61,7 @@ class Frozen:
         count = len(batch[0])
         missing = -count % self.mesh.size
         batch = [np.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1)) for x in batch]
-        with jax.set_mesh(self.mesh), nn.logical_axis_rules(sharding.RULES):
+        with sharding.use(self.mesh):
             over_devices = sharding.batch_sharding(self.mesh)
             placed = [
                 jax.make_array_from_callback(x.shape, over_devices, x.__getitem__)

@@ -14,8 +14,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import flax.linen as nn
-import jax
 import numpy as np
 from absl import logging
 
@@ -27,7 +25,7 @@ from vjepa_jax.data.stream.read_all import read_all
 from vjepa_jax.evals import drawing, frozen, registry
 from vjepa_jax.evals.frozen import Frozen
 from vjepa_jax.objective.state import TrainState
-from vjepa_jax.parallel import distributed
+from vjepa_jax.parallel import distributed, sharding
 from vjepa_jax.program import build
 from vjepa_jax.program.program import Program
 
@@ -111,7 +109,7 @@ class EvaluationHook:
         """
         found = Found()
         # As from the command line, where no mesh of a run is set.
-        with jax.set_mesh(None), nn.logical_axis_rules(()):
+        with sharding.use(None):
             model = frozen.from_state(self._program, state)
             if distributed.is_main():
                 for name in self._due(step):

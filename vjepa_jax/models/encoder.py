@@ -4,15 +4,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from vjepa_jax.base.pixels import IMAGENET_MEAN, IMAGENET_STD
 from vjepa_jax.models import layers, positions
-
-# ImageNet statistics, as every official recipe normalises.
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def normalise(video: jax.Array) -> jax.Array:
     """Turn uint8 [..., 3] into float32 of zero mean and unit variance (ImageNet)."""
-    mean, std = jnp.asarray(_MEAN), jnp.asarray(_STD)
+    mean, std = jnp.asarray(IMAGENET_MEAN), jnp.asarray(IMAGENET_STD)
     return (video.astype(jnp.float32) / 255 - mean) / std
 
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vjepa_jax.base.choices import POS_EMBEDS
 from vjepa_jax.models import functional, positions
 from vjepa_jax.models.attention.dispatch import OUTPUT_NAME, attention
 
@@ -94,9 +95,6 @@ class LayerNorm(nn.Module):
         scale = param("scale", nn.initializers.ones)
         bias = param("bias", nn.initializers.zeros)
         return functional.layer_norm(x, scale, bias, self.eps, self.dtype)
-
-
-POS_EMBEDS = ("sincos", "rope", "rope_tiled")
 
 
 def position_code(

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from vjepa_jax.base.choices import MLPS
 from vjepa_jax.models.encoder import VideoEncoder
 from vjepa_jax.models.predictor import ActionPredictor, Predictor
 
@@ -59,9 +60,6 @@ def name_of(size: Size) -> str:
     """Return the name by which `size_of` finds a size."""
     named = [name for name, known in SIZES.items() if known == size]
     return named[0] if named else "x".join(map(str, dataclasses.astuple(size)))
-
-
-MLPS = ("gelu", "swiglu", "swiglu_wide")
 
 
 def mlp_fields(mlp: str, hidden: int) -> dict[str, Any]:

@@ -17,10 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-Grid = tuple[int, int, int]
+from vjepa_jax.base.choices import MASK_KINDS, MASK_MODES
 
-KINDS = ("multiblock", "tube")
-MODES = ("official", "unbiased")
+Grid = tuple[int, int, int]
 
 # Mean counts that the official trimming leaves in batches of 24 per device, by grid and
 # by (num_blocks, spatial_scale): (context, target).
@@ -75,8 +74,8 @@ class MaskSpec:
 
     def __post_init__(self):
         for name, value, known in (
-            ("kind", self.kind, KINDS),
-            ("mode", self.mode, MODES),
+            ("kind", self.kind, MASK_KINDS),
+            ("mode", self.mode, MASK_MODES),
         ):
             if value not in known:
                 raise ValueError(

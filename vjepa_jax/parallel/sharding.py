@@ -1,8 +1,9 @@
 """Where arrays live: the mesh, the one table of rules, shardings of state and batch."""
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -84,6 +85,20 @@ def make_mesh(
         )
     # Auto axes, because Linen's logical constraints reject explicit ones.
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 2)
+
+
+@contextlib.contextmanager
+def use(mesh: Mesh | None) -> Iterator[None]:
+    """Compile and run on a mesh, with the logical axis rules that belong to it.
+
+    Both are needed: without the rules, activations and attention would be replicated.
+
+    Args:
+      mesh: None leaves the mesh and the rules that are in use.
+    """
+    rules = () if mesh is None else RULES
+    with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
+        yield
 
 
 def count_slices(devices: Sequence[Any]) -> int:

@@ -8,7 +8,6 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -90,7 +89,7 @@ class Program:
             donate_argnums=0,
         )
         extra = () if self.teacher is None else (self.teacher_params,)
-        with jax.set_mesh(self.mesh), nn.logical_axis_rules(sharding.RULES):
+        with sharding.use(self.mesh):
             return step.lower(self.abstract_state(), self.abstract_batch(), *extra)
 
 

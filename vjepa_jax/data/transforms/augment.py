@@ -21,14 +21,14 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
 from vjepa_jax.base.errors import UserError
+from vjepa_jax.base.pixels import IMAGENET_MEAN, IMAGENET_STD
 
 Operation = Callable[[Image.Image], Image.Image]
 
 ERASE_MODES = ("pixel", "const")
 
-# Mean and standard deviation of ImageNet's pixels, by which frames are normalised.
-_MEAN = 255 * np.array([0.485, 0.456, 0.406], np.float32)
-_STD = 255 * np.array([0.229, 0.224, 0.225], np.float32)
+_MEAN = 255 * np.array(IMAGENET_MEAN, np.float32)
+_STD = 255 * np.array(IMAGENET_STD, np.float32)
 
 _FILL = (128, 128, 128)  # what an operation moves in from outside the frame
 _ERASE_ATTEMPTS = 100

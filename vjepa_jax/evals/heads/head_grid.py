@@ -4,10 +4,9 @@ All heads see the same batches and differ in initialisation, learning rate and w
 decay. They are one array with a leading axis, and one compiled update trains them all.
 """
 
-import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -171,7 +170,7 @@ class HeadGrid:
 
     def reset(self, seed: int) -> None:
         """Initialises the heads anew; what is compiled stays."""
-        with self._on_mesh():
+        with sharding.use(self.mesh):
             self.state = self._init(jax.random.key(seed))
 
     def update(
@@ -189,7 +188,7 @@ class HeadGrid:
         """
         weights = np.asarray(weights, np.float32)
         placed = self._placed(tokens, labels, weights)
-        with self._on_mesh():
+        with sharding.use(self.mesh):
             self.state, losses = self._update(self.state, *placed)
         return losses
 
@@ -206,22 +205,16 @@ class HeadGrid:
           int32 [H, B, num_best], or several by name where the head gives several.
         """
         (placed,) = self._placed(tokens)
-        with self._on_mesh():
+        with sharding.use(self.mesh):
             best = self._classify(self.state[0], placed, num_best=num_best)
         return jax.tree.map(lambda x: np.asarray(x)[:, : len(tokens)], best)
 
     def predict(self, tokens: np.ndarray) -> np.ndarray:
         """Return the outputs of every head: tokens [B, N, D] to float [H, B, K]."""
         (placed,) = self._placed(tokens)
-        with self._on_mesh():
+        with sharding.use(self.mesh):
             outputs = self._predict(self.state[0], placed)
         return np.asarray(outputs)[:, : len(tokens)]
-
-    @contextlib.contextmanager
-    def _on_mesh(self) -> Iterator[None]:
-        """Let attention see how batches are split, as its kernels are not by XLA."""
-        with jax.set_mesh(self.mesh), nn.logical_axis_rules(sharding.RULES):
-            yield
 
     def _placed(self, *arrays: np.ndarray) -> list[jax.Array]:
         """Split arrays over the devices, filled up with zeros to a multiple of them."""

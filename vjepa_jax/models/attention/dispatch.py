@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from vjepa_jax.base.choices import ATTENTIONS
 from vjepa_jax.models.attention import blockwise, splash
 from vjepa_jax.models.attention.blockwise import OUTPUT_NAME
 from vjepa_jax.models.platform import platform
 
-IMPLS = ("auto", "xla", "blockwise", "cudnn", "splash")
 # Below so many scores per head they fit a CPU's cache, and one matmul is faster.
 _BLOCKWISE_SCORES = 256 * 256
 
@@ -46,7 +46,7 @@ def attention(
       q: [B, N, heads, head_dim].
       k: [B, M, heads, head_dim].
       v: [B, M, heads, head_dim].
-      impl: one of `IMPLS`.
+      impl: one of `choices.ATTENTIONS`.
       mask: bool [N, M], where a query may attend, to one key at least; None:
         everywhere.
 
@@ -68,7 +68,9 @@ def attention(
         kernel = functools.partial(splash.attention, interpret=platform() == "cpu")
         return _over_batch(kernel, q, k, v)
     if impl not in ("xla", "cudnn"):
-        raise ValueError(f"attention '{impl}' is unknown; known: {', '.join(IMPLS)}")
+        raise ValueError(
+            f"attention '{impl}' is unknown; known: {', '.join(ATTENTIONS)}"
+        )
     if impl == "cudnn" and q.dtype not in (jnp.bfloat16, jnp.float16):
         raise ValueError(
             f"attention 'cudnn' takes bfloat16 or float16, not {q.dtype}: use auto or "
