@@ -3,7 +3,7 @@
 # learns, probe what it learned, and write a page that shows it.
 # Safe to interrupt and to run again: what is complete is kept, training resumes.
 #   ./launch/demo.sh [--config.key=value ...]     overrides for the training config
-. "$(dirname "$0")/setup.sh" "" # no extra, nor the overrides that a sourced file would get
+. "$(dirname "$0")/setup.sh" report
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
 python=.venv/bin/python
 run=runs/demo

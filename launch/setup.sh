@@ -10,16 +10,16 @@ if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
   exit 2
 fi
 if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
-  # Missing, or left half made by an interrupted run or for want of python3-venv.
+  # Missing, or incomplete: an earlier run was interrupted or python3-venv was missing.
   if ! "$python" -m venv --clear .venv; then
     echo "error: no virtual environment: install python3-venv (apt install python3-venv)" >&2
     exit 2
   fi
 fi
-# The stamp holds what was installed: setup.py as it was, and the extra.
+# The stamp is pyproject.toml as it was at the last installation of these extras.
 stamp=.venv/installed-${extra:-none}
-if ! cmp -s setup.py "$stamp"; then
+if ! cmp -s pyproject.toml "$stamp"; then
   echo "installing vjepa_jax${extra:+[$extra]} into .venv" >&2
   .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".${extra:+[$extra]}"
-  cp setup.py "$stamp"
+  cp pyproject.toml "$stamp"
 fi

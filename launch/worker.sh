@@ -98,7 +98,7 @@ setup() {
   sudo -n loginctl enable-linger "$(id -un)" 2>/dev/null || true
   make_python
   # shellcheck source=launch/setup.sh
-  . "$root/launch/setup.sh" tpu,gcs
+  . "$root/launch/setup.sh" tpu,gcs,report
   if [[ -n ${1-} ]]; then
     echo "$1" >"$run/bucket"
     mount_bucket "$1"

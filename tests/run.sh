@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Lint and test.   ./tests/run.sh [pytest arguments]
-. "$(dirname "$0")/../launch/setup.sh" test,torch,prepare,tfds
+. "$(dirname "$0")/../launch/setup.sh" test,report,torch,prepare,tfds
 bin=.venv/bin
 "$bin/ruff" check .
 "$bin/ruff" format --check .

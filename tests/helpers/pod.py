@@ -28,12 +28,13 @@ class Pod:
         self.cloud.mkdir()
         fake_gcloud.install(self.cloud, **plan)
         shutil.copytree(ROOT / "launch", self.repo / "launch")
-        (self.repo / "setup.py").write_text("# pins\n")
+        (self.repo / "pyproject.toml").write_text("# pins\n")
         (self.repo / "a file.txt").write_text("tracked\n")
         (self.repo / "untracked.txt").write_text("not tracked\n")
         git = ["git", "-C", self.repo]
         subprocess.run([*git, "init", "-q"], check=True)
-        subprocess.run([*git, "add", "launch", "setup.py", "a file.txt"], check=True)
+        tracked = ("launch", "pyproject.toml", "a file.txt")
+        subprocess.run([*git, "add", *tracked], check=True)
         ours = ("TPU_", "SLURM_", "GIVEN_", "GIT_", "PYTHON")
         self.env = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
         self.env |= {

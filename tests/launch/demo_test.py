@@ -50,7 +50,7 @@ def parse(command):
 def test_it_renders_trains_probes_and_reports(commands):
     assert [command[:2] for command in commands] == [
         ["-m", f"vjepa_jax.{name}"]
-        for name in ("data.prepare", "train", "probe", "probe", "report")
+        for name in ("prepare", "train", "probe", "probe", "report")
     ]
     given = [OVERRIDE in command for command in commands]
     assert given == [True, True, False, False, False]

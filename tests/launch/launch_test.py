@@ -164,7 +164,7 @@ def test_setup_copies_what_git_tracks_and_can_be_repeated(make_pod):
     assert (tree / "launch" / "env.sh").read_text().endswith("# changed\n")
     installs = [call for call in pod.read("pip.jsonl") if call[0] == "install"]
     assert len(installs) == 2, "one per worker: the second set-up installs nothing"
-    assert ".[tpu,gcs]" in installs[0]
+    assert ".[tpu,gcs,report]" in installs[0]
     assert len((pod.home() / "gcsfuse").read_text().splitlines()) == 1
 
 
@@ -174,7 +174,7 @@ def test_setup_brings_its_own_python_where_the_machines_is_old(make_pod):
     pod("setup", "pod")
     pod("setup", "pod")
     installs = pod.read("pip.jsonl")
-    assert installs[0][-1] == "uv" and installs[1][-1] == ".[tpu,gcs]"
+    assert installs[0][-1] == "uv" and installs[1][-1] == ".[tpu,gcs,report]"
     assert len(installs) == 2
     pod("run", "pod", "--", *TRAIN)
     pod.wait_for(lambda: pod.read("trainer.jsonl"))
