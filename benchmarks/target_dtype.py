@@ -25,7 +25,7 @@ BATCH = 32
 SEED = 2024  # of clips; no split of a world has it
 
 
-def losses(model: frozen.Frozen, batches: int) -> dict[str, np.ndarray]:
+def losses(model: frozen.FrozenModel, batches: int) -> dict[str, np.ndarray]:
     """Return {type: the loss of each batch}."""
     (stream,) = streams = build.make_streams(model.config, model.encoder)
     looks = World(size=model.video_shape[1], num_frames=model.video_shape[0])

@@ -25,7 +25,7 @@ from vjepa_jax.config.flags import define_config_flag
 from vjepa_jax.data.sources import factory
 from vjepa_jax.data.stream import streams
 from vjepa_jax.evals import drawing, frozen, registry
-from vjepa_jax.evals.frozen import Frozen
+from vjepa_jax.evals.frozen import FrozenModel
 from vjepa_jax.evals.tokens import features
 from vjepa_jax.parallel import cluster
 from vjepa_jax.program import build
@@ -113,7 +113,7 @@ def _earlier_seconds(run: ConfigDict, folder: pathlib.Path) -> dict[str, float]:
     }
 
 
-def _draw(model: Frozen, seed: int, folder: pathlib.Path) -> None:
+def _draw(model: FrozenModel, seed: int, folder: pathlib.Path) -> None:
     """Draw curves, masks and features of one clip of the world into the workdir."""
     run = model.config
     drawing.draw_curves(metrics.read_metrics(str(folder)), folder / "curves.png")

@@ -18,7 +18,7 @@ from vjepa_jax.evals.anticipation import anticipation
 from vjepa_jax.evals.anticipation.anticipation import Anticipator, make_loss, measure
 from vjepa_jax.evals.anticipation.epic_kitchens import Classes
 from vjepa_jax.evals.classification import Predictions
-from vjepa_jax.evals.frozen import Frozen
+from vjepa_jax.evals.frozen import FrozenModel
 from vjepa_jax.evals.tokens import token_cache
 from vjepa_jax.models.encoder import VideoEncoder
 from vjepa_jax.models.heads import AttentiveClassifier
@@ -55,7 +55,7 @@ def frozen():
     params = init(jax.random.key(0))
     tokens = np.random.default_rng(0).normal(0, 1, (2, 16)).astype(np.float32)
     params["predictor"]["mask_tokens"] = tokens
-    return Frozen(encoder, predictor, params, None, shape, one_device())
+    return FrozenModel(encoder, predictor, params, None, shape, one_device())
 
 
 def make_config(kitchen):
@@ -263,7 +263,7 @@ def test_cached_equals_on_the_fly(
     """And the second time nothing is computed."""
     config.cache.path = str(tmp_path)
     assert anticipation.evaluate(frozen, config) == found_at_first
-    monkeypatch.setattr(Frozen, "anticipate", None)
+    monkeypatch.setattr(FrozenModel, "anticipate", None)
     assert anticipation.evaluate(frozen, config) == found_at_first
 
 

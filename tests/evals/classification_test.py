@@ -13,7 +13,7 @@ from vjepa_jax.data.sources.records import Source
 from vjepa_jax.data.sources.subset import Subset, hold_out
 from vjepa_jax.evals import classification, settings
 from vjepa_jax.evals import frozen as frozen_models
-from vjepa_jax.evals.frozen import Frozen
+from vjepa_jax.evals.frozen import FrozenModel
 from vjepa_jax.evals.tokens import clip_tokens, token_cache
 
 
@@ -163,7 +163,7 @@ def test_cached_equals_on_the_fly(tmp_path, frozen, config, monkeypatch):
     wanted = results_of(config, frozen)
     config.cache.path = str(tmp_path / "cache")
     assert results_of(config, frozen) == wanted
-    monkeypatch.setattr(Frozen, "encode", None)
+    monkeypatch.setattr(FrozenModel, "encode", None)
     assert results_of(config, frozen) == wanted
     assert wanted["accuracy"] > 0.9  # a colour is easy
     assert (
@@ -223,7 +223,7 @@ def test_half_written_cache_is_not_used(tmp_path, frozen, config, monkeypatch):
     for folder in (tmp_path / "cache").iterdir():
         folder.rename(tmp_path / "cache" / f".{folder.name}-x.part")
         (tmp_path / "cache" / f".{folder.name}-x.part" / "tokens.arrayrecord").unlink()
-    encode = Frozen.encode
+    encode = FrozenModel.encode
     calls = []
 
     def failing(self, *args):
@@ -232,10 +232,10 @@ def test_half_written_cache_is_not_used(tmp_path, frozen, config, monkeypatch):
             raise KeyboardInterrupt
         return encode(self, *args)
 
-    monkeypatch.setattr(Frozen, "encode", failing)
+    monkeypatch.setattr(FrozenModel, "encode", failing)
     with pytest.raises(KeyboardInterrupt):
         results_of(config, frozen)
-    monkeypatch.setattr(Frozen, "encode", encode)
+    monkeypatch.setattr(FrozenModel, "encode", encode)
     assert not [p for p in (tmp_path / "cache").iterdir() if p.name[0] != "."]
     assert results_of(config, frozen) == wanted
 
@@ -302,7 +302,9 @@ def test_cache_depends_on_what_tokens_depend_on(tmp_path, frozen, config):
 def test_model_digest_tells_weights_apart(frozen):
     other = jax.tree.map(np.array, frozen.params)
     other["target"]["norm"]["bias"][3] += 1e-6
-    changed = Frozen(frozen.encoder, None, other, None, frozen.video_shape, frozen.mesh)
+    changed = FrozenModel(
+        frozen.encoder, None, other, None, frozen.video_shape, frozen.mesh
+    )
     digests = [token_cache.weights_digest(model) for model in (frozen, changed, frozen)]
     assert digests[0] == digests[2] != digests[1]
 

@@ -18,7 +18,7 @@ from step_setup import one_device
 from vjepa_jax.base.errors import UserError
 from vjepa_jax.config.defaults import get_config
 from vjepa_jax.evals import frozen, registry
-from vjepa_jax.evals.frozen import Frozen
+from vjepa_jax.evals.frozen import FrozenModel
 from vjepa_jax.evals.physics import physics
 from vjepa_jax.evals.physics import videos as physics_data
 from vjepa_jax.evals.physics.physics import (
@@ -54,7 +54,7 @@ def model():
         lambda x: rng.normal(0, 0.5, x.shape).astype(np.float32),
         nn.unbox(jax.eval_shape(init, jax.random.key(0))),
     )
-    return Frozen(encoder, predictor, params, config, shape, one_device())
+    return FrozenModel(encoder, predictor, params, config, shape, one_device())
 
 
 def random_videos(rng, *lengths):

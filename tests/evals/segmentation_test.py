@@ -13,7 +13,7 @@ from step_setup import one_device
 from vjepa_jax.base.errors import UserError
 from vjepa_jax.data.clips import label_images
 from vjepa_jax.evals import registry, settings
-from vjepa_jax.evals.frozen import Frozen
+from vjepa_jax.evals.frozen import FrozenModel
 from vjepa_jax.evals.heads.head_grid import HeadGrid, Schedules
 from vjepa_jax.evals.segmentation import confusion, segmentation
 from vjepa_jax.evals.segmentation import pairs as mask_lists
@@ -67,7 +67,7 @@ def frozen():
     init = jax.jit(encoder.init)
     params = nn.unbox(init(jax.random.key(0), jnp.zeros((1, *shape))))
     mesh = sharding.make_mesh()
-    return Frozen(encoder, None, {"target": params["params"]}, None, shape, mesh)
+    return FrozenModel(encoder, None, {"target": params["params"]}, None, shape, mesh)
 
 
 @pytest.fixture

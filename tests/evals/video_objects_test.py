@@ -13,7 +13,7 @@ from vjepa_jax.base.errors import UserError
 from vjepa_jax.data.clips import label_images
 from vjepa_jax.data.sources import davis
 from vjepa_jax.evals import registry, settings
-from vjepa_jax.evals.frozen import Frozen
+from vjepa_jax.evals.frozen import FrozenModel
 from vjepa_jax.evals.tokens.frame_features import FrameEncoder
 from vjepa_jax.evals.video_objects import region_metrics, video_objects
 from vjepa_jax.models.encoder import VideoEncoder
@@ -28,7 +28,7 @@ def make_frozen(**fields):
     init = jax.jit(encoder.init)
     params = nn.unbox(init(jax.random.key(0), jnp.zeros((1, *SHAPE))))
     mesh = sharding.make_mesh()
-    return Frozen(encoder, None, {"target": params["params"]}, None, SHAPE, mesh)
+    return FrozenModel(encoder, None, {"target": params["params"]}, None, SHAPE, mesh)
 
 
 @pytest.fixture(scope="module")

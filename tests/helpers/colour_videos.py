@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import video_files
 
-from vjepa_jax.evals.frozen import Frozen
+from vjepa_jax.evals.frozen import FrozenModel
 from vjepa_jax.models.encoder import VideoEncoder
 from vjepa_jax.parallel import sharding
 
@@ -35,4 +35,4 @@ def make_frozen(depth):
     init = jax.jit(encoder.init)
     params = nn.unbox(init(jax.random.key(0), jnp.zeros((1, *shape))))
     mesh = sharding.make_mesh()
-    return Frozen(encoder, None, {"target": params["params"]}, None, shape, mesh)
+    return FrozenModel(encoder, None, {"target": params["params"]}, None, shape, mesh)

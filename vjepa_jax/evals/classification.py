@@ -31,7 +31,7 @@ from vjepa_jax.data.sources.records import Source
 from vjepa_jax.data.sources.subset import hold_out
 from vjepa_jax.data.transforms.transforms import ClipTransform
 from vjepa_jax.evals import settings
-from vjepa_jax.evals.frozen import Frozen, beside_untrained
+from vjepa_jax.evals.frozen import FrozenModel, beside_untrained
 from vjepa_jax.evals.heads.head_grid import HeadGrid, Schedules, describe, lowest
 from vjepa_jax.evals.tokens import clip_tokens, token_cache
 from vjepa_jax.evals.tokens.clip_tokens import TokenBatch, Videos
@@ -65,7 +65,7 @@ class Predictions:
         return np.array([accuracy_score(self.labels, b[:, 0]) for b in self.best])
 
 
-def evaluate(frozen: Frozen, config: ConfigDict) -> dict[str, dict[str, Any]]:
+def evaluate(frozen: FrozenModel, config: ConfigDict) -> dict[str, dict[str, Any]]:
     """Train heads on a data set's videos and judge them.
 
     Args:
@@ -91,7 +91,7 @@ def evaluate(frozen: Frozen, config: ConfigDict) -> dict[str, dict[str, Any]]:
     return beside_untrained(lambda model: _evaluate(model, config), frozen, config)
 
 
-def _evaluate(frozen: Frozen, config: ConfigDict) -> dict[str, Any]:
+def _evaluate(frozen: FrozenModel, config: ConfigDict) -> dict[str, Any]:
     data = config.data
     test = clip_tokens.open_source(config, "test_path")
     fit, held_out = open_training(config)
@@ -174,7 +174,7 @@ class Preparation:
 
     def __init__(
         self,
-        frozen: Frozen,
+        frozen: FrozenModel,
         config: ConfigDict,
         make_videos: Callable[[Source, int], Videos],
         with_predictor: bool = False,
@@ -251,7 +251,7 @@ def epochs_order(count: int, batch_size: int, steps: int, seed: int) -> np.ndarr
 
 
 def train(
-    frozen: Frozen,
+    frozen: FrozenModel,
     config: ConfigDict,
     head: nn.Module,
     batches: Iterator[TokenBatch],
@@ -300,7 +300,7 @@ def train(
 
 
 def make_head(
-    config: ConfigDict, frozen: Frozen, num_classes: int
+    config: ConfigDict, frozen: FrozenModel, num_classes: int
 ) -> AttentiveClassifier | LinearClassifier:
     """Make the head of the config, see `make_attentive_head`."""
     if config.head.kind == "linear":
@@ -311,7 +311,7 @@ def make_head(
 
 def make_attentive_head(
     config: ConfigDict,
-    frozen: Frozen,
+    frozen: FrozenModel,
     width: int,
     num_classes: int = 0,
     outputs: tuple[tuple[str, int], ...] = (),

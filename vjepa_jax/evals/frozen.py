@@ -1,4 +1,4 @@
-"""A trained model with its weights frozen: what every evaluation starts from."""
+"""A trained model with frozen weights: what every evaluation starts from."""
 
 import dataclasses
 import functools
@@ -14,9 +14,10 @@ from jax.sharding import Mesh
 from vjepa_jax.base.errors import UserError
 from vjepa_jax.config.defaults import MAIN_STREAM, ConfigDict
 from vjepa_jax.config.saved import restored
-from vjepa_jax.evals import forward
-from vjepa_jax.models.encoder import VideoEncoder
+from vjepa_jax.models.encoder import VideoEncoder, normalise
+from vjepa_jax.models.layers import take_tokens
 from vjepa_jax.models.predictor import Predictor
+from vjepa_jax.objective import losses
 from vjepa_jax.objective.state import TrainState, unbox
 from vjepa_jax.parallel import sharding
 from vjepa_jax.program import build
@@ -25,16 +26,16 @@ from vjepa_jax.run import checkpoint
 
 
 @dataclasses.dataclass(frozen=True)
-class Frozen:
-    """A checkpoint's modules and weights, laid out on a mesh.
+class FrozenModel:
+    """Modules and weights of a checkpoint, placed on a mesh.
 
     Attributes:
       encoder: module of both encoders.
       predictor: module; None where the checkpoint has no weights for it.
       params: `target` and, where there is a predictor, `encoder` and `predictor`.
-      config: of the run, or as the conversion made it.
-      video_shape: (T, H, W, C) of the clips it was trained on.
-      mesh: of the devices that compute; batches are split over all of them.
+      config: of the run, or written by the conversion.
+      video_shape: (T, H, W, C) of the clips of training.
+      mesh: devices that compute; every batch is sharded over all of them.
     """
 
     encoder: VideoEncoder
@@ -45,68 +46,50 @@ class Frozen:
     mesh: Mesh
 
     def call(self, function: Callable[..., Any], *batch: np.ndarray, **static) -> Any:
-        """Call a jitted function on a batch that is split over the mesh.
+        """Call a jitted function on a batch that is sharded over the mesh.
 
         Args:
-          function: `function(params, *batch, **static)`, jitted, to arrays whose first
-            axis is the batch. Compiled once for all models of one architecture.
-          batch: videos [B, T, H, W, 3] of any B, and what else there is of each of them
-            [B, ...]; whole on every process. What is missing to a multiple of the
-            devices is filled up and left out of the result.
+          function: `function(params, *batch, **static)`, jitted; returns arrays whose
+            first axis is the batch. Models of one architecture share its compilation.
+          batch: videos [B, T, H, W, 3] of any B, and further arrays [B, ...]; every
+            process has all rows. Zeros fill the batch up to a multiple of the devices;
+            their results are dropped.
           static: further arguments, hashable.
 
         Returns:
-          Its arrays on the host, whole on every process of the mesh.
+          The function's arrays on the host, with all rows on every process.
         """
         count = len(batch[0])
-        missing = -count % self.mesh.size
-        batch = [np.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1)) for x in batch]
+        rows = fill_up(batch, self.mesh.size)
         with sharding.use(self.mesh):
             over_devices = sharding.batch_sharding(self.mesh)
             placed = [
                 jax.make_array_from_callback(x.shape, over_devices, x.__getitem__)
-                for x in batch
+                for x in rows
             ]
-            found = function(self.params, *placed, **static)
-            found = _to_host(found)
-            return jax.tree.map(lambda x: x[:count], found)
+            results = _to_host(function(self.params, *placed, **static))
+            return jax.tree.map(lambda x: x[:count], results)
 
-    def encode(
-        self,
-        video: np.ndarray,
-        out_layers: Sequence[int] = (),
-        params_of: str = "target",
-    ) -> np.ndarray:
-        """Encode clips.
+    def encode(self, video: np.ndarray, out_layers: Sequence[int] = ()) -> np.ndarray:
+        """Encode clips by the target encoder.
 
         Args:
-          video: uint8 [B, T, H, W, 3] of a size that tubelets fill.
-          out_layers: blocks, counted from 0, whose outputs are wanted instead of the
-            features, each through the last layer norm, side by side in the channels.
-          params_of: `target`, or `encoder` for the online encoder.
+          video: uint8 [B, T, H, W, 3]; tubelets must fill the clips.
+          out_layers: blocks, counted from 0, whose outputs are returned instead of the
+            features, each through the last layer norm, concatenated in the channels.
 
         Returns:
-          Tokens, float32 [B, T', S, D]: T' time steps of S places.
+          Tokens, float32 [B, T', S, D]: T' time steps of S positions.
 
         Raises:
-          UserError: tubelets do not fill the clips, there is no such block, or the
-            checkpoint has no online encoder.
+          UserError: tubelets do not fill the clips, or there is no such block.
         """
-        out_layers = tuple(out_layers)
-        if any(not 0 <= layer < self.encoder.depth for layer in out_layers):
-            last = self.encoder.depth - 1
-            raise UserError(f"out_layers={out_layers}: the blocks are 0 to {last}")
-        if params_of not in self.params:
-            raise UserError(f"the checkpoint has no '{params_of}' to encode with")
-        grid = self.grid(video.shape)
+        out_layers = require_blocks(self.encoder, out_layers)
+        time_steps, height, width = self.grid(video.shape)
         tokens = self.call(
-            forward.encode,
-            video,
-            encoder=self.encoder,
-            out_layers=out_layers,
-            params_of=params_of,
+            _encode_by_target, video, encoder=self.encoder, out_layers=out_layers
         )
-        return tokens.reshape(len(video), grid[0], grid[1] * grid[2], -1)
+        return tokens.reshape(len(video), time_steps, height * width, -1)
 
     def predict(
         self,
@@ -118,22 +101,22 @@ class Frozen:
         """Predict the features of hidden tokens from visible ones.
 
         Args:
-          video: uint8 [B, T, H, W, 3] of a size that tubelets fill.
-          ctx_idx: [K], the tokens that the online encoder sees in every clip.
+          video: uint8 [B, T, H, W, 3]; tubelets must fill the clips.
+          ctx_idx: [K], the tokens of every clip that the online encoder sees.
           tgt_idx: [M], the tokens to predict.
-          mask_index: which of the predictor's mask tokens stands for them.
+          mask_index: index of the predictor's mask token to use.
 
         Returns:
-          The predictions and the target encoder's features of the whole clip at the
-          same places, layer-normalised as in training; both float32 [B, M, D].
+          Predictions, and features of the same tokens by the target encoder from the
+          whole clip, layer-normalised as in training; both float32 [B, M, D].
 
         Raises:
-          UserError: tubelets do not fill the clips, or `require_predictor` does.
+          UserError: tubelets do not fill the clips; and see `require_predictor`.
         """
         self.require_predictor(mask_index)
         self.grid(video.shape)
         return self.call(
-            forward.predict,
+            _predict,
             video,
             encoder=self.encoder,
             predictor=self.predictor,
@@ -149,31 +132,32 @@ class Frozen:
         num_steps: int = 1,
         mask_index: int = 0,
     ) -> np.ndarray:
-        """Encode clips and predict the features of what comes some time after each.
+        """Encode clips and predict features of a later time.
 
-        As in V-JEPA 2's action anticipation (`evals/action_anticipation_frozen`), and
-        unlike `predict`, the predictor sees the target encoder's features.
+        As in V-JEPA 2's action anticipation (`evals/action_anticipation_frozen`), the
+        predictor sees the features of the target encoder, not, as in `predict`, those
+        of the online encoder.
 
         Args:
-          video: uint8 [B, T, H, W, 3] of a size that tubelets fill.
+          video: uint8 [B, T, H, W, 3]; tubelets must fill the clips.
           steps_ahead: int [B], time steps of tokens from the end of each clip to the
-            first one to predict.
+            first step to predict.
           num_steps: time steps to predict, P.
-          mask_index: which of the predictor's mask tokens stands for them.
+          mask_index: index of the predictor's mask token to use.
 
         Returns:
-          The clips' features and after them the predictions, float32
-          [B, (T' + P) * S, D]: T' time steps of S places.
+          The features of the clips, followed by the predictions, float32
+          [B, (T' + P) * S, D]: T' time steps of S positions.
 
         Raises:
-          UserError: tubelets do not fill the clips, the predictor has no such
-            positions, or `require_predictor` does.
+          UserError: tubelets do not fill the clips, or the predictor has no such
+            positions; and see `require_predictor`.
         """
         self.require_predictor(mask_index)
         grid, predictor = self.grid(video.shape), self.predictor
         steps_ahead = np.asarray(steps_ahead, np.int32)
         if predictor.pos_embed == "sincos":
-            # Unlike a rotation, a table ends, and beyond it nothing was trained.
+            # A table has an end, beyond which nothing was trained; a rotation has none.
             last, known = grid[0] + steps_ahead.max() + num_steps, predictor.base_grid
             if last > known[0]:
                 raise UserError(
@@ -183,7 +167,7 @@ class Frozen:
                 )
             grid = known[0], *grid[1:]
         return self.call(
-            forward.anticipate,
+            _anticipate,
             video,
             steps_ahead,
             encoder=self.encoder,
@@ -204,7 +188,7 @@ class Frozen:
         """Raise UserError unless there is a predictor of the target's features.
 
         Args:
-          mask_index: of its mask tokens, which has to be there.
+          mask_index: a mask token that the predictor must have.
         """
         if self.predictor is None:
             raise UserError(
@@ -213,9 +197,9 @@ class Frozen:
             )
         if self.predictor.out_dim != self.encoder.out_dim:
             raise UserError(
-                f"the predictor gives {self.predictor.out_dim} channels, a teacher's "
-                f"or pixels, and the target encoder has {self.encoder.out_dim}: "
-                "nothing compares"
+                f"the predictor's output has {self.predictor.out_dim} channels (a "
+                "teacher's features, or pixels), and the target encoder has "
+                f"{self.encoder.out_dim}: they cannot be compared"
             )
         count = self.predictor.num_mask_tokens
         if not 0 <= mask_index < count:
@@ -225,8 +209,24 @@ class Frozen:
             )
 
 
+def require_blocks(encoder: VideoEncoder, out_layers: Sequence[int]) -> tuple[int, ...]:
+    """Return the block numbers, or raise UserError if one does not exist."""
+    if any(not 0 <= layer < encoder.depth for layer in out_layers):
+        last = encoder.depth - 1
+        raise UserError(f"out_layers={tuple(out_layers)}: the blocks are 0 to {last}")
+    return tuple(out_layers)
+
+
+def fill_up(batch: Sequence[np.ndarray], unit: int) -> list[np.ndarray]:
+    """Append rows of zeros to arrays [B, ...], up to a multiple of `unit` rows."""
+    missing = -len(batch[0]) % unit
+    if not missing:  # np.pad would copy
+        return list(batch)
+    return [np.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1)) for x in batch]
+
+
 def _to_host(tree: Any) -> Any:
-    """Return arrays whole; what only other processes have is gathered by all."""
+    """Return arrays with all rows; all processes of a mesh gather what is sharded."""
 
     def one(x):
         is_here = x.is_fully_addressable or x.is_fully_replicated
@@ -239,16 +239,16 @@ def _to_host(tree: Any) -> Any:
     return jax.tree.map(one, tree)
 
 
-def load(path: str, step: int | None = None, mesh: Mesh | None = None) -> Frozen:
+def load(path: str, step: int | None = None, mesh: Mesh | None = None) -> FrozenModel:
     """Load a run's checkpoint or converted weights.
 
     Args:
-      path: the workdir of a run, or the folder of a conversion.
-      step: a saved step; None takes the latest.
-      mesh: where to compute; None: all devices share every batch.
+      path: workdir of a run, or folder of a conversion.
+      step: a saved step; None: the latest.
+      mesh: devices that compute; None: all devices, with replicated weights.
 
     Raises:
-      UserError: there is no such checkpoint, or no encoder in it.
+      UserError: there is no such checkpoint, or it holds no encoder.
     """
     params, meta = checkpoint.restore_models(path, step)
     kind = meta.get("kind", "pretraining")
@@ -256,7 +256,7 @@ def load(path: str, step: int | None = None, mesh: Mesh | None = None) -> Frozen
         raise UserError(f"{path} holds a {kind}, not an encoder")
     config = restored(meta["config"])
     encoder, predictor = build.make_models(config)
-    # The predictor of robots' actions is another module.
+    # An action-conditioned predictor is another module.
     if "predictor" not in params or kind == "action":
         params, predictor = {"target": params["target"]}, None
     else:
@@ -267,15 +267,15 @@ def load(path: str, step: int | None = None, mesh: Mesh | None = None) -> Frozen
     # From the host: devices of several processes do not take each other's arrays.
     params = jax.tree.map(np.asarray, params)
     placed = jax.device_put(params, sharding.state_shardings(init, mesh))
-    return Frozen(encoder, predictor, placed, config, video_shape, mesh)
+    return FrozenModel(encoder, predictor, placed, config, video_shape, mesh)
 
 
-def from_state(program: Program, state: TrainState) -> Frozen:
-    """Return the model in a run's hands.
+def from_state(program: Program, state: TrainState) -> FrozenModel:
+    """Return the model of a run in progress; every process calls.
 
-    In one process the weights are the state's own arrays, on the run's mesh, which the
-    next update takes away. In several, each process gets a copy on its own devices, so
-    that whatever it computes with the model waits for no other; all of them call.
+    In one process the weights are the state's own arrays, on the run's mesh; the next
+    update donates them. With several processes each gets a copy on its own devices, so
+    that it can compute without the others.
 
     Args:
       program: of the run.
@@ -285,36 +285,40 @@ def from_state(program: Program, state: TrainState) -> Frozen:
     video_shape = build.video_shapes(config)[MAIN_STREAM]
     params = {"target": state.target, **state.params}
     if mesh.is_multi_process:
-        # Split over the devices as in the run, since it may not fit one of them.
+        # Sharded if the run's weights are: they may not fit on one device.
         fsdp = 0 if mesh.shape["fsdp"] > 1 else 1
         mesh = sharding.make_mesh(fsdp=fsdp, devices=list(mesh.local_devices))
         init = _make_init(program.encoder, program.predictor, video_shape)
         shardings = sharding.state_shardings(init, mesh)
-        # One array at a time is whole on the host.
+        # The host holds one complete array at a time.
         params = jax.tree.map(
             lambda x, s: jax.device_put(_to_host(x), s), params, shardings
         )
-    return Frozen(program.encoder, program.predictor, params, config, video_shape, mesh)
+    return FrozenModel(
+        program.encoder, program.predictor, params, config, video_shape, mesh
+    )
 
 
-def random_init(frozen: Frozen, seed: int) -> Frozen:
+def random_init(model: FrozenModel, seed: int) -> FrozenModel:
     """Return an untrained model of the same architecture.
 
-    Its target encoder is its online encoder, as at the start of a run.
+    Its target encoder equals its online encoder, as at the start of a run.
     """
-    parts = frozen.encoder, frozen.predictor, frozen.video_shape, frozen.mesh
+    parts = model.encoder, model.predictor, model.video_shape, model.mesh
     params = unbox(_compiled_init(*parts)(jax.random.key(seed)))
-    return dataclasses.replace(frozen, params=params)
+    return dataclasses.replace(model, params=params)
 
 
 def beside_untrained(
-    measure: Callable[[Frozen], Mapping[str, Any]], model: Frozen, config: ConfigDict
+    measure: Callable[[FrozenModel], Mapping[str, Any]],
+    model: FrozenModel,
+    config: ConfigDict,
 ) -> dict[str, dict[str, Any]]:
     """Measure a model and, with `config.random_init`, an untrained one beside it.
 
     Args:
       measure: from a model to {measure: value}.
-      model: what is judged.
+      model: to evaluate.
       config: of the evaluation.
 
     Returns:
@@ -329,17 +333,17 @@ def beside_untrained(
     }
 
 
-@functools.lru_cache(maxsize=2)  # of many seeds, the first alone is compiled
+@functools.lru_cache(maxsize=2)  # one compilation for all seeds
 def _compiled_init(encoder, predictor, video_shape, mesh):
     init = _make_init(encoder, predictor, video_shape)
     return jax.jit(init, out_shardings=sharding.state_shardings(init, mesh))
 
 
 def _make_init(encoder, predictor, video_shape):
-    """Make the function from a key to boxed `Frozen.params`."""
+    """Make the function from a key to boxed `FrozenModel.params`."""
 
     def init(key):
-        # Not the run's own seed: that encoder is where the run started.
+        # Keys differ from those of training: a run with this seed started elsewhere.
         video = jnp.zeros((1, *video_shape))
         weights = encoder.init(jax.random.fold_in(key, 1), video)["params"]
         if predictor is None:
@@ -355,3 +359,118 @@ def _make_init(encoder, predictor, video_shape):
         return {"target": weights, "encoder": weights, "predictor": of_predictor}
 
     return init
+
+
+# ------------------------------------------------------------- what the models compute
+
+
+@functools.partial(jax.jit, static_argnames=("encoder", "out_layers"))
+def encode(
+    params: Any,
+    video: jax.Array,
+    *,
+    encoder: VideoEncoder,
+    out_layers: tuple[int, ...] = (),
+) -> jax.Array:
+    """Encode clips; every new shape compiles once for all models of an architecture.
+
+    Args:
+      params: of the encoder.
+      video: [B, T, H, W, 3], uint8, or float and normalised.
+      encoder: module.
+      out_layers: see `FrozenModel.encode`.
+
+    Returns:
+      Tokens, float32 [B, N, D].
+    """
+    if video.dtype == jnp.uint8:
+        video = normalise(video)
+    tokens = encoder.apply({"params": params}, video, out_layers=out_layers)
+    if out_layers:
+        tokens = jnp.concatenate([*tokens], axis=-1)
+    return tokens.astype(jnp.float32)
+
+
+def _encode_by_target(params, video, **static):
+    return encode(params["target"], video, **static)
+
+
+def target_features(params: Any, video: jax.Array, encoder: VideoEncoder) -> jax.Array:
+    """Return the features that the predictor was trained to predict.
+
+    Args:
+      params: see `FrozenModel`.
+      video: normalised, float [B, T, H, W, 3].
+      encoder: module.
+
+    Returns:
+      float32 [B, N, D].
+    """
+    features = encoder.apply({"params": params["target"]}, video)
+    return losses.normalise_target(features, encoder.num_levels)
+
+
+def predicted_features(
+    params: Any,
+    video: jax.Array,
+    encoder: VideoEncoder,
+    predictor: Predictor,
+    ctx_idx: Sequence[int],
+    tgt_idx: Sequence[int],
+    mask_index: int,
+) -> jax.Array:
+    """Return the prediction of `tgt_idx` [M] from `ctx_idx` [K]: float32 [B, M, D]."""
+    ctx_idx, tgt_idx = (
+        jnp.broadcast_to(jnp.asarray(idx, jnp.int32), (len(video), len(idx)))
+        for idx in (ctx_idx, tgt_idx)
+    )
+    context = encoder.apply({"params": params["encoder"]}, video, ctx_idx)
+    prediction, _ = predictor.apply(
+        {"params": params["predictor"]},
+        context,
+        ctx_idx,
+        tgt_idx,
+        encoder.grid(video.shape),
+        mask_index=mask_index,
+        is_image=encoder.is_image(video.shape),
+    )
+    return prediction.astype(jnp.float32)
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("encoder", "predictor", "ctx_idx", "tgt_idx", "mask_index"),
+)
+def _predict(params, video, *, encoder, predictor, ctx_idx, tgt_idx, mask_index):
+    video = normalise(video)
+    prediction = predicted_features(
+        params, video, encoder, predictor, ctx_idx, tgt_idx, mask_index
+    )
+    features = target_features(params, video, encoder)
+    wanted = jnp.broadcast_to(jnp.asarray(tgt_idx), (len(video), len(tgt_idx)))
+    return prediction, take_tokens(features, wanted)
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("encoder", "predictor", "grid", "num_steps", "mask_index"),
+)
+def _anticipate(
+    params, video, steps_ahead, *, encoder, predictor, grid, num_steps, mask_index
+):
+    """See `FrozenModel.anticipate`; `grid` is that of the predictor's positions."""
+    video = normalise(video)
+    features = encoder.apply({"params": params["target"]}, video)
+    batch, count, _ = features.shape
+    per_step = grid[1] * grid[2]
+    first = count + steps_ahead[:, None] * per_step
+    prediction, _ = predictor.apply(
+        {"params": params["predictor"]},
+        features,
+        jnp.broadcast_to(jnp.arange(count), (batch, count)),
+        first + jnp.arange(num_steps * per_step),
+        grid,
+        mask_index=mask_index,
+    )
+    tokens = jnp.concatenate([features, prediction], axis=1)
+    return tokens.astype(jnp.float32)

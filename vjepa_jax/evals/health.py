@@ -16,12 +16,12 @@ from vjepa_jax.base.errors import UserError
 from vjepa_jax.config.defaults import ConfigDict
 from vjepa_jax.data.sources.subset import Subset, evenly_spread
 from vjepa_jax.evals import settings
-from vjepa_jax.evals.frozen import Frozen, beside_untrained
+from vjepa_jax.evals.frozen import FrozenModel, beside_untrained
 from vjepa_jax.evals.tokens import clip_tokens
 from vjepa_jax.objective import losses
 
 
-def evaluate(frozen: Frozen, config: ConfigDict) -> dict[str, dict[str, Any]]:
+def evaluate(frozen: FrozenModel, config: ConfigDict) -> dict[str, dict[str, Any]]:
     """Describe the features of a data set's videos; labels are not used.
 
     Args:
@@ -41,7 +41,7 @@ def evaluate(frozen: Frozen, config: ConfigDict) -> dict[str, dict[str, Any]]:
     source = clip_tokens.open_source(config, "test_path")
     source = Subset(source, evenly_spread(len(source), config.num_videos))
 
-    def describe(model: Frozen) -> dict[str, float]:
+    def describe(model: FrozenModel) -> dict[str, float]:
         videos = clip_tokens.make_videos(model, config, source, False, num_views=1)
         return measure(*_read(videos, config))
 

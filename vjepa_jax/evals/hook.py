@@ -23,7 +23,7 @@ from vjepa_jax.data.sources.records import Source
 from vjepa_jax.data.stream import streams
 from vjepa_jax.data.stream.read_all import read_all
 from vjepa_jax.evals import drawing, frozen, registry
-from vjepa_jax.evals.frozen import Frozen
+from vjepa_jax.evals.frozen import FrozenModel
 from vjepa_jax.objective.state import TrainState
 from vjepa_jax.parallel import distributed, sharding
 from vjepa_jax.program import build
@@ -192,7 +192,7 @@ def _value(text: str) -> Any:
         return text
 
 
-def _evaluate(found: Found, name: str, model: Frozen, config: ConfigDict) -> None:
+def _evaluate(found: Found, name: str, model: FrozenModel, config: ConfigDict) -> None:
     began = time.perf_counter()
     scalars = flatten_results(registry.evaluate(model, config))
     found.scalars.update({f"{PREFIX}{name}/{k}": v for k, v in scalars.items()})
@@ -218,7 +218,7 @@ def flatten_results(results: Mapping[str, Any]) -> dict[str, float]:
     return flat
 
 
-def _draw(found: Found, model: Frozen, source: Source, step: int) -> None:
+def _draw(found: Found, model: FrozenModel, source: Source, step: int) -> None:
     """Draw masks, and features as colours, on some of the run's clips."""
     run = model.config
     count = run.log.image_clips

@@ -15,14 +15,14 @@ from sklearn.preprocessing import normalize
 from vjepa_jax.base.errors import UserError
 from vjepa_jax.config.defaults import ConfigDict
 from vjepa_jax.evals import settings
-from vjepa_jax.evals.frozen import Frozen, beside_untrained
+from vjepa_jax.evals.frozen import FrozenModel, beside_untrained
 from vjepa_jax.evals.heads import probes
 from vjepa_jax.evals.tokens import clip_tokens
 
 _LINEAR_PENALTY = 2e-2  # L2 per sample
 
 
-def evaluate(frozen: Frozen, config: ConfigDict) -> dict[str, dict[str, Any]]:
+def evaluate(frozen: FrozenModel, config: ConfigDict) -> dict[str, dict[str, Any]]:
     """Classify the test videos by the training videos that are nearest to them.
 
     Args:
@@ -48,7 +48,7 @@ def evaluate(frozen: Frozen, config: ConfigDict) -> dict[str, dict[str, Any]]:
         clip_tokens.require_labels(source, num_classes)
     require_shots(sources[0].labels, tuple(config.shots))
 
-    def measure(model: Frozen) -> dict[str, float]:
+    def measure(model: FrozenModel) -> dict[str, float]:
         train, test = (
             pooled_features(
                 clip_tokens.make_videos(model, config, source, True), config

@@ -7,14 +7,14 @@ from vjepa_jax.base.errors import UserError
 from vjepa_jax.config.defaults import ConfigDict
 from vjepa_jax.evals import classification, health, neighbours, world_state
 from vjepa_jax.evals.anticipation import anticipation
-from vjepa_jax.evals.frozen import Frozen
+from vjepa_jax.evals.frozen import FrozenModel
 from vjepa_jax.evals.physics import physics
 from vjepa_jax.evals.segmentation import segmentation
 from vjepa_jax.evals.video_objects import video_objects
 
 # (frozen, config) -> {measure: number, or {column: number}}; opens its own data. Under
 # `CONFUSION`, where there is one, {column: confusion matrix, a list of rows}.
-Evaluation = Callable[[Frozen, ConfigDict], dict[str, Any]]
+Evaluation = Callable[[FrozenModel, ConfigDict], dict[str, Any]]
 
 CONFUSION = "confusion"
 
@@ -42,6 +42,6 @@ def find(config: ConfigDict) -> Evaluation:
     return EVALUATIONS[config.evaluation]
 
 
-def evaluate(frozen: Frozen, config: ConfigDict) -> dict[str, Any]:
+def evaluate(frozen: FrozenModel, config: ConfigDict) -> dict[str, Any]:
     """Run the evaluation that a config names; errors are those of `find` and its."""
     return find(config)(frozen, config)

@@ -16,7 +16,7 @@ from vjepa_jax.config.defaults import ConfigDict
 from vjepa_jax.data.sources import factory
 from vjepa_jax.data.stream import streams
 from vjepa_jax.data.stream.reading import Reading
-from vjepa_jax.evals.frozen import Frozen, random_init
+from vjepa_jax.evals.frozen import FrozenModel, random_init
 from vjepa_jax.evals.heads import probes
 from vjepa_jax.evals.heads.probes import Training
 from vjepa_jax.evals.tokens.features import Encode, Features, extract, make_pixel_encode
@@ -222,7 +222,7 @@ def chance() -> dict[str, float]:
     return {m: accuracy if m.endswith("accuracy") else 0.0 for m in MEASURES}
 
 
-def evaluate(frozen: Frozen, config: ConfigDict) -> dict[str, dict[str, Any]]:
+def evaluate(frozen: FrozenModel, config: ConfigDict) -> dict[str, dict[str, Any]]:
     """Probe a run of the world; with `random_init`, what was not trained as well.
 
     Args:

@@ -16,7 +16,7 @@ from vjepa_jax.data.stream import streams
 from vjepa_jax.data.stream.read_all import read_all
 from vjepa_jax.data.stream.reading import Reading
 from vjepa_jax.evals.drawing import per_pixel, principal_colours
-from vjepa_jax.evals.frozen import Frozen
+from vjepa_jax.evals.frozen import FrozenModel
 from vjepa_jax.objective import masking
 from vjepa_jax.report.media import Film, film
 from vjepa_jax.world.motion import CLASSES
@@ -155,7 +155,7 @@ class Encoded:
     pooled: np.ndarray
 
 
-def encode(models: dict[str, Frozen], video: np.ndarray) -> dict[str, Encoded]:
+def encode(models: dict[str, FrozenModel], video: np.ndarray) -> dict[str, Encoded]:
     """Encode clips with several networks, as many as the first has the time for."""
     encoded: dict[str, Encoded] = {}
     for name, model in models.items():

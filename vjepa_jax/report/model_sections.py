@@ -6,7 +6,7 @@ from typing import Any
 
 from vjepa_jax.config.defaults import MAIN_STREAM
 from vjepa_jax.evals import frozen as frozen_models
-from vjepa_jax.evals.frozen import Frozen
+from vjepa_jax.evals.frozen import FrozenModel
 from vjepa_jax.program import build
 from vjepa_jax.report import clips, surprise
 from vjepa_jax.report.clips import Clips, Encoded
@@ -28,15 +28,15 @@ class Seen:
     encoded: dict[str, Encoded]
 
 
-def grouped(models: dict[str, Frozen]) -> list[dict[str, Frozen]]:
+def grouped(models: dict[str, FrozenModel]) -> list[dict[str, FrozenModel]]:
     """Put models together that take clips of one shape, and so can see the same."""
-    groups: dict[tuple[int, ...], dict[str, Frozen]] = {}
+    groups: dict[tuple[int, ...], dict[str, FrozenModel]] = {}
     for label, model in models.items():
         groups.setdefault(model.video_shape, {})[label] = model
     return [*groups.values()]
 
 
-def see(section: Section, groups: Sequence[dict[str, Frozen]]) -> list[Seen]:
+def see(section: Section, groups: Sequence[dict[str, FrozenModel]]) -> list[Seen]:
     """Read clips of the data of each group's first model, and encode them.
 
     Args:
@@ -53,7 +53,7 @@ def see(section: Section, groups: Sequence[dict[str, Frozen]]) -> list[Seen]:
     return seen
 
 
-def masks(models: dict[str, Frozen]) -> Section:
+def masks(models: dict[str, FrozenModel]) -> Section:
     """Masks as they fall on clips, of every stream."""
     section = Section(
         "masks",
@@ -116,7 +116,7 @@ def neighbours(seen: Sequence[Seen]) -> Section:
     return section
 
 
-def physics(groups: Sequence[dict[str, Frozen]]) -> Section:
+def physics(groups: Sequence[dict[str, FrozenModel]]) -> Section:
     """Surprise under possible and impossible videos."""
     section = Section("physics", "Surprise")
     for models in groups:

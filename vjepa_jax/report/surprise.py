@@ -9,7 +9,7 @@ from vjepa_jax.config.defaults import ConfigDict
 from vjepa_jax.data.clips import reader
 from vjepa_jax.data.sources.records import Record
 from vjepa_jax.data.transforms import transforms
-from vjepa_jax.evals.frozen import Frozen
+from vjepa_jax.evals.frozen import FrozenModel
 from vjepa_jax.evals.physics import physics
 from vjepa_jax.report import figures
 from vjepa_jax.report.figures import Figure, Line
@@ -96,7 +96,7 @@ def make_pairs(config: ConfigDict) -> list[Pair]:
 
 
 def per_frame(
-    frozen: Frozen, videos: list[np.ndarray], num_context: int
+    frozen: FrozenModel, videos: list[np.ndarray], num_context: int
 ) -> tuple[np.ndarray, list[np.ndarray]]:
     """Measure how badly each tubelet is predicted from the frames before it.
 
@@ -136,7 +136,7 @@ def per_frame(
     ]
 
 
-def show(pairs: list[Pair], models: dict[str, Frozen]) -> list[Shown]:
+def show(pairs: list[Pair], models: dict[str, FrozenModel]) -> list[Shown]:
     """Show pairs with the curves of networks, the first one's solid.
 
     Raises:
@@ -182,7 +182,7 @@ def show(pairs: list[Pair], models: dict[str, Frozen]) -> list[Shown]:
     return shown
 
 
-def context_frames(frozen: Frozen, video: np.ndarray) -> int:
+def context_frames(frozen: FrozenModel, video: np.ndarray) -> int:
     """Return how many frames the network sees, at most, before those it predicts."""
     tubelet = frozen.encoder.tubelet_size
     return max(tubelet, len(video) // 2 // tubelet * tubelet)

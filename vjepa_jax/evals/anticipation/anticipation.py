@@ -33,7 +33,7 @@ from vjepa_jax.evals.anticipation.epic_kitchens import (
     read_actions,
 )
 from vjepa_jax.evals.classification import Predictions, Preparation
-from vjepa_jax.evals.frozen import Frozen, random_init
+from vjepa_jax.evals.frozen import FrozenModel, random_init
 from vjepa_jax.evals.heads.head_grid import describe
 from vjepa_jax.evals.tokens.clip_tokens import TokenBatch, Videos
 
@@ -58,7 +58,7 @@ class Anticipator:
 
     num_clips: ClassVar[int] = 1  # a context is one
 
-    frozen: Frozen
+    frozen: FrozenModel
     clips_per_call: int
     fps: float
     num_output_frames: int
@@ -110,7 +110,7 @@ class ContextVideos(Videos):
         return self.encoder(video[:, 0], self.source.ahead_secs[index])[:, None]
 
 
-def evaluate(frozen: Frozen, config: ConfigDict) -> dict[str, dict[str, Any]]:
+def evaluate(frozen: FrozenModel, config: ConfigDict) -> dict[str, dict[str, Any]]:
     """Train heads on annotated actions and judge what they anticipate.
 
     Args:
@@ -156,7 +156,7 @@ def evaluate(frozen: Frozen, config: ConfigDict) -> dict[str, dict[str, Any]]:
     return {m: {name: found[m] for name, found in columns.items()} for m in measures}
 
 
-def _check_predictor(frozen: Frozen, mask_index: int) -> None:
+def _check_predictor(frozen: FrozenModel, mask_index: int) -> None:
     try:
         frozen.require_predictor(mask_index)
     except UserError as error:
@@ -172,7 +172,7 @@ def _check_predictor(frozen: Frozen, mask_index: int) -> None:
         )
 
 
-def _evaluate(frozen: Frozen, config: ConfigDict, anchor: str) -> dict[str, Any]:
+def _evaluate(frozen: FrozenModel, config: ConfigDict, anchor: str) -> dict[str, Any]:
     data = config.data
     train, test = (_read(config, key) for key in ("train_path", "test_path"))
     classes = Classes.of(train)
@@ -270,7 +270,9 @@ def _known(actions: Actions, classes: Classes) -> Actions:
     return known
 
 
-def _make_videos(frozen: Frozen, config: ConfigDict, source: Contexts) -> ContextVideos:
+def _make_videos(
+    frozen: FrozenModel, config: ConfigDict, source: Contexts
+) -> ContextVideos:
     data = config.data
     reading = ContextReading(
         Sampling(

@@ -21,8 +21,12 @@ from sklearn.metrics import roc_auc_score
 from vjepa_jax.base.errors import UserError
 from vjepa_jax.config.defaults import ConfigDict
 from vjepa_jax.evals import settings
-from vjepa_jax.evals.forward import predicted_features, target_features
-from vjepa_jax.evals.frozen import Frozen, random_init
+from vjepa_jax.evals.frozen import (
+    FrozenModel,
+    predicted_features,
+    random_init,
+    target_features,
+)
 from vjepa_jax.evals.physics import videos as physics_data
 from vjepa_jax.evals.physics.videos import Group
 from vjepa_jax.models.encoder import normalise
@@ -91,7 +95,10 @@ def _surprise(params, video, *, encoder, predictor, contexts, mask_index):
 
 
 def surprise(
-    frozen: Frozen, videos: Sequence[np.ndarray], protocol: Protocol, batch_size: int
+    frozen: FrozenModel,
+    videos: Sequence[np.ndarray],
+    protocol: Protocol,
+    batch_size: int,
 ) -> list[np.ndarray]:
     """Measure the surprise in every window of videos.
 
@@ -252,7 +259,7 @@ def summarise(
     }
 
 
-def evaluate(frozen: Frozen, config: ConfigDict) -> dict[str, Any]:
+def evaluate(frozen: FrozenModel, config: ConfigDict) -> dict[str, Any]:
     """Measure intuitive physics; see `configs/probe_physics.py` for the config.
 
     Returns:

@@ -9,7 +9,7 @@ from vjepa_jax.base.errors import UserError
 from vjepa_jax.config.defaults import ConfigDict
 from vjepa_jax.data.clips import label_images
 from vjepa_jax.data.sources.subset import evenly_spread
-from vjepa_jax.evals.frozen import Frozen
+from vjepa_jax.evals.frozen import FrozenModel
 from vjepa_jax.evals.segmentation.pairs import Pair, frames_around, hold_out, open_pairs
 from vjepa_jax.evals.tokens.frame_features import FrameEncoder
 from vjepa_jax.world.labelled import CLASS_LISTS, FOLDER
@@ -105,7 +105,7 @@ def _draw_box(shape, scale, rng) -> tuple[int, int, int, int]:
 
 
 def open_images(
-    frozen: Frozen, config: ConfigDict
+    frozen: FrozenModel, config: ConfigDict
 ) -> tuple[list[Pair], list[Pair], list[Pair]]:
     """List the images to fit heads, to choose one, and to judge it by.
 
@@ -131,7 +131,7 @@ def open_images(
     return fit, held_out, test
 
 
-def _of_world(frozen: Frozen, key: str) -> str:
+def _of_world(frozen: FrozenModel, key: str) -> str:
     """Return the path of a list of the run's world; "" of a list it does not have."""
     if key not in CLASS_LISTS:
         return ""

@@ -23,7 +23,7 @@ from vjepa_jax.data.clips import label_images
 from vjepa_jax.data.sources.subset import evenly_spread
 from vjepa_jax.evals import settings
 from vjepa_jax.evals.classification import epochs_order, make_schedules
-from vjepa_jax.evals.frozen import Frozen, random_init
+from vjepa_jax.evals.frozen import FrozenModel, random_init
 from vjepa_jax.evals.heads.head_grid import HeadGrid, describe, lowest
 from vjepa_jax.evals.segmentation.confusion import class_iou, confusions, mean_iou
 from vjepa_jax.evals.segmentation.images import Reader, Sample, open_images
@@ -36,7 +36,7 @@ _STANDARDISED_BY = 256  # images whose features give mean and deviation
 _SHAPE_UNIT = 128  # masks are filled up to multiples, for few compilations
 
 
-def evaluate(frozen: Frozen, config: ConfigDict) -> dict[str, dict[str, Any]]:
+def evaluate(frozen: FrozenModel, config: ConfigDict) -> dict[str, dict[str, Any]]:
     """Train linear heads on the patches of images and judge them.
 
     Args:
@@ -78,7 +78,7 @@ def evaluate(frozen: Frozen, config: ConfigDict) -> dict[str, dict[str, Any]]:
 
 
 def _evaluate(
-    frozen: Frozen,
+    frozen: FrozenModel,
     config: ConfigDict,
     fit: list[Pair],
     held_out: list[Pair],

@@ -18,7 +18,7 @@ from vjepa_jax.data.stream import pipeline, streams
 from vjepa_jax.data.stream.read_all import read_all
 from vjepa_jax.data.stream.reading import Reading
 from vjepa_jax.data.transforms.transforms import ClipTransform, make_views
-from vjepa_jax.evals.frozen import Frozen
+from vjepa_jax.evals.frozen import FrozenModel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Encoder:
       is_pooled: whether the tokens are averaged to one.
     """
 
-    frozen: Frozen
+    frozen: FrozenModel
     num_clips: int
     clips_per_call: int
     out_layers: tuple[int, ...] = ()
@@ -263,7 +263,7 @@ def open_source(config: ConfigDict, key: str) -> Source:
 
 
 def make_videos(
-    frozen: Frozen,
+    frozen: FrozenModel,
     config: ConfigDict,
     source: Source,
     is_pooled: bool,

@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from vjepa_jax.evals.frozen import Frozen
+from vjepa_jax.evals.frozen import FrozenModel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,10 +20,10 @@ class FrameEncoder:
       frozen: the model.
       num_frames: that the encoder sees for one of them, W.
       clips_per_call: clips that it sees at once.
-      out_layers: see `Frozen.encode`.
+      out_layers: see `FrozenModel.encode`.
     """
 
-    frozen: Frozen
+    frozen: FrozenModel
     num_frames: int
     clips_per_call: int
     out_layers: tuple[int, ...] = ()

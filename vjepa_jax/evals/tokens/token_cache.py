@@ -27,7 +27,7 @@ from array_record.python.array_record_module import (
 
 from vjepa_jax.base.errors import UserError
 from vjepa_jax.data.sources.records import digest_of
-from vjepa_jax.evals.frozen import Frozen
+from vjepa_jax.evals.frozen import FrozenModel
 from vjepa_jax.evals.tokens.clip_tokens import TokenBatch, Videos
 
 _FORMAT = "vjepa_jax tokens 1"
@@ -36,7 +36,7 @@ _READER_OPTIONS = "readahead_buffer_size:0"
 _RECORDS, _INDEX = "tokens.arrayrecord", "index.npz"
 
 
-def weights_digest(frozen: Frozen, with_predictor: bool = False) -> str:
+def weights_digest(frozen: FrozenModel, with_predictor: bool = False) -> str:
     """Identify a frozen model's target encoder: its fields and its weights.
 
     Args:

@@ -23,7 +23,7 @@ from vjepa_jax.data.sources import davis
 from vjepa_jax.data.sources.davis import MaskedVideo
 from vjepa_jax.data.sources.subset import evenly_spread
 from vjepa_jax.evals import settings
-from vjepa_jax.evals.frozen import Frozen, random_init
+from vjepa_jax.evals.frozen import FrozenModel, random_init
 from vjepa_jax.evals.tokens.frame_features import FrameEncoder
 from vjepa_jax.evals.video_objects import region_metrics
 from vjepa_jax.evals.video_objects.propagation import Propagation
@@ -32,7 +32,7 @@ from vjepa_jax.world import labelled
 _RESAMPLES = 1000  # of the interval
 
 
-def evaluate(frozen: Frozen, config: ConfigDict) -> dict[str, dict[str, float]]:
+def evaluate(frozen: FrozenModel, config: ConfigDict) -> dict[str, dict[str, float]]:
     """Carry masks through videos and judge them.
 
     Args:
@@ -97,7 +97,7 @@ def evaluate(frozen: Frozen, config: ConfigDict) -> dict[str, dict[str, float]]:
     return results
 
 
-def _root(frozen: Frozen, config: ConfigDict) -> str:
+def _root(frozen: FrozenModel, config: ConfigDict) -> str:
     if config.path:
         return config.path
     path = pathlib.Path(frozen.config.world.path) / labelled.FOLDER
