@@ -26,7 +26,6 @@ from vjepa_jax.config.defaults import ConfigDict
 from vjepa_jax.config.flags import define_config_flag
 from vjepa_jax.data.clips.sampling import make_sampling
 from vjepa_jax.data.jobs import survey
-from vjepa_jax.data.jobs.findings import Output, Summary
 from vjepa_jax.data.sources import factory
 from vjepa_jax.data.sources.records import Joined
 from vjepa_jax.data.transforms.transforms import ClipTransform
@@ -122,9 +121,9 @@ def check(
     if output_path:
         asked_for = {"deep": deep, "max_pixels": data.max_pixels}
         asked_for |= dataclasses.asdict(sampling)
-        output = Output(output_path, factory.fingerprint(source, **asked_for))
+        output = survey.Output(output_path, factory.fingerprint(source, **asked_for))
     done = output.done if output else {}
-    summary = Summary(sampling)
+    summary = survey.Summary(sampling)
     if done:
         print(
             f"{output.partial_path} has {len(done)} of {len(source)} videos already",
@@ -169,7 +168,7 @@ def check(
 
 
 def _report(
-    source: factory.Source, config: ConfigDict, summary: Summary, with_need: bool
+    source: factory.Source, config: ConfigDict, summary: survey.Summary, with_need: bool
 ) -> Iterator[str]:
     yield source.name
     yield from summary.lines()

@@ -23,7 +23,8 @@ from vjepa_jax.config import defaults
 from vjepa_jax.data.clips import reader
 from vjepa_jax.data.clips.sampling import Sampling
 from vjepa_jax.data.jobs import survey
-from vjepa_jax.data.jobs.findings import Output, Summary
+from vjepa_jax.data.jobs.survey import Output, Summary
+from vjepa_jax.data.jobs.worker_pool import CRASHED, TIMED_OUT
 from vjepa_jax.data.sources import factory
 from vjepa_jax.data.sources.factory import Record
 from vjepa_jax.data.sources.records import Joined
@@ -100,7 +101,7 @@ def test_folder_under_the_limit_and_needs_of_a_config(tmp_path):
     (tmp_path / "d.mp4").touch()
     large = video_files.moving_frames(4, height=200, width=320)
     video_files.write_video(tmp_path / "e.mp4", large)
-    config = pathlib.Path(__file__).parents[2] / "configs" / "vjepa.py"
+    config = pathlib.Path(__file__).parents[3] / "configs" / "vjepa.py"
     done = run(
         f"--config={config}",
         f"--data={tmp_path}",
@@ -184,11 +185,11 @@ def test_lost_workers_cost_one_video_each(tmp_path, num_workers):
     marker = f"die_once:{tmp_path}/marker"
     expected = {
         "good": None,
-        "raise": survey.CRASHED,
-        "hang": survey.TIMED_OUT,
-        "die": survey.CRASHED,
-        "exit": survey.CRASHED,
-        "stop": survey.TIMED_OUT,
+        "raise": CRASHED,
+        "hang": TIMED_OUT,
+        "die": CRASHED,
+        "exit": CRASHED,
+        "stop": TIMED_OUT,
         marker: None,
     }
     paths = [*expected, *["good"] * 20]
@@ -290,7 +291,7 @@ def test_interrupted_command_loses_nothing_and_continues(tmp_path):
 
 def some_finding(rng):
     if rng.random() < 0.3:
-        error = rng.choice([*reader.REASONS, survey.CRASHED, survey.TIMED_OUT])
+        error = rng.choice([*reader.REASONS, CRASHED, TIMED_OUT])
         return survey.Finding("caf\udce9\n.mp4", error=error, detail="some")
     return survey.Finding(
         f"/{rng.random()}",
@@ -371,7 +372,7 @@ def test_summary_counts(rng, in_frames):
 
 def test_rows_of_the_summary_stand_in_columns():
     summary = Summary(Sampling(16, 4))
-    reasons = (*reader.REASONS, survey.CRASHED, survey.TIMED_OUT)
+    reasons = (*reader.REASONS, CRASHED, TIMED_OUT)
     for reason in reasons:
         summary.add(survey.Finding(f"/videos/{reason}.mp4", error=reason))
     lines = list(summary.lines())

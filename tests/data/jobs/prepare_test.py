@@ -20,7 +20,7 @@ from video_files import (
 )
 
 from vjepa_jax.base.errors import UserError
-from vjepa_jax.data.jobs import beam_job, encode_shards, encoders, reencode, shard_job
+from vjepa_jax.data.jobs import encode_shards, reencode
 from vjepa_jax.data.sources import factory, shards
 
 # One process, no servers: what is tested here does not depend on the runner.
@@ -29,8 +29,8 @@ IN_MEMORY = ("--direct_running_mode=in_memory", "--direct_num_workers=1")
 
 def test_every_input_has_one_shard():
     for num_inputs in (1, 2, 17, 1000, 123457):
-        count = min(shard_job.default_num_shards(num_inputs), num_inputs)
-        job = shard_job.Job("", "", num_inputs, count, reencode.Encoding())
+        count = min(encode_shards.default_num_shards(num_inputs), num_inputs)
+        job = encode_shards.Job("", "", num_inputs, count, reencode.Encoding())
         parts = [job.inputs_of(i) for i in range(count)]
         assert [i for part in parts for i in part] == list(range(num_inputs))
         assert all(1 <= len(part) <= 512 for part in parts)
@@ -91,13 +91,13 @@ def test_a_folder_becomes_shards(folder):
 
 @pytest.mark.beam
 def test_a_stopped_run_goes_on_with_what_is_missing(folder, monkeypatch):
-    begun = []
+    begun, reencode_apart = [], encode_shards.reencode_apart
 
     def stopped(path, encoding):
         begun.append(path)
         if len(begun) == 4:
             raise KeyboardInterrupt
-        return encoders.reencode_apart(path, encoding)
+        return reencode_apart(path, encoding)
 
     monkeypatch.setattr(encode_shards, "reencode_apart", stopped)
     with pytest.raises(BaseException):  # noqa: B017 Beam wraps some of them
@@ -109,7 +109,7 @@ def test_a_stopped_run_goes_on_with_what_is_missing(folder, monkeypatch):
 
     def counted(path, encoding):
         begun.append(path)
-        return encoders.reencode_apart(path, encoding)
+        return reencode_apart(path, encoding)
 
     monkeypatch.setattr(encode_shards, "reencode_apart", counted)
     prepare(folder)
@@ -152,12 +152,12 @@ def test_the_same_names_elsewhere_are_other_videos(folder):
     before = contents(folder)
     shutil.copytree(folder / "in", folder / "in2")
     source = factory.open_source(str(folder / "in2"))
-    with pytest.raises(UserError, match=r"in', whose list is that of .*in2"):
+    with pytest.raises(UserError, match=r"in'; its list equals that of .*in2"):
         encode_shards.prepare(source, str(folder / "out"), reencode.Encoding())
     assert contents(folder) == before
     # Nor where only the notes are left to tell.
     (folder / "out" / shards.MANIFEST).unlink()
-    with pytest.raises(UserError, match=r"shard-.*\.json' is of other shards"):
+    with pytest.raises(UserError, match=r"shard-.*\.json' belongs to other shards"):
         encode_shards.prepare(source, str(folder / "out"), reencode.Encoding())
 
 
@@ -171,7 +171,7 @@ def test_a_damaged_manifest_is_written_again(folder):
         if damage is not None:
             path.write_bytes(damage)
         for look in (factory.open_source, shards.verify):
-            with pytest.raises(UserError, match=r"run vjepa_jax\.data\.prepare"):
+            with pytest.raises(UserError, match=r"run vjepa_jax\.prepare"):
                 look(str(folder / "out"))
         prepare(folder, num_shards=0)
         assert contents(folder) == before
@@ -221,7 +221,7 @@ def test_too_many_failures_end_the_run_but_lose_nothing(folder):
 def test_foreign_folders_are_left_alone(folder):
     (folder / "out").mkdir()
     (folder / "out" / shards.MANIFEST).write_text("{}")
-    with pytest.raises(UserError, match="not of this program's shards"):
+    with pytest.raises(UserError, match="does not belong to shards"):
         prepare(folder)
     (folder / "file").touch()
     source = factory.open_source(str(folder / "in"))
@@ -235,17 +235,17 @@ def test_foreign_folders_are_left_alone(folder):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--runner=NoSuchRunner"], "refuses .* Unexpected pipeline runner"),
-        (["--direct_num_workers=abc"], "refuses .* invalid int value: 'abc'"),
+        (["--runner=NoSuchRunner"], "rejects .* Unexpected pipeline runner"),
+        (["--direct_num_workers=abc"], "rejects .* invalid int value: 'abc'"),
         (["--nonsense=3"], "no option --nonsense"),
-        (["--direct_running_mode=multi_processing"], "is of no use"),
-        (["--runner=DataflowRunner"], "refuses .* temp_location"),
+        (["--direct_running_mode=multi_processing"], "is not supported"),
+        (["--runner=DataflowRunner"], "rejects .* temp_location"),
     ],
 )
 def test_wrong_beam_options_are_told_in_a_line(options, message, capfd):
     pytest.importorskip("apache_beam", reason="Beam is missing")
     with pytest.raises(UserError, match=message) as caught:
-        beam_job.run(print, range(3), options)
+        encode_shards.run_on_beam(print, range(3), options)
     assert "\n" not in str(caught.value)
     assert capfd.readouterr().err == ""
 
@@ -255,7 +255,7 @@ def test_wrong_beam_options_are_told_in_a_line(options, message, capfd):
 def test_every_number_is_worked_on(tmp_path, runner):
     pytest.importorskip("apache_beam", reason="Beam is missing")
     touch = functools.partial(touch_in, str(tmp_path))
-    beam_job.run(touch, range(9), [*runner, "--direct_num_workers=3"])
+    encode_shards.run_on_beam(touch, range(9), [*runner, "--direct_num_workers=3"])
     assert {path.name for path in tmp_path.iterdir()} == set(map(str, range(9)))
 
 

@@ -185,7 +185,8 @@ def test_hostile_sizes_take_no_memory(tmp_path):
     bad_files.make_all(tmp_path)
     program = (
         "import resource, sys\n"
-        "from vjepa_jax.data.reencode import DecodeError, Encoding, reencode\n"
+        "from vjepa_jax.data.clips.media import DecodeError\n"
+        "from vjepa_jax.data.jobs.reencode import Encoding, reencode\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "try:\n"
         "    reencode(sys.argv[1], Encoding())\n"

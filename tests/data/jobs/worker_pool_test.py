@@ -8,22 +8,22 @@ import signal
 import pytest
 from video_files import decode_plainly, moving_frames, write_video
 
-from vjepa_jax.data.jobs import encoders
-from vjepa_jax.data.jobs.children import CRASHED, TIMED_OUT
+from vjepa_jax.data.jobs import encode_shards
 from vjepa_jax.data.jobs.reencode import Encoding, reencode
+from vjepa_jax.data.jobs.worker_pool import CRASHED, TIMED_OUT, Failure
 
 
 @pytest.fixture(autouse=True)
-def no_children_are_left():
-    encoders.end_children()
+def no_processes_are_left():
+    encode_shards.end_encoders()
     yield
-    encoders.end_children()
+    encode_shards.end_encoders()
     assert not multiprocessing.active_children()
 
 
-def answer_by_name(question):
-    """Stands in for `reencode`, in the process; paths say what is to happen."""
-    path, _ = question
+def act_by_name(arguments):
+    """Replace `reencode` in the process; the path names what happens."""
+    path, _ = arguments
     word = os.path.basename(path)
     if word == "die":
         os.kill(os.getpid(), signal.SIGKILL)
@@ -36,18 +36,18 @@ def answer_by_name(question):
 
 
 def test_deaths_and_hangs_are_failures_of_their_video(tmp_path, monkeypatch):
-    monkeypatch.setattr(encoders, "_answer", answer_by_name)
-    monkeypatch.setattr(encoders, "_TIMEOUT_SECS", 2.0)
+    monkeypatch.setattr(encode_shards, "_encode", act_by_name)
+    monkeypatch.setattr(encode_shards, "_TIMEOUT_SECS", 2.0)
 
-    def ask(word):
-        return encoders.reencode_apart(str(tmp_path / word), Encoding())
+    def encode(word):
+        return encode_shards.reencode_apart(str(tmp_path / word), Encoding())
 
-    assert ask("good") == "good"
-    died = ask("die")
+    assert encode("good") == "good"
+    died = encode("die")
     assert (died.reason, died.detail) == (CRASHED, "Killed")
-    assert ask("hang").reason == TIMED_OUT
-    assert ask("die once") == "die once"
-    assert ask("good") == "good"
+    assert encode("hang").reason == TIMED_OUT
+    assert encode("die once") == "die once"
+    assert encode("good") == "good"
 
 
 def test_threads_have_a_process_each(tmp_path):
@@ -57,7 +57,7 @@ def test_threads_have_a_process_each(tmp_path):
     ]
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         videos = list(
-            pool.map(encoders.reencode_apart, paths, [Encoding()] * len(paths))
+            pool.map(encode_shards.reencode_apart, paths, [Encoding()] * len(paths))
         )
     assert videos == [reencode(path, Encoding()) for path in paths]
     assert len(multiprocessing.active_children()) == 2
@@ -66,7 +66,7 @@ def test_threads_have_a_process_each(tmp_path):
 
 def test_reasons_come_with_details(tmp_path):
     (tmp_path / "a.mp4").write_text("no video" * 100)
-    failure = encoders.reencode_apart(str(tmp_path / "a.mp4"), Encoding())
+    failure = encode_shards.reencode_apart(str(tmp_path / "a.mp4"), Encoding())
     assert failure.reason == "not_a_video" and "Invalid data" in failure.detail
-    missing = encoders.reencode_apart(str(tmp_path / "b.mp4"), Encoding())
-    assert missing == encoders.Failure("missing", "")
+    missing = encode_shards.reencode_apart(str(tmp_path / "b.mp4"), Encoding())
+    assert missing == Failure("missing", "")
