@@ -65,7 +65,7 @@ class Ours:
         video = np.random.default_rng(0).integers(
             0, 256, (config.batch_size, *shape), dtype=np.uint8
         )
-        self.batch = sharding.shard_batch({"video": {"video": video}}, self.mesh)
+        self.batch = sharding.shard_batch({"video": video}, self.mesh)
 
     def __call__(self) -> float:
         """Run one update; return its loss, so that it has ended."""

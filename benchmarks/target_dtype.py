@@ -45,7 +45,7 @@ def losses(model: frozen.FrozenModel, batches: int) -> dict[str, np.ndarray]:
     for batch in range(batches):
         numbers = range(BATCH * batch, BATCH * (batch + 1))
         clips = np.stack([motion.make_clip(looks, SEED, i).video for i in numbers])
-        videos = {stream: {"video": clips}}
+        videos = {stream: clips}
         masks = sample_masks(jax.random.key(batch), videos, streams, model.encoder)
         for name, function in functions.items():
             total, _ = function(model.params, model.params["target"], videos, masks, 0)

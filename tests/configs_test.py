@@ -215,7 +215,7 @@ def test_student_learns_from_a_larger_teacher():
     loss_fn = make_loss_fn(encoder, predictor, streams, objective, teacher)
     shapes, masks, batch = build.video_shapes(config), {}, {}
     for name, stream in streams.items():
-        batch[name] = {"video": jax.ShapeDtypeStruct((2, *shapes[name]), jnp.uint8)}
+        batch[name] = jax.ShapeDtypeStruct((2, *shapes[name]), jnp.uint8)
         masks[name] = {
             mask: tuple(
                 jax.ShapeDtypeStruct((2, n), jnp.int32)
@@ -375,7 +375,7 @@ def _two_steps(config_json: str):
     rng = np.random.default_rng(0)
     sizes = build.batch_sizes(config)
     batch = {
-        name: {"video": rng.integers(0, 256, (sizes[name], *shape), np.uint8)}
+        name: rng.integers(0, 256, (sizes[name], *shape), np.uint8)
         for name, shape in shapes.items()
     }
     # The time of this test is the compiler's: spare it the start and its best work.

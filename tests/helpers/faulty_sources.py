@@ -92,9 +92,7 @@ def take(num_batches, source, **overrides):
     """Returns uint8 `[num_batches, B, T, S, S, 3]`."""
     with make_iterator(source, **overrides) as batches:
         # Copied, so that no shared memory outlives the iterator.
-        return np.stack(
-            [np.array(next(batches)["video"]["video"]) for _ in range(num_batches)]
-        )
+        return np.stack([np.array(next(batches)["video"]) for _ in range(num_batches)])
 
 
 def die_filling(log):
@@ -118,7 +116,7 @@ def main():
             prefix = os.environ["SHM_PREFIX"]
             counts.append(sum(name.startswith(prefix) for name in names))
         # A batch is three arrays: clips, records tried, and reasons.
-        print(counts[-1] / 3, batches.shared_bytes / batch["video"]["video"].nbytes)
+        print(counts[-1] / 3, batches.shared_bytes / batch["video"].nbytes)
         batches.close()
         return
     del batch

@@ -121,7 +121,7 @@ def videos(rng, batch, shape=SHAPE):
 
 
 def as_batch(video):
-    return {"video": {"video": video}}
+    return {"video": video}
 
 
 def one_device():

@@ -199,7 +199,7 @@ def test_lengths_and_images_add_up_by_their_weights(rng):
     setup = Setup(LENGTHS, Objective(), **WITH_IMAGES)
     state = setup.random_state(rng)
     sizes = {"video": 3, "video_long": 2, "image": 4}
-    batch = {k: {"video": videos(rng, n, SHAPES[k])} for k, n in sizes.items()}
+    batch = {k: videos(rng, n, SHAPES[k]) for k, n in sizes.items()}
     masks = {
         name: fixed_masks(
             rng,
@@ -243,7 +243,7 @@ def test_streams_take_the_mask_tokens_that_they_name(monkeypatch, rng):
     setup = Setup(LENGTHS, Objective(), **WITH_IMAGES)
     state = setup.random_state(rng)
     monkeypatch.setattr(Predictor, "apply", record)
-    batch = {k: {"video": videos(rng, 2, shape)} for k, shape in SHAPES.items()}
+    batch = {k: videos(rng, 2, shape) for k, shape in SHAPES.items()}
     jax.eval_shape(setup.step, state, batch)
     assert seen == {
         ((2, 4, 4), 10, 0, False),

@@ -254,8 +254,8 @@ def test_streams_of_two_shapes_add_up_by_their_weights(setup, rng):
     both, pictures = Setup(streams), Setup({"image": Stream(image)})
     state = perturbed(setup.initial_state, rng)
     batch = {
-        "video": {"video": videos(rng, 3)},
-        "image": {"video": videos(rng, 6, (2, 16, 16, 3))},
+        "video": videos(rng, 3),
+        "image": videos(rng, 6, (2, 16, 16, 3)),
     }
     masks = {
         "video": fixed_masks(rng, 3),

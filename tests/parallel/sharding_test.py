@@ -207,7 +207,7 @@ def test_initial_state_is_made_where_it_belongs_and_independent_of_the_mesh():
 def test_batches_are_split_over_both_axes_in_order():
     mesh = sharding.make_mesh(4, 2)
     video = np.random.default_rng().integers(0, 256, (16, *VIDEO), dtype=np.uint8)
-    batch = sharding.shard_batch({"video": {"video": video}}, mesh)["video"]["video"]
+    batch = sharding.shard_batch({"video": video}, mesh)["video"]
     assert batch.shape == video.shape and batch.dtype == np.uint8
     starts = set()
     for shard in batch.addressable_shards:

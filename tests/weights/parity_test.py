@@ -212,7 +212,7 @@ def check_training(golden, report):
 
     @quick_jit
     def update(step, params, target, opt_state, clips, masks):
-        batch = {"video": {"video": clips}}
+        batch = {"video": clips}
         grads, metrics = jax.grad(loss_fn, has_aux=True)(
             params, target, batch, {"video": masks}, step
         )

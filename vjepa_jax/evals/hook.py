@@ -245,7 +245,7 @@ def _read_clips(run: ConfigDict, source: Source, count: int) -> np.ndarray:
         source, reading=reading, batch_size=len(order), num_workers=0, order=order
     )
     (batch,) = batches
-    clips = np.asarray(batch["video"]["video"])[batch["valid"]]
+    clips = np.asarray(batch["video"])[batch["valid"]]
     if not len(clips):
         raise UserError(f"none of {len(order)} videos to draw can be read")
     return clips

@@ -16,7 +16,7 @@ from vjepa_jax.objective import losses, masking
 from vjepa_jax.objective.optim import Schedule
 from vjepa_jax.objective.state import Guard, TrainState
 
-Batch = Mapping[str, Mapping[str, jax.Array]]
+Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
 
@@ -94,7 +94,7 @@ def sample_masks(key, batch: Batch, streams: Mapping[str, Stream], encoder):
 
     Args:
       key: of the step; each stream and mask type has its own from it.
-      batch: {stream: {"video": [B, T, H, W, 3]}}.
+      batch: {stream: [B, T, H, W, 3]}.
       streams: with the masks' specifications.
       encoder: whose tokens they are of.
 
@@ -103,7 +103,7 @@ def sample_masks(key, batch: Batch, streams: Mapping[str, Stream], encoder):
     """
     out: dict[str, dict[str, tuple[jax.Array, jax.Array]]] = {}
     for s, (name, stream) in enumerate(sorted(streams.items())):
-        video = batch[name]["video"]
+        video = batch[name]
         grid = encoder.grid(video.shape)
         stream_key = jax.random.fold_in(key, s)
         shape_key = jax.random.fold_in(stream_key, 0)
@@ -230,7 +230,7 @@ def make_loss_fn(
         shares: dict[str, float] = collections.defaultdict(float)
         for name, stream in streams.items():
             loss, of_stream = stream_loss(
-                params, target, batch[name]["video"], stream, masks[name], step
+                params, target, batch[name], stream, masks[name], step
             )
             share = stream.weight / total_weight
             total += share * loss
@@ -292,7 +292,7 @@ def make_train_step(
         `layers.Dense`; "": the encoder's.
 
     Returns:
-      The step. Its batch is {stream: {"video": uint8 [B, T, H, W, 3]}}; its metrics are
+      The step. Its batch is {stream: uint8 [B, T, H, W, 3]}; its metrics are
       float32 scalars, averaged over the batch.
     """
     loss_fn = make_loss_fn(

@@ -57,16 +57,14 @@ class Program:
         """Return the state as `jax.ShapeDtypeStruct` with shardings."""
         return _with_shardings(self.shapes, self.shardings)
 
-    def abstract_batch(self) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
+    def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Return the global batch as `jax.ShapeDtypeStruct` with shardings."""
         sizes = build.batch_sizes(self.config)
         over_devices = sharding.batch_sharding(self.mesh)
         return {
-            name: {
-                "video": jax.ShapeDtypeStruct(
-                    (sizes[name], *shape), "uint8", sharding=over_devices
-                )
-            }
+            name: jax.ShapeDtypeStruct(
+                (sizes[name], *shape), "uint8", sharding=over_devices
+            )
             for name, shape in build.video_shapes(self.config).items()
         }
 

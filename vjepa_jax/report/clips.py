@@ -85,7 +85,7 @@ def _read(
     )
     for batch in batches:
         valid = batch["valid"]
-        video.append(np.asarray(batch["video"]["video"])[valid])
+        video.append(np.asarray(batch["video"])[valid])
         places += batch["index"][valid].tolist()
         labels += batch["label"][valid].tolist()
         is_late = time.perf_counter() - began > _SECONDS

@@ -52,9 +52,7 @@ def take(num_batches, source, **overrides):
     """Returns uint8 `[num_batches, B, T, H, W, 3]`."""
     with make_iterator(source, **overrides) as batches:
         # Copied, so that no shared memory outlives the iterator.
-        return np.stack(
-            [np.array(next(batches)["video"]["video"]) for _ in range(num_batches)]
-        )
+        return np.stack([np.array(next(batches)["video"]) for _ in range(num_batches)])
 
 
 def test_batches_have_shape_type_and_variety(source):
@@ -64,10 +62,10 @@ def test_batches_have_shape_type_and_variety(source):
     assert len({clip.tobytes() for clip in batches.reshape(24, -1)}) == 24
 
 
-def test_batch_holds_one_stream_of_one_array(source):
+def test_batch_holds_clips_and_their_records(source):
     with make_iterator(source) as batches:
         batch = next(batches)
-        assert list(batch) == ["video", "index"] and list(batch["video"]) == ["video"]
+        assert list(batch) == ["video", "index"]
         assert batches.step == 1
 
 
@@ -110,9 +108,7 @@ def test_index_names_the_video_that_was_read_in_the_end(tmp_path, videos):
     with make_iterator(source, reading=reading, transform=transform) as batches:
         for _ in range(6):
             batch = next(batches)
-            for clip, index in zip(
-                batch["video"]["video"], batch["index"], strict=True
-            ):
+            for clip, index in zip(batch["video"], batch["index"], strict=True):
                 wanted = video_files.decode_plainly(source[int(index)].path)
                 np.testing.assert_array_equal(clip, wanted)
             seen |= set(batch["index"].tolist())
@@ -239,7 +235,7 @@ def test_bad_videos_are_replaced_and_listed_once(tmp_path, videos, num_workers):
         source, bad_videos_path=str(listing), num_workers=num_workers
     ) as batches:
         for _ in range(9):
-            video = next(batches)["video"]["video"]
+            video = next(batches)["video"]
             assert video.shape[0] == BATCH_SIZE
             assert video.reshape(BATCH_SIZE, -1).any(axis=1).all()
         assert sum(batches.bad_counts.values()) == 2

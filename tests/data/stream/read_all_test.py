@@ -45,7 +45,7 @@ def test_read_all_gives_each_video_once_in_order(tmp_path, videos, num_workers):
     np.testing.assert_array_equal(concatenate(batches, "index"), np.arange(NUM_VIDEOS))
     np.testing.assert_array_equal(concatenate(batches, "label"), np.arange(NUM_VIDEOS))
     assert concatenate(batches, "valid").all()
-    clips = np.concatenate([batch["video"]["video"] for batch in batches])
+    clips = np.concatenate([batch["video"] for batch in batches])
     for clip, record in zip(clips, source, strict=True):
         # Twelve frames, of which the centred window of seven starts at the third.
         plain = video_files.decode_plainly(record.path)
@@ -56,7 +56,7 @@ def test_read_all_lets_go_of_the_workers_memory(tmp_path, videos):
     kept, memory = [], []
     for batch in iterate_all(make_list(tmp_path, videos), num_workers=1):
         kept.append((batch["label"], batch["index"], batch["valid"]))
-        memory.append(weakref.ref(batch["video"]["video"].base))
+        memory.append(weakref.ref(batch["video"].base))
     del batch
     assert [place() for place in memory] == [None] * len(kept)
 
@@ -66,7 +66,7 @@ def test_read_all_marks_bad_videos(tmp_path, videos):
     batches = read_all(source)
     valid = concatenate(batches, "valid")
     assert np.flatnonzero(~valid).tolist() == [2, 5]
-    clips = np.concatenate([batch["video"]["video"] for batch in batches])
+    clips = np.concatenate([batch["video"] for batch in batches])
     assert not clips[~valid].any() and clips[valid].reshape(9, -1).any(axis=1).all()
 
 
@@ -80,7 +80,7 @@ def test_read_all_gives_segments_and_views(tmp_path, num_workers):
     (batch,) = read_all(
         source, reading=reading, views=make_views(3), num_workers=num_workers
     )
-    clips = batch["video"]["video"]
+    clips = batch["video"]
     assert clips.shape == (2, 9, 2, 32, 32, 3)
     assert batch["valid"].tolist() == [False, True] and not clips[0].any()
     plain = video_files.decode_plainly(source[1].path)
@@ -94,7 +94,7 @@ def test_read_all_gives_segments_and_views(tmp_path, num_workers):
 def test_read_all_pads_the_last_batch_if_asked(tmp_path, videos):
     source = make_list(tmp_path, videos)
     last = read_all(source, padded=True)[-1]
-    assert last["video"]["video"].shape == (4, 4, 32, 32, 3)
+    assert last["video"].shape == (4, 4, 32, 32, 3)
     assert last["valid"].tolist() == [True, True, True, False]
     assert last["index"].tolist() == [8, 9, 10, -1]
     assert last["label"].tolist() == [8, 9, 10, 0]
@@ -102,10 +102,10 @@ def test_read_all_pads_the_last_batch_if_asked(tmp_path, videos):
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_videos_are_read_in_a_given_order(source, num_workers):
-    plain = np.concatenate([b["video"]["video"] for b in read_all(source)])
+    plain = np.concatenate([b["video"] for b in read_all(source)])
     order = np.array([3, 3, 10, 0, 7, 3])
     found = read_all(source, order=order, num_workers=num_workers)
     assert [len(batch["index"]) for batch in found] == [4, 2]
     np.testing.assert_array_equal(concatenate(found, "index"), order)
-    clips = np.concatenate([np.array(b["video"]["video"]) for b in found])
+    clips = np.concatenate([np.array(b["video"]) for b in found])
     np.testing.assert_array_equal(clips, plain[order])

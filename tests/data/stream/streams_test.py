@@ -15,7 +15,7 @@ class Source:
 
     def __next__(self):
         self.count += 1
-        return {"video": {"video": np.array(self.count)}}
+        return {"video": np.array(self.count)}
 
     def close(self):
         self.is_closed = True
@@ -31,7 +31,7 @@ def test_a_batch_holds_one_of_every_stream_under_its_name():
     with StreamIterator(streams) as batches:
         for step in (1, 2):
             batch = next(batches)
-            assert batch == {"video": {"video": step}, "image": {"video": 10 + step}}
+            assert batch == {"video": step, "image": 10 + step}
         assert batches.bad_counts == {"empty": 3, "missing": 3}
 
 

@@ -87,7 +87,7 @@ def test_a_record_that_does_it_again_is_quarantined(tmp_path, plain, fault, reas
     with faulty_sources.make_iterator(source, start_step=3, **settings) as again:
         assert again.bad_counts == {reason: 1}
         for step in (3, 4, 5):
-            np.testing.assert_array_equal(next(again)["video"]["video"], batches[step])
+            np.testing.assert_array_equal(next(again)["video"], batches[step])
     assert (tmp_path / "times-5").read_text() == harm
     assert len(read_list(listing)) == 1
 
@@ -98,7 +98,7 @@ def test_a_process_killed_from_outside_costs_no_batch(tmp_path, plain):
         for step in range(6):
             if step == 2:
                 multiprocessing.active_children()[0].kill()
-            np.testing.assert_array_equal(next(batches)["video"]["video"], plain[step])
+            np.testing.assert_array_equal(next(batches)["video"], plain[step])
 
 
 def test_processes_that_die_again_and_again_end_the_run(tmp_path, monkeypatch):

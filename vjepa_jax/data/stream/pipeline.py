@@ -231,7 +231,7 @@ def make_train_iterator(
 
 
 class TrainIterator(Iterator):
-    """Yields `{"video": {"video": uint8 [B, T, H, W, 3]}}`, B being clips per process.
+    """Yields `{"video": uint8 [B, T, H, W, 3]}`, B being clips per process.
 
     Under `index` stand the records that the clips are of, int64 [videos]; one that was
     unreadable is replaced there too.
@@ -275,7 +275,7 @@ class TrainIterator(Iterator):
         video, tried = batch["video"], batch["tried"]
         num_tried = (tried >= 0).sum(1)
         return {
-            "video": {"video": video.reshape(-1, *video.shape[2:])},
+            "video": video.reshape(-1, *video.shape[2:]),
             "index": tried[np.arange(len(tried)), num_tried - 1],
         }
 

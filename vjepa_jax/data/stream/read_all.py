@@ -91,7 +91,7 @@ def read_all(
         there, such as epochs of a training; None: every video once, in order.
 
     Yields:
-      `{"video": {"video": uint8 [B, K, T, H, W, 3]}, "label": int64 [B], "index": int64
+      `{"video": uint8 [B, K, T, H, W, 3], "label": int64 [B], "index": int64
       [B], "valid": bool [B]}`, K being the clips of a video times their views; there is
       no axis K where it is 1. Rows of unreadable videos, which are logged, and of
       padding are zeros with `valid` False; the padding's index is -1.
@@ -144,7 +144,7 @@ def read_all(
             if video.shape[1] == 1:
                 video = video[:, 0]
             yield {
-                "video": {"video": video},
+                "video": video,
                 "label": label,
                 "index": index,
                 "valid": valid,

@@ -138,7 +138,7 @@ def _bad_videos_path(workdir: str, stream: str) -> str:
 
 
 class StreamIterator(Iterator):
-    """Yields `{stream: {"video": uint8 [B, T, H, W, 3]}}`, one batch of each stream.
+    """Yields `{stream: uint8 [B, T, H, W, 3]}`, one batch of each stream.
 
     Use it as a context manager, to end the workers of all streams.
 

@@ -152,7 +152,7 @@ class Videos:
             padded=True,
             order=order,
         ):
-            video = np.asarray(batch["video"]["video"])
+            video = np.asarray(batch["video"])
             if self.reading.sampling.num_clips * self.num_views == 1:
                 video = video[:, None]
             tokens = self.encode(video, batch["index"])
@@ -210,7 +210,7 @@ def _augmented_parts(
         **options,
     ) as iterator:
         for batch in iterator:
-            clips, index = np.asarray(batch["video"]["video"]), batch["index"]
+            clips, index = np.asarray(batch["video"]), batch["index"]
             clips = clips.reshape(-1, num_clips, *clips.shape[1:])
             tokens = videos.encode(clips, index)
             valid = np.ones(len(index), bool)

@@ -91,7 +91,7 @@ def extract(
     )
     for batch in batches:
         valid = batch["valid"]
-        video = np.array(batch["video"]["video"])
+        video = np.array(batch["video"])
         for name, encode in encodes.items():
             tokens[name].append(encode(video)[valid])
         labels.append(batch["label"][valid])
@@ -107,4 +107,4 @@ def extract(
 def read_clips(source: Source, reading: Reading, count: int):
     """Yield uint8 batches [count, T, H, W, 3] of a list's clips, in order."""
     for batch in read_all(source, reading=reading, batch_size=count, num_workers=0):
-        yield np.array(batch["video"]["video"])
+        yield np.array(batch["video"])
