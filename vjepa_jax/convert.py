@@ -21,6 +21,7 @@ import numpy as np
 from absl import flags
 
 from vjepa_jax.base.errors import UserError
+from vjepa_jax.base.files import is_remote
 from vjepa_jax.config.saved import restored
 from vjepa_jax.models import positions, registry
 from vjepa_jax.models.encoder import VideoEncoder
@@ -184,7 +185,7 @@ def save(converted: Converted, output: str) -> None:
             str(place), converted.target, converted.params, converted.meta
         )
 
-    if "://" in output:  # no renaming there; Orbax completes a step or leaves none
+    if is_remote(output):  # no renaming there; Orbax completes a step or leaves none
         write(output)
     else:
         files.write_whole(output, write)

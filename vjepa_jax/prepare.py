@@ -23,12 +23,12 @@ import tqdm
 from absl import flags
 
 from vjepa_jax.base.errors import UserError
+from vjepa_jax.base.files import is_remote
 from vjepa_jax.config.flags import define_config_flag
 from vjepa_jax.config.rules import validate
 from vjepa_jax.data.jobs import encode_shards
 from vjepa_jax.data.jobs.reencode import Encoding
 from vjepa_jax.data.sources import factory, shards
-from vjepa_jax.data.sources.file_lists import is_remote
 from vjepa_jax.run import cli
 from vjepa_jax.world import render
 

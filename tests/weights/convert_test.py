@@ -337,7 +337,7 @@ def test_nothing_is_left_of_a_failure(tmp_path):
         place.mkdir()
         raise OSError("disk full")
 
-    (tmp_path / "out.partial").write_text("of a killed conversion")
+    (tmp_path / ".out-0.part").write_text("of a killed conversion")
     with pytest.raises(OSError, match="disk full"):
         files.write_whole(str(tmp_path / "out"), write)
     assert not list(tmp_path.iterdir())

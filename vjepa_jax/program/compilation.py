@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from vjepa_jax.base import files
 from vjepa_jax.base.errors import UserError
 from vjepa_jax.config.defaults import MAIN_STREAM, ConfigDict
 
@@ -82,8 +83,8 @@ def use_cache(folder: str) -> None:
     """
     if not folder:
         return
-    if "://" not in folder:
-        folder = os.path.abspath(os.path.expanduser(folder))
+    folder = files.absolute(folder)
+    if not files.is_remote(folder):
         try:
             os.makedirs(folder, exist_ok=True)
         except OSError as error:

@@ -14,6 +14,7 @@ import sys
 
 from absl import flags
 
+from vjepa_jax.base import files
 from vjepa_jax.base.errors import UserError
 from vjepa_jax.report import page, run_files, sections
 from vjepa_jax.run import checkpoint, cli
@@ -47,9 +48,7 @@ def write_report(workdir: str, compare: str = "", output: str = "") -> str:
         path = pathlib.Path(output) if output else runs[0].folder / FILE
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-            temporary.write_text(html, encoding="utf-8")
-            temporary.replace(path)
+            files.write_whole(path, html)
         except OSError as error:
             raise UserError(f"{path} cannot be written: {error.strerror}") from None
     return output or os.path.join(workdir, FILE)

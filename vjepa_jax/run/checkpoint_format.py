@@ -16,6 +16,7 @@ import jax
 from etils import epath
 
 import vjepa_jax
+from vjepa_jax.base import files
 from vjepa_jax.base.errors import UserError
 
 FOLDER = "checkpoints"
@@ -25,10 +26,7 @@ FORMAT_VERSION = 1
 
 def absolute(path: str) -> epath.Path:
     """Returns a path as Orbax takes it."""
-    # Orbax refuses relative paths, and only local ones can be relative.
-    if "://" in str(path):
-        return epath.Path(path)
-    return epath.Path(path).expanduser().resolve()
+    return epath.Path(files.absolute(path))
 
 
 def provenance() -> dict[str, Any]:

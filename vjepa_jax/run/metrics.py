@@ -8,7 +8,6 @@ repeats the metrics of steps above k and no others.
 import contextlib
 import json
 import math
-import os
 import pathlib
 import resource
 import sys
@@ -19,6 +18,7 @@ from typing import Any, TextIO
 import jax
 import numpy as np
 
+from vjepa_jax.base import files
 from vjepa_jax.parallel import distributed
 from vjepa_jax.run.goodput import TimeAccount, duration
 
@@ -320,6 +320,4 @@ def _drop_after(file: pathlib.Path, step: int) -> None:
     if not file.exists():
         return
     kept = "".join(line for line, row in _rows(file) if row["step"] <= step)
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(kept, encoding="utf-8")
-    os.replace(temporary, file)
+    files.write_whole(file, kept)

@@ -15,10 +15,10 @@ import threading
 from absl import logging
 from etils import epath
 
+from vjepa_jax.base import files
 from vjepa_jax.base.errors import UserError
 from vjepa_jax.config import saved
 from vjepa_jax.config.defaults import ConfigDict
-from vjepa_jax.data.sources.file_lists import is_remote
 from vjepa_jax.parallel import distributed
 
 CONFIG_FILE = "config.json"
@@ -49,9 +49,7 @@ def claim(config: ConfigDict, workdir: str) -> None:
     if distributed.is_main():
         path = _path(workdir) / CONFIG_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
-        temporary.replace(path)
+        files.write_whole(path, json.dumps(config.to_dict(), indent=2) + "\n")
 
 
 class LocalFiles:
@@ -72,7 +70,7 @@ class LocalFiles:
           workdir: local folder, or one of a remote store (`gs://bucket/run`).
           fetched: pattern of the files that are continued or read, such as `*.jsonl`.
         """
-        self._remote = _path(workdir) if is_remote(workdir) else None
+        self._remote = _path(workdir) if files.is_remote(workdir) else None
         if self._remote is None:
             self.folder = pathlib.Path(workdir)
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -136,7 +134,7 @@ class LocalFiles:
 def _path(workdir: str) -> epath.Path:
     """Returns the path of a workdir whose store answers."""
     path = epath.Path(workdir)
-    if is_remote(workdir):
+    if files.is_remote(workdir):
         try:
             path.exists()
         except ImportError:

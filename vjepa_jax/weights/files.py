@@ -4,10 +4,10 @@ PyTorch is needed for the pickles alone, and is imported only then.
 """
 
 import dataclasses
+import glob
 import json
 import pathlib
 import pickle
-import shutil
 import zipfile
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from vjepa_jax.base.errors import UserError
+from vjepa_jax.base.files import absolute, remove, renamed_when_complete
 from vjepa_jax.weights import huggingface, rules
 
 State = Mapping[str, np.ndarray]
@@ -229,22 +230,12 @@ def write_whole(path: str, write: Callable[[pathlib.Path], None]) -> None:
       UserError: `path` exists.
     """
     require_free(path)
-    place = pathlib.Path(path).expanduser().resolve()
+    place = pathlib.Path(absolute(path))
     place.parent.mkdir(parents=True, exist_ok=True)
-    partial = place.with_name(f"{place.name}.partial")
-    _remove(partial)  # of a conversion that was killed
-    try:
-        write(partial)
-        partial.replace(place)
-    finally:
-        _remove(partial)
-
-
-def _remove(place: pathlib.Path) -> None:
-    if place.is_dir():
-        shutil.rmtree(place)
-    else:
-        place.unlink(missing_ok=True)
+    for leftover in place.parent.glob(f".{glob.escape(place.name)}-*.part"):
+        remove(leftover)  # of a conversion that was killed
+    with renamed_when_complete(place) as part:
+        write(pathlib.Path(part))
 
 
 def write_official(path: str, parts: Mapping[str, Any], prefix: str) -> None:

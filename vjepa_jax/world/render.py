@@ -18,7 +18,6 @@ import dataclasses
 import functools
 import json
 import multiprocessing
-import os
 import pathlib
 import time
 from fractions import Fraction
@@ -27,6 +26,7 @@ import av
 import numpy as np
 import tqdm
 
+from vjepa_jax.base import files
 from vjepa_jax.base.errors import UserError
 from vjepa_jax.config.defaults import ConfigDict
 from vjepa_jax.data.jobs.reencode import REPRODUCIBLE
@@ -125,11 +125,13 @@ def write_video(
       is_causal: no frame depends on a later one, so that videos which begin alike are
         decoded alike up to where they part; the file is a little larger.
     """
-    temporary = path.with_suffix(f".{os.getpid()}.part")
     options = {"crf": "12", "preset": "veryfast", **REPRODUCIBLE}
     if is_causal:
         options["tune"] = "zerolatency"  # neither B-frames nor a look ahead
-    with av.open(str(temporary), "w", format="mp4") as container:
+    with (
+        files.renamed_when_complete(path) as part,
+        av.open(str(part), "w", format="mp4") as container,
+    ):
         stream = container.add_stream("libx264", rate=Fraction(fps), options=options)
         stream.height, stream.width = video.shape[1:3]
         stream.pix_fmt = "yuv420p"
@@ -139,7 +141,6 @@ def write_video(
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
-    temporary.replace(path)
 
 
 def _render_chunk(

@@ -5,6 +5,7 @@ import pathlib
 import numpy as np
 from PIL import Image
 
+from vjepa_jax.base import files
 from vjepa_jax.base.errors import UserError
 from vjepa_jax.data.transforms.transforms import Box
 
@@ -132,9 +133,8 @@ def write_image(path: pathlib.Path, pixels: np.ndarray) -> None:
     if pixels.ndim == 2:
         image = image.convert("P")
         image.putpalette(_palette())
-    temporary = path.with_suffix(".part")
-    image.save(temporary, "PNG")
-    temporary.replace(path)
+    with files.renamed_when_complete(path) as part:
+        image.save(part, "PNG")
 
 
 def _palette() -> list[int]:

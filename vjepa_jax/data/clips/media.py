@@ -20,6 +20,7 @@ import av
 from etils import epath
 
 from vjepa_jax.base.errors import UserError
+from vjepa_jax.base.files import is_remote
 
 REASONS = (
     "missing",  # no such file
@@ -275,7 +276,7 @@ def _open_file(path: str, content: bytes | None) -> io.IOBase:
     if content is not None:
         return io.BytesIO(content)
     try:
-        if "://" in path:
+        if is_remote(path):
             return epath.Path(path).open("rb")
         # Opening a pipe would otherwise wait for its writer.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)

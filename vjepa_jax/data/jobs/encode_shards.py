@@ -22,7 +22,6 @@ import re
 import shutil
 import tempfile
 import threading
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -30,6 +29,7 @@ import numpy as np
 import tqdm
 from etils import epath
 
+from vjepa_jax.base import files
 from vjepa_jax.base.errors import UserError
 from vjepa_jax.data.clips.media import DecodeError
 from vjepa_jax.data.jobs.reencode import (
@@ -40,7 +40,7 @@ from vjepa_jax.data.jobs.reencode import (
 )
 from vjepa_jax.data.jobs.worker_pool import CRASHED, Failure, WorkerPool
 from vjepa_jax.data.sources import shards
-from vjepa_jax.data.sources.file_lists import VideoList, is_remote
+from vjepa_jax.data.sources.file_lists import VideoList
 
 if TYPE_CHECKING:
     from apache_beam.options.pipeline_options import PipelineOptions
@@ -165,8 +165,8 @@ def prepare(
     inputs, content = io.BytesIO(), json.dumps(job.to_json(), indent=1)
     np.savez(inputs, root=np.array(os.fsencode(source.root)), **source.to_arrays())
     try:
-        shards.write_whole(folder / _INPUTS, inputs.getvalue())
-        shards.write_whole(folder / _JOB, content.encode())
+        files.write_whole(folder / _INPUTS, inputs.getvalue())
+        files.write_whole(folder / _JOB, content.encode())
     except OSError as error:
         raise UserError(f"--output={output} cannot be written: {error}") from None
     # Written again when all shards are complete; the run may end before.
@@ -233,7 +233,7 @@ def encode_shard(output: str, key: str, shard: int) -> None:
                 height=video.height,
             )
 
-    with _renamed_when_complete(path) as temporary:
+    with _local_name(path) as temporary:
         shards.write_shard(temporary, encoded())
         note = {
             "job": key,
@@ -242,7 +242,7 @@ def encode_shard(output: str, key: str, shard: int) -> None:
             "records": records,
             "failures": failures,
         }
-    shards.write_whole(folder / f"{name}.json", json.dumps(note).encode())
+    files.write_whole(folder / f"{name}.json", json.dumps(note).encode())
 
 
 def reencode_apart(path: str, encoding: Encoding) -> EncodedVideo | Failure:
@@ -293,22 +293,17 @@ def _read_job(output: str, key: str) -> tuple[Job, VideoList]:
 
 
 @contextlib.contextmanager
-def _renamed_when_complete(path: epath.Path) -> Iterator[str]:
+def _local_name(path: epath.Path) -> Iterator[str]:
     """Yield a local name to write to; the file then appears at `path` atomically."""
-    part = path.parent / f".{path.name}-{uuid.uuid4().hex}.part"
-    if not is_remote(str(path)):
-        try:
+    with files.renamed_when_complete(path) as part:
+        if not files.is_remote(path):
             yield str(part)
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
-        return
-    with tempfile.TemporaryDirectory() as scratch:  # ArrayRecord writes local files
-        local = os.path.join(scratch, path.name)
-        yield local
-        with open(local, "rb") as source, part.open("wb") as target:
-            shutil.copyfileobj(source, target, 1 << 22)
-        part.replace(path)
+            return
+        with tempfile.TemporaryDirectory() as scratch:  # ArrayRecord writes local files
+            local = os.path.join(scratch, path.name)
+            yield local
+            with open(local, "rb") as source, part.open("wb") as target:
+                shutil.copyfileobj(source, target, 1 << 22)
 
 
 @contextlib.contextmanager
@@ -343,7 +338,7 @@ def _finish(job: Job, folder: epath.Path, max_bad_fraction: float) -> dict:
         raise RuntimeError(f"the pipeline ended without the shard {missing[0]}")
     failures = [failure for note in notes for failure in note["failures"]]
     lines = "".join(json.dumps(failure) + "\n" for failure in failures)
-    shards.write_whole(folder / shards.FAILURES, lines.encode())
+    files.write_whole(folder / shards.FAILURES, lines.encode())
     listed = f"{len(failures)} of {job.num_inputs} videos failed, listed in " + repr(
         str(folder / shards.FAILURES)
     )
@@ -375,7 +370,7 @@ def _finish(job: Job, folder: epath.Path, max_bad_fraction: float) -> dict:
         ],
     }
     content = json.dumps(manifest, indent=1).encode()
-    shards.write_whole(folder / shards.MANIFEST, content)
+    files.write_whole(folder / shards.MANIFEST, content)
     return manifest
 
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
+from vjepa_jax.base import files
 from vjepa_jax.base.errors import UserError
 from vjepa_jax.data.clips import reader
 from vjepa_jax.data.clips.sampling import Sampling
@@ -227,10 +228,8 @@ class Output:
             (fields.pop("index"), json.dumps(fields))
             for fields in map(json.loads, self._file)
         )
-        temporary = self._path + ".tmp"
-        with open(temporary, "w") as file:
+        with files.renamed_when_complete(self._path) as part, part.open("w") as file:
             file.writelines(line + "\n" for _, line in lines)
-        os.replace(temporary, self._path)
         self._file.close()
         os.remove(self.partial_path)
 

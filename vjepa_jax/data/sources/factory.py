@@ -20,8 +20,9 @@ from collections.abc import Sequence
 from etils import epath
 
 from vjepa_jax.base.errors import UserError
+from vjepa_jax.base.files import is_remote
 from vjepa_jax.data.sources import shards, tfds_source
-from vjepa_jax.data.sources.file_lists import MEDIA_SUFFIXES, VideoList, is_remote
+from vjepa_jax.data.sources.file_lists import MEDIA_SUFFIXES, VideoList
 from vjepa_jax.data.sources.records import Record, Source, digest_of
 
 __all__ = [

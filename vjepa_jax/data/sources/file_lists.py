@@ -9,6 +9,7 @@ import numpy as np
 from etils import epath
 
 from vjepa_jax.base.errors import UserError
+from vjepa_jax.base.files import absolute, is_remote
 from vjepa_jax.data.sources.records import Record, Source, digest_of
 
 VIDEO_SUFFIXES = (
@@ -28,11 +29,6 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 MEDIA_SUFFIXES = VIDEO_SUFFIXES + IMAGE_SUFFIXES
 
 _LABELS = np.iinfo(np.int64)
-
-
-def is_remote(path: str) -> bool:
-    """Whether a path is a URL, such as `gs://bucket/file`."""
-    return "://" in path
 
 
 class VideoList(Source):
@@ -161,7 +157,7 @@ class VideoList(Source):
         the first-level sub folders with files in them, in sorted order. Otherwise all
         labels are 0. Hidden files and folders are skipped.
         """
-        root = path.rstrip("/") if is_remote(path) else os.path.abspath(path)
+        root = absolute(path.rstrip("/"))
         found = _remote_files(root) if is_remote(root) else _local_files(root)
         names = [entry for entry in found if entry.lower().endswith(MEDIA_SUFFIXES)]
         # Sorted by components, so that the order of files follows that of the classes.
@@ -176,7 +172,7 @@ class VideoList(Source):
 
 
 def _located(path: str) -> tuple[str, str]:
-    path = path if is_remote(path) else os.path.abspath(path)
+    path = absolute(path)
     return path, os.path.dirname(path)
 
 

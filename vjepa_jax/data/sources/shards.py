@@ -19,7 +19,6 @@ import io
 import json
 import os
 import threading
-import uuid
 from collections.abc import Iterable
 
 import msgpack
@@ -30,6 +29,7 @@ from array_record.python.array_record_module import (
 )
 from etils import epath
 
+from vjepa_jax.base import files
 from vjepa_jax.base.errors import UserError
 from vjepa_jax.data.sources.records import Record, Source, digest_of
 
@@ -98,13 +98,6 @@ def write_shard(path: str, records: Iterable[VideoRecord]) -> None:
         writer.close()
 
 
-def write_whole(path: epath.Path, content: bytes) -> None:
-    """Writes a local or remote file that appears under its name when whole."""
-    temporary = path.parent / f".{path.name}-{uuid.uuid4().hex}.part"
-    temporary.write_bytes(content)
-    temporary.replace(path)
-
-
 def checksum(path: str) -> str:
     """Returns the SHA-256 of a file, local or remote, in hexadecimal digits."""
     digest = hashlib.sha256()
@@ -135,7 +128,7 @@ def write_index(
     }
     content = io.BytesIO()
     np.savez(content, **arrays)
-    write_whole(epath.Path(folder) / INDEX, content.getvalue())
+    files.write_whole(epath.Path(folder) / INDEX, content.getvalue())
     return {
         "sha256": hashlib.sha256(content.getvalue()).hexdigest(),
         "digest": digest_of(array.tobytes() for array in arrays.values()),
@@ -206,12 +199,12 @@ class ShardSource(Source):
         Raises:
           UserError: a shard or the index is missing or not the one of the manifest.
         """
-        if "://" in path:
+        if files.is_remote(path):
             raise UserError(
                 f"data.path {path!r}: ArrayRecord reads mounted folders only; mount "
                 "the bucket (gcsfuse) and give the folder's local path"
             )
-        self.name = path = os.path.abspath(path)
+        self.name = path = files.absolute(path)
         manifest = read_manifest(path)
         self._settings = manifest["settings"]
         self._digest = manifest["index"]["digest"]

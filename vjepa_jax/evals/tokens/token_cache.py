@@ -13,7 +13,6 @@ import dataclasses
 import hashlib
 import pathlib
 import shutil
-import tempfile
 from collections.abc import Iterator
 
 import jax
@@ -25,6 +24,7 @@ from array_record.python.array_record_module import (
     ArrayRecordWriter,
 )
 
+from vjepa_jax.base import files
 from vjepa_jax.base.errors import UserError
 from vjepa_jax.data.sources.records import digest_of
 from vjepa_jax.evals.frozen import FrozenModel
@@ -114,7 +114,7 @@ def cached(
     Raises:
       UserError: the disk is too small, or the folder is not local.
     """
-    if "://" in folder:
+    if files.is_remote(folder):
         raise UserError(
             f"config.cache.path={folder!r} must be a local folder; leave it empty to "
             "encode in every epoch"
@@ -135,18 +135,13 @@ def cached(
     place = pathlib.Path(folder) / key
     if not place.exists():
         place.parent.mkdir(parents=True, exist_ok=True)
-        temporary = pathlib.Path(
-            tempfile.mkdtemp(prefix=f".{key}-", suffix=".part", dir=folder)
-        )
         try:
-            _write(videos, temporary, dtype, batch_size)
-            try:
-                temporary.rename(place)
-            except OSError:  # another program was faster
-                if not place.exists():
-                    raise
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            with files.renamed_when_complete(place) as part:
+                part.mkdir()
+                _write(videos, pathlib.Path(part), dtype, batch_size)
+        except OSError:  # another program may have been faster
+            if not place.exists():
+                raise
     logging.info("tokens of %s are in %s", videos.source.name, place)
     with np.load(place / _INDEX) as index:
         return CachedVideos(

@@ -1,0 +1,61 @@
+"""Paths that may be remote, and files that appear when they are complete."""
+
+import contextlib
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+
+from etils import epath
+
+
+def is_remote(path: str | os.PathLike) -> bool:
+    """Whether a path is a URL, such as `gs://bucket/file`."""
+    return "://" in os.fspath(path)
+
+
+def absolute(path: str | os.PathLike) -> str:
+    """Return a local path as an absolute one, and a URL as it is."""
+    path = os.fspath(path)
+    return path if is_remote(path) else os.path.abspath(os.path.expanduser(path))
+
+
+@contextlib.contextmanager
+def renamed_when_complete(path: str | os.PathLike) -> Iterator[epath.Path]:
+    """Yield a temporary path beside `path`, which is renamed to `path` on success.
+
+    A reader therefore sees a complete file, the old one, or none. After an error the
+    temporary file is removed and `path` is unchanged. What a killed process leaves is
+    named `.NAME-*.part`.
+
+    Args:
+      path: local or remote file, or local folder; its parent folder exists.
+    """
+    path = epath.Path(path)
+    part = path.parent / f".{path.name}-{uuid.uuid4().hex}.part"
+    try:
+        yield part
+        part.replace(path)
+    except BaseException:
+        remove(part)
+        raise
+
+
+def write_whole(path: str | os.PathLike, content: bytes | str) -> None:
+    """Write a local or remote file, which appears when it is complete.
+
+    Args:
+      path: of the file; its folder exists.
+      content: text is encoded as UTF-8.
+    """
+    with renamed_when_complete(path) as part:
+        part.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def remove(path: str | os.PathLike) -> None:
+    """Remove a file or a local folder with all that is in it, if it exists."""
+    path = epath.Path(path)
+    if is_remote(path) or not path.is_dir():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path)
