@@ -31,20 +31,20 @@ def main():
     print(counts[-1] - counts[1])
 
 def decoding_worker():
-    from vjepa_jax.data import reading
+    from vjepa_jax.data.stream import reading
     reading._start_worker(types.SimpleNamespace(begin=lambda: None), 0, 1)
     main()
 
 who = sys.argv.pop(1)
 if who == "command":
-    from vjepa_jax import cli
+    from vjepa_jax.run import cli
     cli.run(main)
 elif who == "decoding worker":
     worker = multiprocessing.get_context("fork").Process(target=decoding_worker)
     worker.start()
     worker.join()
 elif who == "keep":
-    from vjepa_jax import host_memory
+    from vjepa_jax.base import host_memory
     host_memory.keep_freed_memory()
     main()
 else:

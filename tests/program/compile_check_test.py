@@ -263,7 +263,7 @@ def test_other_errors_of_jax_pass():
 def test_compiled_programs_are_kept(tmp_path):
     """In processes of their own: jax has one cache per process."""
     code = (
-        "import sys, jax; from vjepa_jax import compilation;"
+        "import sys, jax; from vjepa_jax.program import compilation;"
         "jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0);"
         "compilation.use_cache(sys.argv[1]);"
         "jax.jit(lambda x: x @ x)(jax.numpy.ones((8, 8)))"

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import os
 
 import event_files
 import numpy as np
@@ -105,7 +106,7 @@ def test_resume_leaves_the_old_file_when_it_is_killed(tmp_path, monkeypatch):
     def killed(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(metrics.os, "replace", killed)
+    monkeypatch.setattr(os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
         write_steps(tmp_path, [], start_step=10)
     assert steps_in(tmp_path) == [10, 20]
