@@ -23,16 +23,12 @@ Commands, DIR being a run (`--workdir`) or converted weights:
     python -m vjepa_jax.probe --config=configs/probe_davis.py:world --workdir=runs/mine
 """
 
-from vjepa_jax.base.errors import UserError
 from vjepa_jax.evals import settings
 
 
 def get_config(dataset="davis"):
     """Return the evaluation's config for a data set."""
-    if dataset not in ("davis", "world"):
-        raise UserError(
-            f"'{dataset}' is no variant of this config; known: davis, world"
-        )
+    settings.require_variant(dataset, ("davis", "world"))
     config = settings.video_objects()
     config.name = f"video_objects_{dataset}"
     if dataset == "world":

@@ -28,7 +28,6 @@ Command, DIR being a run (`--workdir`) or converted weights with a predictor:
         --config.data.videos_path=EPIC-KITCHENS
 """
 
-from vjepa_jax.base.errors import UserError
 from vjepa_jax.evals import settings
 
 VARIANTS = ("vitl16", "vith16", "vitg16", "vitg16_384")
@@ -37,10 +36,7 @@ VARIANTS = ("vitl16", "vith16", "vitg16", "vitg16_384")
 def get_config(arg=""):
     """Return the config of a variant, by default V-JEPA 2's ViT-L."""
     variant = arg or VARIANTS[0]
-    if variant not in VARIANTS:
-        raise UserError(
-            f"'{variant}' is no variant of this config; known: {', '.join(VARIANTS)}"
-        )
+    settings.require_variant(variant, VARIANTS)
     config = settings.anticipation()
     config.name = "ek100"
     config.data.resolution = settings.VARIANTS[variant]

@@ -23,7 +23,6 @@ Commands, DIR being a run (`--workdir`) or converted weights:
         --workdir=runs/mine
 """
 
-from vjepa_jax.base.errors import UserError
 from vjepa_jax.evals import settings
 from vjepa_jax.world.labelled import NUM_CLASSES
 
@@ -32,9 +31,7 @@ _CLASSES = {"ade20k": 150, "cityscapes": 19, "voc": 21, "world": NUM_CLASSES}
 
 def get_config(dataset="ade20k"):
     """Return the evaluation's config for a data set."""
-    if dataset not in _CLASSES:
-        known = ", ".join(_CLASSES)
-        raise UserError(f"'{dataset}' is no variant of this config; known: {known}")
+    settings.require_variant(dataset, _CLASSES)
     config = settings.segmentation()
     config.name = f"segmentation_{dataset}"
     config.num_classes = _CLASSES[dataset]

@@ -24,7 +24,7 @@ from vjepa_jax.config.defaults import ConfigDict
 from vjepa_jax.config.flags import define_config_flag
 from vjepa_jax.data.sources import factory
 from vjepa_jax.data.stream import streams
-from vjepa_jax.evals import drawing, frozen, registry
+from vjepa_jax.evals import drawing, frozen, registry, settings
 from vjepa_jax.evals.frozen import FrozenModel
 from vjepa_jax.evals.tokens import features
 from vjepa_jax.parallel import cluster
@@ -84,7 +84,11 @@ def probe(config: ConfigDict, path: str) -> dict[str, Any]:
         does not suit the evaluation.
     """
     if "evaluation" not in config:
-        raise UserError("--config is not of an evaluation: give a configs/probe_*.py")
+        known = ", ".join(settings.DEFAULTS)
+        raise UserError(
+            f"--config is not of an evaluation: give one of {known}, or a file like "
+            "configs/probe_*.py"
+        )
     began = time.perf_counter()
     model = frozen.load(path, None if config.step < 0 else config.step)
     results = registry.evaluate(model, config)
@@ -148,7 +152,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    _CONFIG = define_config_flag()
+    _CONFIG = define_config_flag(named=settings.DEFAULTS)
     _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run")
     _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of a conversion")
     cli.run(main)

@@ -20,7 +20,7 @@ from process_group import Group
 from step_setup import abstract_of
 
 from vjepa_jax.base.errors import UserError
-from vjepa_jax.config.defaults import evaluation
+from vjepa_jax.config.defaults import evaluation, get_config
 from vjepa_jax.evals import frozen, hook, registry
 from vjepa_jax.run import checkpoint, metrics
 from vjepa_jax.run.watchdog import Watchdog
@@ -168,7 +168,7 @@ def test_failures_are_told_once_each_and_counted(hooked):
     assert counted == [1, 2, 3]
     assert of_evaluations(rows)[-1]["eval/user/failed"] == 2
     assert of_evaluations(rows)[-1]["eval/health/failed"] == 0
-    told = "evaluation '{}' failed after step {}, and the run goes on: {}"
+    told = "evaluation '{}' failed after step {}; the run continues: {}"
     nobody = "RuntimeError: no such luck"
     user = "UserError: the list is empty: give another"
     assert [text for text, _ in errors] == [
@@ -297,6 +297,14 @@ def test_overrides_change_the_file_s_values():
     assert load(overrides="random_init=True").random_init
     physics = load(file=f"{CONFIGS / 'probe_physics.py'}:intphys")
     assert physics.dataset == "intphys" and physics.null_seeds == 0
+
+
+def test_defaults_are_found_in_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, entry in get_config().evals.items():
+        assert hook.load(name, entry).evaluation == name
+    config = load(file="physics:intphys", overrides="num_workers=0")
+    assert (config.dataset, config.num_workers) == ("intphys", 0)
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,13 @@
 
 import importlib.util
 import pathlib
+import sys
 
 import pytest
+from absl import flags
 
 from vjepa_jax.base.errors import UserError
+from vjepa_jax.config.flags import define_config_flag
 from vjepa_jax.evals import classification, registry, settings
 from vjepa_jax.models import registry as models
 
@@ -58,11 +61,37 @@ def test_anticipation_is_valid_and_has_its_heads(variant):
         load("ek100").get_config("vjepa_vitl16")
 
 
-@pytest.mark.parametrize("name", ["neighbours", "health"])
-def test_others_are_valid(name):
-    config = load(name).get_config()
-    settings.validate(config)
-    assert config.evaluation in registry.EVALUATIONS
+@pytest.mark.parametrize("name", ["neighbours", "health", "physics", "world"])
+def test_defaults_of_an_evaluation_are_those_of_its_file(name):
+    assert load(name).get_config() == settings.DEFAULTS[name]().lock()
+
+
+def test_every_evaluation_has_valid_defaults():
+    assert set(settings.DEFAULTS) == set(registry.EVALUATIONS)
+    for name, make in settings.DEFAULTS.items():
+        config = make()
+        settings.validate(config)
+        assert config.evaluation == name
+
+
+@pytest.mark.parametrize("text", ["physics:grasp", "own.py:grasp"])
+def test_the_flag_takes_names_and_files_in_any_folder(text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.py").write_text(
+        "from vjepa_jax.evals.settings import physics as get_config"
+    )
+    arguments = ["probe", f"--asked={text}", "--asked.null_seeds=3"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    known = set(flags.FLAGS)
+    holder = define_config_flag("asked", required=False, named=settings.DEFAULTS)
+    try:
+        flags.FLAGS(arguments)
+        config = holder.value
+    finally:
+        for name in set(flags.FLAGS) - known:
+            delattr(flags.FLAGS, name)
+    assert config.is_locked and config.dataset == "grasp"
+    assert (config.frame_step, config.null_seeds) == (10, 3)
 
 
 @pytest.mark.parametrize(

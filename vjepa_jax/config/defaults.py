@@ -57,7 +57,9 @@ def stream(**fields: Any) -> ConfigDict:
 def evaluation(file: str, **fields: Any) -> ConfigDict:
     """Return the config of an evaluation during training, which is off."""
     config = ConfigDict()
-    config.file = file  # as --config of vjepa_jax.probe: FILE.py or FILE.py:ARGUMENT
+    # As --config of vjepa_jax.probe: the name of an evaluation (health, physics, ...)
+    # or FILE.py, with :ARGUMENT after either.
+    config.file = file
     config.overrides = ""  # of its keys, with blanks between: num_videos=256 k=(10,)
     config.every_steps = 0  # updates from one to the next, and after the last; 0: off
     config.update(fields)
@@ -232,7 +234,7 @@ def get_config() -> ConfigDict:
 
     config.evals = ConfigDict()  # evaluations during training by name, see `evaluation`
     for name in ("health", "neighbours", "physics", "world"):
-        config.evals[name] = evaluation(f"configs/probe_{name}.py")
+        config.evals[name] = evaluation(name)
 
     config.profile = ConfigDict()  # a trace of some steps, in `profile/` of the workdir
     config.profile.start_step = 0  # the first step traced, from 1; 0: none

@@ -1,14 +1,58 @@
 """The flag that names a config file and overrides its values."""
 
+from collections.abc import Callable, Mapping
+
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 
-def define_config_flag(name: str = "config", required: bool = True) -> flags.FlagHolder:
-    """Define `--NAME=FILE.py[:argument]` with overrides `--NAME.key=value`."""
+class _NamedConfigs(flags.ArgumentParser):
+    """Reads `NAME[:ARGUMENT]` of a config of the package, or else `FILE.py[:ARGUMENT]`.
+
+    Attributes:
+      named: functions that make configs, by name.
+      files: parser of files.
+    """
+
+    def __init__(
+        self,
+        named: Mapping[str, Callable[..., ConfigDict]],
+        files: flags.ArgumentParser,
+    ):
+        """Take the attributes."""
+        self.named, self.files = named, files
+
+    def parse(self, argument: str) -> ConfigDict:
+        """Return the config."""
+        name, *arguments = argument.split(":", 1)
+        if name not in self.named:
+            return self.files.parse(argument)
+        return self.named[name](*arguments).lock()
+
+    def flag_type(self) -> str:
+        """Return how help texts call the type."""
+        return self.files.flag_type()
+
+
+def define_config_flag(
+    name: str = "config",
+    required: bool = True,
+    named: Mapping[str, Callable[..., ConfigDict]] | None = None,
+) -> flags.FlagHolder:
+    """Define `--NAME=FILE.py[:argument]` with overrides `--NAME.key=value`.
+
+    Args:
+      name: of the flag.
+      required: whether the command fails without it.
+      named: configs of the package that the flag takes by their name, from any folder.
+    """
     holder = config_flags.DEFINE_config_file(
         name, None, "File with get_config(), e.g. configs/world_tiny.py"
     )
+    if named:
+        flag = flags.FLAGS[name]
+        flag.parser = _NamedConfigs(named, flag.parser)
+        flag.help = f"{', '.join(named)}, or a file with get_config()"
     if required:
         flags.mark_flag_as_required(name)
     return holder

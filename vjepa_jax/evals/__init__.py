@@ -1,1 +1,1 @@
-"""Evaluations of frozen features; each is a function of features and a dataset."""
+"""Evaluations of frozen features; each is a function of a model and a config."""

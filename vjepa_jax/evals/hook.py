@@ -1,7 +1,7 @@
-"""Evaluations of a run while it trains, every so many steps.
+"""Evaluations of a run while it trains, at regular steps.
 
-They judge the weights in memory, whether or not these are saved, and change nothing of
-the run: neither its numbers nor, should they fail, its going on.
+They evaluate the weights in memory, whether or not these are saved, and do not affect
+the run: its numbers stay the same, and it continues when an evaluation fails.
 """
 
 import ast
@@ -22,7 +22,7 @@ from vjepa_jax.config.defaults import ConfigDict, flatten
 from vjepa_jax.data.sources.records import Source
 from vjepa_jax.data.stream import streams
 from vjepa_jax.data.stream.read_all import read_all
-from vjepa_jax.evals import drawing, frozen, registry
+from vjepa_jax.evals import drawing, frozen, registry, settings
 from vjepa_jax.evals.frozen import FrozenModel
 from vjepa_jax.objective.state import TrainState
 from vjepa_jax.parallel import distributed, sharding
@@ -30,21 +30,21 @@ from vjepa_jax.program import build
 from vjepa_jax.program.program import Program
 
 PREFIX = "eval/"
-IMAGES = "images"  # under this name a failure to draw is told and counted
-_TIMEOUT_SECS = 24 * 3600  # of an evaluation, for which the other processes wait
+IMAGES = "images"  # the name under which a failure to draw is logged and counted
+_TIMEOUT_SECS = 24 * 3600  # longest wait of the other processes
 _SHOWN = 6  # measures of an evaluation on the console
-_COLOURED_CLIPS = 8  # that the colours of features are fitted to
-# What says the same at every step.
+_COLOURED_CLIPS = 8  # clips that the principal components of features are fitted to
+# Untrained models, whose results are the same at every step.
 _LEFT_OUT = {"random_init": False, "null_seeds": 0}
 
 
 @dataclasses.dataclass
 class Found:
-    """What the evaluations of a step have found; empty but on the main process.
+    """Results of the evaluations after a step; empty on all but the main process.
 
     Attributes:
-      scalars: `eval/NAME/MEASURE`, `eval/NAME/MEASURE/COLUMN` where the column is not
-        the model itself, `eval/NAME/seconds` and `eval/NAME/failed`.
+      scalars: `eval/NAME/MEASURE` of the model, `eval/NAME/MEASURE/COLUMN` of other
+        columns, `eval/NAME/seconds` and `eval/NAME/failed`.
       lines: for the console.
       images: uint8 [H, W, 3] by name.
     """
@@ -55,18 +55,18 @@ class Found:
 
 
 class EvaluationHook:
-    """Runs what `config.evals` of a run asks for.
+    """Runs the evaluations in `config.evals` of a run.
 
-    The first process evaluates, on its own devices, and the others wait for it: so
-    nothing that fails there can leave them in a computation that never ends.
+    The main process evaluates on its own devices while the others wait: a failure there
+    cannot leave them in a computation that never ends.
     """
 
     def __init__(self, program: Program, source: Source):
-        """Loads the evaluations' configs.
+        """Load the evaluations' configs.
 
         Args:
           program: of the run.
-          source: the run's videos, for pictures.
+          source: the run's videos, to draw features and masks on.
 
         Raises:
           UserError: a config cannot be loaded, or its overrides do not fit.
@@ -78,11 +78,11 @@ class EvaluationHook:
         self._failed = dict.fromkeys([*self._entries, IMAGES], 0)
 
     def add_earlier(self, rows: Sequence[Mapping[str, float]], start_step: int) -> None:
-        """Continues the counts of failures of an interrupted run.
+        """Restore the counts of failures of an interrupted run.
 
         Args:
           rows: its metrics.
-          start_step: of the checkpoint from which the run continues.
+          start_step: step of the checkpoint from which the run continues.
         """
         for row in rows:
             if row["step"] <= start_step:
@@ -91,7 +91,7 @@ class EvaluationHook:
                     self._failed[name] = int(row.get(key, self._failed[name]))
 
     def is_due(self, step: int) -> bool:
-        """Whether there is anything to evaluate after this step."""
+        """Return whether there is an evaluation after this step."""
         return bool(self._due(step))
 
     def _due(self, step: int) -> list[str]:
@@ -102,13 +102,13 @@ class EvaluationHook:
     def run(self, step: int, state: TrainState) -> Found:
         """Evaluate the state after a step; every process calls.
 
-        What fails is logged and counted.
+        Failures are logged and counted.
 
         Raises:
-          LostProcess: another process is gone.
+          LostProcess: another process has ended.
         """
         found = Found()
-        # As from the command line, where no mesh of a run is set.
+        # As in `vjepa_jax.probe`, where no mesh of a run is set.
         with sharding.use(None):
             model = frozen.from_state(self._program, state)
             if distributed.is_main():
@@ -127,10 +127,10 @@ class EvaluationHook:
         began = time.perf_counter()
         try:
             function(found, *args)
-        except Exception as error:  # whatever it is, it is not the run's
+        except Exception as error:  # no evaluation may end the run
             self._failed[name] += 1
             logging.error(
-                "evaluation '%s' failed after step %d, and the run goes on: %s: %s",
+                "evaluation '%s' failed after step %d; the run continues: %s: %s",
                 name,
                 step,
                 type(error).__name__,
@@ -150,17 +150,18 @@ def load(name: str, entry: ConfigDict) -> ConfigDict:
 
     Args:
       name: of the entry in `config.evals`.
-      entry: from `defaults.evaluation`.
+      entry: from `defaults.evaluation`; its `file` names one of `settings.DEFAULTS` or
+        a Python file with `get_config()`, with `:ARGUMENT` after either.
 
     Raises:
       UserError: the file cannot be loaded, or the overrides do not fit it.
     """
-    path, _, argument = entry.file.partition(":")
+    file, _, argument = entry.file.partition(":")
     try:
-        get_config = runpy.run_path(path)["get_config"]
+        get_config = settings.DEFAULTS.get(file) or runpy.run_path(file)["get_config"]
         config = get_config(*([argument] if argument else []))
         registry.find(config)
-    except Exception as error:  # of the user's own code
+    except Exception as error:  # in code of the user's own
         raise UserError(
             f"config.evals.{name}.file={entry.file!r} gives no config of an "
             f"evaluation: {type(error).__name__}: {error}"
@@ -185,7 +186,7 @@ def load(name: str, entry: ConfigDict) -> ConfigDict:
 
 
 def _value(text: str) -> Any:
-    """Return what a word of the command line stands for: a literal, or itself."""
+    """Return the literal that a word of the command line is, or the word itself."""
     try:
         return ast.literal_eval(text)
     except (SyntaxError, ValueError):
@@ -203,10 +204,10 @@ def _evaluate(found: Found, name: str, model: FrozenModel, config: ConfigDict) -
 
 
 def flatten_results(results: Mapping[str, Any]) -> dict[str, float]:
-    """Return an evaluation's numbers by names for metrics, see `Found`.
+    """Return an evaluation's numbers by the names of metrics, see `Found`.
 
     Args:
-      results: {measure: number, or {column: number}}; what is no number is left out.
+      results: {measure: number, or {column: number}}; other values are left out.
     """
     flat = {}
     for measure, values in results.items():
@@ -219,7 +220,7 @@ def flatten_results(results: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _draw(found: Found, model: FrozenModel, source: Source, step: int) -> None:
-    """Draw masks, and features as colours, on some of the run's clips."""
+    """Draw token masks, and features as colours, on some of the run's clips."""
     run = model.config
     count = run.log.image_clips
     clips = _read_clips(run, source, max(count, _COLOURED_CLIPS))
@@ -236,7 +237,7 @@ def _draw(found: Found, model: FrozenModel, source: Source, step: int) -> None:
 
 
 def _read_clips(run: ConfigDict, source: Source, count: int) -> np.ndarray:
-    """Read clips of videos that are far apart in the list: uint8 [n, T, H, W, 3]."""
+    """Read clips of videos spread over the list: uint8 [n, T, H, W, 3]."""
     data = run.data.copy_and_resolve_references()
     data.num_clips = 1
     order = np.unique(np.linspace(0, len(source) - 1, count).astype(np.int64))

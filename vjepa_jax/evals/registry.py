@@ -1,4 +1,4 @@
-"""The evaluations by name, as the key `evaluation` of a config chooses them."""
+"""The evaluations by the name that the key `evaluation` of a config holds."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,8 +12,8 @@ from vjepa_jax.evals.physics import physics
 from vjepa_jax.evals.segmentation import segmentation
 from vjepa_jax.evals.video_objects import video_objects
 
-# (frozen, config) -> {measure: number, or {column: number}}; opens its own data. Under
-# `CONFUSION`, where there is one, {column: confusion matrix, a list of rows}.
+# (model, config) -> {measure: number, or {column: number}}; opens its own data. The key
+# `CONFUSION` is optional: {column: confusion matrix, a list of rows}.
 Evaluation = Callable[[FrozenModel, ConfigDict], dict[str, Any]]
 
 CONFUSION = "confusion"
@@ -31,17 +31,13 @@ EVALUATIONS: dict[str, Evaluation] = {
 
 
 def find(config: ConfigDict) -> Evaluation:
-    """Return the evaluation that a config names.
-
-    Raises:
-      UserError: there is none of this name.
-    """
+    """Return the evaluation that a config names, or raise UserError."""
     if config.evaluation not in EVALUATIONS:
         known = ", ".join(EVALUATIONS)
         raise UserError(f"config.evaluation={config.evaluation!r}: known: {known}")
     return EVALUATIONS[config.evaluation]
 
 
-def evaluate(frozen: FrozenModel, config: ConfigDict) -> dict[str, Any]:
-    """Run the evaluation that a config names; errors are those of `find` and its."""
-    return find(config)(frozen, config)
+def evaluate(model: FrozenModel, config: ConfigDict) -> dict[str, Any]:
+    """Run the evaluation that a config names."""
+    return find(config)(model, config)

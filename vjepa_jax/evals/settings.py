@@ -1,115 +1,154 @@
 """Defaults of the evaluations of frozen features, with meaning, unit and range.
 
-The leaf files `configs/probe_*.py` take one of these and change what differs.
+`DEFAULTS` has them by the name of the evaluation: `--config=NAME` of `vjepa_jax.probe`
+and `config.evals.X.file=NAME` of a run take them from here. The files
+`configs/probe_*.py` take one of these and change what differs in a published recipe.
 """
 
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+from vjepa_jax.base.choices import DTYPES, REMATS, RESIZES, SAMPLINGS
 from vjepa_jax.base.errors import UserError
 from vjepa_jax.config.defaults import ConfigDict, flatten
 
 
-def _of_features(name: str) -> ConfigDict:
-    config = ConfigDict()
-    config.evaluation = name  # a key of evals/registry.py
-    config.name = name  # of the results: results_NAME.json
-    config.seed = 0  # of all that is drawn, and of the random-init encoder
-    config.step = -1  # checkpoint to evaluate; -1: the latest
-    config.random_init = True  # evaluate an untrained encoder beside it
-    config.out_layers = ()  # blocks whose tokens are taken, from 0; (): the features
-    config.clips_per_call = 64  # clips decoded and encoded at once
-    return config
+class _Range(NamedTuple):
+    """Which values a key may have, and the sentence that says so."""
+
+    holds: Callable[[Any], bool]
+    fix: str
 
 
-def _evaluation(name: str) -> ConfigDict:
-    config = _of_features(name)
-    config.data = ConfigDict()  # as data of a run, where keys are the same
-    config.data.train_path = ""  # labelled videos to learn from, as data.path of a run
-    config.data.test_path = ""  # labelled videos to judge by
-    config.data.num_frames = 16  # frames per clip; 0: as the model was trained
-    # One of these three is positive: how far a clip's frames are apart.
-    config.data.frame_step = 4  # in frames of the video
-    config.data.fps = 0.0  # so many a second
-    config.data.duration_secs = 0.0  # all of them together
-    config.data.num_clips = 1  # clips ("segments") per video, seen together
-    config.data.num_views = 1  # crops of a clip in tests, seen apart
-    config.data.sampling = "exact"  # or `official`, whose steps are whole frames
-    config.data.allow_clip_overlap = False  # of `official`, in too short videos
-    config.data.resolution = 224  # side in pixels; 0: as the model was trained
-    config.data.resize = "antialias"  # or `official`, bilinear without a filter
-    config.data.max_pixels = 1 << 25  # of a frame; larger ones are refused
-    config.data.time_limit_secs = 60.0  # of a processor, for one video
-    config.data.num_workers = 8  # decoding processes; 0: in this process
-    config.data.worker_timeout_secs = 300.0  # longest time at one video
-    return config
+_POSITIVE = _Range(lambda v: v > 0, "give a positive number")
+_NOT_NEGATIVE = _Range(lambda v: v >= 0, "give zero or more")
+_SHARE = _Range(lambda v: 0 <= v <= 1, "give a share from 0 to 1")
+_INNER_SHARE = _Range(lambda v: 0 < v < 1, "give a share between 0 and 1")
+_COUNTS = _Range(lambda v: len(v) > 0 and min(v) >= 1, "give positive numbers")
+_PAIR = _Range(
+    lambda v: len(v) == 2 and 0 < v[0] <= v[1], "give (low, high) with 0 < low <= high"
+)
+_PAIR_OF_SHARES = _Range(
+    lambda v: len(v) == 2 and 0 < v[0] <= v[1] <= 1,
+    "give (low, high) with 0 < low <= high <= 1",
+)
 
 
-def classification() -> ConfigDict:
-    """Return the defaults of `evals/classification.py`: V-JEPA 2's probe."""
-    config = _evaluation("classification")
-    config.num_classes = 0  # 0: one more than the largest label to learn from
-    _add_training(config)
-    config.head.kind = "attentive"  # or `linear`, on the mean token
-    return config
+def _one_of(known: Sequence[str]) -> _Range:
+    return _Range(known.__contains__, f"known: {', '.join(known)}")
 
 
-def anticipation() -> ConfigDict:
-    """Return the defaults of `evals/anticipation.py`: V-JEPA 2's on EPIC-KITCHENS."""
-    config = _evaluation("anticipation")
-    _add_training(config)
-    config.batch_size = 128
-    config.grids.main.weight_decays = (1e-4, 1e-3, 1e-2, 1e-1)
-    config.use_predictor = True  # False: heads see the encoder's tokens alone
-    config.num_output_frames = 2  # to predict; one tubelet at least
-    config.mask_index = 1  # mask token of the predictor, as in the released code
-    # A context is one clip, placed by the clock and seen once.
-    del config.out_layers
-    data = config.data
-    del data.frame_step, data.duration_secs, data.allow_clip_overlap
-    del data.num_clips, data.num_views
-    data.videos_path = ""  # folder of the videos; the lists are annotations
-    data.num_frames = 32
-    data.fps = 8.0
-    data.flip_probability = 0.5
-    data.anchors = ("paper", "released")  # see docs/anticipation.md
-    data.anticipation_secs = 1.0  # from the end of a context to the moment anticipated
-    # In training with `augment`: (low, high), drawn uniformly.
-    data.train_anticipation_secs = (0.25, 1.75)
-    data.train_anticipation_point = (0.0, 0.25)  # share of the action; 0 in tests
-    return config
+class _Settings:
+    """A config being built, and the ranges of its keys."""
+
+    def __init__(self, evaluation: str):
+        self.config = ConfigDict()
+        self.ranges: dict[str, _Range] = {}
+        self.add("evaluation", evaluation)  # a key of `registry.EVALUATIONS`
+        self.add("seed", 0, _NOT_NEGATIVE)  # of all draws and of untrained models
+        self.add("step", -1)  # checkpoint to evaluate; -1: the latest
+
+    def add(self, key: str, default: Any, allowed: _Range | None = None) -> None:
+        """Set a key's default; its dots name dicts that are made where needed."""
+        *parents, name = key.split(".")
+        part = self.config
+        for parent in parents:
+            if parent not in part:
+                part[parent] = ConfigDict()
+            part = part[parent]
+        part[name] = default
+        if allowed is not None:
+            self.ranges[key] = allowed
+
+    def remove(self, *keys: str) -> None:
+        """Remove keys that an evaluation has no use for."""
+        for key in keys:
+            parent, _, name = key.rpartition(".")
+            del (self.config[parent] if parent else self.config)[name]
 
 
-def _add_training(config: ConfigDict) -> None:
-    """Add what is common to evaluations that train grids of attentive heads."""
-    config.random_init = False  # as costly as the evaluation itself
-    config.epochs = 20
-    config.batch_size = 256  # videos per update, over all devices
-    config.test_batch_size = 64  # videos classified at once
-    config.clip_norm = 0.0  # largest norm of a head's gradient; 0: no clip
-    config.heads_at_once = 0  # heads whose activations are in memory together; 0: all
+# Defaults by the name of the evaluation. `physics` takes its data set as an argument.
+DEFAULTS: dict[str, Callable[..., ConfigDict]] = {}
+_RANGES: dict[str, dict[str, _Range]] = {}
 
-    data = config.data
-    data.val_path = ""  # labelled videos to choose the head by; "": held out of train
-    data.held_out_share = 0.1  # of the videos in train_path, where val_path is empty
-    data.augment = True  # random windows, crops and colours, anew in every epoch
-    data.prefetch_megabytes = 2048.0  # batches decoded ahead
-    data.max_bad_fraction = 0.05  # unreadable share that ends the evaluation
-    data.crop_scale = (0.08, 1.0)  # (low, high) share of the frame's area
-    data.crop_aspect_ratio = (0.75, 4 / 3)  # (low, high) width over height
-    data.flip_probability = 0.0  # of mirroring a clip, 0..1
-    data.rand_augment = "rand-m7-n4-mstd0.5-inc1"  # "": off
-    data.erase_probability = 0.25  # of erasing a rectangle, 0..1
 
-    config.cache = ConfigDict()  # tokens on disk; training then sees the same clips
-    config.cache.path = ""  # local folder; "": encode in every epoch
-    config.cache.dtype = "float32"  # or `bfloat16`, at half the size
+def _evaluation(build: Callable[..., _Settings]) -> Callable[..., ConfigDict]:
+    """Register an evaluation's settings under the function's name."""
 
-    config.head = ConfigDict()
-    config.head.depth = 4  # blocks, the last of them with cross-attention
-    config.head.num_heads = 16  # of all attentions; 0: the encoder's
-    config.head.remat = "none"  # what backward recomputes: `none`, `full`, `dots`, ...
-    config.head.dtype = "float32"  # of the computation
+    @functools.wraps(build)
+    def default_config(*args: str) -> ConfigDict:
+        return build(*args).config
 
-    config.grids = ConfigDict()  # heads trained side by side, by name
-    config.grids.main = grid()
+    DEFAULTS[build.__name__] = default_config
+    _RANGES[build.__name__] = build().ranges
+    return default_config
+
+
+def _of_features(evaluation: str) -> _Settings:
+    s = _Settings(evaluation)
+    s.add("name", evaluation)  # of the results: results_NAME.json
+    s.add("random_init", True)  # evaluate an untrained encoder beside it
+    s.add("out_layers", ())  # blocks whose tokens are used, from 0; (): the features
+    s.add("clips_per_call", 64, _POSITIVE)  # clips decoded and encoded at once
+    return s
+
+
+def _of_videos(evaluation: str) -> _Settings:
+    """Add videos; keys that a run's `data` has too mean the same."""
+    s = _of_features(evaluation)
+    s.add("data.train_path", "")  # labelled videos to learn from, as data.path of a run
+    s.add("data.test_path", "")  # labelled videos to evaluate on
+    s.add("data.num_frames", 16, _NOT_NEGATIVE)  # per clip; 0: as in training
+    # Distance of a clip's frames: exactly one of these three is positive.
+    s.add("data.frame_step", 4)  # in frames of the video
+    s.add("data.fps", 0.0)  # frames per second
+    s.add("data.duration_secs", 0.0)  # of the clip
+    s.add("data.num_clips", 1, _POSITIVE)  # clips ("segments") per video, seen together
+    s.add("data.num_views", 1, _POSITIVE)  # crops of a clip in tests, seen separately
+    s.add("data.sampling", "exact", _one_of(SAMPLINGS))  # `official`: whole-frame steps
+    s.add("data.allow_clip_overlap", False)  # of `official`, in videos too short
+    s.add("data.resolution", 224, _NOT_NEGATIVE)  # side, pixels; 0: as in training
+    s.add("data.resize", "antialias", _one_of(RESIZES))  # `official`: without a filter
+    s.add("data.max_pixels", 1 << 25, _POSITIVE)  # larger frames are refused
+    s.add("data.time_limit_secs", 60.0, _POSITIVE)  # of CPU time for one video
+    s.add("data.num_workers", 8, _NOT_NEGATIVE)  # decoding processes; 0: in this one
+    s.add("data.worker_timeout_secs", 300.0, _POSITIVE)  # longest time for one video
+    return s
+
+
+def _add_training(s: _Settings) -> None:
+    """Add the training of grids of attentive heads."""
+    s.add("random_init", False)  # costs as much as the evaluation itself
+    s.add("epochs", 20, _POSITIVE)
+    s.add("batch_size", 256, _POSITIVE)  # videos per update, over all devices
+    s.add("test_batch_size", 64, _POSITIVE)  # videos classified at once
+    s.add("clip_norm", 0.0, _NOT_NEGATIVE)  # largest gradient norm of a head; 0: none
+    # Heads whose activations are in memory together; 0: all.
+    s.add("heads_at_once", 0, _NOT_NEGATIVE)
+
+    s.add("data.val_path", "")  # labelled videos to choose the head; "": held out
+    s.add("data.held_out_share", 0.1, _INNER_SHARE)  # of train_path without val_path
+    s.add("data.augment", True)  # random windows, crops and colours in every epoch
+    s.add("data.prefetch_megabytes", 2048.0, _POSITIVE)  # of decoded batches
+    s.add("data.max_bad_fraction", 0.05, _SHARE)  # unreadable; more end the evaluation
+    s.add("data.crop_scale", (0.08, 1.0), _PAIR_OF_SHARES)  # share of the frame's area
+    s.add("data.crop_aspect_ratio", (0.75, 4 / 3), _PAIR)  # width over height
+    s.add("data.flip_probability", 0.0, _SHARE)  # of mirroring a clip
+    s.add("data.rand_augment", "rand-m7-n4-mstd0.5-inc1")  # "": off
+    s.add("data.erase_probability", 0.25, _SHARE)  # of erasing a rectangle
+
+    # Tokens on disk; every epoch then sees the same clips.
+    s.add("cache.path", "")  # local folder; "": encode in every epoch
+    s.add("cache.dtype", "float32", _one_of(DTYPES))
+
+    s.add("head.depth", 4, _POSITIVE)  # blocks, the last of them with cross-attention
+    s.add("head.num_heads", 16, _NOT_NEGATIVE)  # of every attention; 0: the encoder's
+    s.add("head.remat", "none", _one_of(REMATS))  # what backward recomputes
+    s.add("head.dtype", "float32", _one_of(DTYPES))  # of the computation
+
+    s.add("grids", ConfigDict())  # heads trained side by side, by name
+    s.add("grids.main", grid())
 
 
 def grid() -> ConfigDict:
@@ -123,6 +162,198 @@ def grid() -> ConfigDict:
     return config
 
 
+@_evaluation
+def classification() -> _Settings:
+    """Return the defaults of `evals/classification.py`: V-JEPA 2's probe."""
+    s = _of_videos("classification")
+    # 0: one more than the largest training label.
+    s.add("num_classes", 0, _NOT_NEGATIVE)
+    _add_training(s)
+    # `linear`: on the mean token.
+    s.add("head.kind", "attentive", _one_of(("attentive", "linear")))
+    return s
+
+
+@_evaluation
+def anticipation() -> _Settings:
+    """Return the defaults of `evals/anticipation`: V-JEPA 2's on EPIC-KITCHENS."""
+    s = _of_videos("anticipation")
+    _add_training(s)
+    s.add("batch_size", 128, _POSITIVE)
+    s.add("grids.main.weight_decays", (1e-4, 1e-3, 1e-2, 1e-1))
+    s.add("use_predictor", True)  # False: heads see the encoder's tokens alone
+    s.add("num_output_frames", 2, _POSITIVE)  # to predict; one tubelet at least
+    # Mask token of the predictor, as in the released code.
+    s.add("mask_index", 1, _NOT_NEGATIVE)
+    # A context is one clip, defined by its time, and is seen once.
+    s.remove("out_layers", "data.frame_step", "data.duration_secs")
+    s.remove("data.allow_clip_overlap", "data.num_clips", "data.num_views")
+    s.add("data.videos_path", "")  # folder of the videos; the lists are annotations
+    s.add("data.num_frames", 32, _NOT_NEGATIVE)
+    s.add("data.fps", 8.0)
+    s.add("data.flip_probability", 0.5, _SHARE)
+    s.add("data.anchors", ("paper", "released"))  # see docs/anticipation.md
+    # From the end of a context to the moment anticipated.
+    s.add("data.anticipation_secs", 1.0, _NOT_NEGATIVE)
+    # In training with `augment`: (low, high), drawn uniformly. The point is a share of
+    # the action; in tests it is 0.
+    low_high = _Range(lambda v: 0 <= v[0] <= v[1], "give 0 <= low <= high")
+    s.add("data.train_anticipation_secs", (0.25, 1.75), low_high)
+    shares = _Range(lambda v: 0 <= v[0] <= v[1] <= 1, "give 0 <= low <= high <= 1")
+    s.add("data.train_anticipation_point", (0.0, 0.25), shares)
+    return s
+
+
+@_evaluation
+def neighbours() -> _Settings:
+    """Return the defaults of `evals/neighbours.py`."""
+    s = _of_videos("neighbours")
+    s.config.data.num_frames = s.config.data.resolution = 0
+    # Nearest neighbours that vote; values above the number of videos are left out.
+    s.add("k", (10, 20, 100, 200), _COUNTS)
+    s.add("temperature", 0.07, _POSITIVE)  # of the votes: exp(cosine / temperature)
+    s.add("shots", (1, 5, 10), _COUNTS)  # labelled videos per class
+    s.add("draws", 10, _POSITIVE)  # training sets of each size
+    return s
+
+
+@_evaluation
+def health() -> _Settings:
+    """Return the defaults of `evals/health.py`, which needs no labels."""
+    s = _of_videos("health")
+    s.config.data.num_frames = s.config.data.resolution = 0
+    s.add("data.num_clips", 2, _POSITIVE)  # two clips of a video should look alike
+    s.add("num_videos", 2048, _POSITIVE)  # of test_path, at most
+    s.add("tokens_per_clip", 16, _POSITIVE)  # that enter the statistics
+    return s
+
+
+@_evaluation
+def segmentation() -> _Settings:
+    """Return the defaults of `evals/segmentation`, a linear probe of every patch."""
+    s = _of_features("segmentation")
+    s.add("num_classes", 0, _NOT_NEGATIVE)  # labels are below it; at most 254
+    s.add("epochs", 10, _POSITIVE)
+    s.add("batch_size", 16, _POSITIVE)  # images per update, over all devices
+    s.add("test_batch_size", 16, _POSITIVE)  # images evaluated at once
+    s.add("heads_at_once", 0, _NOT_NEGATIVE)  # heads updated together; 0: all
+
+    # Lists of `image mask` lines or folders with images/ and masks/, see
+    # docs/segmentation.md. "": those of the run's world.
+    s.add("data.train_path", "")  # images to learn from
+    s.add("data.val_path", "")  # images to choose the head; "": held out of train
+    s.add("data.test_path", "")  # images to evaluate on
+    s.add("data.held_out_share", 0.1, _INNER_SHARE)  # of train_path without val_path
+    s.add("data.max_images", 0, _NOT_NEGATIVE)  # per list, evenly spread; 0: all
+    # Number in the masks of the first class; pixels below it are ignored.
+    s.add("data.first_class", 0, _NOT_NEGATIVE)
+    # Frames seen for one image. 1: the image itself; more: the frames around it, of its
+    # folder; 0: as in training.
+    s.add("data.num_frames", 1, _NOT_NEGATIVE)
+    size = _Range(
+        lambda v: len(v) in (0, 2) and all(n > 0 for n in v),
+        "give (height, width), or () for that of training",
+    )
+    s.add("data.size", (512, 512), size)  # (height, width) of images in pixels
+    s.add("data.crop_scale", (0.5, 1.0), _PAIR_OF_SHARES)  # of the area, in training
+    s.add("data.flip_probability", 0.5, _SHARE)  # of mirroring an image, in training
+    s.add("data.num_workers", 8, _NOT_NEGATIVE)  # reading threads
+
+    s.add("grids", ConfigDict())  # heads trained side by side, by name
+    s.add("grids.main", grid())
+    s.add("grids.main.learning_rates", (1e-2, 3e-3, 1e-3, 3e-4))
+    s.add("grids.main.weight_decays", (1e-3, 1e-2))
+    return s
+
+
+@_evaluation
+def video_objects() -> _Settings:
+    """Return the defaults of `evals/video_objects`: V-JEPA 2.1's protocol."""
+    s = _of_features("video_objects")
+    s.add("clips_per_call", 16, _POSITIVE)
+    s.add("path", "")  # folder with the layout of DAVIS 2017; "": the run's world
+    s.add("split", "2017/val")  # list in the folder ImageSets
+    s.add("quality", "480p")  # folder of frames and masks
+    s.add("max_videos", 0, _NOT_NEGATIVE)  # of the list, evenly spread; 0: all
+    s.add("resolution", 480, _NOT_NEGATIVE)  # short side, pixels; 0: as in training
+    # Frames seen for one frame. 1: itself; more: those around it; 0: as in training.
+    s.add("num_frames", 1, _NOT_NEGATIVE)
+    s.add("last_frames", 15, _NOT_NEGATIVE)  # sources of labels, besides the first
+    s.add("radius", 12.0, _NOT_NEGATIVE)  # how far labels move within a frame, tokens
+    s.add("top_k", 5, _POSITIVE)  # patches that a patch takes its labels from
+    s.add("temperature", 0.2, _POSITIVE)  # of the weights: exp(cosine / temperature)
+    # Patches computed at once on each device; bounds the memory.
+    s.add("places_at_once", 256, _POSITIVE)
+    s.add("num_workers", 8, _NOT_NEGATIVE)  # reading threads
+    return s
+
+
+@_evaluation
+def physics(dataset: str = "world") -> _Settings:
+    """Return the defaults of `evals/physics`: its protocol for each data set.
+
+    Args:
+      dataset: `world`, `intphys`, `grasp` or `inflevel`.
+    """
+    s = _Settings("physics")
+    s.add("name", f"physics_{dataset}")  # of the results: results_NAME.json
+    s.add("dataset", dataset)
+    s.add("path", "")  # folder of the videos; "": the run's world
+    s.add("lists", "")  # folder of InfLevel's PROPERTY.csv; "": that of the videos
+    s.add("null_seeds", 10, _NOT_NEGATIVE)  # untrained networks
+    s.add("batch_size", 32, _POSITIVE)  # windows per call
+    s.add("groups_at_once", 32, _POSITIVE)  # pairs or quadruplets in memory
+    s.add("num_workers", 4, _NOT_NEGATIVE)  # decoding threads
+    s.add("resolution", 0, _NOT_NEGATIVE)  # side, pixels; 0: as in training
+    s.add("num_frames", 16, _NOT_NEGATIVE)  # of a window; 0: as in training
+    s.add("stride", 2)  # frames from one window to the next
+    s.add("frame_step", 2, _POSITIVE)  # every such frame of the video is kept
+    s.add("max_frames", 0, _NOT_NEGATIVE)  # of the video; 0: all
+    # First frames of a window, from which the rest is predicted.
+    s.add("context_frames", (2, 4, 6, 8, 10))
+    # The context whose results are reported; 0: the smallest surprise of all.
+    s.add("reported_context", 8)
+    s.add("mask_index", 0, _NOT_NEGATIVE)  # of the predictor's mask tokens
+    config = s.config
+    if dataset == "world":
+        config.num_frames, config.frame_step, config.context_frames = 12, 1, (8,)
+        config.batch_size, config.groups_at_once = 64, 512
+    elif dataset == "intphys":
+        config.max_frames = 99
+        config.reported_context = 0
+    elif dataset == "grasp":
+        config.frame_step = 10
+    elif dataset == "inflevel":
+        config.num_frames, config.frame_step = 32, 5
+        config.context_frames, config.reported_context = (4, 8, 12, 16, 20), 16
+    return s
+
+
+@_evaluation
+def world() -> _Settings:
+    """Return the defaults of `evals/world_state.py`, for the synthetic world."""
+    s = _Settings("world")
+    s.add("random_init", True)  # probe an untrained encoder and raw pixels beside it
+    s.add("batch_size", 100, _POSITIVE)  # clips per call of the encoder
+    s.add("num_workers", 2, _NOT_NEGATIVE)  # decoding processes
+    s.add("labels_per_class", 16, _POSITIVE)  # of the few-label probe
+    s.add("draws", 10, _POSITIVE)  # training sets of the few-label probe
+    # An object is occluded where at most this share of it is visible.
+    s.add("hidden_visibility", 0.2, _SHARE)
+    s.add("num_heads", 3, _POSITIVE)  # of the attentive probes
+    for probe, epochs, batch_size, rates in (
+        ("attentive", 12, 64, (1e-3, 3e-3)),
+        ("regression", 6, 128, (3e-3, 1e-2)),  # of state, on single time steps
+    ):
+        s.add(f"{probe}.epochs", epochs, _POSITIVE)
+        s.add(f"{probe}.batch_size", batch_size, _POSITIVE)  # samples per update
+        s.add(f"{probe}.learning_rates", rates)  # peaks, a probe each
+        s.add(f"{probe}.weight_decay", 0.01, _NOT_NEGATIVE)
+    return s
+
+
+# ----------------------------------------------------------------- published recipes
+
 # Encoders of the papers; side of their clips in pixels. V-JEPA 1's have names with it.
 VARIANTS = {
     "vitl16": 256,
@@ -133,6 +364,14 @@ VARIANTS = {
     "vjepa_vith16": 224,
     "vjepa_vith16_384": 384,
 }
+
+
+def require_variant(variant: str, known: Iterable[str]) -> None:
+    """Raise UserError unless the variant of a config file is known."""
+    if variant not in known:
+        raise UserError(
+            f"'{variant}' is no variant of this config; known: {', '.join(known)}"
+        )
 
 
 def of_paper(name: str, variant: str) -> tuple[ConfigDict, str]:
@@ -152,10 +391,7 @@ def of_paper(name: str, variant: str) -> tuple[ConfigDict, str]:
       UserError: the variant is unknown.
     """
     variant = variant or next(iter(VARIANTS))
-    if variant not in VARIANTS:
-        raise UserError(
-            f"'{variant}' is no variant of this config; known: {', '.join(VARIANTS)}"
-        )
+    require_variant(variant, VARIANTS)
     config = classification()
     config.name = name
     config.data.resolution = VARIANTS[variant]
@@ -171,176 +407,25 @@ def one_head(weight_decay: float) -> ConfigDict:
     """Return the grid of V-JEPA 1's only head."""
     config = grid()
     config.update(learning_rates=(1e-3,), weight_decays=(weight_decay,))
-    config.final_weight_decay_share = 1e-6 / weight_decay  # as the official code falls
+    config.final_weight_decay_share = 1e-6 / weight_decay  # the official final value
     return config
 
 
-def neighbours() -> ConfigDict:
-    """Return the defaults of `evals/neighbours.py`."""
-    config = _evaluation("neighbours")
-    config.data.num_frames = config.data.resolution = 0
-    config.k = (10, 20, 100, 200)  # nearest neighbours that vote; larger ones than
-    # there are videos are left out
-    config.temperature = 0.07  # of the votes: exp(cosine / temperature)
-    config.shots = (1, 5, 10)  # labelled videos per class
-    config.draws = 10  # training sets of each size
-    return config
-
-
-def health() -> ConfigDict:
-    """Return the defaults of `evals/health.py`, which needs no labels."""
-    config = _evaluation("health")
-    config.data.num_frames = config.data.resolution = 0
-    config.data.num_clips = 2  # two clips of a video should look alike
-    config.num_videos = 2048  # of test_path, at most
-    config.tokens_per_clip = 16  # that enter the statistics
-    return config
-
-
-def segmentation() -> ConfigDict:
-    """Return the defaults of `evals/segmentation.py`, a linear probe of every patch."""
-    config = _of_features("segmentation")
-    config.num_classes = 0  # pixels have the classes below it; at most 254
-    config.epochs = 10
-    config.batch_size = 16  # images per update, over all devices
-    config.test_batch_size = 16  # images judged at once
-    config.heads_at_once = 0  # heads that are updated together; 0: all
-
-    data = config.data = ConfigDict()
-    # Lists of `image mask` lines or folders with images/ and masks/, see
-    # docs/segmentation.md. "": those of the run's world.
-    data.train_path = ""  # images to learn from
-    data.val_path = ""  # images to choose the head by; "": held out of train
-    data.test_path = ""  # images to judge by
-    data.held_out_share = 0.1  # of the folders or images of train_path
-    data.max_images = 0  # of each list, evenly spread; 0: all
-    data.first_class = 0  # number in masks of the first class; below it: ignored
-    data.num_frames = 1  # seen for one image: 1: itself; more: the frames around it,
-    # of its folder; 0: so many as the model was trained on
-    data.size = (512, 512)  # (height, width) of images in pixels; (): as trained
-    data.crop_scale = (0.5, 1.0)  # (low, high) share of an image's area, in training
-    data.flip_probability = 0.5  # of mirroring an image, in training, 0..1
-    data.num_workers = 8  # reading threads
-
-    config.grids = ConfigDict()  # heads trained side by side, by name
-    config.grids.main = grid()
-    config.grids.main.learning_rates = (1e-2, 3e-3, 1e-3, 3e-4)
-    config.grids.main.weight_decays = (1e-3, 1e-2)
-    return config
-
-
-def video_objects() -> ConfigDict:
-    """Return the defaults of `evals/video_objects.py`: V-JEPA 2.1's protocol."""
-    config = _of_features("video_objects")
-    config.clips_per_call = 16
-    config.path = ""  # folder laid out as DAVIS 2017; "": that of the run's world
-    config.split = "2017/val"  # list of the folder ImageSets
-    config.quality = "480p"  # folder of frames and masks
-    config.max_videos = 0  # of the list, evenly spread; 0: all
-    config.resolution = 480  # short side of frames in pixels; 0: as trained
-    config.num_frames = 1  # seen for one frame: 1: itself; more: those around it; 0: so
-    # many as the model was trained on
-    config.last_frames = 15  # those whose labels are carried on, and the first
-    config.radius = 12.0  # how far labels are carried in a frame, in tokens
-    config.top_k = 5  # places that a place takes its labels from
-    config.temperature = 0.2  # of their weights: exp(cosine / temperature)
-    config.places_at_once = 256  # of a frame, on each device; bounds the memory
-    config.num_workers = 8  # reading threads
-    return config
-
-
-_CHOICES = {
-    "data.sampling": ("exact", "official"),
-    "data.resize": ("antialias", "official"),
-    "head.kind": ("attentive", "linear"),
-    "head.dtype": ("float32", "bfloat16"),
-    "head.remat": ("none", "full", "dots", "dots_no_batch"),
-    "cache.dtype": ("float32", "bfloat16"),
-}
-_POSITIVE = (
-    "clips_per_call",
-    "epochs",
-    "batch_size",
-    "test_batch_size",
-    "temperature",
-    "top_k",
-    "places_at_once",
-    "draws",
-    "frame_step",
-    "groups_at_once",
-    "num_videos",
-    "tokens_per_clip",
-    "head.depth",
-    "num_output_frames",
-    "data.num_clips",
-    "data.num_views",
-    "data.worker_timeout_secs",
-    "data.max_pixels",
-    "data.time_limit_secs",
-    "data.prefetch_megabytes",
-)
-_NOT_NEGATIVE = (
-    "seed",
-    "null_seeds",
-    "num_classes",
-    "num_workers",
-    "clip_norm",
-    "heads_at_once",
-    "mask_index",
-    "max_frames",
-    "num_frames",
-    "resolution",
-    "head.num_heads",
-    "last_frames",
-    "radius",
-    "max_videos",
-    "data.anticipation_secs",
-    "data.num_frames",
-    "data.max_images",
-    "data.first_class",
-    "data.num_workers",
-    "data.resolution",
-)
+# -------------------------------------------------------------------------- validation
 
 
 def validate(config: ConfigDict) -> None:
-    """Check an evaluation's values against each other and their ranges.
+    """Check an evaluation's values against their ranges and against each other.
 
     Raises:
-      UserError: names the key, its value and what it may be.
+      UserError: names the key, its value and the allowed values.
     """
     flat = flatten(config.to_dict())
-    ranges = {
-        **{key: (lambda v: v > 0, "give a positive number") for key in _POSITIVE},
-        **{key: (lambda v: v >= 0, "give zero or more") for key in _NOT_NEGATIVE},
-        "data.held_out_share": (lambda v: 0 < v < 1, "give a share between 0 and 1"),
-        "data.max_bad_fraction": (lambda v: 0 <= v <= 1, "give a share from 0 to 1"),
-        "data.flip_probability": (lambda v: 0 <= v <= 1, "give a share from 0 to 1"),
-        "data.size": (
-            lambda v: len(v) in (0, 2) and all(n > 0 for n in v),
-            "give (height, width), or () for that of training",
-        ),
-        "data.crop_scale": (
-            lambda v: len(v) == 2 and 0 < v[0] <= v[1] <= 1,
-            "give (low, high) with 0 < low <= high <= 1",
-        ),
-    }
-    ranges["data.train_anticipation_secs"] = (
-        lambda v: 0 <= v[0] <= v[1],
-        "give 0 <= low <= high",
-    )
-    ranges["data.train_anticipation_point"] = (
-        lambda v: 0 <= v[0] <= v[1] <= 1,
-        "give 0 <= low <= high <= 1",
-    )
-    for key in ("k", "shots"):
-        is_met = lambda v: len(v) > 0 and all(n >= 1 for n in v)  # noqa: E731
-        ranges[key] = is_met, "give positive numbers"
-    for key, known in _CHOICES.items():
-        ranges[key] = known.__contains__, f"known: {', '.join(known)}"
-    for key, (is_met, mend) in ranges.items():
-        if key in flat and not is_met(flat[key]):
-            raise UserError(f"config.{key}={flat[key]!r} is out of range: {mend}")
+    for key, allowed in _RANGES[config.evaluation].items():
+        if key in flat and not allowed.holds(flat[key]):
+            raise UserError(
+                f"config.{key}={flat[key]!r} is out of range: {allowed.fix}"
+            )
     if "grids" not in config:
         return
     if "cache" in config and config.cache.path and config.data.augment:

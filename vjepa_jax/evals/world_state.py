@@ -16,6 +16,7 @@ from vjepa_jax.config.defaults import ConfigDict
 from vjepa_jax.data.sources import factory
 from vjepa_jax.data.stream import streams
 from vjepa_jax.data.stream.reading import Reading
+from vjepa_jax.evals import settings
 from vjepa_jax.evals.frozen import FrozenModel, random_init
 from vjepa_jax.evals.heads import probes
 from vjepa_jax.evals.heads.probes import Training
@@ -227,7 +228,7 @@ def evaluate(frozen: FrozenModel, config: ConfigDict) -> dict[str, dict[str, Any
 
     Args:
       frozen: the run.
-      config: as in `configs/probe_world.py`.
+      config: from `settings.world`.
 
     Returns:
       {measure: {"pretrained": value}}, with `config.random_init` also `random_init`, an
@@ -236,11 +237,12 @@ def evaluate(frozen: FrozenModel, config: ConfigDict) -> dict[str, dict[str, Any
     Raises:
       UserError: the run is not of the synthetic world, or the world is not there.
     """
+    settings.validate(config)
     run, encoder = frozen.config, frozen.encoder
     if not run.world.path:
         raise UserError(
-            "the run has no config.world.path: configs/probe_world.py probes runs of "
-            "the synthetic world"
+            "the run has no config.world.path: this evaluation takes runs of the "
+            "synthetic world"
         )
     encodes = {"pretrained": frozen.encode}
     if config.random_init:
