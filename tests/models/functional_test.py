@@ -109,9 +109,10 @@ def test_rotation_by_the_matrix_unit_is_the_same(rng, monkeypatch):
 )
 def test_policies_run_the_attention_kernel_once(remat, forward_kernels):
     """Else the most expensive part of a block would run again in the backward pass."""
-    stack = layers.Stack(
+    config = layers.TransformerConfig(
         1, 16, 2, 32, scan_layers=True, remat=remat, attention="splash"
     )
+    stack = layers.Stack(config)
     x = jax.ShapeDtypeStruct((1, 128, 16), jnp.float32)
     params = jax.eval_shape(stack.init, jax.random.key(0), x)
     loss = jax.grad(lambda params, x: stack.apply(params, x)[0].sum())

@@ -1,5 +1,6 @@
 """Models against a plain double-precision re-implementation, and what must not leak."""
 
+import dataclasses
 from unittest import mock
 
 import flax.linen as nn
@@ -21,7 +22,7 @@ from plain_models import (
 from vjepa_jax.models import layers, positions, registry
 from vjepa_jax.models.encoder import VideoEncoder, normalise, token_grid
 from vjepa_jax.models.layers import take_tokens
-from vjepa_jax.models.predictor import Predictor
+from vjepa_jax.models.predictor import ActionPredictor, Predictor
 
 NUM_TOKENS = 24
 VIDEO = (4, 12, 16, 3)  # tubelets of 2 x 4 x 4: GRID
@@ -183,17 +184,21 @@ def test_permuting_targets_permutes_predictions(pos_embed, rng):
 # ------------------------------------------------------------------- how it is computed
 
 
+def make_stack(**fields):
+    return layers.Stack(layers.TransformerConfig(2, 12, 2, 20, **fields))
+
+
 @pytest.fixture(scope="module")
 def stack_case():
     rng = np.random.default_rng()
     x = normal(rng, 2, 6, 12)
     tables = positions.rope_tables(jnp.arange(6)[None], (1, 2, 3), 6)
-    params = filled(layers.Stack(2, 12, 2, 20), rng, x, tables)
+    params = filled(make_stack(), rng, x, tables)
     return params, x, tables
 
 
 def output_and_gradient(stack_case, **how):
-    stack = layers.Stack(2, 12, 2, 20, **how)
+    stack = make_stack(**how)
 
     def loss(params, x, tables):
         y, _ = stack.apply(params, x, tables)
@@ -226,7 +231,7 @@ def test_full_rematerialisation_keeps_less_between_the_passes(stack_case):
     """Otherwise the option would be a name only: count what backward gets."""
 
     def saved(remat):
-        stack = layers.Stack(2, 12, 2, 20, scan_layers=True, remat=remat)
+        stack = make_stack(scan_layers=True, remat=remat)
 
         def residuals(params, x, tables):
             _, pullback = jax.vjp(lambda p: stack.apply(p, x, tables)[0], params)
@@ -254,7 +259,7 @@ def test_half_precision_computes_in_it_and_keeps_single_precision_parameters(rng
 
 
 def test_initial_output_projections_shrink_with_depth():
-    stack = layers.Stack(3, 48, 4, 192, scan_layers=True)
+    stack = layers.Stack(layers.TransformerConfig(3, 48, 4, 192, scan_layers=True))
     x = jnp.zeros((1, 2, 48))
     blocks = nn.unbox(stack.init(jax.random.key(1), x))["params"]["blocks"]
     for name, expected in (
@@ -356,3 +361,18 @@ def test_clips_that_tubelets_do_not_tile_are_refused():
     for shape in ((3, 12, 16, 3), (4, 13, 16, 3), (4, 12, 18, 3)):
         with pytest.raises(ValueError, match="cannot be cut into tubelets of 2x4x4"):
             token_grid(shape, 4, 2)
+
+
+def test_models_have_the_fields_of_a_transformer():
+    """`TransformerConfig.of` takes defaults where names differ: they must not."""
+    shape = {"depth": 3, "width": 12, "num_heads": 2, "mlp_dim": 20}
+    encoder = VideoEncoder(**shape)
+    predictors = Predictor(**shape, out_dim=8), ActionPredictor(**shape, out_dim=8)
+    config = layers.TransformerConfig(**shape)
+    for module in (encoder, *predictors):
+        assert layers.TransformerConfig.of(module) == config
+    without_gradient = {"matmul_dtype"}
+    names = {field.name for field in dataclasses.fields(config)}
+    assert names - vars(encoder).keys() == set()
+    assert names - vars(predictors[0]).keys() == without_gradient
+    assert names - vars(predictors[1]).keys() == without_gradient | {"scale_init"}

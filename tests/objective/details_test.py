@@ -129,7 +129,7 @@ def test_fsdp_splits_the_input_of_every_kernel():
 def test_activations_are_split_over_the_batch(rng):
     """Without the constraint the compiler could gather the batch."""
     mesh = sharding.make_mesh(2, 4)
-    stack = layers.Stack(1, 16, 2, 32, scan_layers=True)
+    stack = layers.Stack(layers.TransformerConfig(1, 16, 2, 32, scan_layers=True))
     x = jnp.asarray(rng.normal(size=(8, 3, 16)), jnp.float32)
     shapes = nn.unbox(jax.eval_shape(stack.init, jax.random.key(0), x))
     params = jax.tree.map(lambda s: jnp.ones(s.shape, s.dtype), shapes)

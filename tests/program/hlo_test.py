@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from vjepa_jax.models.layers import Stack
+from vjepa_jax.models.layers import Stack, TransformerConfig
 from vjepa_jax.parallel import sharding
 from vjepa_jax.program import flops, hlo
 from vjepa_jax.program.hlo_text import Shape
@@ -54,9 +54,10 @@ def test_batched_matmuls_and_convolutions_are_counted():
 def test_recomputed_forward_passes_are_told_apart(remat):
     """Backward costs two forward passes; what is stored is not computed again."""
     size, tokens, batch = flops.Transformer(3, 64, 128), 32, 2
-    stack = Stack(
+    config = TransformerConfig(
         num_heads=2, scan_layers=True, remat=remat, attention="xla", **vars(size)
     )
+    stack = Stack(config)
     x = jnp.zeros((batch, tokens, size.width))
     params = jax.eval_shape(stack.init, jax.random.key(0), x)
 

@@ -1,1 +1,1 @@
-"""Flax Linen modules of the V-JEPA family; they take fields, never a config."""
+"""Flax Linen modules of the V-JEPA family; they take fields, never a run's config."""

@@ -1,5 +1,6 @@
-"""The video encoder: tubelets, positions, the visible tokens only, transformer."""
+"""The video encoder: a vision transformer on the visible tubelets of a clip."""
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ from vjepa_jax.models import layers, positions
 
 
 def normalise(video: jax.Array) -> jax.Array:
-    """Turn uint8 [..., 3] into float32 of zero mean and unit variance (ImageNet)."""
+    """Normalise uint8 pixels [..., 3] to float32 by ImageNet's mean and std."""
     mean, std = jnp.asarray(IMAGENET_MEAN), jnp.asarray(IMAGENET_STD)
     return (video.astype(jnp.float32) / 255 - mean) / std
 
@@ -34,21 +35,18 @@ def token_grid(
 class VideoEncoder(nn.Module):
     """Vision transformer on tubelets (V-JEPA §3; no class token, no dropout).
 
+    The fields that are not listed here are those of `layers.TransformerConfig`.
+
     Attributes:
-      depth, width, num_heads, mlp_dim, mlp, scale_init: of the transformer, see
-        `layers.Block` and `registry`.
       patch_size: side of a tubelet in pixels.
       tubelet_size: length of a tubelet in frames.
       pos_embed, base_grid: see `layers.position_code`.
-      levels: blocks, counted from 0, whose outputs are the features, each with its own
-        layer norm, concatenated over channels (V-JEPA 2.1); (): the last block's.
-      output_levels: the last so many of the levels are the features, 0 all of them. The
-        norms of the others remain parameters (V-JEPA 2.1's distilled models).
-      image_embed: clips of one frame have a patch embedding of their own, and both
-        modalities a learned embedding added to every token (V-JEPA 2.1).
-      norm_eps: of the layer norms.
-      scan_layers, remat, attention, dtype, matmul_dtype: how it is computed, see
-        `layers.Stack`.
+      levels: blocks, counted from 0, whose outputs are the features: each with its own
+        layer norm, concatenated over channels (V-JEPA 2.1). (): the last block.
+      output_levels: number of levels, counted from the last, that are the features; 0:
+        all. The norms of the others remain parameters (V-JEPA 2.1's distilled models).
+      image_embed: clips of one frame have their own patch embedding, and each modality
+        has a learned embedding that is added to every token (V-JEPA 2.1).
     """
 
     depth: int
@@ -73,20 +71,20 @@ class VideoEncoder(nn.Module):
 
     @property
     def num_levels(self) -> int:
-        """Levels in the output, side by side in its channels."""
+        """Number of levels that are concatenated in the output's channels."""
         return self.output_levels or max(len(self.levels), 1)
 
     @property
     def out_dim(self) -> int:
-        """Channels of the output: those of its levels together."""
+        """Channels of the output, all levels together."""
         return self.width * self.num_levels
 
     def is_image(self, video_shape: tuple[int, ...]) -> bool:
-        """Whether clips of shape [..., T, H, W, C] take the image's embedding."""
+        """Return whether clips of shape [..., T, H, W, C] are embedded as images."""
         return self.image_embed and video_shape[-4] == 1
 
     def grid(self, video_shape: tuple[int, ...]) -> positions.Grid:
-        """Return the token grid of clips, see `token_grid`."""
+        """Return the token grid of clips of shape [..., T, H, W, C]."""
         tubelet_size = 1 if self.is_image(video_shape) else self.tubelet_size
         return token_grid(video_shape, self.patch_size, tubelet_size)
 
@@ -100,7 +98,7 @@ class VideoEncoder(nn.Module):
         if not self.image_embed:
             return video_embed(video, idx)
         image_embed = embed("image_embed", 1)
-        if self.is_initializing():  # whatever the first clip is, both have parameters
+        if self.is_initializing():  # both have parameters, whatever the first clip is
             tubelet = (1, self.tubelet_size, self.patch_size, self.patch_size, 3)
             video_embed(jnp.zeros(tubelet))
             image_embed(jnp.zeros(tubelet)[:, :1])
@@ -119,16 +117,24 @@ class VideoEncoder(nn.Module):
 
         Args:
           video: float [B, T, H, W, 3].
-          ctx_idx: int [B, K], the tokens to see; None sees all N of them.
-          out_layers: blocks, counted from 0, whose outputs are wanted instead of the
+          ctx_idx: int [B, K], indices of the visible tokens; None: all N tokens.
+          out_layers: blocks, counted from 0, whose outputs are returned instead of the
             features, each through the last layer norm.
 
         Returns:
-          Layer-normalised tokens [B, K or N, out_dim] in `dtype`, or
-          [len(out_layers), B, K or N, width] of `out_layers`.
+          Layer-normalised tokens [B, K or N, out_dim] in `dtype`; with `out_layers`,
+          [len(out_layers), B, K or N, width].
+
+        Raises:
+          ValueError: the clip cannot be cut into whole tubelets.
         """
+        chex.assert_shape(video, (None, None, None, None, 3))
+        chex.assert_type(video, float)
+        if ctx_idx is not None:
+            chex.assert_shape(ctx_idx, (len(video), None))
+            chex.assert_type(ctx_idx, int)
         grid = self.grid(video.shape)
-        # Gathered before any mixing: hidden tokens cannot leak into the context.
+        # Gathered before tokens are mixed: hidden ones cannot leak into the context.
         x = self._embed(video, ctx_idx)
         idx = jnp.arange(x.shape[1])[None] if ctx_idx is None else ctx_idx
         added, tables = layers.position_code(
@@ -136,21 +142,9 @@ class VideoEncoder(nn.Module):
         )
         if added is not None:
             x = x + added.astype(self.dtype)
-        x, kept = layers.Stack(
-            self.depth,
-            self.width,
-            self.num_heads,
-            self.mlp_dim,
-            self.mlp,
-            self.scale_init,
-            self.scan_layers,
-            self.remat,
-            self.attention,
-            self.dtype,
-            self.norm_eps,
-            self.matmul_dtype,
-            name="stack",
-        )(x, tables, out_layers=out_layers or self.levels[-self.num_levels :])
+        stack = layers.Stack(layers.TransformerConfig.of(self), name="stack")
+        kept_layers = out_layers or self.levels[-self.num_levels :]
+        x, kept = stack(x, tables, out_layers=kept_layers)
         names = [f"norm_{i}" for i in range(len(self.levels))] or ["norm"]
         norms = [
             layers.LayerNorm(self.dtype, self.norm_eps, name=name) for name in names

@@ -1,9 +1,9 @@
-"""Dense layer, layer norm and GELU, with backward passes of their own.
+"""Dense layer, layer norm and GELU with custom derivatives that save memory.
 
-Differentiated as written they would keep every intermediate result: the norm three
-fp32 copies of its input, GELU four of the largest activation there is, and a dense
-layer a rounded copy of its kernel. Kernels' gradients would be rounded to bf16 as well,
-before they are added up over devices.
+Automatic differentiation would keep every intermediate result: of the norm three fp32
+copies of its input, of GELU four of the largest activation, of a dense layer a rounded
+copy of its kernel. It would also round the kernels' gradients to bf16 before they are
+summed over devices.
 """
 
 import functools
@@ -12,12 +12,24 @@ import math
 import jax
 import jax.numpy as jnp
 
-# Matmuls of the target encoder in 8 bits: the largest magnitude of each type.
-QUANTISED = {"int8": 127.0, "float8_e4m3fn": 448.0}
+# Largest magnitude of each 8-bit dtype, see `quantised_dense`.
+_LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0}
+
+
+def platform() -> str:
+    """Return the platform to compile for: `cpu`, `gpu` or `tpu`.
+
+    It is that of the mesh in use, else of the default backend, because the step is also
+    compiled for machines that are not present.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def dense(x: jax.Array, kernel: jax.Array, bias: jax.Array, dtype: jnp.dtype):
+def dense(
+    x: jax.Array, kernel: jax.Array, bias: jax.Array, dtype: jnp.dtype
+) -> jax.Array:
     """Return x @ kernel + bias, computed in `dtype`: [..., in] -> [..., out].
 
     Gradients of kernel and bias are fp32 sums of products in `dtype`.
@@ -26,7 +38,7 @@ def dense(x: jax.Array, kernel: jax.Array, bias: jax.Array, dtype: jnp.dtype):
       x: [..., in].
       kernel: float32 [in, out].
       bias: float32 [out].
-      dtype: of the operands and of the output.
+      dtype: dtype of the operands and of the output.
     """
     return _dense_forward(x, kernel, bias, dtype)[0]
 
@@ -40,8 +52,7 @@ def _dense_backward(dtype, saved, d_y):
     x, kernel = saved
     leading = tuple(range(x.ndim - 1))
     d_x = (d_y @ kernel.astype(dtype).T).astype(x.dtype)
-    # CPUs copy the transpose of an operand that is summed over its rows: let it be the
-    # narrower one.
+    # CPUs copy the transpose of the first operand: make that the narrower one.
     pair = (x.astype(dtype), d_y)
     is_narrowing = x.shape[-1] > d_y.shape[-1]
     d_kernel = jax.lax.dot_general(
@@ -63,15 +74,15 @@ def quantised_dense(
     dtype: jnp.dtype,
     matmul_dtype: str,
 ) -> jax.Array:
-    """Return what `dense` does, with operands rounded to 8 bits; without a gradient.
+    """Return x @ kernel + bias with operands rounded to 8 bits; it has no gradient.
 
-    Every token and every column of the kernel is scaled to the type's range. Sums are
+    Every token and every column of the kernel is scaled to the dtype's range. Sums are
     int32 or fp32.
 
     Args:
       x, kernel, bias: see `dense`.
-      dtype: of the output.
-      matmul_dtype: one of `QUANTISED`.
+      dtype: dtype of the output.
+      matmul_dtype: one of `choices.QUANTISED_DTYPES`.
     """
     x, x_scale = _quantise(x, -1, matmul_dtype)
     kernel, kernel_scale = _quantise(kernel, 0, matmul_dtype)
@@ -83,7 +94,7 @@ def quantised_dense(
 def _quantise(x, axis, dtype):
     x = x.astype(jnp.float32)
     largest = jnp.abs(x).max(axis, keepdims=True)
-    scale = jnp.maximum(largest, 1e-30) / QUANTISED[dtype]
+    scale = jnp.maximum(largest, 1e-30) / _LARGEST[dtype]
     x = x / scale
     return (jnp.round(x) if dtype == "int8" else x).astype(dtype), scale
 
@@ -92,13 +103,15 @@ def _quantise(x, axis, dtype):
 def layer_norm(
     x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float, dtype: jnp.dtype
 ) -> jax.Array:
-    """Layer-normalise over channels in fp32; keeps its input and two numbers a token.
+    """Layer-normalise over channels in fp32.
+
+    The backward pass keeps the input and two numbers per token.
 
     Args:
       x: [..., D].
       scale, bias: [D].
       eps: added to the variance.
-      dtype: of the output [..., D].
+      dtype: dtype of the output [..., D].
     """
     return _layer_norm_forward(x, scale, bias, eps, dtype)[0]
 
@@ -137,9 +150,9 @@ def _normal_cdf(x):
 
 @jax.custom_jvp
 def gelu(x: jax.Array) -> jax.Array:
-    """Return x times the normal distribution's function of x, in fp32; keeps its slope.
+    """Return the exact GELU, computed in fp32 by erf as in PyTorch (arXiv 1606.08415).
 
-    The exact form (arXiv 1606.08415), by erf as in PyTorch.
+    The backward pass keeps the slope only.
     """
     wide = x.astype(jnp.float32)
     return (wide * _normal_cdf(wide)).astype(x.dtype)

@@ -1,11 +1,15 @@
 """Heads on frozen features."""
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from vjepa_jax.models import layers
 from vjepa_jax.models.attention.dispatch import attention
+
+# Heads use Flax's own Dense and LayerNorm: they are small and replicated, so that they
+# need neither logical axes nor the memory-saving backward passes of `layers`.
 
 # PyTorch's default, which the official probes keep, unlike their encoders.
 _NORM_EPS = 1e-5
@@ -14,21 +18,23 @@ _NORM_EPS = 1e-5
 class AttentiveClassifier(nn.Module):
     """Pool tokens with one learned query, then classify (V-JEPA's attentive probe).
 
-    One cross-attention block: query from a learned token, layer norm and MLP after it,
-    each with a residual connection; then a linear layer.
+    One cross-attention block with a learned query, followed by layer norm and MLP, each
+    with a residual connection; then a linear layer.
 
     Attributes:
-      num_classes: classes.
-      num_heads: of all attentions; divides the tokens' channels.
-      depth: blocks, the cross-attention included.
-      blocks_on_query: the other blocks follow the cross-attention and see its output
-        alone (V-JEPA 1); otherwise they come first and see all tokens (V-JEPA 2). The
-        former's attention has parameters of an output projection that nothing computes
-        with, as in the official files.
-      outputs: (name, classes) of several linear layers, each with a learned query of
-        its own, instead of the one of `num_classes` (V-JEPA 2's action anticipation).
-      complete_block: False leaves cross-attention without norms, residuals and MLP.
-      remat, dtype: see `layers.Stack`; the linear layers on top compute in float32.
+      num_classes: number of classes.
+      num_heads: heads of every attention; divides the tokens' channels.
+      depth: number of blocks, including the cross-attention.
+      blocks_on_query: the other blocks follow the cross-attention and see only its
+        output (V-JEPA 1); otherwise they come first and see all tokens (V-JEPA 2). In
+        the former case the cross-attention also has the parameters of an output
+        projection that is not used, as in the official files.
+      outputs: (name, classes) of several linear layers, each with its own learned
+        query, instead of the one of `num_classes` (V-JEPA 2's action anticipation).
+      complete_block: False removes norms, residuals and MLP from the cross-attention
+        block.
+      remat, dtype: see `layers.TransformerConfig`; the final linear layers compute in
+        float32.
     """
 
     num_classes: int
@@ -42,24 +48,24 @@ class AttentiveClassifier(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array | dict[str, jax.Array]:
-        """Map tokens [B, N, D] to logits [B, num_classes], of `outputs` by name."""
+        """Map tokens [B, N, D] to logits [B, num_classes], or {name: logits}."""
+        chex.assert_rank(tokens, 3)
         width = tokens.shape[-1]
 
         def blocks(x):
             if self.depth == 1:
                 return x
-            stack = layers.Stack(
+            config = layers.TransformerConfig(
                 self.depth - 1,
                 width,
                 self.num_heads,
-                4 * width,
+                mlp_dim=4 * width,
                 norm_eps=_NORM_EPS,
                 remat=self.remat,
-                attention="auto",  # the tokens of several clips are many
+                attention="auto",  # several clips have many tokens
                 dtype=self.dtype,
-                name="stack",
             )
-            return stack(x)[0]
+            return layers.Stack(config, name="stack")(x)[0]
 
         tokens = tokens.astype(self.dtype)
         x = tokens if self.blocks_on_query else blocks(tokens)
@@ -98,13 +104,13 @@ class AttentiveClassifier(nn.Module):
 
 
 class AttentiveRegressor(nn.Module):
-    """Pool tokens with a learned query for each quantity, then read its values off.
+    """Pool tokens with a learned query per quantity, then map each to its values.
 
-    The attentive probe's block of cross-attention, which the queries share.
+    All queries share the attentive probe's cross-attention block.
 
     Attributes:
-      quantities: (name, values) of each.
-      num_heads: of the attention; divides the tokens' channels.
+      quantities: (name, number of values) of each quantity.
+      num_heads: heads of the attention; divides the tokens' channels.
     """
 
     quantities: tuple[tuple[str, int], ...]
@@ -112,20 +118,16 @@ class AttentiveRegressor(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        """Map tokens [B, N, D] to all quantities' values side by side, [B, K]."""
+        """Map tokens [B, N, D] to the concatenated values of all quantities [B, K]."""
         pool = AttentiveClassifier(
             0, self.num_heads, outputs=self.quantities, name="pool"
         )
-        found = pool(tokens)
-        return jnp.concatenate([found[name] for name, _ in self.quantities], axis=-1)
+        values = pool(tokens)
+        return jnp.concatenate([values[name] for name, _ in self.quantities], axis=-1)
 
 
 class LinearClassifier(nn.Module):
-    """Classify the mean token with a linear layer.
-
-    Attributes:
-      num_classes: classes.
-    """
+    """Classify the mean token with a linear layer."""
 
     num_classes: int
 

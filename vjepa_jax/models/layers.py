@@ -1,11 +1,13 @@
-"""Building blocks shared by encoder and predictor: tubelet embedding, block, stack.
+"""Layers shared by encoder and predictors: tubelet embedding, block, stack of blocks.
 
 Parameters carry logical axis names (`embed`, `mlp`, `heads`, `layers`, ...), which
-`sharding.py` maps to the mesh; activations are constrained at block boundaries.
+`parallel.sharding` maps to the mesh. Activations are constrained at block boundaries.
 """
 
-from collections.abc import Callable
+import dataclasses
+from typing import Any
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -20,19 +22,20 @@ ACT_AXES = ("act_batch", "act_len", "act_embed")
 
 
 def _is_cudnn_attention(primitive, *_, **__) -> bool:
-    # Its log of the normaliser is a residual without a name.
+    # Matched by the primitive, since its log-normaliser is a residual without a name.
     return primitive.name == "dot_product_attention_fwd_wrapper"
 
 
 def _with_attention(policy=None):
-    """Also store what attention gives to its backward pass: no kernel runs twice."""
+    """Also store attention's residuals, so that its kernel does not run twice."""
     policies = jax.checkpoint_policies
     named = policies.save_only_these_names(OUTPUT_NAME)
     either = policies.save_from_both_policies(named, _is_cudnn_attention)
     return policies.save_from_both_policies(either, policy) if policy else either
 
 
-# What the backward pass need not recompute. With `xla` attention `dots` stores scores.
+# What is stored for the backward pass; the rest is recomputed. With `xla` attention,
+# `dots` stores the scores.
 REMAT_POLICIES = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -43,8 +46,52 @@ REMAT_POLICIES = {
     ),
 }
 
-# Official init: normal with sigma 0.02 truncated at +-2 absolute, which never cuts.
+# The official code truncates at +-2, which is 100 standard deviations: plain normal.
 _normal = nn.initializers.normal(0.02)
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+    """Fields of a transformer: its shape, and how it is computed.
+
+    Parameters, and so checkpoints, do not depend on `scan_layers`, `remat`, `attention`
+    and the dtypes.
+
+    Attributes:
+      depth: number of blocks.
+      width: channels of the tokens.
+      num_heads: attention heads; divides `width`.
+      mlp_dim: hidden channels of the MLP.
+      mlp: `gelu` (exact) is fc2(gelu(fc1)); `swiglu` is fc3(silu(fc1) * fc2).
+      scale_init: initialise output projections smaller by sqrt(2 * layer), as V-JEPA 2
+        does; V-JEPA 1 does not.
+      norm_eps: epsilon of the layer norms.
+      scan_layers: compile one block and loop over it; False unrolls the loop.
+      remat: what the backward pass recomputes, a key of `REMAT_POLICIES`.
+      attention: implementation, see `attention.dispatch.attention`.
+      dtype: dtype of the computation; parameters are float32.
+      matmul_dtype: 8-bit dtype of the matmul operands, which has no gradient; "":
+        `dtype`.
+    """
+
+    depth: int
+    width: int
+    num_heads: int
+    mlp_dim: int
+    mlp: str = "gelu"
+    scale_init: bool = True
+    norm_eps: float = NORM_EPS
+    scan_layers: bool = False
+    remat: str = "none"
+    attention: str = "xla"
+    dtype: jnp.dtype = jnp.float32
+    matmul_dtype: str = ""
+
+    @classmethod
+    def of(cls, module: nn.Module) -> "TransformerConfig":
+        """Take the values of the module's fields that have the same names."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        return cls(**{n: getattr(module, n) for n in names if hasattr(module, n)})
 
 
 class Dense(nn.Module):
@@ -53,9 +100,9 @@ class Dense(nn.Module):
     Attributes:
       features: channels of the output.
       axes: logical axes of the kernel.
-      dtype: of the computation; parameters are float32.
-      init: of the kernel.
-      matmul_dtype: 8-bit type of the operands, without a gradient; "": `dtype`.
+      dtype: dtype of the computation; parameters are float32.
+      init: initialiser of the kernel.
+      matmul_dtype: see `TransformerConfig`.
     """
 
     features: int
@@ -79,7 +126,7 @@ class Dense(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """Layer norm over channels; statistics are fp32, the output is `dtype`."""
+    """Layer norm over channels: statistics in float32, output in `dtype`."""
 
     dtype: jnp.dtype
     eps: float = NORM_EPS
@@ -104,20 +151,20 @@ def position_code(
     width: int,
     num_heads: int,
     base_grid: positions.Grid | None,
-):
-    """Return what carries the position of tokens into a transformer.
+) -> tuple[jax.Array | None, tuple[jax.Array, jax.Array] | None]:
+    """Return the position embedding of tokens, to add or to rotate by.
 
     Args:
       kind: `sincos` is added to the tokens (V-JEPA); `rope` rotates queries and keys
-        (V-JEPA 2.1), `rope_tiled` does in V-JEPA 2's released form.
-      idx: int [B, N] or [1, N], token numbers.
+        (V-JEPA 2.1); `rope_tiled` is V-JEPA 2's released form of the rotation.
+      idx: int [B, N] or [1, N], token indices.
       grid: (T, H, W) of the clip.
       width, num_heads: of the transformer.
       base_grid: see `positions.sincos_table` and `positions.rope_tables`.
 
     Returns:
-      What to add, float32 [B, N, width], and (cos, sin) to rotate by; None each where
-      the kind has no use for it.
+      The embedding to add, float32 [B, N, width], and the (cos, sin) tables to rotate
+      by. One of the two is None, depending on the kind.
 
     Raises:
       ValueError: the kind is unknown.
@@ -132,9 +179,9 @@ def position_code(
 
 
 def modality(module: nn.Module, width: int, is_image: bool) -> jax.Array:
-    """Return [width], what is added to every token of an image or of a video.
+    """Return the embedding [width] that is added to all tokens of an image or a video.
 
-    Its parameter belongs to `module`, whose compact method calls this.
+    Call it in a compact method of `module`, which owns the parameter.
     """
     table = module.param(
         "modality",
@@ -145,9 +192,9 @@ def modality(module: nn.Module, width: int, is_image: bool) -> jax.Array:
 
 
 def tubelets(video: jax.Array, patch_size: int, tubelet_size: int) -> jax.Array:
-    """Cut clips [B, T, H, W, C] into tokens of pixels [B, N, tubelet_size * p * p * C].
+    """Cut clips [B, T, H, W, C] into tubelets [B, N, tubelet_size * p * p * C].
 
-    Tokens are in (t, h, w) order, and so are the pixels of each.
+    Tokens are in (t, h, w) order, and so are the pixels of each token.
     """
     b, t, h, w, c = video.shape
     dt, p = tubelet_size, patch_size
@@ -158,9 +205,9 @@ def tubelets(video: jax.Array, patch_size: int, tubelet_size: int) -> jax.Array:
 class TubeletEmbed(nn.Module):
     """Cut a clip into tubelets and project each: [B, T, H, W, C] -> [B, N, width].
 
-    Equal to a strided 3-D convolution, written as one matmul over the flattened tubelet
-    because that is what the hardware multiplies fastest. Tokens are in (t, h, w) order;
-    of given numbers `idx`, int [B, K], only those are projected: [B, K, width].
+    Equal to a strided 3-D convolution, but written as one matmul over the flattened
+    tubelets, which is faster. With `idx`, int [B, K], only the tokens of these indices
+    are projected: [B, K, width].
     """
 
     width: int
@@ -171,7 +218,7 @@ class TubeletEmbed(nn.Module):
     @nn.compact
     def __call__(self, video: jax.Array, idx: jax.Array | None = None) -> jax.Array:
         x = tubelets(video, self.patch_size, self.tubelet_size)
-        # Pixels take no gradient, so that gathering here costs nothing backward.
+        # Pixels take no gradient, so gathering here costs nothing in the backward pass.
         if idx is not None:
             x = take_tokens(x, idx)
         proj = Dense(self.width, ("patch", "embed"), self.dtype, name="proj")
@@ -184,107 +231,84 @@ def take_tokens(x: jax.Array, idx: jax.Array) -> jax.Array:
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: attention, then an MLP.
+    """Pre-norm transformer block: attention, then an MLP."""
 
-    Output projections are initialised smaller by sqrt(2 * layer), as V-JEPA 2 does.
-
-    Attributes:
-      mlp: `gelu` (exact) is fc2(gelu(fc1)); `swiglu` is fc3(silu(fc1) * fc2).
-      scale_init: whether output projections start smaller; V-JEPA 1's do not.
-      norm_eps: of the layer norms.
-      matmul_dtype: see `Dense`.
-    """
-
-    width: int
-    num_heads: int
-    mlp_dim: int
-    mlp: str = "gelu"
-    attention: str = "xla"
-    dtype: jnp.dtype = jnp.float32
-    scale_init: bool = True
-    norm_eps: float = NORM_EPS
-    matmul_dtype: str = ""
+    config: TransformerConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, layer: jax.Array, tables, mask=None):
-        """Map x [B, N, D]; `layer` counts from 1; `tables` rotate, or None."""
+    def __call__(
+        self,
+        x: jax.Array,
+        layer: jax.Array,
+        tables: tuple[jax.Array, jax.Array] | None,
+        mask: jax.Array | None = None,
+    ) -> jax.Array:
+        """Map x [B, N, D] to [B, N, D].
+
+        Args:
+          x: tokens.
+          layer: number of the block, counted from 1.
+          tables, mask: see `Stack`.
+        """
+        c = self.config
 
         def scaled(key, shape, dtype):
-            by = jnp.sqrt(2.0 * layer) if self.scale_init else 1.0
+            by = jnp.sqrt(2.0 * layer) if c.scale_init else 1.0
             return (_normal(key, shape, dtype) / by).astype(dtype)
 
         def dense(features, axes, name, init=_normal):
-            kind = self.matmul_dtype
-            return Dense(features, axes, self.dtype, init, kind, name=name)
+            return Dense(features, axes, c.dtype, init, c.matmul_dtype, name=name)
 
         b, n, _ = x.shape
-        y = LayerNorm(self.dtype, self.norm_eps, name="norm1")(x)
-        qkv = dense(3 * self.width, ("embed", "heads"), "qkv")(y)
+        y = LayerNorm(c.dtype, c.norm_eps, name="norm1")(x)
+        qkv = dense(3 * c.width, ("embed", "heads"), "qkv")(y)
         q, k, v = (
-            part.reshape(b, n, self.num_heads, -1)
-            for part in jnp.split(qkv, 3, axis=-1)
+            part.reshape(b, n, c.num_heads, -1) for part in jnp.split(qkv, 3, axis=-1)
         )
         if tables is not None:
             q = positions.rotate(q, tables)
             k = positions.rotate(k, tables)
-        y = attention(q, k, v, self.attention, mask).reshape(b, n, self.width)
-        x = x + dense(self.width, ("heads", "embed"), "proj", scaled)(y)
-        y = LayerNorm(self.dtype, self.norm_eps, name="norm2")(x)
-        hidden = dense(self.mlp_dim, ("embed", "mlp"), "fc1")(y)
-        if self.mlp == "gelu":
+        y = attention(q, k, v, c.attention, mask).reshape(b, n, c.width)
+        x = x + dense(c.width, ("heads", "embed"), "proj", scaled)(y)
+        y = LayerNorm(c.dtype, c.norm_eps, name="norm2")(x)
+        hidden = dense(c.mlp_dim, ("embed", "mlp"), "fc1")(y)
+        if c.mlp == "gelu":
             hidden, last = functional.gelu(hidden), "fc2"
         else:
-            gate = dense(self.mlp_dim, ("embed", "mlp"), "fc2")(y)
+            gate = dense(c.mlp_dim, ("embed", "mlp"), "fc2")(y)
             hidden, last = nn.silu(hidden) * gate, "fc3"
-        out = dense(self.width, ("mlp", "embed"), last, scaled)
+        out = dense(c.width, ("mlp", "embed"), last, scaled)
         return nn.with_logical_constraint(x + out(hidden), ACT_AXES)
 
 
 class _Layer(nn.Module):
-    """A block as one step of a scan, which also stores the outputs asked for."""
+    """One step of the scan over blocks; it also stores the requested outputs."""
 
-    make_block: Callable[[], nn.Module]
+    config: TransformerConfig
 
     def setup(self):
-        self.block = self.make_block()
-        nn.share_scope(self, self.block)  # parameters do not show the wrapper
+        c = self.config
+        block: Any = Block
+        if c.remat != "none":
+            policy = REMAT_POLICIES[c.remat]
+            block = nn.remat(Block, policy=policy, prevent_cse=not c.scan_layers)
+        self.block = block(c)
+        # The names of the parameters do not show this wrapper.
+        nn.share_scope(self, self.block)
 
     def __call__(self, carry, layer, slot, tables, mask):
         x, kept = carry
         x = self.block(x, layer, tables, mask)
         if kept is not None:
-            # Most layers store nothing: a slot beyond the end is dropped.
+            # The slot of a layer that is not requested lies beyond the end: dropped.
             kept = kept.at[slot].set(x, mode="drop")
         return (x, kept), None
 
 
 class Stack(nn.Module):
-    """A stack of blocks whose parameters carry a leading `layers` axis.
+    """A stack of blocks whose parameters carry a leading `layers` axis."""
 
-    `scan_layers` compiles one block and loops over it; otherwise the loop is unrolled.
-    The parameters are the same either way, hence so are the checkpoints.
-
-    Attributes:
-      depth, width, num_heads, mlp_dim, mlp, scale_init: see `Block`.
-      scan_layers: loop, or unroll.
-      remat: what the backward pass recomputes, a key of `REMAT_POLICIES`.
-      attention: see `attention.attention`.
-      dtype: of the computation.
-      norm_eps, matmul_dtype: see `Block`.
-    """
-
-    depth: int
-    width: int
-    num_heads: int
-    mlp_dim: int
-    mlp: str = "gelu"
-    scale_init: bool = True
-    scan_layers: bool = False
-    remat: str = "none"
-    attention: str = "xla"
-    dtype: jnp.dtype = jnp.float32
-    norm_eps: float = NORM_EPS
-    matmul_dtype: str = ""
+    config: TransformerConfig
 
     @nn.compact
     def __call__(
@@ -298,47 +322,31 @@ class Stack(nn.Module):
 
         Args:
           x: [B, N, D].
-          tables: cos and sin by which queries and keys are rotated.
-          mask: bool [N, N], where a token may attend; None: everywhere.
-          out_layers: blocks, counted from 0, whose outputs are wanted.
+          tables: cos and sin by which queries and keys are rotated; None: no rotation.
+          mask: bool [N, N], which keys (last axis) a query may attend to; None: all.
+          out_layers: blocks, counted from 0, whose outputs are also returned.
 
         Returns:
-          The last block's output [B, N, D] and those of `out_layers`
-          [len(out_layers), B, N, D] or None; none is normalised.
+          The last block's output [B, N, D], and the outputs of `out_layers`
+          [len(out_layers), B, N, D] or None. They are not normalised.
         """
-        block: Callable = Block
-        if self.remat != "none":
-            policy = REMAT_POLICIES[self.remat]
-            block = nn.remat(Block, policy=policy, prevent_cse=not self.scan_layers)
-
-        def make_block():
-            return block(
-                self.width,
-                self.num_heads,
-                self.mlp_dim,
-                self.mlp,
-                self.attention,
-                self.dtype,
-                self.scale_init,
-                self.norm_eps,
-                self.matmul_dtype,
-            )
-
+        c = self.config
+        chex.assert_shape(x, (None, None, c.width))
         layers = nn.scan(
             _Layer,
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(0, 0, nn.broadcast, nn.broadcast),
-            length=self.depth,
-            unroll=1 if self.scan_layers else self.depth,
+            length=c.depth,
+            unroll=1 if c.scan_layers else c.depth,
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(make_block, name="blocks")
+        )(c, name="blocks")
         x = nn.with_logical_constraint(x, ACT_AXES)
-        kept, slots = None, np.full(self.depth, len(out_layers), np.int32)
+        kept, slots = None, np.full(c.depth, len(out_layers), np.int32)
         if out_layers:
             kept = jnp.zeros((len(out_layers), *x.shape), x.dtype)
             slots[list(out_layers)] = np.arange(len(out_layers))
         (x, kept), _ = layers(
-            (x, kept), jnp.arange(1, self.depth + 1), jnp.asarray(slots), tables, mask
+            (x, kept), jnp.arange(1, c.depth + 1), jnp.asarray(slots), tables, mask
         )
         return x, kept

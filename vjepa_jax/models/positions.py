@@ -1,20 +1,19 @@
 """Positions of tokens in a (time, height, width) grid: sin-cos tables and rotations.
 
-Tokens are numbered `t * H * W + h * W + w`. Every function takes the grid as an
-argument, so that any size and length works.
+The token at (t, h, w) has the index `t * H * W + h * W + w`.
 """
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vjepa_jax.models.platform import platform
+from vjepa_jax.models.functional import platform
 
 Grid = tuple[int, int, int]
 
 
 def grid_coordinates(idx: jax.Array, grid: Grid) -> tuple[jax.Array, ...]:
-    """Split flat token numbers [...] into their t, h and w coordinates [...]."""
+    """Split token indices [...] into their t, h and w coordinates [...]."""
     _, height, width = grid
     return idx // (height * width), (idx // width) % height, idx % width
 
@@ -45,10 +44,10 @@ def sincos_table(grid: Grid, dim: int, base_grid: Grid | None = None) -> np.ndar
 
     Args:
       grid: (T, H, W) of the clip.
-      dim: channels.
-      base_grid: grid on which the model was trained. As in the official code, a grid of
-        fewer frames, else equal, takes the first rows of its table, any other the table
-        interpolated trilinearly. None: a table of its own for every grid.
+      dim: number of channels.
+      base_grid: grid on which the model was trained. As in the official code, a grid
+        that only has fewer frames takes the first rows of its table; any other grid
+        takes the table interpolated trilinearly. None: compute the table of `grid`.
 
     Returns:
       float32 [T * H * W, dim].
@@ -70,18 +69,18 @@ def rope_at(
     head_dim: int,
     tiled: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """Return cos and sin of the 3-D rotary code at given coordinates.
+    """Return cos and sin of the 3-D rotary embedding at given coordinates.
 
-    Each of (t, h, w) rotates `2 * (head_dim // 3 // 2)` channels, in this order; the
-    rest of the head is not rotated. Axis channels (2i, 2i + 1) are a pair; it turns by
-    position times 10000^(-i / (m / 2)), with m channels per axis.
+    Each of (t, h, w) rotates m = `2 * (head_dim // 3 // 2)` channels, in this order;
+    the remaining channels are not rotated. An axis's channels (2i, 2i + 1) are a pair,
+    which is rotated by the coordinate times 10000^(-i / (m / 2)).
 
     Args:
-      coordinates: t, h and w, each [B, N] or [N]; at 0 an axis does not turn.
+      coordinates: t, h and w, each [B, N] or [N]; coordinate 0 is no rotation.
       head_dim: channels per head.
       tiled: V-JEPA 2's released form, in which channel j takes frequency j mod (m / 2),
-        so that the two channels of a pair turn by different angles. Its weights need
-        it; V-JEPA 2.1 corrected it.
+        so that the two channels of a pair are rotated by different angles. Its weights
+        need it; V-JEPA 2.1 corrected it.
 
     Returns:
       cos, sin: float32 [B, N, 1, head_dim] (the head axis broadcasts).
@@ -103,14 +102,14 @@ def rope_tables(
     tiled: bool = False,
     base_grid: Grid | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Return cos and sin of the 3-D rotary code of tokens, see `rope_at`.
+    """Return cos and sin of the 3-D rotary embedding of tokens, see `rope_at`.
 
     Args:
-      idx: int [B, N] or [N], token numbers.
+      idx: int [B, N] or [N], token indices.
       grid: (T, H, W) of the clip.
       head_dim, tiled: see `rope_at`.
-      base_grid: rows and columns are stretched to span its height and width (V-JEPA
-        2.1's `interpolate_rope`); time is not. None: as they are.
+      base_grid: stretch rows and columns, but not time, to span its height and width
+        (V-JEPA 2.1's `interpolate_rope`). None: no stretching.
     """
     t, h, w = grid_coordinates(idx, grid)
     if base_grid is not None:
@@ -123,8 +122,8 @@ def rotate(x: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Rotate channel pairs of x [B, N, heads, head_dim] by `rope_tables`, in fp32."""
     cos, sin = tables
     if platform() == "tpu":
-        # Pairs in the innermost axis would fill 2 of 128 lanes; a product with a
-        # constant, exact in any precision, turns them in the matrix unit.
+        # Pairs in the innermost axis would fill 2 of 128 lanes. A matmul with a
+        # constant of 0 and +-1 swaps them instead, exactly in any precision.
         swap = np.kron(np.eye(x.shape[-1] // 2), np.array([[0, 1], [-1, 0]]))
         swap = jnp.asarray(swap, x.dtype)
         turned = jnp.matmul(

@@ -1,7 +1,9 @@
-"""Predictors: a narrow transformer from visible tokens to hidden ones, or to the next
-frame given actions.
+"""Predictors: narrow transformers that predict features.
+
+One predicts hidden tokens from visible ones, the other the next frame given actions.
 """
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -13,18 +15,18 @@ from vjepa_jax.models import functional, layers, positions
 class Predictor(nn.Module):
     """Predict the target's features at hidden positions (V-JEPA §3).
 
+    The fields that are not listed here are those of `layers.TransformerConfig`.
+
     Attributes:
-      depth, width, num_heads, mlp_dim, mlp, scale_init: of the transformer.
       out_dim: channels of the features to predict.
       num_mask_tokens: learned tokens that stand for hidden ones; V-JEPA learns one per
         mask type.
       input_dim: channels of a hidden layer before the input projection, for features of
         several levels (V-JEPA 2.1); 0: none.
-      predict_context: also predict the features of visible tokens, through an output
-        projection of their own (V-JEPA 2.1).
-      image_embed: a learned embedding tells images from videos (V-JEPA 2.1).
-      pos_embed, base_grid, norm_eps: as in the encoder.
-      scan_layers, remat, attention, dtype: how it is computed, see `layers.Stack`.
+      predict_context: also predict the features of visible tokens, through a separate
+        output projection (V-JEPA 2.1).
+      image_embed: add a learned embedding of the modality, image or video (V-JEPA 2.1).
+      pos_embed, base_grid: see `layers.position_code`.
     """
 
     depth: int
@@ -60,16 +62,20 @@ class Predictor(nn.Module):
 
         Args:
           context: [B, K, D], the encoder's output for the visible tokens.
-          ctx_idx: int [B, K], where they are.
-          tgt_idx: int [B, M], where to predict.
+          ctx_idx: int [B, K], indices of the visible tokens.
+          tgt_idx: int [B, M], indices of the tokens to predict.
           grid: (T, H, W) of the clip.
           mask_index: which mask token stands for the hidden ones.
-          is_image: which modality's embedding to add, if there is one.
+          is_image: whether to add the image's modality embedding, or the video's.
 
         Returns:
-          The hidden tokens' features [B, M, out_dim] and, with `predict_context`, the
-          visible ones' [B, K, out_dim], else None; in `dtype`.
+          In `dtype`: features of the hidden tokens [B, M, out_dim], and with
+          `predict_context` those of the visible tokens [B, K, out_dim], else None.
         """
+        chex.assert_rank(context, 3)
+        chex.assert_shape(ctx_idx, context.shape[:2])
+        chex.assert_shape(tgt_idx, (len(context), None))
+        chex.assert_type([context, ctx_idx, tgt_idx], [float, int, int])
         mask_tokens = self.param(
             "mask_tokens",
             nn.with_logical_partitioning(nn.initializers.zeros, (None, "embed")),
@@ -96,20 +102,8 @@ class Predictor(nn.Module):
             x = x + added.astype(self.dtype)
         if self.image_embed:
             x = x + layers.modality(self, self.width, is_image).astype(self.dtype)
-        x, _ = layers.Stack(
-            self.depth,
-            self.width,
-            self.num_heads,
-            self.mlp_dim,
-            self.mlp,
-            self.scale_init,
-            self.scan_layers,
-            self.remat,
-            self.attention,
-            self.dtype,
-            self.norm_eps,
-            name="stack",
-        )(x, tables)
+        stack = layers.Stack(layers.TransformerConfig.of(self), name="stack")
+        x, _ = stack(x, tables)
         if not self.predict_context:
             x = x[:, num_context:]
         x = layers.LayerNorm(self.dtype, self.norm_eps, name="norm")(x)
@@ -125,17 +119,16 @@ class ActionPredictor(nn.Module):
     """Predict the next frame's features from frames, actions and states (V-JEPA 2-AC).
 
     Every frame is a group of tokens: action, state, camera extrinsics if used, then its
-    patches. A token attends to its own frame and to earlier ones; positions are V-JEPA
-    2's tiled rotation, of which the tokens that are not patches take time only. Columns
-    are spread over as many positions as there are rows (`ACRoPEAttention`).
+    patches. A token attends to its own frame and to earlier ones. Positions are V-JEPA
+    2's tiled rotation; tokens other than patches rotate by time only. Columns are
+    spread over as many positions as there are rows (official `ACRoPEAttention`).
+
+    The fields that are not listed here are those of `layers.TransformerConfig`.
 
     Attributes:
-      depth, width, num_heads, mlp_dim: of the transformer.
       out_dim: channels of the frames' features.
-      norm_eps: of the layer norms.
-      use_extrinsics: whether the camera's extrinsics are given. Their projection has
-        parameters in any case, as in the official checkpoints.
-      scan_layers, remat, attention, dtype: how it is computed, see `layers.Stack`.
+      use_extrinsics: whether the camera's extrinsics are given. Their projection always
+        has parameters, as in the official checkpoints.
     """
 
     depth: int
@@ -164,9 +157,9 @@ class ActionPredictor(nn.Module):
 
         Args:
           tokens: [B, T * H * W, D], features of the frames, each encoded by itself.
-          actions: [B, T, A], what is done at each frame.
-          states: [B, T, A], the robot's pose.
-          extrinsics: [B, T, A - 1] camera pose; None where it is not used.
+          actions: [B, T, A], the action at each frame.
+          states: [B, T, A], the robot's pose at each frame.
+          extrinsics: [B, T, A - 1], the camera's pose; None where it is not used.
           grid: (T, H, W) of `tokens`.
 
         Returns:
@@ -174,6 +167,8 @@ class ActionPredictor(nn.Module):
         """
         frames, height, width = grid
         batch, patches = len(tokens), height * width
+        chex.assert_shape(tokens, (batch, frames * patches, None))
+        chex.assert_shape([actions, states], (batch, frames, None))
 
         def project(name, x):
             axes = ("embed", "mlp")
@@ -197,19 +192,8 @@ class ActionPredictor(nn.Module):
             self.width // self.num_heads,
             tiled=True,
         )
-        x, _ = layers.Stack(
-            self.depth,
-            self.width,
-            self.num_heads,
-            self.mlp_dim,
-            self.mlp,
-            scan_layers=self.scan_layers,
-            remat=self.remat,
-            attention=self.attention,
-            dtype=self.dtype,
-            norm_eps=self.norm_eps,
-            name="stack",
-        )(
+        stack = layers.Stack(layers.TransformerConfig.of(self), name="stack")
+        x, _ = stack(
             x.reshape(batch, -1, self.width),
             tuple(t[None] for t in tables),
             mask=jnp.asarray(frame[:, None] >= frame[None, :]),

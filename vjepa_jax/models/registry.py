@@ -1,4 +1,4 @@
-"""Sizes by name, and encoders and predictors made from explicit fields."""
+"""Model sizes by name; factories of encoders and predictors."""
 
 import dataclasses
 import re
@@ -13,7 +13,7 @@ from vjepa_jax.models.predictor import ActionPredictor, Predictor
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """Transformer size: blocks, channels, heads, hidden channels of the MLP."""
+    """Size of a transformer, see `layers.TransformerConfig`."""
 
     depth: int
     width: int
@@ -21,8 +21,8 @@ class Size:
     mlp_dim: int
 
 
-# tiny to gigantic as in the official code (V-JEPA 2's `vit_*_xformers` for giant, 2.1's
-# corrected MLP for gigantic); nano is for the synthetic world on a CPU.
+# tiny to gigantic are the official sizes (giant as V-JEPA 2's `vit_*_xformers`,
+# gigantic with V-JEPA 2.1's corrected MLP); nano is for the synthetic world on a CPU.
 SIZES = {
     "nano": Size(4, 96, 3, 384),
     "tiny": Size(12, 192, 3, 768),
@@ -36,10 +36,10 @@ SIZES = {
 
 
 def size_of(name: str) -> Size:
-    """Return the size of a name in `SIZES`, or of the form `12x768x12x3072`.
+    """Return the size of a name in `SIZES` or of the form `12x768x12x3072`.
 
     Raises:
-      ValueError: it is neither, or the heads do not divide the width.
+      ValueError: the name is unknown, or the heads do not divide the width.
     """
     if name in SIZES:
         return SIZES[name]
@@ -57,7 +57,7 @@ def size_of(name: str) -> Size:
 
 
 def name_of(size: Size) -> str:
-    """Return the name by which `size_of` finds a size."""
+    """Return the name from which `size_of` returns this size."""
     named = [name for name, known in SIZES.items() if known == size]
     return named[0] if named else "x".join(map(str, dataclasses.astuple(size)))
 
@@ -66,7 +66,11 @@ def mlp_fields(mlp: str, hidden: int) -> dict[str, Any]:
     """Return the fields `mlp` and `mlp_dim` of a named MLP.
 
     `swiglu_wide` is the official `wide_silu`: two thirds of the hidden channels,
-    rounded up to a multiple of 8, so that three matrices weigh what two did.
+    rounded up to a multiple of 8, so that its three matrices have as many parameters as
+    the two of `gelu`.
+
+    Raises:
+      ValueError: the name is unknown.
     """
     if mlp not in MLPS:
         raise ValueError(f"mlp '{mlp}' is unknown; known: {', '.join(MLPS)}")

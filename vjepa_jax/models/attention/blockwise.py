@@ -1,4 +1,4 @@
-"""Attention in plain JAX that never holds all scores, made for the caches of CPUs."""
+"""Attention in plain JAX that never stores all scores, for the caches of CPUs."""
 
 import math
 
@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-# Name of what a forward pass of attention gives to its backward pass.
+# Name of the residuals of attention, for rematerialisation policies.
 OUTPUT_NAME = "attention_output"
 # Queries at a time, and heads at a time where their number is even. Their scores with
-# 1568 keys are 10 MB; smaller blocks cost more in starting every operation than they
-# save in the cache, and two heads keep two cores busy without dividing a matmul.
+# 1568 keys take 10 MB. Smaller blocks lose more in overhead per operation than they
+# gain in the cache; two heads keep two cores busy without splitting a matmul.
 _MAX_BLOCK = 800
 _HEADS = 2
 
@@ -19,10 +19,10 @@ _HEADS = 2
 def attention(
     q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | np.ndarray | None = None
 ) -> jax.Array:
-    """Attend, a few heads and a block of queries at a time, see `attention.attention`.
+    """Attend, a few heads and a block of queries at a time, see `dispatch.attention`.
 
-    The backward pass computes the scores again from the log of each row's normaliser
-    (FlashAttention, arXiv 2205.14135), so that memory is linear in the lengths.
+    The backward pass recomputes the scores from the log of each row's normaliser
+    (FlashAttention, arXiv 2205.14135), so memory is linear in the lengths.
     """
     (batch, n, heads, head_dim), m = q.shape, k.shape[1]
     together = math.gcd(heads, _HEADS)
@@ -66,7 +66,7 @@ def _scaled(q):
 
 
 def _forward(q, k, v, mask):
-    @jax.checkpoint  # else policies that store matmuls would store the scores
+    @jax.checkpoint  # otherwise policies that store matmuls would store the scores
     def of_group(x):
         q, k, v = x
 
@@ -95,8 +95,8 @@ def _backward(saved, d_out):
 
         def of_block(total, x):
             q, d_out, log_total, shift, mask = x
-            # Transposed, [keys, queries]: two of the three products that follow read
-            # the scores as they lie in memory.
+            # Transposed, [keys, queries]: two of the three products below then read
+            # the scores in memory order.
             scores = _masked(_dot(k, q.mT), None if mask is None else mask.T)
             weights = jnp.exp(scores - log_total[:, None])
             d_scores = weights * (_dot(v, d_out.mT) - shift[:, None])

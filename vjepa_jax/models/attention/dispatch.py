@@ -1,11 +1,12 @@
-"""Multi-head attention, one function and several ways to compute it.
+"""Multi-head attention: one function, several implementations.
 
-V-JEPA gathers visible tokens and never pads, so that there is no mask in pretraining.
+V-JEPA gathers visible tokens and never pads, so pretraining needs no attention mask.
 """
 
 import functools
 import math
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -15,9 +16,9 @@ from jax.ad_checkpoint import checkpoint_name
 from vjepa_jax.base.choices import ATTENTIONS
 from vjepa_jax.models.attention import blockwise, splash
 from vjepa_jax.models.attention.blockwise import OUTPUT_NAME
-from vjepa_jax.models.platform import platform
+from vjepa_jax.models.functional import platform
 
-# Below so many scores per head they fit a CPU's cache, and one matmul is faster.
+# Up to this many scores per head fit a CPU's cache, and one matmul is faster.
 _BLOCKWISE_SCORES = 256 * 256
 
 
@@ -30,34 +31,33 @@ def attention(
 ) -> jax.Array:
     """Attend from every query to every key with scale `head_dim ** -0.5`.
 
-    The softmax is fp32 in all of them, and all agree up to rounding:
-      `xla`: scores in memory; on any device, with any mask.
-      `blockwise`: plain JAX, two heads and a block of queries at a time; for CPUs,
-        slow elsewhere. With any mask; has a gradient but no forward-mode derivative.
+    All implementations compute the softmax in fp32 and agree up to rounding:
+      `xla`: stores all scores; on any device, with any mask.
+      `blockwise`: plain JAX, two heads and a block of queries at a time. For CPUs, slow
+        elsewhere. With any mask; has a gradient but no forward-mode derivative.
       `cudnn`: NVIDIA's kernel; bf16 or fp16, head_dim a multiple of 8 up to 128 (256
-        from Hopper on), even lengths where there is a mask.
-      `splash`: Pallas kernel of TPUs; without a mask. On CPUs it is interpreted, which
+        from Hopper on), even lengths with a mask.
+      `splash`: Pallas kernel for TPUs; without a mask. On CPUs it is interpreted, which
         is slow and meant for tests.
-      `auto`: by the platform of the mesh that is set, else of the default backend:
-        `splash` on TPUs; `cudnn` on GPUs that are there for what it takes; `blockwise`
-        on CPUs for long sequences; else `xla`, as with a mask on TPUs and GPUs.
+      `auto`: depends on `functional.platform`. TPUs: `splash`. GPUs that are present:
+        `cudnn` for what it supports. CPUs: `blockwise` for long sequences. Otherwise,
+        and with a mask on TPUs and GPUs: `xla`.
 
     Args:
       q: [B, N, heads, head_dim].
-      k: [B, M, heads, head_dim].
-      v: [B, M, heads, head_dim].
+      k, v: [B, M, heads, head_dim].
       impl: one of `choices.ATTENTIONS`.
-      mask: bool [N, M], where a query may attend, to one key at least; None:
-        everywhere.
+      mask: bool [N, M], which keys a query may attend to, at least one; None: all.
 
     Returns:
-      [B, N, heads, head_dim] in the dtype of `q`. It is named `OUTPUT_NAME` for
-      policies of rematerialisation, and so is what else the backward pass needs of a
-      forward kernel.
+      [B, N, heads, head_dim] in the dtype of `q`. The output, and the other residuals
+      of a kernel, are named `OUTPUT_NAME` for rematerialisation policies.
 
     Raises:
-      ValueError: `impl` is unknown, or cannot do this; says what can.
+      ValueError: `impl` is unknown or does not support the arguments.
     """
+    chex.assert_rank([q, k, v], 4)
+    chex.assert_equal_shape([k, v])
     if impl == "auto":
         impl = choose(q, k, mask)
     if impl == "blockwise":
@@ -83,7 +83,7 @@ def attention(
 
 
 def choose(q: jax.Array, k: jax.Array, mask: jax.Array | np.ndarray | None) -> str:
-    """Return what `auto` stands for; the arguments are those of `attention`."""
+    """Return the implementation that `auto` stands for, see `attention`."""
     kind = platform()
     if kind == "cpu":
         is_long = q.shape[1] * k.shape[1] > _BLOCKWISE_SCORES
@@ -92,25 +92,25 @@ def choose(q: jax.Array, k: jax.Array, mask: jax.Array | np.ndarray | None) -> s
         return "xla"
     if kind == "tpu":
         return "splash"
-    # A GPU that is only described has no cuDNN to ask, and tracing would fail.
+    # For a GPU that is not present, jax cannot look up cuDNN, and tracing would fail.
     is_here = kind == "gpu" and jax.default_backend() == "gpu"
     is_half = q.dtype in (jnp.bfloat16, jnp.float16)
     fits = q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
     return "cudnn" if is_here and is_half and fits else "xla"
 
 
-def _over_batch(function, q, k, v, *whole):
-    """Run a function on each device's share of the batch; `whole` goes to all."""
+def _over_batch(function, q, k, v, *replicated):
+    """Run a function on each device's shard of the batch."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        return function(q, k, v, *whole)
+        return function(q, k, v, *replicated)
     spec = nn.logical_to_mesh_axes(("act_batch",))
     names = spec[0] if isinstance(spec[0], tuple) else (spec[0],)
     if len(q) % math.prod(mesh.shape[name] for name in names if name):
-        spec = jax.P()  # initialisation runs on one sample: everyone computes it
+        spec = jax.P()  # initialisation runs on one sample: every device computes it
     return jax.shard_map(
         function,
-        in_specs=(spec,) * 3 + (jax.P(),) * len(whole),
+        in_specs=(spec,) * 3 + (jax.P(),) * len(replicated),
         out_specs=spec,
         check_vma=False,
-    )(q, k, v, *whole)
+    )(q, k, v, *replicated)

@@ -1,4 +1,4 @@
-"""Attention by the splash kernel (Pallas) that jax ships for TPUs."""
+"""Attention by jax's splash kernel (Pallas) for TPUs."""
 
 from collections.abc import Callable
 
@@ -9,11 +9,11 @@ from jax.ad_checkpoint import checkpoint_name
 
 from vjepa_jax.models.attention.blockwise import OUTPUT_NAME
 
-# Both from compilations for TPU v5e: whole rows of keys leave no partial sums of the
-# queries' gradient to write and add up, until they no longer fit the vector memory.
+# Chosen by compiling for TPU v5e. A block with all keys leaves no partial sums of the
+# queries' gradient to write and add, but long rows do not fit the vector memory.
 _BLOCK_Q = 128
 _MAX_BLOCK_KV = 2048
-_LANES = 128  # lengths are multiples of the vector registers' width
+_LANES = 128  # lengths are multiples of the width of a vector register
 
 
 def _kernels():
@@ -32,7 +32,7 @@ def _round_up(size: int, unit: int) -> int:
 
 
 def block_kv(length: int) -> int:
-    """Return the block of keys for a length: as equal as multiples of 128 allow."""
+    """Return the block size that cuts `length` keys as equally as lanes allow."""
     blocks = -(-length // _MAX_BLOCK_KV)
     return _round_up(-(-length // blocks), _LANES)
 
@@ -40,10 +40,9 @@ def block_kv(length: int) -> int:
 def attention(
     q: jax.Array, k: jax.Array, v: jax.Array, interpret: bool = False
 ) -> jax.Array:
-    """Attend without a mask, see `attention.attention`.
+    """Attend without a mask, see `dispatch.attention`.
 
-    Lengths are padded to whole blocks, and segment numbers keep queries from what was
-    padded.
+    Lengths are padded to whole blocks; segment ids exclude the padded keys.
 
     Args:
       q: [B, N, heads, head_dim].
@@ -51,7 +50,7 @@ def attention(
       interpret: run without a TPU, slowly.
 
     Raises:
-      ValueError: this jax has no such kernel.
+      ValueError: the installed jax has no such kernel.
     """
     (_, n, heads, head_dim), m = q.shape, k.shape[1]
     padded_n, padded_m = _round_up(n, _BLOCK_Q), _round_up(m, block_kv(m))
@@ -59,8 +58,8 @@ def attention(
     def run(q, k, v):
         segments = None
         if padded_m != m:
-            # Padded queries are dropped; all of them are in the real keys' segment, so
-            # that no row is empty.
+            # Padded queries are dropped later. They are in the segment of the real
+            # keys, so that no row is empty.
             segments = _kernels().SegmentIds(
                 jnp.zeros(padded_n, jnp.int32),
                 (jnp.arange(padded_m) >= m).astype(jnp.int32),
@@ -97,18 +96,18 @@ def _make_kernel(heads: int, n: int, m: int, interpret: bool):
 
 @struct.dataclass
 class _Kept:
-    """An array [B, heads, N, head_dim], of which the first places wait as tokens."""
+    """The first tokens of an array [B, heads, N, head_dim], stored without padding."""
 
     tokens: jax.Array
     shape: tuple[int, ...] = struct.field(pytree_node=False)
 
     def restore(self) -> jax.Array:
-        """Return the array, with zeros in the other places."""
+        """Return the array, with zeros for the tokens that were not stored."""
         return _to_heads(self.tokens, *self.shape[1:3])
 
 
-def _to_tokens(x: jax.Array, places: int) -> jax.Array:
-    x = x.swapaxes(1, 2)[:, :places]
+def _to_tokens(x: jax.Array, count: int) -> jax.Array:
+    x = x.swapaxes(1, 2)[:, :count]
     return x.reshape(*x.shape[:2], -1)
 
 
@@ -120,23 +119,23 @@ def _to_heads(x: jax.Array, heads: int, length: int) -> jax.Array:
 def _keep_tokens(
     run: Callable[..., jax.Array], operands: tuple[jax.Array, ...], n: int, m: int
 ) -> jax.Array:
-    """Run a kernel; what its backward pass needs waits as [B, N, heads * head_dim].
+    """Run a kernel whose residuals are stored as [B, N, heads * head_dim].
 
-    In the kernel's form, [B, heads, N, head_dim], every head has registers of 128 lanes
-    to itself: at 64 or 32 channels it would take two to four times the memory.
+    In the kernel's layout, [B, heads, N, head_dim], every head fills registers of 128
+    lanes: heads of 64 or 32 channels would take two or four times the memory.
 
     Args:
-      run: from q, k and v to the output, all of the kernel's form.
+      run: maps q, k and v to the output, all in the kernel's layout.
       operands: q, k and v, padded with zeros.
-      n, m: how many of the queries and of the keys are real.
+      n, m: number of real queries and of real keys.
 
     Returns:
       Tokens [B, n, heads * head_dim].
     """
     _, heads, padded_n, _ = operands[0].shape
-    places = {padded_n: n}
-    # Zeros beyond the shorter do no harm where both are padded to one length.
-    places[operands[1].shape[2]] = max(m, places.get(operands[1].shape[2], 0))
+    counts = {padded_n: n}
+    # Where both are padded to one length, a few zeros are stored with the shorter.
+    counts[operands[1].shape[2]] = max(m, counts.get(operands[1].shape[2], 0))
 
     @jax.custom_vjp
     def attend(*operands):
@@ -150,11 +149,11 @@ def _keep_tokens(
             if x is out:
                 return _Kept(tokens, x.shape)
             if x.ndim == 4:
-                return _Kept(_to_tokens(x, places[x.shape[2]]), x.shape)
+                return _Kept(_to_tokens(x, counts[x.shape[2]]), x.shape)
             is_normaliser = jnp.issubdtype(x.dtype, jnp.floating)
             return checkpoint_name(x, OUTPUT_NAME) if is_normaliser else x
 
-        # The function that `jax.vjp` returns is a tree of the arrays that it needs.
+        # The function that `jax.vjp` returns is a tree of its residuals.
         return tokens, jax.tree.map(keep, backward)
 
     def backward(kept, d_tokens):
