@@ -1,8 +1,11 @@
-"""What every command shares: flags, one-line errors, exit codes."""
+"""Shared by all commands: flags, --help, one-line errors, exit codes."""
 
+import inspect
+import logging
+import re
 import sys
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 from absl import app, flags
 
@@ -11,9 +14,15 @@ from vjepa_jax.base.host_memory import keep_freed_memory
 
 EXIT_USER_ERROR = 2
 
+# How ml_collections begins the message about a file that cannot be read.
+_NOT_LOADED = (
+    r"^Configuration is not available because of an earlier failure to load: "
+    r"Failed loading config file \S+ (Attempted \[[^\]]*\]: \S+ )*"
+)
+
 
 def define_cluster_flags() -> Callable[[], dict[str, Any]]:
-    """Define how the processes of a run find each other.
+    """Define the flags by which the processes of a run find each other.
 
     Returns:
       Once the flags are parsed: the arguments of `distributed.initialize`.
@@ -26,50 +35,100 @@ def define_cluster_flags() -> Callable[[], dict[str, Any]]:
             "num_processes", None, "Processes of the run", lower_bound=1
         ),
         "process_id": flags.DEFINE_integer(
-            "process_id", None, "Which of them this is, from 0", lower_bound=0
+            "process_id", None, "Index of this process, from 0", lower_bound=0
         ),
         "start_timeout_secs": flags.DEFINE_integer(
             "start_timeout_secs",
             300,
-            "Longest wait for all processes to be there",
+            "Longest wait until all processes have started",
             lower_bound=1,
         ),
         "heartbeat_timeout_secs": flags.DEFINE_integer(
             "heartbeat_timeout_secs",
             100,
-            "Silence after which a process counts as dead",
+            "Time without a heartbeat after which a process counts as dead",
             lower_bound=1,
         ),
     }
     return lambda: {name: holder.value for name, holder in holders.items()}
 
 
-def fail(message: str) -> None:
+def fail(message: str) -> NoReturn:
     """Print one line and exit with the code of a user's error."""
     print(f"error: {message}", file=sys.stderr)
     sys.exit(EXIT_USER_ERROR)
 
 
+def _help() -> str:
+    """Return the command's docstring and its own flags, `--config` among them."""
+    ours = ("vjepa_jax.", "ml_collections.")
+    for module, defined in flags.FLAGS.flags_by_module_dict().items():
+        for flag in defined if module.startswith(ours) else ():
+            flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
+    doc = inspect.cleandoc(sys.modules["__main__"].__doc__ or "")
+    return f"{doc}\n\nflags:\n{flags.FLAGS.main_module_help()}"
+
+
+def _unknown_key(message: str, argv: Sequence[str]) -> str | None:
+    """Return a message that names the flag of an unknown config key.
+
+    Args:
+      message: of ml_collections' error: the key, and perhaps a similar one.
+      argv: the command line.
+
+    Returns:
+      The message; None if this is another error.
+    """
+    parts = re.fullmatch(r"""['"]*(\w+)['"]*( Did you mean "(\w+)" .*)?""", message)
+    if not parts:
+        return None
+    key, _, similar = parts.groups()
+    hint = f': did you mean "{similar}"?' if similar else ""
+    for argument in argv:
+        flag = re.match(rf"--?((?:config|teacher)(?:\.\w+)*)\.{key}\b", argument)
+        if flag:
+            return f'unknown key "{key}" in --{flag[1]}{hint}'
+    return None
+
+
 def _parse_flags(argv: list[str]) -> list[str]:
+    if {"--help", "-help", "-h"} & set(argv):
+        print(_help())
+        sys.exit()
     try:
         rest = flags.FLAGS(argv)
         for name in ("config", "teacher"):
             if name in flags.FLAGS and flags.FLAGS[name].present:
                 flags.FLAGS[name].value.keys()  # a file that failed to load shows here
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as e:
-        # The config file's own mistakes and unknown keys arrive as these.
-        message = " ".join(str(e.args[0] if e.args else e).split())
-        # A config file's own UserError comes with its traceback in the text.
-        fail(message.rsplit(f"{UserError.__name__}: ", 1)[-1])
+        # Mistakes in the config file and unknown keys arrive as these.
+        cause = e
+        while cause.args and isinstance(cause.args[0], Exception):
+            cause = cause.args[0]
+        message = " ".join(str(cause.args[0] if cause.args else cause).split())
+        # The text of a config file's own UserError begins with its traceback.
+        message = message.rsplit(f"{UserError.__name__}: ", 1)[-1]
+        message = re.sub(_NOT_LOADED, "the config cannot be loaded: ", message)
+        fail(_unknown_key(message, argv) or message)
     if len(rest) > 1:
         fail(f"argument '{rest[1]}' is not a flag: write --name=value")
     return rest
 
 
-def run(main: Callable[[], None]) -> None:
-    """Run `main` after parsing the flags; what the user caused gets no traceback."""
+def _is_wanted(record: logging.LogRecord) -> bool:
+    """Return False for jax's line about a missing TPU library on other machines.
 
-    def guarded(argv):
+    Where there is a TPU, jax logs a warning of its own.
+    """
+    message = record.getMessage()
+    is_tpu = "Unable to initialize backend 'tpu'" in message
+    return not (is_tpu and "Failed to open libtpu.so" in message)
+
+
+def run(main: Callable[[], None]) -> None:
+    """Parse the flags and run `main`; a user's error prints one line, no traceback."""
+
+    def guarded(argv: list[str]) -> None:
         del argv
         keep_freed_memory()
         try:
@@ -77,4 +136,5 @@ def run(main: Callable[[], None]) -> None:
         except UserError as error:
             fail(str(error))
 
+    logging.getLogger("jax._src.xla_bridge").addFilter(_is_wanted)
     app.run(guarded, flags_parser=_parse_flags)
