@@ -17,6 +17,7 @@ import sys
 import time
 from typing import Any
 
+import jax
 from absl import flags
 
 from vjepa_jax.base.errors import UserError
@@ -123,13 +124,17 @@ def _draw(model: FrozenModel, seed: int, folder: pathlib.Path) -> None:
     drawing.draw_curves(metrics.read_metrics(str(folder)), folder / "curves.png")
     listed = factory.open_source(str(pathlib.Path(run.world.path) / "hidden_test.csv"))
     reading = streams.make_reading(run.data, run.data)
-    clip = next(features.read_clips(listed, reading, count=8))
-    grid = model.grid(clip.shape)
+    clips = next(features.read_clips(listed, reading, count=8))
+    grid = model.grid(clips.shape)
     masks = build.make_masks(run.masks, grid)
-    drawing.draw_masks(clip[0], grid, masks, folder / "masks.png")
+    rows = drawing.mask_rows(clips[0], grid, masks, jax.random.key(0))
+    drawing.make_picture(rows).save(folder / "masks.png")
     untrained = frozen.random_init(model, seed)
-    named = {"pretrained": model.encode(clip), "random_init": untrained.encode(clip)}
-    drawing.draw_principal_components(clip[0], grid, named, folder / "features.png")
+    rows = {"clip": clips[0]}
+    for name, network in (("pretrained", model), ("random-init", untrained)):
+        caption = f"{name}: principal components 1-3 as red, green, blue"
+        rows[caption] = drawing.principal_colours(network.encode(clips), grid)[0]
+    drawing.make_picture(rows).save(folder / "features.png")
 
 
 def main() -> None:

@@ -3,8 +3,8 @@
 import io
 import struct
 
-import matplotlib.image
 import numpy as np
+from PIL import Image
 from tensorboardX.proto import event_pb2
 
 from vjepa_jax.run import metrics
@@ -29,6 +29,6 @@ def images(workdir):
         for value in event.summary.value:
             if value.HasField("image"):
                 png = io.BytesIO(value.image.encoded_image_string)
-                pixels = np.round(255 * matplotlib.image.imread(png)[..., :3])
-                found.append((event.step, value.tag, pixels.astype(np.uint8)))
+                pixels = np.asarray(Image.open(png).convert("RGB"))
+                found.append((event.step, value.tag, pixels))
     return found

@@ -1,20 +1,21 @@
-"""Pictures of a run: curves, masks as they fall on a clip, features as colours."""
+"""Pictures of clips (token masks, features as colours) and curves of a run's metrics.
 
-import io
+The pictures are `Rows`, frames with captions. `make_picture` puts rows into one image,
+for files and TensorBoard; the report page plays them.
+"""
+
 import pathlib
-from collections.abc import Callable
-from typing import Any, BinaryIO
 
 import jax
-import matplotlib
-import matplotlib.image
 import numpy as np
-from matplotlib.figure import Figure
-from sklearn.decomposition import PCA
+from PIL import Image, ImageDraw, ImageFont
 
+from vjepa_jax.base.extras import imports_of
 from vjepa_jax.objective import masking
 
-matplotlib.use("Agg")  # no display on servers
+# {caption: uint8 [T, H, W, 3], or [T, H, W, 4] with an opacity}. Rows that belong
+# together show the same time span, with a frame per frame or per tubelet.
+Rows = dict[str, np.ndarray]
 
 _CURVES = (
     ("train/loss", "loss (L1 to target features)"),
@@ -24,13 +25,29 @@ _CURVES = (
     ("optim/learning_rate", "learning rate"),
     ("optim/ema_momentum", "EMA momentum"),
 )
+_DIMMED = 20  # opacity, of 255, of tokens outside a mask
+# Of `make_picture`, in pixels.
+_MAX_COLUMNS = 8
+_SIDE = 128  # longer side of a frame
+_GAP, _MARGIN, _CAPTION_HEIGHT, _FONT_SIZE = 2, 8, 24, 15
 
 
-def draw_curves(rows: list[dict[str, float]], path: pathlib.Path) -> None:
-    """Draw loss, feature health and schedules over steps from a run's metrics."""
+def draw_curves(metrics: list[dict[str, float]], path: pathlib.Path) -> None:
+    """Draw loss, feature health and schedules over steps into a PNG file.
+
+    Args:
+      metrics: a row per log step, from `metrics.read_metrics`.
+      path: file to write.
+
+    Raises:
+      UserError: matplotlib is not installed.
+    """
+    with imports_of("report"):
+        from matplotlib.figure import Figure
+
     figure = Figure(figsize=(12, 6), layout="constrained")
     for axes, (key, title) in zip(figure.subplots(2, 3).flat, _CURVES, strict=True):
-        points = [(row["step"], row[key]) for row in rows if key in row]
+        points = [(row["step"], row[key]) for row in metrics if key in row]
         axes.plot(*zip(*points, strict=True), linewidth=1.2)
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("step", fontsize=9)
@@ -38,117 +55,97 @@ def draw_curves(rows: list[dict[str, float]], path: pathlib.Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def per_pixel(marked: np.ndarray, clip_shape: tuple[int, ...]) -> np.ndarray:
-    """Repeat a value per token [T', H', W', ...] over its pixels [T, H, W, ...]."""
-    for axis in range(3):
-        times = clip_shape[axis] // marked.shape[axis]
-        marked = np.repeat(marked, times, axis=axis)
-    return marked
-
-
-def _strip(axes, images: np.ndarray, title: str) -> None:
-    """Show images [K, H, W, 3] (0..1) side by side with a white gap."""
-    gap = np.ones((images.shape[1], 1, 3))
-    parts = [part for image in images for part in (image, gap)]
-    axes.imshow(np.concatenate(parts[:-1], axis=1), interpolation="nearest")
-    axes.set_title(title, fontsize=10, loc="left")
-    axes.set_axis_off()
-
-
-def _figure(rows: int, images: int):
-    width = 1.35 * images
-    figure = Figure(
-        figsize=(width, rows * (width / images + 0.3)), layout="constrained"
-    )
-    return figure, np.atleast_1d(figure.subplots(rows, 1))
-
-
-def as_array(draw: Callable[..., None], *args: Any, **kwargs: Any) -> np.ndarray:
-    """Return what a function of this file draws, uint8 [H, W, 3], instead of a PNG."""
-    file = io.BytesIO()
-    draw(*args, path=file, **kwargs)
-    file.seek(0)
-    return np.round(255 * matplotlib.image.imread(file)[..., :3]).astype(np.uint8)
-
-
-def draw_masks(
+def mask_rows(
     clip: np.ndarray,
     grid: masking.Grid,
     masks: dict[str, masking.MaskSpec],
-    path: pathlib.Path | BinaryIO,
-    seed: int = 0,
-) -> None:
-    """Draw a clip, and per mask type its context and its targets (others dimmed).
+    key: jax.Array,
+) -> Rows:
+    """Sample every mask type, and show a clip's context tokens and target tokens.
 
     Args:
       clip: uint8 [T, H, W, 3].
-      grid: its tokens.
+      grid: (T', H', W') of its tokens.
       masks: mask types by name.
-      path: PNG to write, or an open file.
-      seed: of the masks.
+      key: of the random masks.
+
+    Returns:
+      The clip, then two rows [T, H, W, 4] per mask type, in which tokens outside the
+      context or outside the targets are nearly transparent.
     """
-    shown = slice(0, None, max(1, clip.shape[0] // 8))
-    pixels = clip / 255.0
-    figure, axes = _figure(1 + 2 * len(masks), len(range(*shown.indices(len(clip)))))
-    _strip(axes[0], pixels[shown], "clip")
-    key = jax.random.key(seed)
-    for row, (name, spec) in enumerate(masks.items()):
-        ctx_idx, tgt_idx = masking.sample(
-            jax.random.fold_in(key, row), key, 1, grid, spec
-        )
-        for part, (label, idx) in enumerate(
-            (("context, what the encoder sees", ctx_idx), ("targets", tgt_idx))
-        ):
-            marked = np.zeros(grid, bool)
-            marked.reshape(-1)[np.asarray(idx)[0]] = True
-            bright = per_pixel(marked, clip.shape)[..., None]
-            _strip(
-                axes[1 + 2 * row + part],
-                np.where(bright, pixels, 0.9 + 0.1 * pixels)[shown],
-                f"mask '{name}': {label} ({idx.shape[1]} of {marked.size} tokens)",
-            )
-    figure.savefig(path, dpi=110)
+    rows = {"clip": clip}
+    for number, (name, spec) in enumerate(masks.items()):
+        sampled = masking.sample(jax.random.fold_in(key, number), key, 1, grid, spec)
+        for part, idx in zip(("context", "targets"), sampled, strict=True):
+            is_in = np.zeros(grid, bool)
+            is_in.reshape(-1)[np.asarray(idx)[0]] = True
+            for axis in range(3):
+                is_in = is_in.repeat(clip.shape[axis] // grid[axis], axis)
+            opacity = np.where(is_in, 255, _DIMMED).astype(np.uint8)
+            caption = f"{name}: {part} {idx.shape[1] / np.prod(grid):.0%}"
+            rows[caption] = np.concatenate([clip, opacity[..., None]], axis=-1)
+    return rows
 
 
 def principal_colours(tokens: np.ndarray, grid: masking.Grid) -> np.ndarray:
     """Return features' first three principal components as red, green and blue.
 
     Args:
-      tokens: float [clips, T', H' * W', D]; components and the range of the colours,
-        from the 2nd to the 98th percentile, are those of all of them.
+      tokens: float [N, T', H' * W', D]; the components and the range of the colours,
+        from the 2nd to the 98th percentile, are those of all N clips.
       grid: (T', H', W').
 
     Returns:
-      float [clips, T', H', W', 3], 0 to 1.
+      uint8 [N, T', H', W', 3].
+
+    Raises:
+      UserError: scikit-learn is not installed.
     """
-    flat = tokens.reshape(-1, tokens.shape[-1])
-    colours = PCA(3, random_state=0).fit_transform(flat)
-    low, high = np.percentile(colours, (2, 98), axis=0)
-    colours = np.clip((colours - low) / (high - low + 1e-9), 0, 1)
-    return colours.reshape(len(tokens), *grid, 3)
+    with imports_of("report"):
+        from sklearn.decomposition import PCA
+
+    components = PCA(3, random_state=0).fit_transform(
+        tokens.reshape(-1, tokens.shape[-1])
+    )
+    low, high = np.percentile(components, (2, 98), axis=0)
+    colours = np.clip((components - low) / (high - low + 1e-9), 0, 1)
+    return np.round(255 * colours).astype(np.uint8).reshape(len(tokens), *grid, 3)
 
 
-def draw_principal_components(
-    clip: np.ndarray,
-    grid: masking.Grid,
-    tokens: dict[str, np.ndarray],
-    path: pathlib.Path | BinaryIO,
-) -> None:
-    """Draw a clip and its features' first three principal components as RGB.
+def make_picture(rows: Rows) -> Image.Image:
+    """Draw rows into one RGB image, up to 8 frames of each side by side."""
+    columns = min([_MAX_COLUMNS, *map(len, rows.values())])
+    height, width = next(iter(rows.values())).shape[1:3]
+    scale = _SIDE / max(height, width)
+    width, height = round(scale * width), round(scale * height)
+    picture = Image.new(
+        "RGB",
+        (
+            2 * _MARGIN + columns * (width + _GAP) - _GAP,
+            2 * _MARGIN + len(rows) * (_CAPTION_HEIGHT + height),
+        ),
+        "white",
+    )
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(_FONT_SIZE)
+    top = _MARGIN
+    for caption, frames in rows.items():
+        draw.text((_MARGIN, top), caption, "black", font)
+        top += _CAPTION_HEIGHT
+        for column, frame in enumerate(frames[evenly_spaced(len(frames), columns)]):
+            image = Image.fromarray(frame)
+            is_larger = image.height > height  # then pixels are averaged
+            resampling = Image.Resampling.BOX if is_larger else Image.Resampling.NEAREST
+            image = image.resize((width, height), resampling)
+            left = _MARGIN + column * (width + _GAP)
+            picture.paste(image, (left, top), image if image.mode == "RGBA" else None)
+        top += height
+    return picture
 
-    Args:
-      clip: uint8 [T, H, W, 3], the first of the clips that `tokens` are of.
-      grid: its tokens.
-      tokens: by name, float [clips, T', H' * W', D]; components are fitted on all.
-      path: PNG to write, or an open file.
+
+def evenly_spaced(length: int, count: int) -> np.ndarray:
+    """Return `count` indices below `length` (all, if fewer), evenly spaced from 0.
+
+    Frames and tubelets of one clip chosen by this rule show the same times.
     """
-    step = max(1, clip.shape[0] // 8)
-    figure, axes = _figure(1 + len(tokens), len(range(0, clip.shape[0], step)))
-    _strip(axes[0], clip[::step] / 255.0, "clip")
-    for row, (name, values) in zip(axes[1:], tokens.items(), strict=True):
-        _strip(
-            row,
-            per_pixel(principal_colours(values, grid)[0], clip.shape)[::step],
-            f"{name.replace('_', '-')}: principal components 1-3 as red, green, blue",
-        )
-    figure.savefig(path, dpi=110)
+    count = min(length, count)
+    return np.arange(count) * length // max(count, 1)

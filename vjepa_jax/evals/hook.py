@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from absl import logging
 
@@ -224,16 +225,18 @@ def _draw(found: Found, model: FrozenModel, source: Source, step: int) -> None:
     run = model.config
     count = run.log.image_clips
     clips = _read_clips(run, source, max(count, _COLOURED_CLIPS))
-    grid, tokens = model.grid(clips.shape), model.encode(clips)
+    grid = model.grid(clips.shape)
     masks = build.make_masks(run.masks, grid)
+    colours = drawing.principal_colours(model.encode(clips), grid)
     for i, clip in enumerate(clips[:count]):
-        found.images[f"masks/{i}"] = drawing.as_array(
-            drawing.draw_masks, clip, grid, masks, seed=step + i
-        )
-        named = {"pretrained": np.roll(tokens, -i, axis=0)}
-        found.images[f"features/{i}"] = drawing.as_array(
-            drawing.draw_principal_components, clip, grid, named
-        )
+        key = jax.random.key(step + i)
+        rows = {
+            "masks": drawing.mask_rows(clip, grid, masks, key),
+            "features": {"clip": clip, "features": colours[i]},
+        }
+        for name, of_clip in rows.items():
+            picture = drawing.make_picture(of_clip)
+            found.images[f"{name}/{i}"] = np.asarray(picture)
 
 
 def _read_clips(run: ConfigDict, source: Source, count: int) -> np.ndarray:

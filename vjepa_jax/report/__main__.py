@@ -1,9 +1,9 @@
-"""Show what a run has done and learned, on one page.
+"""Write a page that shows what a model learned and how its run went.
 
     python -m vjepa_jax.report --workdir=RUN [--compare=RUN2] [--output=FILE]
 
-Writes `report.html` into the workdir, or FILE: one file that needs no network. What a
-run does not have (a checkpoint, its data, results of evaluations) is said on the page.
+Writes one HTML file that needs no network: `report.html` in the workdir, or FILE. The
+page names what a run does not have (a checkpoint, its data, results of evaluations).
 See docs/report.md.
 """
 
@@ -23,28 +23,28 @@ FILE = "report.html"
 
 
 def write_report(workdir: str, compare: str = "", output: str = "") -> str:
-    """Write the page of a run, beside another one if there is one.
+    """Write the page of a run, or of two runs side by side.
 
     Args:
       workdir: of the run, local or remote.
-      compare: workdir of the other run; "": none.
-      output: file to write, local; "": `report.html` in the workdir.
+      compare: workdir of a second run; "" for none.
+      output: local file to write; "": `report.html` in the workdir.
 
     Returns:
-      The path that was written.
+      The path of the page.
 
     Raises:
-      UserError: a workdir holds no run, or the file cannot be written.
+      UserError: a workdir holds no run, or the page cannot be written.
     """
-    workdirs = [workdir, compare] if compare else [workdir]
+    paths = [workdir, compare] if compare else [workdir]
+    labels = run_files.make_labels(paths)
     with contextlib.ExitStack() as stack:
         runs = [
-            stack.enter_context(run_files.opened(path, label, letter))
-            for path, label, letter in zip(
-                workdirs, run_files.labels(workdirs), "AB", strict=False
-            )
+            stack.enter_context(run_files.opened(*of_run))
+            for of_run in zip(paths, labels, "AB", strict=False)
         ]
-        html = page.render(runs, sections.tiles(runs), sections.make(runs))
+        tiles, made = sections.make_tiles(runs), sections.make_sections(runs)
+        html = page.render(runs, tiles, made)
         path = pathlib.Path(output) if output else runs[0].folder / FILE
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -64,5 +64,7 @@ def main() -> None:
 if __name__ == "__main__":
     _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run", required=True)
     _COMPARE = flags.DEFINE_string("compare", "", "Folder of a run to set beside it")
-    _OUTPUT = flags.DEFINE_string("output", "", "File to write; report.html there")
+    _OUTPUT = flags.DEFINE_string(
+        "output", "", "File to write; report.html in the workdir by default"
+    )
     cli.run(main)

@@ -1,35 +1,33 @@
-"""Pictures of what a model makes of the clips of its run's data."""
+"""Masks, features and nearest neighbours of the clips of a run's data."""
 
 import dataclasses
 import time
-from collections.abc import Sequence
 
 import jax
 import numpy as np
-from sklearn.preprocessing import normalize
 
 from vjepa_jax.base.errors import UserError
+from vjepa_jax.base.extras import imports_of
 from vjepa_jax.config.defaults import MAIN_STREAM, ConfigDict
-from vjepa_jax.data.sources.mixture import Mixture
 from vjepa_jax.data.sources.subset import Subset
 from vjepa_jax.data.stream import streams
 from vjepa_jax.data.stream.read_all import read_all
-from vjepa_jax.data.stream.reading import Reading
-from vjepa_jax.evals.drawing import per_pixel, principal_colours
+from vjepa_jax.evals import drawing
 from vjepa_jax.evals.frozen import FrozenModel
 from vjepa_jax.objective import masking
-from vjepa_jax.report.media import Film, film
+from vjepa_jax.report.films import Film, FilmRow, make_film, make_row
 from vjepa_jax.world.motion import CLASSES
 
 NUM_CLIPS = 256  # read of a run's data
-_SECONDS = 20.0  # after which no more are read, or encoded: large models take time
-_AT_LEAST = 16
-_BATCH = 8
-_FITTED = 32  # clips on which principal components are fitted
-MASKED = 2  # clips that show masks
-_COLOURED, _QUERIES = 3, 4  # clips that show features, and their neighbours
-_NEIGHBOURS = 5
+NUM_MASKED = 2  # clips that show masks
+_NUM_COLOURED, _NUM_QUERIES = 3, 4  # clips that show features, and their neighbours
+_NUM_FITTED = 32  # clips on which principal components are fitted
+_NUM_NEIGHBOURS = 5
 _NEIGHBOUR_FRAMES = 8
+# Large models take time: after so many seconds no more clips are read, or encoded,
+# than this.
+_SECONDS, _MIN_CLIPS = 20.0, 16
+_BATCH_SIZE = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,71 +37,58 @@ class Clips:
     Attributes:
       video: uint8 [N, T, H, W, 3].
       paths: of their videos.
-      names: of their classes, "" where there are none.
+      names: of their classes; "" where there are no classes.
     """
 
     video: np.ndarray
     paths: list[str]
     names: list[str]
 
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """Films that belong together, under a heading of their own."""
-
-    title: str
-    films: list[Film]
+    def title(self, number: int) -> str:
+        """Return the heading of a clip: its number from 1, and its class."""
+        return ", ".join(filter(None, [f"Clip {number + 1}", self.names[number]]))
 
 
-def read(
+def read_clips(
     config: ConfigDict, stream: str = MAIN_STREAM, count: int = NUM_CLIPS
 ) -> Clips:
-    """Read clips of a run's data, evenly spaced, cut as in an evaluation.
+    """Read clips of a run's data, evenly spaced in it, and cut as in an evaluation.
 
     Raises:
-      UserError: the data is not there, or none of the clips can be read.
+      UserError: the data is missing, or none of the clips can be read.
     """
     source = streams.open_sources(config)[stream]
     clip = config.data if stream == MAIN_STREAM else config.streams[stream]
     reading = streams.make_reading(config.data, clip)
-    reading = dataclasses.replace(
-        reading, sampling=dataclasses.replace(reading.sampling, num_clips=1)
-    )
-    return _read(source, reading, count, _class_names(config))
-
-
-def _read(
-    source: Mixture, reading: Reading, count: int, classes: Sequence[str]
-) -> Clips:
+    sampling = dataclasses.replace(reading.sampling, num_clips=1)
+    reading = dataclasses.replace(reading, sampling=sampling)
+    classes = (*CLASSES, "play") if config.world.path else ()
     count = min(count, len(source))
     chosen = Subset(source, np.arange(count) * len(source) // count)
-    # Lists often go by class: in a random order those that time allows are a fair part.
+    # Lists are often sorted by class: in random order, those read in time are a fair
+    # sample.
     order = np.random.default_rng(0).permutation(len(chosen))
-    video, places, labels, began = [], [], [], time.perf_counter()
+    video, indices, labels, began = [], [], [], time.perf_counter()
     batches = read_all(
-        chosen, reading=reading, batch_size=_BATCH, num_workers=0, order=order
+        chosen, reading=reading, batch_size=_BATCH_SIZE, num_workers=0, order=order
     )
     for batch in batches:
         valid = batch["valid"]
         video.append(np.asarray(batch["video"])[valid])
-        places += batch["index"][valid].tolist()
+        indices += batch["index"][valid].tolist()
         labels += batch["label"][valid].tolist()
         is_late = time.perf_counter() - began > _SECONDS
-        if is_late and len(places) >= _AT_LEAST:
+        if is_late and len(indices) >= _MIN_CLIPS:
             batches.close()
             break
-    if not places:
+    if not indices:
         raise UserError(f"none of the videos of {source.name!r} can be read")
     has_classes = len(set(labels)) > 1
     names = [
         (classes[k] if k < len(classes) else f"class {k}") if has_classes else ""
         for k in labels
     ]
-    return Clips(np.concatenate(video), [chosen.path_of(i) for i in places], names)
-
-
-def _class_names(config: ConfigDict) -> tuple[str, ...]:
-    return (*CLASSES, "play") if config.world.path else ()
+    return Clips(np.concatenate(video), [chosen.path_of(i) for i in indices], names)
 
 
 def mask_rows(
@@ -111,139 +96,115 @@ def mask_rows(
     grid: masking.Grid,
     masks: dict[str, masking.MaskSpec],
     seed: int,
-) -> list[Row]:
-    """Show clips, and per mask type what the encoder sees and what is predicted."""
-    rows = []
-    for number, clip in enumerate(clips.video[:MASKED]):
-        films = [film(clip, f"clip {number + 1}", "the clip")]
-        key = jax.random.fold_in(jax.random.key(seed), number)
-        for place, (name, spec) in enumerate(masks.items()):
-            drawn = masking.sample(jax.random.fold_in(key, place), key, 1, grid, spec)
-            for what, idx in zip(("sees", "predicts"), drawn, strict=True):
-                share = idx.shape[1] / np.prod(grid)
-                films.append(
-                    film(
-                        _only(clip, grid, np.asarray(idx)[0]),
-                        f"clip {number + 1}, only what mask {name} {what}",
-                        f"{name}: {what} {share:.0%}",
-                    )
-                )
-        rows.append(Row(f"Clip {number + 1}{_of_class(clips.names[number])}", films))
-    return rows
-
-
-def _only(clip: np.ndarray, grid: masking.Grid, idx: np.ndarray) -> np.ndarray:
-    """Make all but some tokens of a clip nearly transparent: RGBA."""
-    marked = np.zeros(grid, bool)
-    marked.reshape(-1)[idx] = True
-    alpha = np.where(per_pixel(marked, clip.shape), 255, 20).astype(np.uint8)
-    return np.concatenate([clip, alpha[..., None]], axis=-1)
+) -> list[FilmRow]:
+    """Show clips, and the context and targets of every mask type on them."""
+    key = jax.random.key(seed)
+    return [
+        make_row(
+            clips.title(i),
+            drawing.mask_rows(clip, grid, masks, jax.random.fold_in(key, i)),
+        )
+        for i, clip in enumerate(clips.video[:NUM_MASKED])
+    ]
 
 
 @dataclasses.dataclass(frozen=True)
-class Encoded:
-    """What a network makes of clips.
+class Features:
+    """A network's features of clips.
 
     Attributes:
-      grid: its (T', H', W') tokens of a clip.
-      tokens: float32 [n, T', H' * W', D], of the first clips.
+      colours: uint8 [n, T', H', W', 3], principal components of the first clips.
       pooled: float32 [N, D], mean tokens of all clips.
     """
 
-    grid: masking.Grid
-    tokens: np.ndarray
+    colours: np.ndarray
     pooled: np.ndarray
 
 
-def encode(models: dict[str, FrozenModel], video: np.ndarray) -> dict[str, Encoded]:
+def encode(models: dict[str, FrozenModel], video: np.ndarray) -> dict[str, Features]:
     """Encode clips with several networks, as many as the first has the time for."""
-    encoded: dict[str, Encoded] = {}
+    features: dict[str, Features] = {}
     for name, model in models.items():
         tokens, pooled, began = [], [], time.perf_counter()
-        for start in range(0, len(video), _BATCH):
-            batch = video[start : start + _BATCH]
-            missing = _BATCH - len(batch)  # one shape, one compilation
-            found = model.encode(np.concatenate([batch, batch[:1].repeat(missing, 0)]))
-            found = found[: len(batch)]
-            if start < _FITTED:
-                tokens.append(found)
-            pooled.append(found.mean((1, 2)))
+        for start in range(0, len(video), _BATCH_SIZE):
+            batch = video[start : start + _BATCH_SIZE]
+            missing = _BATCH_SIZE - len(batch)  # filled: one shape, one compilation
+            padded = np.concatenate([batch, batch[:1].repeat(missing, 0)])
+            encoded = model.encode(padded)[: len(batch)]
+            if start < _NUM_FITTED:
+                tokens.append(encoded)
+            pooled.append(encoded.mean((1, 2)))
             is_late = time.perf_counter() - began > _SECONDS
-            if is_late and not encoded and start + _BATCH >= _AT_LEAST:
+            if is_late and not features and start + _BATCH_SIZE >= _MIN_CLIPS:
                 break
-        encoded[name] = Encoded(
-            model.grid(video.shape), np.concatenate(tokens), np.concatenate(pooled)
+        colours = drawing.principal_colours(
+            np.concatenate(tokens), model.grid(video.shape)
         )
-        video = video[: len(encoded[name].pooled)]
-    return encoded
+        features[name] = Features(colours, np.concatenate(pooled))
+        video = video[: len(features[name].pooled)]
+    return features
 
 
-def colour_rows(clips: Clips, encoded: dict[str, Encoded]) -> list[Row]:
+def feature_rows(clips: Clips, features: dict[str, Features]) -> list[FilmRow]:
     """Show clips beside the principal components of their features as colours."""
-    colours = {
-        name: principal_colours(of_network.tokens, of_network.grid)
-        for name, of_network in encoded.items()
-    }
     rows = []
-    for number, clip in enumerate(clips.video[:_COLOURED]):
-        films = [film(clip, f"clip {number + 1}", "the clip")]
-        for name, of_clips in colours.items():
-            pixels = np.round(of_clips[number] * 255).astype(np.uint8)
-            alt = f"features of clip {number + 1} by the {name} encoder as colours"
-            films.append(film(pixels, alt, name))
-        rows.append(Row(f"Clip {number + 1}{_of_class(clips.names[number])}", films))
+    for i, clip in enumerate(clips.video[:_NUM_COLOURED]):
+        colours = {name: of_network.colours[i] for name, of_network in features.items()}
+        rows.append(make_row(clips.title(i), {"clip": clip} | colours))
     return rows
 
 
 @dataclasses.dataclass(frozen=True)
 class Query:
-    """A clip and its nearest ones by each network.
-
-    Attributes:
-      film: the clip.
-      rows: the nearest ones, a row per network.
-    """
+    """A clip, and a row of its nearest neighbours for each network."""
 
     film: Film
-    rows: list[Row]
+    rows: list[FilmRow]
 
 
-def neighbour_queries(clips: Clips, encoded: dict[str, Encoded]) -> list[Query]:
+def neighbour_queries(clips: Clips, features: dict[str, Features]) -> list[Query]:
     """Show a few clips with those whose pooled features have the largest cosine."""
-    nearest = {name: _nearest(found.pooled) for name, found in encoded.items()}
-    num_clips = min(len(found.pooled) for found in encoded.values())
-    queries = []
-    # Of different classes, where there are any.
+    neighbours = {name: nearest(x.pooled) for name, x in features.items()}
+    num_clips = min(len(x.pooled) for x in features.values())
+    # The first clip of each class, where there are classes.
     _, firsts = np.unique(clips.names[:num_clips], return_index=True)
-    chosen = [*np.sort(firsts), *range(num_clips)]
-    for query in list(dict.fromkeys(int(q) for q in chosen))[:_QUERIES]:
+    candidates = dict.fromkeys([*np.sort(firsts).tolist(), *range(num_clips)])
+    queries = []
+    for query in [*candidates][:_NUM_QUERIES]:
         name = clips.names[query]
         rows = []
-        for network, (places, cosines) in nearest.items():
+        for network, (indices, cosines) in neighbours.items():
+            found = indices[query].tolist()
             films = [
-                _small(clips, p, f"{clips.names[p]} {c:.3f}".strip())
-                for p, c in zip(places[query].tolist(), cosines[query], strict=True)
+                _small_film(clips, i, f"{clips.names[i]} {cosine:.3f}".strip())
+                for i, cosine in zip(found, cosines[query], strict=True)
             ]
-            same = sum(clips.names[p] == name for p in places[query].tolist())
+            same = sum(clips.names[i] == name for i in found)
             of_class = f", {same} of {len(films)} of its class" if name else ""
-            rows.append(Row(f"{network}{of_class}", films))
-        queries.append(Query(_small(clips, query, name or "query"), rows))
+            rows.append(FilmRow(f"{network}{of_class}", films))
+        queries.append(Query(_small_film(clips, query, name or "query"), rows))
     return queries
 
 
-def _nearest(pooled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return places and cosines of the nearest other clips, [N, K] each."""
+def nearest(pooled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the nearest other clips of each clip by cosine, the nearest first.
+
+    Args:
+      pooled: float [N, D].
+
+    Returns:
+      Their indices and cosines, [N, K] each.
+    """
+    with imports_of("report"):
+        from sklearn.preprocessing import normalize
+
     unit = normalize(pooled)
-    cosine = unit @ unit.T
-    np.fill_diagonal(cosine, -np.inf)
-    places = np.argsort(-cosine, axis=1)[:, : min(_NEIGHBOURS, len(unit) - 1)]
-    return places, np.take_along_axis(cosine, places, axis=1)
+    cosines = unit @ unit.T
+    np.fill_diagonal(cosines, -np.inf)
+    indices = np.argsort(-cosines, axis=1)[:, : min(_NUM_NEIGHBOURS, len(unit) - 1)]
+    return indices, np.take_along_axis(cosines, indices, axis=1)
 
 
-def _small(clips: Clips, place: int, caption: str) -> Film:
-    alt = f"clip of {clips.paths[place]}"
-    return film(clips.video[place], alt, caption, _NEIGHBOUR_FRAMES)
-
-
-def _of_class(name: str) -> str:
-    return f", {name}" if name else ""
+def _small_film(clips: Clips, index: int, caption: str) -> Film:
+    alt = f"clip of {clips.paths[index]}"
+    return make_film(clips.video[index], alt, caption, _NEIGHBOUR_FRAMES)

@@ -1,29 +1,96 @@
-"""Sections become one HTML file that needs nothing beside itself."""
+"""What a page consists of, and how it becomes one HTML file without other files."""
 
+import dataclasses
 import datetime
 import importlib.resources
-from collections.abc import Sequence
-
-import jinja2
-import plotly.offline
-from markupsafe import Markup
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import vjepa_jax
-from vjepa_jax.report import figures
-from vjepa_jax.report.parts import Section, Tile
+from vjepa_jax.base.errors import UserError
+from vjepa_jax.base.extras import imports_of
 from vjepa_jax.report.run_files import Run
 
 _FOLDER = "templates"
 
 
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """A number of the summary, with one value per run."""
+
+    label: str
+    values: list[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """A part of a section.
+
+    Attributes:
+      kind: `table`, `figures`, `films`, `queries` or `pairs`.
+      content: a `Table`, or a list of `Figure`, `FilmRow`, `Query` or `PairView`.
+      title: heading; "" for none.
+      lead: a sentence or two on how to read it.
+    """
+
+    kind: str
+    content: Any
+    title: str = ""
+    lead: str = ""
+
+
+@dataclasses.dataclass
+class Section:
+    """A section of the page.
+
+    Attributes:
+      key: anchor of links to it.
+      title: heading.
+      lead: how to read it.
+      blocks: what it shows.
+      missing: a line for each thing that cannot be shown, with the reason.
+      part: the part of the page in which it stands.
+    """
+
+    key: str
+    title: str
+    lead: str = ""
+    blocks: list[Block] = dataclasses.field(default_factory=list)
+    missing: list[str] = dataclasses.field(default_factory=list)
+    part: str = ""
+
+    def attempt(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Call a function; after a `UserError` add it to `missing` and return None."""
+        try:
+            return function(*args)
+        except UserError as error:
+            line = f"{error}."
+            if line not in self.missing:
+                self.missing.append(line)
+            return None
+
+
 def render(
     runs: Sequence[Run], tiles: Sequence[Tile], sections: Sequence[Section]
 ) -> str:
-    """Write the page.
+    """Return the page as HTML.
 
-    Whatever comes from a run is text to the template, which escapes it; script, style
-    and Plotly are ours.
+    The template escapes everything that comes from a run; only the page's own script
+    and style, and Plotly's script, are inserted as they are.
+
+    Raises:
+      UserError: jinja2 or plotly is not installed.
     """
+    with imports_of("report"):
+        import jinja2
+        import plotly.offline
+        from markupsafe import Markup
+
+    folder = importlib.resources.files("vjepa_jax.report") / _FOLDER
+    style, script = (
+        Markup((folder / name).read_text(encoding="utf-8"))
+        for name in ("page.css", "page.js")
+    )
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("vjepa_jax.report", _FOLDER),
         autoescape=True,
@@ -37,15 +104,9 @@ def render(
         runs=runs,
         tiles=tiles,
         sections=sections,
-        themes=figures.themes(),
         version=vjepa_jax.__version__,
         written=now.strftime("%Y-%m-%d %H:%M UTC"),
-        style=_own("page.css"),
-        script=_own("page.js"),
+        style=style,
+        script=script,
         plotly=Markup(plotly.offline.get_plotlyjs()),
     )
-
-
-def _own(name: str) -> Markup:
-    folder = importlib.resources.files("vjepa_jax.report") / _FOLDER
-    return Markup((folder / name).read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Tables of what evaluations found: a row per measure, with intervals where known."""
+"""Tables of evaluations' results: a row per measure, with intervals where known."""
 
 import math
 from collections.abc import Sequence
@@ -10,19 +10,19 @@ from vjepa_jax.report.run_files import CONFUSION, RESULTS, Run
 from vjepa_jax.report.tables import ABSENT, Cell, Table
 
 _MAX_ROWS = 60  # of a table
-# Rows that only say how sure others are.
-_OF_INTERVALS = ("lower_bound_accuracy", "upper_bound_accuracy", "videos_tested")
-# Of the world, both are shares of all clips of its test split.
-_OF_ALL_TEST_CLIPS = ("attentive_accuracy", "linear_accuracy")
+# Measures that are shown as the interval of another measure, or not at all.
+_HIDDEN = ("lower_bound_accuracy", "upper_bound_accuracy", "videos_tested")
+# Results of the world that are shares of all clips of its test split.
+_TESTED_ON_ALL = ("attentive_accuracy", "linear_accuracy")
 
 
 def make_tables(runs: Sequence[Run]) -> list[Table]:
-    """Make the table of every results file; runs that have the same share it."""
+    """Make a table of every results file, with all runs in each."""
     names = dict.fromkeys(name for run in runs for name in run.results)
-    return [_results_table(runs, name) for name in names]
+    return [_make_table(runs, name) for name in names]
 
 
-def _results_table(runs: Sequence[Run], name: str) -> Table:
+def _make_table(runs: Sequence[Run], name: str) -> Table:
     of_runs = [_cells(run, name) for run in runs]
     measures = list(dict.fromkeys(m for cells in of_runs for m in cells))
     columns = list(
@@ -31,7 +31,7 @@ def _results_table(runs: Sequence[Run], name: str) -> Table:
     nothing = Cell(ABSENT)
     rows = [
         (
-            spoken(measure),
+            words(measure),
             [
                 [cells.get(measure, {}).get(column, nothing) for cells in of_runs]
                 for column in columns
@@ -39,41 +39,41 @@ def _results_table(runs: Sequence[Run], name: str) -> Table:
         )
         for measure in measures[:_MAX_ROWS]
     ]
-    left_out = len(measures) - len(rows)
-    note = f"{left_out} more rows are in {name}.json." if left_out else ""
-    heads = ["measure", *map(spoken, columns)]
+    more = len(measures) - len(rows)
+    note = f"{more} more rows are in {name}.json." if more else ""
+    heads = ["measure", *map(words, columns)]
     return Table(f"{name}.json", heads, rows, note, is_prose=False)
 
 
 def _cells(run: Run, name: str) -> dict[str, dict[str, Cell]]:
     """Return {measure: {column: cell}}; bounds and spreads go into the cells."""
-    found = {
+    rows = {
         measure: value if isinstance(value, dict) else {"value": value}
         for measure, value in run.results.get(name, {}).items()
         if measure != "seconds"
     }
     matrices = run.confusions.get(confusion_name(name), {})
-    out: dict[str, dict[str, Cell]] = {}
-    for measure, row in found.items():
-        if measure in _OF_INTERVALS:
+    cells: dict[str, dict[str, Cell]] = {}
+    for measure, row in rows.items():
+        if measure in _HIDDEN:
             continue
-        if measure.endswith("_spread") and _accuracy_of(measure) in found:
+        stem = measure.removesuffix("_spread")
+        if stem != measure and f"{stem}_accuracy" in rows:
             continue
-        cells = {}
+        cells[measure] = {}
         for column, value in row.items():
             if column == "null_std" and "null_accuracy" in row:
                 continue
-            interval = _interval(found, measure, column)
-            if not interval and name == RESULTS and measure in _OF_ALL_TEST_CLIPS:
+            interval = _interval(rows, measure, column)
+            if not interval and name == RESULTS and measure in _TESTED_ON_ALL:
                 interval = _wilson(value, _count(matrices.get(column)))
-            cells[column] = Cell(_number(value, measure, column), interval)
-        out[measure] = cells
-    return out
+            cells[measure][column] = Cell(_number(value, measure, column), interval)
+    return cells
 
 
-def confusion_name(results_name: str) -> str:
+def confusion_name(results: str) -> str:
     """Return the name of the confusion matrices that belong to a results file."""
-    return results_name.replace(RESULTS, CONFUSION, 1)
+    return results.replace(RESULTS, CONFUSION, 1)
 
 
 def results_name(confusion: str) -> str:
@@ -81,30 +81,26 @@ def results_name(confusion: str) -> str:
     return confusion.replace(CONFUSION, RESULTS, 1)
 
 
-def _accuracy_of(spread: str) -> str:
-    return spread.removesuffix("spread") + "accuracy"
+def _interval(rows: dict[str, dict[str, Any]], measure: str, column: str) -> str:
+    """Return the interval of a value, from other rows or columns of its results."""
 
-
-def _interval(found: dict[str, dict], measure: str, column: str) -> str:
-    """Say how sure a value is by what stands beside it in the results."""
-
-    def share(name):
-        value = found.get(name, {}).get(column)
+    def number(name: str) -> float:
+        value = rows.get(name, {}).get(column)
         return value if isinstance(value, int | float) else math.nan
 
     if measure == "accuracy":
-        low, high = share("lower_bound_accuracy"), share("upper_bound_accuracy")
+        low, high = number("lower_bound_accuracy"), number("upper_bound_accuracy")
         return f"{low:.1%} to {high:.1%}" if low <= high else ""
     if measure.startswith("knn_"):
-        return _wilson(share(measure), share("videos_tested"))
-    spread = share(measure.removesuffix("accuracy") + "spread")
+        return _wilson(number(measure), number("videos_tested"))
+    spread = number(measure.removesuffix("accuracy") + "spread")
     if column == "null_accuracy":
-        spread = found[measure].get("null_std", math.nan)
+        spread = rows[measure].get("null_std", math.nan)
     return f"± {spread:.1%}" if spread >= 0 else ""
 
 
 def _count(matrix: Any) -> Any:
-    """Return how many videos a confusion matrix counts; NaN where it is none."""
+    """Return the number of videos in a confusion matrix; NaN where there is none."""
     try:
         return sum(map(sum, matrix))
     except TypeError:
@@ -112,12 +108,13 @@ def _count(matrix: Any) -> Any:
 
 
 def _wilson(accuracy: Any, total: Any) -> str:
-    """Return the 95 % interval of an accuracy on so many videos."""
+    """Return the 95 % interval of an accuracy on `total` videos."""
     try:
-        found = binomtest(round(accuracy * total), total).proportion_ci(method="wilson")
-    except (TypeError, ValueError):  # none, or of another program
+        test = binomtest(round(accuracy * total), total)
+    except (TypeError, ValueError):  # unknown, or written by another program
         return ""
-    return f"{found.low:.1%} to {found.high:.1%}"
+    interval = test.proportion_ci(method="wilson")
+    return f"{interval.low:.1%} to {interval.high:.1%}"
 
 
 def _number(value: Any, measure: str, column: str) -> str:
@@ -130,6 +127,6 @@ def _number(value: Any, measure: str, column: str) -> str:
     return str(value) if isinstance(value, int) else f"{value:.3f}"
 
 
-def spoken(name: str) -> str:
-    """Turn a key into words."""
+def words(name: str) -> str:
+    """Return a key as words."""
     return name.replace("_", " ").replace(" r2", " R²")

@@ -1,11 +1,10 @@
-"""What the files of a workdir say about its run; no weights are read."""
+"""What the small files of a workdir contain; no weights are read."""
 
 import contextlib
 import dataclasses
 import json
 import math
 import pathlib
-from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,20 +21,20 @@ CONFUSION = "confusion"
 
 @dataclasses.dataclass
 class Run:
-    """A run, as far as its files tell; what is missing is empty.
+    """A run, as its files describe it; what is missing is empty.
 
     Attributes:
-      workdir: as it was given.
-      label: short and different from that of another run on the same page.
+      workdir: as given by the user.
+      label: short name, different from that of the other run of the page.
       letter: A or B.
-      folder: local, with the workdir's small files.
-      config: None where there is none yet.
+      folder: local folder with the small files of the workdir.
+      config: resolved config, or None.
       metrics: a row per log step, see `metrics.read_metrics`.
-      starts: one per start of the run, see `environment`.
-      results: of evaluations, by the name of their file without its suffix.
-      confusions: confusion matrices by that name and by features' name.
-      bad_videos: those that could not be read, {"path", "reason", "step"}.
-      notes: what could not be understood, a line each.
+      starts: a row per start of the run, see `environment`.
+      results: results of evaluations, by file name without suffix.
+      confusions: {"pretrained": matrix, ...}, by file name without suffix.
+      bad_videos: unreadable videos, {"path", "reason", "step"}.
+      notes: a line for each file that is missing or damaged.
     """
 
     workdir: str
@@ -51,7 +50,7 @@ class Run:
     notes: list[str] = dataclasses.field(default_factory=list)
 
     def scalars(self, prefix: str) -> list[str]:
-        """Return the names of the metrics that begin so, in the order of the file."""
+        """Return the names of the metrics with a prefix, in the order of the file."""
         names = dict.fromkeys(name for row in self.metrics for name in row)
         return [n for n in names if n.startswith(prefix) and n != "step"]
 
@@ -61,17 +60,17 @@ class Run:
         return [row["step"] for row in rows], [row[name] for row in rows]
 
     def last(self, name: str) -> float:
-        """Return a metric's latest value; NaN where it was never measured."""
+        """Return a metric's latest value; NaN where there is none."""
         values = self.curve(name)[1]
         return values[-1] if values else math.nan
 
 
 @contextlib.contextmanager
 def opened(workdir: str, label: str, letter: str) -> Iterator[Run]:
-    """Read the files of a run; what is written to its `folder` reaches the workdir.
+    """Read the files of a run; a file written to its `folder` is put into the workdir.
 
     Raises:
-      UserError: there is no such folder, or no run in it.
+      UserError: the folder does not exist or holds no run.
     """
     if not epath.Path(workdir).is_dir():
         raise UserError(f"no such folder: {workdir}; give the workdir of a run")
@@ -91,18 +90,18 @@ def opened(workdir: str, label: str, letter: str) -> Iterator[Run]:
         for path in sorted(folder.glob("bad_videos*.jsonl")):
             run.bad_videos += _read_lines(path)
         run.results = _read_named(run, RESULTS)
-        run.confusions = _read_named(run, CONFUSION)
-        for name, matrices in [*run.confusions.items()]:
-            if not all(map(_is_square, matrices.values())):
-                del run.confusions[name]
+        for name, matrices in _read_named(run, CONFUSION).items():
+            if all(map(_is_square, matrices.values())):
+                run.confusions[name] = matrices
+            else:
                 run.notes.append(f"{name}.json is damaged")
         yield run
 
 
-def labels(workdirs_: list[str]) -> list[str]:
-    """Return short names of workdirs that tell them apart."""
-    names = [pathlib.PurePath(path).name or path for path in workdirs_]
-    return names if len(set(names)) == len(names) else list(workdirs_)
+def make_labels(paths: list[str]) -> list[str]:
+    """Return short, different names of workdirs."""
+    names = [pathlib.PurePath(path).name or path for path in paths]
+    return names if len(set(names)) == len(names) else list(paths)
 
 
 def _read_config(run: Run) -> ConfigDict | None:
@@ -118,18 +117,18 @@ def _read_config(run: Run) -> ConfigDict | None:
 
 
 def _read_named(run: Run, kind: str) -> dict[str, dict[str, Any]]:
-    """Read KIND.json and KIND_NAME.json; the first comes first."""
-    found = {}
+    """Read KIND.json and then every KIND_NAME.json."""
+    named = {}
     for path in sorted(run.folder.glob(f"{kind}*.json"), key=lambda p: p.stem):
         try:
             content = json.loads(path.read_text())
         except ValueError:
             content = None
         if isinstance(content, dict):
-            found[path.stem] = content
+            named[path.stem] = content
         else:
             run.notes.append(f"{path.name} is damaged")
-    return found
+    return named
 
 
 def _is_square(matrix: Any) -> bool:
@@ -142,7 +141,7 @@ def _is_square(matrix: Any) -> bool:
 
 
 def _read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
-    """Return the objects of a file of JSON lines, without lines that are not whole."""
+    """Return the objects of a file of JSON lines, without incomplete lines."""
     if not path.exists():
         return []
     rows = []
@@ -160,8 +159,3 @@ def _numbers(row: dict[str, Any]) -> dict[str, float]:
         for name, value in row.items()
         if isinstance(value, int | float) and not isinstance(value, bool)
     }
-
-
-def reasons(run: Run) -> Counter:
-    """Count the bad videos by reason."""
-    return Counter(str(row.get("reason", "unknown")) for row in run.bad_videos)

@@ -11,35 +11,34 @@ from vjepa_jax.data.sources.records import Record
 from vjepa_jax.data.transforms import transforms
 from vjepa_jax.evals.frozen import FrozenModel
 from vjepa_jax.evals.physics import physics
-from vjepa_jax.report import figures
-from vjepa_jax.report.figures import Figure, Line
-from vjepa_jax.report.media import Film, film
+from vjepa_jax.report.figures import Axis, Figure, Line, make_lines
+from vjepa_jax.report.films import Film, make_film
 from vjepa_jax.world import violations
 from vjepa_jax.world.render import FPS, PHYSICS_STREAM
 from vjepa_jax.world.scenes import World
 
 MEANINGS = {
-    "permanence": "what is hidden is gone, or what never was comes out",
-    "continuity": "it is somewhere else at once",
-    "shape": "it becomes another shape",
-    "colour": "it becomes another colour",
-    "solidity": "it leaves through a wall and comes in opposite",
+    "permanence": "a hidden object is gone, or an object appears that never went in",
+    "continuity": "an object jumps to another position",
+    "shape": "an object becomes another shape",
+    "colour": "an object becomes another colour",
+    "solidity": "an object leaves through a wall and comes in on the other side",
     "gravity": "a falling object falls upwards",
-    "inertia": "it turns for no cause",
-    "launch": "motion passes on without a touch",
-    "contact": "what is struck stays where it is",
+    "inertia": "an object turns without a cause",
+    "launch": "motion passes to another object without a touch",
+    "contact": "an object that is hit stays where it is",
 }
-_BATCH = 16  # windows per call
+_BATCH_SIZE = 16  # windows per call
 
 
 @dataclasses.dataclass(frozen=True)
-class Pair:
-    """A possible video and one that breaks a law.
+class VideoPair:
+    """A possible video and one that violates a law.
 
     Attributes:
       name: of the law.
       possible, impossible: uint8 [T, S, S, 3].
-      onset: the first frame that differs.
+      onset: index of the first frame that differs.
     """
 
     name: str
@@ -49,8 +48,8 @@ class Pair:
 
 
 @dataclasses.dataclass(frozen=True)
-class Shown:
-    """A pair on the page: the films and the curves of all networks below them."""
+class PairView:
+    """A pair on the page: its films, and the surprise of all networks below them."""
 
     name: str
     meaning: str
@@ -59,8 +58,8 @@ class Shown:
     figure: Figure
 
 
-def make_pairs(config: ConfigDict) -> list[Pair]:
-    """Make the first pair of every property of a run's world, as it sees clips.
+def make_pairs(config: ConfigDict) -> list[VideoPair]:
+    """Make the first pair of every law of a run's world, at the run's resolution.
 
     Raises:
       UserError: the run is not of the world, or its clips are too short.
@@ -71,8 +70,8 @@ def make_pairs(config: ConfigDict) -> list[Pair]:
             "no pairs of possible and impossible videos: the run is not of the "
             "synthetic world"
         )
-    step = data.frame_step or 1
-    if world.num_frames < violations.MIN_FRAMES or not data.frame_step:
+    step = data.frame_step
+    if world.num_frames < violations.MIN_FRAMES or not step:
         raise UserError(
             "no pairs of possible and impossible videos: they need world.num_frames of "
             f"{violations.MIN_FRAMES} or more, and data.frame_step"
@@ -91,7 +90,7 @@ def make_pairs(config: ConfigDict) -> list[Pair]:
             )
             for clip in (made.possible, made.impossible)
         ]
-        pairs.append(Pair(name, *videos, made.onset // step))
+        pairs.append(VideoPair(name, *videos, made.onset // step))
     return pairs
 
 
@@ -101,18 +100,18 @@ def per_frame(
     """Measure how badly each tubelet is predicted from the frames before it.
 
     Args:
-      frozen: with a predictor.
-      videos: uint8 [T, S, S, 3] each, of one length.
-      num_context: frames before the tubelet that are seen, one whole tubelet or more;
-        those of the first tubelets are as many as there are.
+      frozen: model with a predictor.
+      videos: uint8 [T, S, S, 3] each, of equal length.
+      num_context: number of frames before the tubelet that the network sees, one or
+        more whole tubelets. The first tubelets are predicted from fewer.
 
     Returns:
-      The last frame of each tubelet, int [F], and the surprise of every video, float
+      The last frame of each tubelet, int [F], and for every video the surprise, float
       [F]: the mean L1 error of the tubelet's features.
 
     Raises:
       UserError: the videos are too short.
-      ValueError: the context is not of whole tubelets.
+      ValueError: the context is not a number of whole tubelets.
     """
     tubelet, length = frozen.encoder.tubelet_size, len(videos[0])
     if num_context < tubelet or num_context % tubelet:
@@ -124,65 +123,65 @@ def per_frame(
         )
     parts = []
     for seen in range(tubelet, num_context + 1, tubelet):
-        # From the next number on there is room for a tubelet more.
+        # Shorter contexts are for tubelets that have no longer one before them.
         last = length if seen == num_context else min(length, seen + 2 * tubelet - 1)
         clips = [video[:last] for video in videos]
         protocol = physics.Protocol(seen + tubelet, 1, (seen,))
         if last >= protocol.num_frames:
-            parts.append(physics.surprise(frozen, clips, protocol, _BATCH))
+            parts.append(physics.surprise(frozen, clips, protocol, _BATCH_SIZE))
     frames = np.arange(2 * tubelet - 1, length)
     return frames, [
         np.concatenate(of_video)[:, 0] for of_video in zip(*parts, strict=True)
     ]
 
 
-def show(pairs: list[Pair], models: dict[str, FrozenModel]) -> list[Shown]:
-    """Show pairs with the curves of networks, the first one's solid.
+def make_views(
+    pairs: list[VideoPair], models: dict[str, FrozenModel]
+) -> list[PairView]:
+    """Measure the surprise of each pair by each network; the first one's line is solid.
 
     Raises:
-      UserError: a network cannot predict, or the videos are too short for it.
+      UserError: a network has no predictor, or the videos are too short for it.
     """
+    kinds = ("possible", "impossible")
     videos = [v for pair in pairs for v in (pair.possible, pair.impossible)]
-    of_models = {}
+    curves = {}
     for name, frozen in models.items():
         frozen.require_predictor()
-        of_models[name] = per_frame(frozen, videos, context_frames(frozen, videos[0]))
-    highest = max(float(np.max(c)) for _, curves in of_models.values() for c in curves)
-    lowest = min(float(np.min(c)) for _, curves in of_models.values() for c in curves)
-    margin = 0.05 * (highest - lowest) + 1e-6
-    shown = []
+        curves[name] = per_frame(frozen, videos, context_frames(frozen, videos[0]))
+    values = np.concatenate([v for _, found in curves.values() for v in found])
+    margin = 0.05 * float(values.max() - values.min()) + 1e-6
+    y_axis = Axis(
+        "surprise (L1)", (float(values.min()) - margin, float(values.max()) + margin)
+    )
+    views = []
     for number, pair in enumerate(pairs):
-        drawn = []
-        for (name, (frames, curves)), dash in zip(
-            of_models.items(), ("solid", "dot"), strict=False
-        ):
-            prefix = f"{name}: " if len(models) > 1 else ""
-            for kind, what in enumerate(("possible", "impossible")):
-                y = curves[2 * number + kind].tolist()
-                drawn.append(Line(prefix + what, frames.tolist(), y, kind, dash))
-        figure = figures.lines(
-            f"Surprise, {pair.name}",
-            drawn,
-            x_title="frame",
-            y_title="surprise (L1)",
-            x_range=(-0.5, len(pair.possible) - 0.5),
-            y_range=(lowest - margin, highest + margin),
-            markers=True,
-            height=190,
-        )
-        films = [
-            film(video, f"{what} video of {pair.name}", what, len(video))
-            for what, video in (
-                ("possible", pair.possible),
-                ("impossible", pair.impossible),
+        lines = [
+            Line(
+                f"{name}: {kind}" if len(models) > 1 else kind,
+                frames.tolist(),
+                found[2 * number + colour].tolist(),
+                colour,
+                dash,
             )
+            for (name, (frames, found)), dash in zip(
+                curves.items(), ("solid", "dot"), strict=False
+            )
+            for colour, kind in enumerate(kinds)
+        ]
+        x_axis = Axis("frame", (-0.5, len(pair.possible) - 0.5))
+        title = f"Surprise, {pair.name}"
+        figure = make_lines(title, lines, x_axis, y_axis, markers=True, height=190)
+        films = [
+            make_film(video, f"{kind} video of {pair.name}", kind, len(video))
+            for kind, video in zip(kinds, (pair.possible, pair.impossible), strict=True)
         ]
         meaning = MEANINGS[pair.name]
-        shown.append(Shown(pair.name, meaning, pair.onset, films, figure))
-    return shown
+        views.append(PairView(pair.name, meaning, pair.onset, films, figure))
+    return views
 
 
 def context_frames(frozen: FrozenModel, video: np.ndarray) -> int:
-    """Return how many frames the network sees, at most, before those it predicts."""
+    """Return the most frames that the network sees before those that it predicts."""
     tubelet = frozen.encoder.tubelet_size
     return max(tubelet, len(video) // 2 // tubelet * tubelet)

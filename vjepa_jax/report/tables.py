@@ -1,13 +1,15 @@
-"""Tables of a page: what ran, where its config is not the default, bad videos."""
+"""Tables of a page: the run, its settings, unreadable videos."""
 
+import collections
+import copy
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from vjepa_jax.config.defaults import ConfigDict, flatten, get_config, mask, stream
 from vjepa_jax.models import registry
-from vjepa_jax.report.run_files import Run, reasons
+from vjepa_jax.report.run_files import Run
 from vjepa_jax.run.goodput import WALL_SECONDS, duration
 
 ABSENT = "—"
@@ -16,7 +18,7 @@ _MAX_BAD_VIDEOS = 20  # listed by name
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """What a run has to say: a value and, where known, how sure it is."""
+    """The value of a run, and its interval where one is known."""
 
     text: str
     interval: str = ""
@@ -24,14 +26,14 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """A table whose cells hold an entry per run, or one that holds for all.
+    """A table whose cells have one entry per run, or one that holds for all runs.
 
     Attributes:
-      caption: what it is.
-      columns: heads, that of the rows' names included.
-      rows: (name, cells), a cell being a list of entries in the order of the runs.
-      note: below it.
-      is_prose: long words may be broken; numbers never are.
+      caption: heading.
+      columns: their heads, including that of the rows' names.
+      rows: (name, cells); a cell is a list of entries in the order of the runs.
+      note: text below it.
+      is_prose: whether long words may be broken.
     """
 
     caption: str
@@ -41,11 +43,16 @@ class Table:
     is_prose: bool = True
 
 
+def _entries(texts: list[str]) -> list[Cell]:
+    """Return an entry per run, or one where all are equal."""
+    return [Cell(text) for text in (texts[:1] if len(set(texts)) == 1 else texts)]
+
+
 # ------------------------------------------------------------------------------ config
 
 
 def config_differences(runs: Sequence[Run]) -> Table | None:
-    """List the keys in which a run differs from the default config."""
+    """List the keys of the configs that differ from the defaults."""
     if all(run.config is None for run in runs):
         return None
     flats = [None if r.config is None else flat_differences(r.config) for r in runs]
@@ -56,55 +63,43 @@ def config_differences(runs: Sequence[Run]) -> Table | None:
             ABSENT if flat is None else flat.get(key, (default, default))[1]
             for flat in flats
         ]
-        rows.append((key, [[Cell(default)], _cells(values)]))
+        rows.append((key, [[Cell(default)], _entries(values)]))
     names = "this run" if len(runs) == 1 else "these runs"
     return Table("Config, where it is not the default", ["key", "default", names], rows)
-
-
-def _cells(texts: list[str]) -> list[Cell]:
-    """Return an entry per run, or one where all say the same."""
-    return [Cell(text) for text in (texts[:1] if len(set(texts)) == 1 else texts)]
 
 
 def flat_differences(config: ConfigDict) -> dict[str, tuple[str, str]]:
     """Return {key: (default, value)} of all keys whose values differ.
 
-    A mask type or a stream that the default has not is compared with a plain one; one
-    that is gone is one line.
+    The fields of a mask type or a stream that is not in the default config are compared
+    with those of a new one. A mask type that was removed takes one line.
     """
     ours, default = config.to_dict(), get_config().to_dict()
+    new = {"masks": mask().to_dict(), "streams": stream().to_dict()}
     out = {}
-    pairs = [("masks", ours.pop("masks"), default.pop("masks"), mask().to_dict())]
-    plain = stream().to_dict()
-    for name, fields in ours.get("streams", {}).items():
-        of_stream = fields.pop("masks")
-        pairs.append((f"streams.{name}.masks", of_stream, {}, mask().to_dict()))
-    pairs.append(("streams", ours.pop("streams"), default.pop("streams"), plain))
-    for prefix, named, of_default, empty in pairs:
-        for name in named.keys() | of_default.keys():
-            key = f"{prefix}.{name}"
-            if name not in named:
-                out[key] = "there", ABSENT
-                continue
-            if name not in of_default:
-                out[key] = ABSENT, "there"
-            against = flatten(of_default.get(name, empty))
-            out |= _changed(against, flatten(named[name]), f"{key}.")
-    return out | _changed(flatten(default), flatten(ours), "")
 
+    def align(group: str, named: dict[str, Any], before: dict[str, Any]) -> None:
+        for name in named.keys() - before.keys():
+            out[f"{group}.{name}"] = ABSENT, "present"
+            before[name] = copy.deepcopy(new[group.split(".")[-1]])
+        for name in before.keys() - named.keys():
+            out[f"{group}.{name}"] = "present", ABSENT
+            del before[name]
 
-def _changed(default, ours, prefix) -> dict[str, tuple[str, str]]:
-    missing = object()
-    return {
-        prefix + key: (_value(default.get(key, missing), missing), _value(value))
-        for key, value in ours.items()
-        if default.get(key, missing) != value
+    for group in new:
+        align(group, ours[group], default[group])
+    for name, fields in ours["streams"].items():
+        before = default["streams"][name]["masks"]
+        align(f"streams.{name}.masks", fields["masks"], before)
+    before, after = flatten(default), flatten(ours)
+    return out | {
+        key: (_value(before[key]) if key in before else ABSENT, _value(value))
+        for key, value in after.items()
+        if key not in before or before[key] != value
     }
 
 
-def _value(value: Any, missing: Any = None) -> str:
-    if value is missing and missing is not None:
-        return ABSENT
+def _value(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     return '""' if value == "" else str(value)
@@ -113,22 +108,29 @@ def _value(value: Any, missing: Any = None) -> str:
 # ------------------------------------------------------------------------------- facts
 
 
-def facts(runs: Sequence[Run]) -> Table:
-    """Say what ran, on what, and for how long."""
-    found = [_facts(run) for run in runs]
-    names = dict.fromkeys(name for of_run in found for name in of_run)
-    rows = []
-    for name in names:
-        texts = [of_run.get(name, "not recorded") for of_run in found]
-        rows.append((name, [_cells(texts)]))
-    return Table("The run" if len(runs) == 1 else "The runs", ["", "value"], rows)
+def progress(runs: Sequence[Run]) -> Table:
+    """List how far the runs are, and their time, speed and memory."""
+    return _facts("Time, speed and memory", runs, _progress)
 
 
-def _facts(run: Run) -> dict[str, str]:
-    out = {"workdir": run.workdir, "updates": steps_of(run)}
-    if run.config is not None:
-        out |= _of_config(run.config)
-    out |= _of_starts(run.starts)
+def settings(runs: Sequence[Run]) -> Table:
+    """List model, data, hardware and versions of the runs."""
+    return _facts("The run" if len(runs) == 1 else "The runs", runs, _settings)
+
+
+def _facts(
+    caption: str, runs: Sequence[Run], facts_of: Callable[[Run], dict[str, str]]
+) -> Table:
+    facts = [facts_of(run) for run in runs]
+    rows = [
+        (name, [_entries([of_run.get(name, "not recorded") for of_run in facts])])
+        for name in dict.fromkeys(name for of_run in facts for name in of_run)
+    ]
+    return Table(caption, ["", "value"], rows)
+
+
+def _progress(run: Run) -> dict[str, str]:
+    out = {"updates": count_updates(run)}
     if math.isfinite(seconds := run.last(WALL_SECONDS)):
         out["wall time"] = duration(seconds)
     speeds = [v for v in run.curve("perf/clips_per_second")[1] if math.isfinite(v)]
@@ -140,45 +142,49 @@ def _facts(run: Run) -> dict[str, str]:
         if math.isfinite(peak := run.last(f"perf/{name}_peak_gib")):
             out[f"peak memory, {where}"] = f"{peak:.2f} GiB"
     if math.isfinite(skipped := run.last("optim/skipped")):
-        out["updates refused"] = f"{skipped:.0f}"
+        out["skipped updates"] = f"{skipped:.0f}"
     return out
 
 
-def steps_of(run: Run) -> str:
-    """Say how many updates of how many are finished."""
+def count_updates(run: Run) -> str:
+    """Return how many of the updates are done, as `DONE of TOTAL`."""
     done = f"{run.metrics[-1]['step']:,.0f}" if run.metrics else "0"
     return f"{done} of {run.config.total_steps:,}" if run.config else done
 
 
-def _of_config(config: ConfigDict) -> dict[str, str]:
+def _settings(run: Run) -> dict[str, str]:
+    out = {"workdir": run.workdir}
+    if run.config is not None:
+        out |= _config_facts(run.config)
+    if not run.starts:
+        return out | {"hardware": "not recorded", "versions": "not recorded"}
+    kinds = dict.fromkeys(_hardware(start) for start in reversed(run.starts))
+    versions = run.starts[-1].get("versions") or {}
+    started = str(run.starts[0].get("time", "?"))
+    if len(run.starts) > 1:
+        started += f", {len(run.starts)} starts"
+    return out | {
+        "hardware": "; before: ".join(kinds),
+        "versions": ", ".join(f"{k} {v}" for k, v in versions.items()),
+        "started": started,
+    }
+
+
+def _config_facts(config: ConfigDict) -> dict[str, str]:
     model, data = config.model, config.data
     try:
         size = registry.size_of(model.encoder.size)
-        described = f" (depth {size.depth}, width {size.width})"
-    except ValueError:  # of a registry that has changed since
-        described = ""
+        shape = f" (depth {size.depth}, width {size.width})"
+    except ValueError:  # the size has been removed since the run
+        shape = ""
     side, tubelet = model.encoder.patch_size, model.encoder.tubelet_size
     return {
-        "encoder": model.encoder.size + described,
+        "encoder": model.encoder.size + shape,
         "predictor": f"depth {model.predictor.depth}, width {model.predictor.width}",
         "clips": f"{data.num_frames} frames of {data.resolution} x {data.resolution} "
         f"pixels, tubelets of {tubelet} x {side} x {side}; {config.batch_size} per "
         "update",
         "data": data.path,
-    }
-
-
-def _of_starts(starts: list[dict[str, Any]]) -> dict[str, str]:
-    if not starts:
-        return {"hardware": "not recorded", "versions": "not recorded"}
-    last = starts[-1]
-    kinds = dict.fromkeys(_hardware(start) for start in reversed(starts))
-    versions = last.get("versions") or {}
-    return {
-        "hardware": "; before: ".join(kinds),
-        "versions": ", ".join(f"{k} {v}" for k, v in versions.items()),
-        "started": f"{starts[0].get('time', '?')}"
-        + (f", {len(starts)} starts" if len(starts) > 1 else ""),
     }
 
 
@@ -195,23 +201,31 @@ def _hardware(start: dict[str, Any]) -> str:
 
 
 def bad_videos(run: Run) -> list[Table]:
-    """Count the videos that could not be read by reason, and list the first ones."""
-    counts = reasons(run).most_common()
+    """Count the unreadable videos by reason, and list the first ones."""
+    reasons = collections.Counter(_text(row, "reason") for row in run.bad_videos)
     listed = run.bad_videos[:_MAX_BAD_VIDEOS]
-    keys = ("path", "reason", "step")
-    rows = [
-        (str(row.get("path", "?")), [[Cell(str(row.get(k, "?")))] for k in keys[1:]])
-        for row in listed
-    ]
-    left_out = len(run.bad_videos) - len(listed)
-    note = f"{left_out} more are in bad_videos*.jsonl." if left_out else ""
+    more = len(run.bad_videos) - len(listed)
+    title = f"Unreadable videos of {run.label}"
     return [
         Table(
-            f"Unreadable videos of {run.label} by reason",
+            f"{title} by reason",
             ["reason", "videos"],
-            [(reason, [[Cell(str(count))]]) for reason, count in counts],
+            [(reason, [[Cell(str(n))]]) for reason, n in reasons.most_common()],
         ),
         Table(
-            f"Unreadable videos of {run.label}", ["path", "reason", "step"], rows, note
+            title,
+            ["path", "reason", "step"],
+            [
+                (
+                    _text(row, "path"),
+                    [[Cell(_text(row, k))] for k in ("reason", "step")],
+                )
+                for row in listed
+            ],
+            f"{more} more are in bad_videos*.jsonl." if more else "",
         ),
     ]
+
+
+def _text(row: dict[str, Any], key: str) -> str:
+    return str(row.get(key, "?"))

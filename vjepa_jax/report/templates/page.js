@@ -1,6 +1,5 @@
 "use strict";
 (() => {
-  const themes = JSON.parse(document.getElementById("themes").textContent);
   const dark = matchMedia("(prefers-color-scheme: dark)");
   const still = matchMedia("(prefers-reduced-motion: reduce)");
   const touched = matchMedia("(pointer: coarse)");
@@ -14,24 +13,29 @@
   }
 
   function styled(plot, marks) {
-    const theme = themes[dark.matches ? "dark" : "light"];
-    const colour = (number) => theme.colours[number % theme.colours.length];
+    const style = getComputedStyle(document.documentElement);
+    const variable = (name) => style.getPropertyValue(`--${name}`).trim();
+    const [ink, line, surface] = ["ink", "line", "surface"].map(variable);
+    const series = variable("series").split(/\s+/);
+    const colour = (number) => series[number % series.length];
     const data = plot.data.map((trace) => ({
       ...trace,
-      ...(trace.type === "heatmap" && { colorscale: theme.scale }),
+      ...(trace.type === "heatmap" && {
+        colorscale: [[0, surface], [1, variable("accent")]],
+      }),
       ...(trace.type === "scatter" && {
         line: { ...trace.line, color: colour(trace.meta) },
         marker: { ...trace.marker, color: colour(trace.meta) },
       }),
       ...(trace.type === "bar" && {
         marker: { color: colour(trace.meta) },
-        textfont: { color: theme.surface },
+        textfont: { color: surface },
       }),
     }));
     const axis = {
       automargin: true,
-      gridcolor: theme.grid,
-      linecolor: theme.grid,
+      gridcolor: line,
+      linecolor: line,
       zeroline: false,
       title: { standoff: 6 },
     };
@@ -39,12 +43,12 @@
       ...plot.layout,
       template: {},
       dragmode: touched.matches ? false : "zoom",
-      font: { family: "inherit", size: 11, color: theme.ink },
+      font: { family: "inherit", size: 11, color: ink },
       paper_bgcolor: "rgba(0,0,0,0)",
       plot_bgcolor: "rgba(0,0,0,0)",
       margin: { l: 8, r: 10, t: 8, b: 8 },
       legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom" },
-      hoverlabel: { bgcolor: theme.surface, bordercolor: theme.grid, font: { color: theme.ink } },
+      hoverlabel: { bgcolor: surface, bordercolor: line, font: { color: ink } },
       shapes: (marks || []).map(([x, dash]) => ({
         type: "line",
         x0: x,
@@ -52,7 +56,7 @@
         yref: "paper",
         y0: 0,
         y1: 1,
-        line: { color: theme.ink, width: 1, dash },
+        line: { color: ink, width: 1, dash },
       })),
     };
     for (const name of ["xaxis", "yaxis"]) {
@@ -121,14 +125,14 @@
         });
       });
     } else if (!still.matches && "IntersectionObserver" in window) {
-      // Moves while it is looked at, until somebody takes the controls.
-      let mine = true;
+      // Plays while it is visible, until the reader uses the controls.
+      let untouched = true;
       for (const control of [button, slider]) {
-        control.addEventListener("pointerdown", () => (mine = false));
-        control.addEventListener("keydown", () => (mine = false));
+        control.addEventListener("pointerdown", () => (untouched = false));
+        control.addEventListener("keydown", () => (untouched = false));
       }
       new IntersectionObserver((entries) => {
-        if (mine) play(entries[entries.length - 1].isIntersecting);
+        if (untouched) play(entries[entries.length - 1].isIntersecting);
       }).observe(player);
     }
   }
