@@ -1,4 +1,4 @@
-"""Workdirs to write reports of, made without training."""
+"""Workdirs for reports, made without training."""
 
 import json
 import math
@@ -18,7 +18,7 @@ SIDE, FRAMES, VIDEOS = 16, 12, 20
 
 
 def write_videos(folder):
-    """Write a list of videos whose class is how bright they are; return its path."""
+    """Write a list of videos with two classes, bright and dark; return its path."""
     folder.mkdir(parents=True)
     lines = []
     for i in range(VIDEOS):
@@ -120,7 +120,7 @@ def write_results(workdir):
 
 
 def make_run(workdir, data_path, is_world=True, scale=1.0, seed=0):
-    """Write everything that the workdir of a run may hold."""
+    """Write every kind of file that the workdir of a run may hold; return it."""
     config = make_config(data_path, is_world)
     workdir.mkdir(parents=True)
     (workdir / "config.json").write_text(json.dumps(config.to_dict()))

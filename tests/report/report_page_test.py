@@ -1,4 +1,4 @@
-"""The report page in a browser: it draws, answers, and asks nobody for anything.
+"""The report page in a browser: it draws, reacts, and sends no request.
 
 Chromium is Debian's (`apt-get install chromium`). On a machine without it these tests
 are skipped; in CI, where `CI` is set, they fail.
@@ -8,10 +8,7 @@ import os
 import pathlib
 
 import pytest
-import report_files
 from playwright.sync_api import sync_playwright
-
-from vjepa_jax.report import __main__ as report
 
 CHROMIUM = pathlib.Path("/usr/bin/chromium")
 ARGUMENTS = [
@@ -31,18 +28,6 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def pages(tmp_path_factory):
-    """Return the pages of one run and of two."""
-    root = tmp_path_factory.mktemp("pages")
-    data = report_files.write_videos(root / "videos")
-    one = report_files.make_run(root / "one", data)
-    two = report_files.make_run(root / "two", data, scale=2.0, seed=1)
-    both = root / "both.html"
-    report.write_report(str(one), str(two), str(both))
-    return {"one": report.write_report(str(one)), "both": str(both)}
-
-
-@pytest.fixture(scope="module")
 def browser():
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
@@ -54,16 +39,16 @@ def browser():
 
 @pytest.fixture
 def opened(browser, pages):
-    """Open a page; afterwards it must have said nothing and asked for nothing."""
-    contexts, told, asked = [], [], []
+    """Open a page; afterwards check that it logged nothing and requested nothing."""
+    contexts, logged, requested = [], [], []
 
     def open_page(name="one", **options):
         context = browser.new_context(offline=True, **options)
         contexts.append(context)
         page = context.new_page()
-        page.on("console", lambda message: told.append(message.text))
-        page.on("pageerror", lambda error: told.append(str(error)))
-        page.on("request", lambda request: asked.append(request.url))
+        page.on("console", lambda message: logged.append(message.text))
+        page.on("pageerror", lambda error: logged.append(str(error)))
+        page.on("request", lambda request: requested.append(request.url))
         page.goto(pathlib.Path(pages[name]).as_uri())
         wait_until(
             page,
@@ -75,13 +60,13 @@ def opened(browser, pages):
     yield open_page
     for context in contexts:
         context.close()
-    assert told == []
-    assert {url.split(":")[0] for url in asked} <= {"file", "data"}
-    assert len([url for url in asked if url.startswith("file:")]) == len(contexts)
+    assert logged == []
+    assert {url.split(":")[0] for url in requested} <= {"file", "data"}
+    assert len([url for url in requested if url.startswith("file:")]) == len(contexts)
 
 
 def wait_until(page, expression):
-    """Wait until an expression is true; Playwright's own way would need `eval`."""
+    """Wait until an expression is true; Playwright's function needs `eval`."""
     for _ in range(200):
         if page.evaluate(expression):
             return
@@ -112,7 +97,7 @@ def test_every_figure_is_drawn(opened, name):
     assert len(loaded) > 20 and all(loaded)
 
 
-def test_hover_tells_values(opened):
+def test_hover_shows_values(opened):
     page = opened()
     figure = page.locator("#training .figure").first
     figure.scroll_into_view_if_needed()
@@ -139,13 +124,13 @@ def test_hover_over_surprise_shows_the_frame(opened):
     assert pair.locator("output").inner_text() == f"{int(max(seen)) + 1} of 12"
 
 
-def test_films_play_and_obey_the_keyboard(opened):
+def test_films_play_and_follow_the_keyboard(opened):
     page = opened(reduced_motion="reduce")
     player = page.locator("#features .player")
     position = "node => node.querySelector('input').value"
     assert player.evaluate(position) == "0"
     page.wait_for_timeout(400)
-    assert player.evaluate(position) == "0"  # as the system asks for
+    assert player.evaluate(position) == "0"  # as the system requests
     player.locator("input").focus()
     page.keyboard.press("ArrowRight")
     assert player.evaluate(position) == "1"
@@ -188,8 +173,8 @@ def test_phone_needs_no_sideways_scrolling(opened, name):
     assert wide == 0
 
 
-def test_two_runs_share_figures(opened):
+def test_two_runs_share_figures(opened, run):
     page = opened("both")
     loss = page.locator("#training .figure").first
     assert loss.locator(".trace .js-line").count() == 2
-    assert loss.locator(".legendtext").all_text_contents() == ["one", "two"]
+    assert loss.locator(".legendtext").all_text_contents() == [run.name, "other"]

@@ -1,4 +1,9 @@
-"""What a page is made of: figures, films, tables, and the numbers in them."""
+"""The parts of a page: figures, films, tables, and the numbers in them."""
+
+import base64
+import importlib.resources
+import io
+import re
 
 import numpy as np
 import pytest
@@ -8,12 +13,14 @@ from hypothesis.extra import numpy as arrays
 from PIL import Image
 
 from vjepa_jax.config.defaults import get_config, mask
-from vjepa_jax.report import clips, figures, media, results, tables
+from vjepa_jax.report import clips, figures, films, results, tables
 from vjepa_jax.run import goodput
 
 
-def test_parts_of_the_wall_time_have_colours_of_their_own():
-    for colours in (figures._LIGHT, figures._DARK):
+def test_each_part_of_the_wall_time_has_its_own_colour():
+    style = importlib.resources.files("vjepa_jax.report") / "templates/page.css"
+    light, dark = re.findall("--series: (.+);", style.read_text())
+    for colours in (light.split(), dark.split()):
         assert len(set(colours)) == len(colours) >= len([*goodput.PARTS, "other"])
 
 
@@ -40,29 +47,33 @@ def test_thin_lines_keep_extremes_and_gaps(y):
 def test_lines_that_never_change_have_a_range():
     for value, wanted in ((0.04, (0, 0.08)), (-1.0, (-2, 0)), (0.0, (0, 1))):
         line = figures.Line("a", [1, 2], [value, value])
-        found = figures.lines("title", [line]).plot["layout"]["yaxis"]["range"]
-        assert found == pytest.approx(wanted)
+        assert y_axis(line)["range"] == pytest.approx(wanted)
     other = figures.Line("b", [1, 2], [1.0, float("nan")])
-    assert "range" not in figures.lines("title", [line, other]).plot["layout"]["yaxis"]
+    assert "range" not in y_axis(line, other)
+
+
+def y_axis(*lines):
+    axis = figures.Axis("a title")
+    return figures.make_lines("title", lines, axis, axis).plot["layout"]["yaxis"]
 
 
 def opened(film):
     data = film.uri.removeprefix("data:image/webp;base64,")
-    return np.asarray(Image.open(media.io.BytesIO(media.base64.b64decode(data))))
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
 
 
 @pytest.mark.parametrize("channels", [3, 4])
 def test_small_films_keep_every_pixel(rng, channels):
     frames = rng.integers(0, 256, (5, 12, 10, channels), np.uint8)
     frames[..., 3:] |= 1  # what is wholly transparent may have any colour
-    film = media.film(frames, "alt")
+    film = films.make_film(frames, "alt")
     np.testing.assert_array_equal(opened(film), np.concatenate([*frames], axis=1))
 
 
 def test_large_and_long_films_shrink(rng):
     frames = rng.integers(0, 256, (64, 300, 200, 3), np.uint8)
     frames[32:] //= 4
-    film = media.film(frames, "alt")
+    film = films.make_film(frames, "alt")
     strip = opened(film)
     assert film.num_frames == 16 and strip.shape == (128, 16 * 85, 3)
     halves = [half.mean() for half in np.split(strip, 2, axis=1)]
@@ -79,8 +90,8 @@ def test_differences_name_keys_masks_and_streams():
     config.optim.learning_rate = 1e-5
     assert tables.flat_differences(config) == {
         "optim.learning_rate": ("0.000625", "1e-05"),
-        "masks.short": ("there", "—"),
-        "masks.tubes": ("—", "there"),
+        "masks.short": ("present", "—"),
+        "masks.tubes": ("—", "present"),
         "masks.tubes.kind": ("multiblock", "tube"),
         "masks.long.num_blocks": ("2", "3"),
     }
@@ -88,7 +99,7 @@ def test_differences_name_keys_masks_and_streams():
 
 def test_neighbours_are_those_of_the_largest_cosine(rng):
     pooled = rng.normal(size=(9, 4)).astype(np.float32)
-    places, cosines = clips._nearest(pooled)
+    places, cosines = clips.nearest(pooled)
     pooled = pooled.astype(np.float64)
     for i, (row, values) in enumerate(zip(places, cosines, strict=True)):
         norms = np.linalg.norm(pooled, axis=1) * np.linalg.norm(pooled[i])

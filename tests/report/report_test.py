@@ -1,4 +1,4 @@
-"""The report page says what the files of a run say, and nothing in it is executed."""
+"""The report page shows what the files of a run contain, and executes none of it."""
 
 import html.parser
 import itertools
@@ -20,7 +20,7 @@ from vjepa_jax.report import __main__ as report
 from vjepa_jax.report import surprise
 
 MATRIX = [[1, 1], [0, 2]]
-# What a page may refer to without loading anything.
+# Links that load nothing.
 HARMLESS = re.compile(r"data:|#")
 
 
@@ -72,17 +72,8 @@ class Page(html.parser.HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    root = tmp_path_factory.mktemp("report")
-    # A folder's name may hold all of HOSTILE but the slash.
-    name = HOSTILE.replace("/", "|")
-    data = report_files.write_videos(root / f"videos {name}")
-    return report_files.make_run(root / f"run {name}", data)
-
-
-@pytest.fixture(scope="module")
-def text(run):
-    return pathlib.Path(report.write_report(str(run))).read_text()
+def text(pages):
+    return pathlib.Path(pages["one"]).read_text()
 
 
 @pytest.fixture(scope="module")
@@ -92,11 +83,12 @@ def page(text):
 
 def test_every_section_is_there(page):
     assert [*page.text][1:] == [
-        *("run", "training", "masks", "features", "neighbours", "results", "physics"),
-        "bad-videos",
+        *("features", "results", "neighbours", "physics"),
+        *("training", "resources", "masks", "bad-videos"),
+        "run",
     ]
-    for key, said in page.text.items():
-        assert "missing" not in said and "damaged" not in said, key
+    for key, text in page.text.items():
+        assert "missing" not in text and "damaged" not in text, key
     assert "100 of 100" in page.text[""] and "3 m 20 s" in page.text[""]
     assert "jax" in page.text["run"] and "masks.short" in page.text["run"]
     assert "12 frames of 16 x 16" in page.text["run"]
@@ -104,11 +96,11 @@ def test_every_section_is_there(page):
 
 
 def test_tables_show_values_with_intervals(page):
-    said = " ".join(page.text["results"].split())
-    assert "44.4% (37.7% to 51.4%)" in said  # Wilson's, 88 of 198
-    assert "position R² 0.123 0.000" in said
-    assert "gravity 90.0% 50.0% (± 3.0%)" in said
-    assert "knn 10 accuracy 50.0% (40.4% to 59.6%)" in said
+    text = " ".join(page.text["results"].split())
+    assert "44.4% (37.7% to 51.4%)" in text  # Wilson's, 88 of 198
+    assert "position R² 0.123 0.000" in text
+    assert "gravity 90.0% 50.0% (± 3.0%)" in text
+    assert "knn 10 accuracy 50.0% (40.4% to 59.6%)" in text
 
 
 def test_figures_hold_the_metrics(page):
@@ -132,7 +124,7 @@ def test_figures_hold_the_metrics(page):
     assert gradient["data"][0]["y"].index(None) == 4
 
 
-def test_what_a_run_says_is_text(text, page):
+def test_text_of_a_run_is_not_executed(text, page):
     assert HOSTILE not in text
     assert "alert(1)" in page.text["run"] and "alert(2)" in page.text["bad-videos"]
     for tag, attrs in page.elements:
@@ -165,14 +157,9 @@ def test_page_can_be_read_without_seeing_it(page):
     assert all(b - a <= 1 for a, b in itertools.pairwise(levels))
 
 
-def test_two_runs_stand_side_by_side(run, tmp_path):
-    config = json.loads((run / "config.json").read_text())
-    other = report_files.make_run(
-        tmp_path / "other", config["data"]["path"], scale=2.0, seed=1
-    )
-    output = tmp_path / "new" / "both.html"
-    assert report.write_report(str(run), str(other), str(output)) == str(output)
-    page = Page(output.read_text())
+def test_two_runs_stand_side_by_side(run, other, pages):
+    assert pages["both"] == str(run.parent / "new folder" / "both.html")
+    page = Page(pathlib.Path(pages["both"]).read_text())
     assert not (other / report.FILE).exists()
     (losses,) = (
         f["data"]
@@ -191,24 +178,24 @@ def test_two_runs_stand_side_by_side(run, tmp_path):
 
 
 @pytest.mark.parametrize("is_world", [False, True])
-def test_what_is_missing_is_said_in_a_line(tmp_path, is_world):
+def test_what_is_missing_is_named_in_a_line(tmp_path, is_world):
     config = report_files.make_config(tmp_path / "gone.csv", is_world)
     bare = tmp_path / "bare"
     bare.mkdir()
     (bare / "config.json").write_text(json.dumps(config.to_dict()))
     page = written(bare)
-    said = " ".join(" ".join(page.text.values()).split())
-    assert "no checkpoint" in said and "No metrics were written yet" in said
-    assert "No evaluation was run" in said and "bare: none" in said
+    text = " ".join(" ".join(page.text.values()).split())
+    assert "no checkpoint" in text and "No metrics were written yet" in text
+    assert "No evaluation was run" in text and "bare: none" in text
     assert not page.figures() and not page.count("img")
     report_files.write_checkpoint(bare, config)
     (bare / "metrics.jsonl").write_text('{"step": 1, "train/loss": 0.5}\n{"st')
     (bare / "results.json").write_text("{")
     (bare / "confusion.json").write_text('{"pretrained": 3}')
     page = written(bare)
-    said = " ".join(" ".join(page.text.values()).split())
-    assert "results.json is damaged" in said and "confusion.json is damaged" in said
-    assert "gone.csv' does not exist" in said
+    text = " ".join(" ".join(page.text.values()).split())
+    assert "results.json is damaged" in text and "confusion.json is damaged" in text
+    assert "gone.csv' does not exist" in text
     # The loss; and of the world's pairs, which need no data, one for each law.
     assert len(page.figures()) == 1 + 9 * is_world
 
@@ -255,9 +242,13 @@ def test_probe_writes_the_confusion_that_the_page_shows(run, tmp_path, monkeypat
     assert drawn[1]["z"] == [[0.5, 0.5], [0, 1]] and drawn[1]["y"] == ["0", "1"]
 
 
+@pytest.fixture(scope="module")
+def model(run):
+    return frozen.load(str(run))
+
+
 @pytest.mark.parametrize("num_context", [2, 4, 10, 12])
-def test_surprise_of_a_frame_is_that_of_the_tubelet_it_ends(run, rng, num_context):
-    model = frozen.load(str(run))
+def test_surprise_of_a_frame_is_that_of_the_tubelet_it_ends(model, rng, num_context):
     video = rng.integers(0, 256, (12, 16, 16, 3), np.uint8)
     frames, (found,) = surprise.per_frame(model, [video], num_context)
     assert frames.tolist() == [*range(3, 12)]
@@ -270,14 +261,12 @@ def test_surprise_of_a_frame_is_that_of_the_tubelet_it_ends(run, rng, num_contex
         np.testing.assert_allclose(np.abs(error).mean(), value, rtol=1e-4)
 
 
-def test_surprise_of_frames_wants_two_tubelets(run):
-    model = frozen.load(str(run))
+def test_surprise_of_frames_needs_two_tubelets(model):
     with pytest.raises(UserError, match="3 frames of a video are fewer than two"):
         surprise.per_frame(model, [np.zeros((3, 16, 16, 3), np.uint8)], 2)
 
 
 @pytest.mark.parametrize("num_context", [0, 1, 5])
-def test_context_of_frames_is_of_whole_tubelets(run, num_context):
-    model = frozen.load(str(run))
+def test_context_of_frames_is_of_whole_tubelets(model, num_context):
     with pytest.raises(ValueError, match="not whole tubelets of 2"):
         surprise.per_frame(model, [np.zeros((12, 16, 16, 3), np.uint8)], num_context)

@@ -47,12 +47,14 @@ class Figure:
       summary: its content in words, for readers who cannot see it.
       plot: `{"data", "layout"}` for Plotly; a trace's `meta` is its colour's index.
       height: in pixels.
+      is_wide: whether it takes the whole width of the page.
     """
 
     title: str
     summary: str
     plot: dict[str, Any]
     height: int = 230
+    is_wide: bool = False
 
 
 def make_lines(
@@ -154,7 +156,7 @@ def make_shares(title: str, shares: dict[str, dict[str, float]]) -> Figure:
         for name, run in shares.items()
     )
     plot = {"data": traces, "layout": layout}
-    return Figure(title, f"{title}. {summary}.", plot, 130 + 50 * len(names))
+    return Figure(title, f"{title}. {summary}.", plot, 100 + 50 * len(names), True)
 
 
 def make_confusion(

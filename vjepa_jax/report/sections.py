@@ -240,9 +240,7 @@ def resources(runs: Sequence[Run]) -> Section:
     if wall_time is None:
         section.missing.append("Where the wall time went was not recorded.")
     else:
-        lead = (
-            "In `step` the devices compute; all other parts are time without training."
-        )
+        lead = "step: the devices compute. The other parts are time without training."
         section.blocks.append(Block("figures", [wall_time], wall_time.title, lead))
     section.blocks.append(Block("table", tables.progress(runs)))
     return section
