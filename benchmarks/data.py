@@ -31,8 +31,7 @@ from vjepa_jax import check
 from vjepa_jax.config import defaults
 from vjepa_jax.data.clips import reader as decode
 from vjepa_jax.data.clips.sampling import Sampling
-from vjepa_jax.data.sources import factory
-from vjepa_jax.data.sources.mixture import Mixture
+from vjepa_jax.data.sources.open import open_mixture, open_source
 from vjepa_jax.data.stream import pipeline
 from vjepa_jax.data.stream.reading import Reading
 from vjepa_jax.data.transforms.transforms import ClipTransform
@@ -227,7 +226,7 @@ def compare_shards(folder: pathlib.Path, paths: list[str], num_rounds: int) -> f
     command = [sys.executable, "-m", "vjepa_jax.prepare"]
     command += [f"--data={originals}", f"--output={prepared}"]
     subprocess.run(command, check=True, stdout=sys.stderr)
-    records = factory.open_source(str(prepared))
+    records = open_source(str(prepared))
     readers = {
         "originals": functools.partial(_read_ours, paths),
         "shards": functools.partial(_read_ours, records),
@@ -248,7 +247,7 @@ def compare_workers(paths: list[str], num_rounds: int, num_batches: int) -> None
     # through thousands of numbers that are none of theirs.
     listed = pathlib.Path(paths[0]).parent / "repeated.csv"
     listed.write_text("".join(f"{path} 0\n" for path in paths * 10_000))
-    source = Mixture(factory.open_sources(str(listed)))
+    source = open_mixture(str(listed))
     batch_size = 8
     rates = {"one core": [], "1 worker": [], "2 workers": []}
     for i in range(num_rounds):

@@ -11,7 +11,7 @@ from vjepa_jax.base.errors import UserError
 from vjepa_jax.config.defaults import get_config, mask, stream
 from vjepa_jax.config.rules import validate
 from vjepa_jax.config.saved import restored
-from vjepa_jax.data.sources import factory
+from vjepa_jax.data.sources.open import open_source
 from vjepa_jax.program import build
 from vjepa_jax.run import cli, workdirs
 from vjepa_jax.train import train_and_evaluate
@@ -272,7 +272,7 @@ def test_list_that_cannot_be_used_leaves_no_workdir(config, tmp_path, content, m
 
 def test_folder_without_videos(tmp_path):
     with pytest.raises(UserError, match=str(tmp_path)):
-        factory.open_source(str(tmp_path))
+        open_source(str(tmp_path))
 
 
 def test_workdir_of_another_config_is_kept(config, tmp_path):

@@ -26,8 +26,8 @@ from vjepa_jax.config.defaults import ConfigDict
 from vjepa_jax.config.flags import define_config_flag
 from vjepa_jax.data.clips.sampling import make_sampling
 from vjepa_jax.data.jobs import survey
-from vjepa_jax.data.sources import factory
-from vjepa_jax.data.sources.records import Joined
+from vjepa_jax.data.sources.open import open_mixture
+from vjepa_jax.data.sources.records import Joined, Source
 from vjepa_jax.data.transforms.transforms import ClipTransform
 from vjepa_jax.program import flops
 from vjepa_jax.run import cli
@@ -106,7 +106,7 @@ def check(
       KeyboardInterrupt: after a report on what was done by then.
     """
     data = config.data
-    source = Joined([source for source, _ in factory.open_sources(data.path)])
+    source = Joined(open_mixture(data.path).sources)
     transform = ClipTransform(
         data.resolution,
         data.crop_scale,
@@ -121,7 +121,7 @@ def check(
     if output_path:
         asked_for = {"deep": deep, "max_pixels": data.max_pixels}
         asked_for |= dataclasses.asdict(sampling)
-        output = survey.Output(output_path, factory.fingerprint(source, **asked_for))
+        output = survey.Output(output_path, source.fingerprint(**asked_for))
     done = output.done if output else {}
     summary = survey.Summary(sampling)
     if done:
@@ -168,7 +168,7 @@ def check(
 
 
 def _report(
-    source: factory.Source, config: ConfigDict, summary: survey.Summary, with_need: bool
+    source: Source, config: ConfigDict, summary: survey.Summary, with_need: bool
 ) -> Iterator[str]:
     yield source.name
     yield from summary.lines()

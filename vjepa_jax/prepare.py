@@ -28,7 +28,9 @@ from vjepa_jax.config.flags import define_config_flag
 from vjepa_jax.config.rules import validate
 from vjepa_jax.data.jobs import encode_shards
 from vjepa_jax.data.jobs.reencode import Encoding
-from vjepa_jax.data.sources import factory, shards
+from vjepa_jax.data.sources import shards
+from vjepa_jax.data.sources.file_lists import VideoList
+from vjepa_jax.data.sources.open import open_source
 from vjepa_jax.run import cli
 from vjepa_jax.world import render
 
@@ -65,8 +67,8 @@ def _encode_shards() -> None:
             f"--data={path} does not exist; it names one list or folder: prepare "
             "several one after the other, each with its own --output"
         )
-    source = factory.open_source(path)
-    if not isinstance(source, factory.VideoList):
+    source = open_source(path)
+    if not isinstance(source, VideoList):
         raise UserError(
             f"--data={_DATA.value} must be a list file or a folder of videos, which "
             f"{type(source).__name__} is not: what it holds is stored already"

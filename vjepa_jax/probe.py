@@ -23,7 +23,7 @@ from absl import flags
 from vjepa_jax.base.errors import UserError
 from vjepa_jax.config.defaults import ConfigDict
 from vjepa_jax.config.flags import define_config_flag
-from vjepa_jax.data.sources import factory
+from vjepa_jax.data.sources.open import open_source
 from vjepa_jax.data.stream import streams
 from vjepa_jax.evals import drawing, frozen, registry, settings
 from vjepa_jax.evals.frozen import FrozenModel
@@ -122,7 +122,7 @@ def _draw(model: FrozenModel, seed: int, folder: pathlib.Path) -> None:
     """Draw curves, masks and features of one clip of the world into the workdir."""
     run = model.config
     drawing.draw_curves(metrics.read_metrics(str(folder)), folder / "curves.png")
-    listed = factory.open_source(str(pathlib.Path(run.world.path) / "hidden_test.csv"))
+    listed = open_source(str(pathlib.Path(run.world.path) / "hidden_test.csv"))
     reading = streams.make_reading(run.data, run.data)
     clips = next(features.read_clips(listed, reading, count=8))
     grid = model.grid(clips.shape)

@@ -9,8 +9,7 @@ import pytest
 from colour_videos import SIDE, make_frozen, write_videos
 
 from vjepa_jax.base.errors import UserError
-from vjepa_jax.data.sources.records import Source
-from vjepa_jax.data.sources.subset import Subset, hold_out
+from vjepa_jax.data.sources.records import Source, Subset, hold_out
 from vjepa_jax.evals import classification, settings
 from vjepa_jax.evals import frozen as frozen_models
 from vjepa_jax.evals.frozen import FrozenModel

@@ -13,8 +13,7 @@ from multiprocessing import shared_memory
 import numpy as np
 
 from vjepa_jax.data.clips.sampling import Sampling
-from vjepa_jax.data.sources.mixture import Mixture
-from vjepa_jax.data.sources.records import Record, Source
+from vjepa_jax.data.sources.records import Mixture, Record, Source
 from vjepa_jax.data.stream import pipeline
 from vjepa_jax.data.stream.reading import Reading
 from vjepa_jax.data.transforms.transforms import ClipTransform

@@ -2,8 +2,7 @@
 
 import video_files
 
-from vjepa_jax.data.sources import factory
-from vjepa_jax.data.sources.mixture import Mixture
+from vjepa_jax.data.sources.open import open_mixture
 
 NUM_VIDEOS = 11
 
@@ -29,4 +28,4 @@ def make_list(path, folder, *, bad=(), name="list.csv"):
             entry.write_text("not a video")
         lines.append(f"{entry} {i}\n")
     (path / name).write_text("".join(lines))
-    return Mixture(factory.open_sources(str(path / name)))
+    return open_mixture(str(path / name))

@@ -339,7 +339,7 @@ def test_target_errors_name_the_mend(run, tmp_path):
 
 KILLED_RUN = """
 import asyncio, os, signal, sys, time
-from tests import checkpoint_test
+from tests.run import checkpoint_test
 from vjepa_jax.run import checkpoint
 
 async def hang(*args):

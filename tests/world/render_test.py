@@ -10,7 +10,7 @@ from vjepa_jax.base.errors import UserError
 from vjepa_jax.config.defaults import get_config
 from vjepa_jax.config.rules import validate
 from vjepa_jax.data.clips.reader import read_clip
-from vjepa_jax.data.sources import factory
+from vjepa_jax.data.sources.open import open_source
 from vjepa_jax.data.transforms.transforms import central_box
 from vjepa_jax.world import motion, play, render, violations
 
@@ -37,7 +37,7 @@ def contents(root):
 
 def test_lists_truth_and_files_agree(rendered):
     for split in render.splits(tiny_world(rendered)):
-        source = factory.open_source(str(rendered / f"{split.name}.csv"))
+        source = open_source(str(rendered / f"{split.name}.csv"))
         truth = np.load(rendered / f"{split.name}.npz")
         assert len(source) == len(truth["label"]) == split.num_videos
         np.testing.assert_array_equal(source.labels, truth["label"])
@@ -175,7 +175,7 @@ def test_pairs_are_listed_with_what_they_are(with_pairs):
     assert truth["pair"].tolist() == [0, 0, 1, 1] * len(names)
     assert truth["possible"].tolist() == [1, 0] * (2 * len(names))
     assert ((truth["onset"] >= 6) & (truth["onset"] <= 8)).all()
-    source = factory.open_source(str(with_pairs / "physics.csv"))
+    source = open_source(str(with_pairs / "physics.csv"))
     np.testing.assert_array_equal(source.labels, truth["possible"])
     for i in (0, 1, 4 * len(names) - 1):
         index, kind = truth["pair"][i], ("im" * (i % 2)) + "possible"
@@ -186,7 +186,7 @@ def test_pairs_are_listed_with_what_they_are(with_pairs):
 def test_decoded_pairs_are_equal_up_to_the_onset_bit_for_bit(with_pairs, tmp_path):
     """And would not be, were frames allowed to depend on later ones."""
     truth = np.load(with_pairs / "physics.npz")
-    source = factory.open_source(str(with_pairs / "physics.csv"))
+    source = open_source(str(with_pairs / "physics.csv"))
     looks = motion.World(size=16, num_frames=12)
     leaks = 0
     for i in range(0, len(source), 2):

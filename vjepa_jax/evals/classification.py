@@ -27,8 +27,7 @@ from sklearn.metrics import (
 
 from vjepa_jax.base.errors import UserError
 from vjepa_jax.config.defaults import ConfigDict
-from vjepa_jax.data.sources.records import Source
-from vjepa_jax.data.sources.subset import hold_out
+from vjepa_jax.data.sources.records import Source, hold_out
 from vjepa_jax.data.transforms.transforms import ClipTransform
 from vjepa_jax.evals import settings
 from vjepa_jax.evals.frozen import FrozenModel, beside_untrained

@@ -14,7 +14,7 @@ from sklearn.preprocessing import normalize
 
 from vjepa_jax.base.errors import UserError
 from vjepa_jax.config.defaults import ConfigDict
-from vjepa_jax.data.sources.subset import Subset, evenly_spread
+from vjepa_jax.data.sources.records import Subset, evenly_spread
 from vjepa_jax.evals import settings
 from vjepa_jax.evals.frozen import FrozenModel, beside_untrained
 from vjepa_jax.evals.tokens import clip_tokens

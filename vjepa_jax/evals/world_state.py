@@ -13,7 +13,7 @@ from sklearn.metrics import confusion_matrix
 
 from vjepa_jax.base.errors import UserError
 from vjepa_jax.config.defaults import ConfigDict
-from vjepa_jax.data.sources import factory
+from vjepa_jax.data.sources.open import open_source
 from vjepa_jax.data.stream import streams
 from vjepa_jax.data.stream.reading import Reading
 from vjepa_jax.evals import settings
@@ -121,7 +121,7 @@ def read_features(
                 f"{truth} is missing: render the world first (python -m "
                 "vjepa_jax.prepare --config=...)"
             )
-        source = factory.open_source(str(truth.with_suffix(".csv")))
+        source = open_source(str(truth.with_suffix(".csv")))
         parts = extract(encodes, source, reading, batch_size, num_workers)
         first = next(iter(parts.values()))  # all are of the same clips and time steps
         time_steps = first.tokens.shape[1]

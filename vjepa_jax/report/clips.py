@@ -9,7 +9,7 @@ import numpy as np
 from vjepa_jax.base.errors import UserError
 from vjepa_jax.base.extras import imports_of
 from vjepa_jax.config.defaults import MAIN_STREAM, ConfigDict
-from vjepa_jax.data.sources.subset import Subset
+from vjepa_jax.data.sources.records import Subset
 from vjepa_jax.data.stream import streams
 from vjepa_jax.data.stream.read_all import read_all
 from vjepa_jax.evals import drawing

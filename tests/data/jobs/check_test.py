@@ -25,9 +25,8 @@ from vjepa_jax.data.clips.sampling import Sampling
 from vjepa_jax.data.jobs import survey
 from vjepa_jax.data.jobs.survey import Output, Summary
 from vjepa_jax.data.jobs.worker_pool import CRASHED, TIMED_OUT
-from vjepa_jax.data.sources import factory
-from vjepa_jax.data.sources.factory import Record
-from vjepa_jax.data.sources.records import Joined
+from vjepa_jax.data.sources.open import open_mixture, open_source
+from vjepa_jax.data.sources.records import Joined, Record
 from vjepa_jax.data.transforms.transforms import ClipTransform
 
 
@@ -51,7 +50,7 @@ def bad_folder(tmp_path_factory):
 @pytest.mark.parametrize("deep", [False, True])
 def test_every_kind_of_file_has_its_outcome(bad_folder, deep):
     folder, cases = bad_folder
-    source = factory.open_source(str(folder / "list.csv"))
+    source = open_source(str(folder / "list.csv"))
     examine = survey.Examination(Sampling(16, 4), ClipTransform(32), deep, 30)
     findings = dict(
         survey.survey(
@@ -428,7 +427,7 @@ def test_several_sources_are_looked_at_together(tmp_path):
         paths[-1].write_text("".join(f"{name}.mp4 {ord(name)}\n" for name in names))
         (tmp_path / f"{names[0]}.mp4").touch()
     joined = ",".join(map(str, paths))
-    together = Joined([s for s, _ in factory.open_sources(joined)])
+    together = Joined(open_mixture(joined).sources)
     expected = [f"{tmp_path}/{name}.mp4" for name in "abcdef"]
     assert [record.path for record in together] == expected
     assert [together.path_of(i) for i in range(-6, 0)] == expected

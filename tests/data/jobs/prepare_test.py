@@ -21,7 +21,8 @@ from video_files import (
 
 from vjepa_jax.base.errors import UserError
 from vjepa_jax.data.jobs import encode_shards, reencode
-from vjepa_jax.data.sources import factory, shards
+from vjepa_jax.data.sources import shards
+from vjepa_jax.data.sources.open import open_source
 
 # One process, no servers: what is tested here does not depend on the runner.
 IN_MEMORY = ("--direct_running_mode=in_memory", "--direct_num_workers=1")
@@ -55,7 +56,7 @@ def prepare(folder, **settings):
     encoding = reencode.Encoding(
         **{k: arguments.pop(k) for k in ("gop", "crf") if k in arguments}
     )
-    source = factory.open_source(str(folder / "in"))
+    source = open_source(str(folder / "in"))
     return encode_shards.prepare(
         source, str(folder / "out"), encoding, beam_options=IN_MEMORY, **arguments
     )
@@ -69,8 +70,8 @@ def contents(folder):
 def test_a_folder_becomes_shards(folder):
     manifest = prepare(folder)
     assert (manifest["num_records"], manifest["num_failures"]) == (6, 1)
-    source = factory.open_source(str(folder / "out"))
-    original = factory.open_source(str(folder / "in"))
+    source = open_source(str(folder / "out"))
+    original = open_source(str(folder / "in"))
     good = [i for i in range(len(original)) if "bad" not in original.path_of(i)]
     for record, index in zip(map(source.read, range(6)), good, strict=True):
         assert record.path == original.path_of(index)
@@ -103,7 +104,7 @@ def test_a_stopped_run_goes_on_with_what_is_missing(folder, monkeypatch):
     with pytest.raises(BaseException):  # noqa: B017 Beam wraps some of them
         prepare(folder)
     with pytest.raises(UserError, match="not complete"):
-        factory.open_source(str(folder / "out"))
+        open_source(str(folder / "out"))
     done = [name for name in contents(folder) if name.endswith(shards.SUFFIX)]
     begun.clear()
 
@@ -128,7 +129,7 @@ def test_a_stopped_run_goes_on_with_what_is_missing(folder, monkeypatch):
         file.write(b"damage")
     prepare(folder)
     assert len(begun) == 4 and shards.verify(str(folder / "out")) == 6
-    assert factory.open_source(str(folder / "out"))
+    assert open_source(str(folder / "out"))
 
 
 @pytest.mark.beam
@@ -151,7 +152,7 @@ def test_the_same_names_elsewhere_are_other_videos(folder):
     prepare(folder)
     before = contents(folder)
     shutil.copytree(folder / "in", folder / "in2")
-    source = factory.open_source(str(folder / "in2"))
+    source = open_source(str(folder / "in2"))
     with pytest.raises(UserError, match=r"in'; its list equals that of .*in2"):
         encode_shards.prepare(source, str(folder / "out"), reencode.Encoding())
     assert contents(folder) == before
@@ -170,7 +171,7 @@ def test_a_damaged_manifest_is_written_again(folder):
         path.unlink()
         if damage is not None:
             path.write_bytes(damage)
-        for look in (factory.open_source, shards.verify):
+        for look in (open_source, shards.verify):
             with pytest.raises(UserError, match=r"run vjepa_jax\.prepare"):
                 look(str(folder / "out"))
         prepare(folder, num_shards=0)
@@ -224,7 +225,7 @@ def test_foreign_folders_are_left_alone(folder):
     with pytest.raises(UserError, match="does not belong to shards"):
         prepare(folder)
     (folder / "file").touch()
-    source = factory.open_source(str(folder / "in"))
+    source = open_source(str(folder / "in"))
     with pytest.raises(UserError, match="is not a folder"):
         encode_shards.prepare(source, str(folder / "file"), reencode.Encoding())
     with pytest.raises(UserError, match="--output=/proc/foo cannot be made"):

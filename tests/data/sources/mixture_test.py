@@ -8,9 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vjepa_jax.data.sources import mixture as mixture_module
-from vjepa_jax.data.sources.mixture import Mixture
-from vjepa_jax.data.sources.records import Record, Source
+from vjepa_jax.data.sources import records as records_module
+from vjepa_jax.data.sources.records import Mixture, Record, Source
 
 
 class Numbers(Source):
@@ -98,7 +97,7 @@ def test_shares_are_those_stated_on_every_host(parts, seed, hosts):
 @pytest.fixture
 def window(monkeypatch):
     """A short window of shuffled turns."""
-    monkeypatch.setattr(mixture_module, "_WINDOW", 300)
+    monkeypatch.setattr(records_module, "_WINDOW", 300)
     return 300
 
 

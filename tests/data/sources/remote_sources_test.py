@@ -7,7 +7,7 @@ from etils.epath import backend
 from list_files import records, write_list
 
 from vjepa_jax.base.errors import UserError
-from vjepa_jax.data.sources import factory
+from vjepa_jax.data.sources.open import open_source
 
 
 def test_remote_lists(bucket, tmp_path):
@@ -17,14 +17,14 @@ def test_remote_lists(bucket, tmp_path):
             "gs://b/lists/a.mp4": b"video",
         }
     )
-    source = factory.open_source("gs://b/lists/train.csv")
+    source = open_source("gs://b/lists/train.csv")
     assert records(source) == [
         ("gs://b/lists/a.mp4", 1),
         ("gs://c/x.mp4", 2),
         ("/local.mp4", 3),
     ]
     here = write_list(tmp_path, "gs://b/lists/a.mp4 7\n")
-    assert records(factory.open_source(here)) == [("gs://b/lists/a.mp4", 7)]
+    assert records(open_source(here)) == [("gs://b/lists/a.mp4", 7)]
 
 
 def test_remote_folders(bucket):
@@ -38,26 +38,26 @@ def test_remote_folders(bucket):
         }
     )
     for path in ("gs://b/data", "gs://b/data/"):
-        assert records(factory.open_source(path)) == [
+        assert records(open_source(path)) == [
             ("gs://b/data/cat/1.mp4", 0),
             ("gs://b/data/cat/deep/2.jpg", 0),
             ("gs://b/data/dog/3.mp4", 1),
         ]
 
 
-def test_remote_trouble_is_told_in_a_line(bucket, monkeypatch):
+def test_remote_errors_are_one_line(bucket, monkeypatch):
     bucket({"gs://b/train.csv": b"a.mp4 1\n"})
     with pytest.raises(UserError, match="does not exist"):
-        factory.open_source("gs://b/nothing")
-    with pytest.raises(UserError, match="none of the 1 files looked at"):
-        factory.open_source("gs://b/train.csv")
+        open_source("gs://b/nothing")
+    with pytest.raises(UserError, match="none of the 1 files looked for"):
+        open_source("gs://b/train.csv")
 
     def refuse(*args, **kwargs):
         raise RuntimeError("no\ncredentials")
 
     monkeypatch.setattr(Bucket, "exists", refuse)
     with pytest.raises(UserError, match="cannot be read: no credentials"):
-        factory.open_source("gs://b/train.csv")
+        open_source("gs://b/train.csv")
     backend.fsspec_backend._get_filesystem.cache_clear()
 
     def missing(*args, **kwargs):
@@ -65,4 +65,4 @@ def test_remote_trouble_is_told_in_a_line(bucket, monkeypatch):
 
     monkeypatch.setattr(fsspec, "filesystem", missing)
     with pytest.raises(UserError, match=r"pip install 'vjepa_jax\[gcs\]'"):
-        factory.open_source("gs://b/train.csv")
+        open_source("gs://b/train.csv")

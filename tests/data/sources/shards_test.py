@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vjepa_jax.base.errors import UserError
-from vjepa_jax.data.sources import factory, shards
+from vjepa_jax.data.sources import shards
+from vjepa_jax.data.sources.open import open_source
 
 NAME = "shard-00001-of-00003"
 
@@ -69,7 +70,7 @@ def check_records(source, written):
 
 def test_records_come_back_in_any_order(tmp_path):
     written = write_folder(tmp_path)
-    source = factory.open_source(str(tmp_path))
+    source = open_source(str(tmp_path))
     assert isinstance(source, shards.ShardSource)
     check_records(source, written)
     assert [source.read(i) for i in range(len(source))] == written
@@ -208,7 +209,7 @@ def test_folders_that_lack_something_are_refused(tmp_path, damage, message):
     write_folder(tmp_path)
     damage(tmp_path)
     with pytest.raises(UserError, match=message) as caught:
-        factory.open_source(str(tmp_path))
+        open_source(str(tmp_path))
     assert "\n" not in str(caught.value) and "prepare" in str(caught.value)
 
 

@@ -10,12 +10,13 @@ from hypothesis import strategies as st
 from list_files import make_files, records, relative_records, write_list
 
 from vjepa_jax.base.errors import UserError
-from vjepa_jax.data.sources import factory
+from vjepa_jax.data.sources.file_lists import VideoList
+from vjepa_jax.data.sources.open import open_mixture, open_source
 
 
 def test_list_paths_are_resolved_against_the_list(tmp_path):
     path = write_list(tmp_path, "a.mp4 3\nsub/b.mp4 -1\n/elsewhere/c.mp4 0\n")
-    assert records(factory.VideoList.from_list_file(path)) == [
+    assert records(VideoList.from_list_file(path)) == [
         (str(tmp_path / "a.mp4"), 3),
         (str(tmp_path / "sub/b.mp4"), -1),
         ("/elsewhere/c.mp4", 0),
@@ -40,14 +41,14 @@ def test_list_paths_are_resolved_against_the_list(tmp_path):
 )
 def test_lines_of_a_list(tmp_path, line, entry):
     path = write_list(tmp_path, f"first.mp4 0\n\n{line}\n \n", encoding="utf-8")
-    source = factory.VideoList.from_list_file(path)
+    source = VideoList.from_list_file(path)
     assert records(source)[1:] == [(str(tmp_path / entry), 7)]
 
 
 def test_lists_with_byte_order_mark_and_carriage_returns(tmp_path):
     path = tmp_path / "train.csv"
     path.write_bytes(b"\xef\xbb\xbfa.mp4 1\r\nb.mp4 2\r\n")
-    assert relative_records(factory.VideoList.from_list_file(str(path)), tmp_path) == [
+    assert relative_records(VideoList.from_list_file(str(path)), tmp_path) == [
         ("a.mp4", 1),
         ("b.mp4", 2),
     ]
@@ -59,7 +60,7 @@ def test_file_names_in_other_encodings_are_found(tmp_path):
         pass
     (tmp_path / "train.csv").write_bytes(name + b" 1\n")
     for path in (tmp_path, tmp_path / "train.csv"):
-        assert os.path.exists(factory.open_source(str(path))[0].path)
+        assert os.path.exists(open_source(str(path))[0].path)
 
 
 @pytest.mark.parametrize(
@@ -73,13 +74,13 @@ def test_file_names_in_other_encodings_are_found(tmp_path):
 def test_bad_lines_are_named(tmp_path, line):
     path = write_list(tmp_path, f"a.mp4 0\n\n{line}\n")
     with pytest.raises(UserError, match=r"train\.csv:3: expected 'path label'"):
-        factory.VideoList.from_list_file(path)
+        VideoList.from_list_file(path)
 
 
 def test_messages_stay_on_one_short_line(tmp_path):
     path = write_list(tmp_path, "x" * 10000 + "\n")
     with pytest.raises(UserError) as caught:
-        factory.VideoList.from_list_file(path)
+        VideoList.from_list_file(path)
     assert len(str(caught.value)) < 400 + len(path)
     assert "\n" not in str(caught.value)
 
@@ -89,7 +90,7 @@ def test_folders_are_searched_in_sorted_order(tmp_path):
         tmp_path, "b/2.mp4", "b/deep/1.webm", "a/x.MOV", "a b/y.avi", "a/notes.txt"
     )
     (tmp_path / "empty").mkdir()
-    assert relative_records(factory.VideoList.from_folder(str(tmp_path)), tmp_path) == [
+    assert relative_records(VideoList.from_folder(str(tmp_path)), tmp_path) == [
         ("a/x.MOV", 0),
         ("a b/y.avi", 1),
         ("b/2.mp4", 2),
@@ -99,13 +100,13 @@ def test_folders_are_searched_in_sorted_order(tmp_path):
 
 def test_videos_outside_class_folders_mean_there_are_no_classes(tmp_path):
     make_files(tmp_path, "b/1.mp4", "c/1.mp4", "z.mp4")
-    source = factory.VideoList.from_folder(str(tmp_path))
+    source = VideoList.from_folder(str(tmp_path))
     assert [label for _, label in records(source)] == [0, 0, 0]
 
 
 def test_hidden_files_are_skipped(tmp_path):
     make_files(tmp_path, "a.mp4", "._a.mp4", ".trash/b.mp4")
-    source = factory.VideoList.from_folder(str(tmp_path))
+    source = VideoList.from_folder(str(tmp_path))
     assert relative_records(source, tmp_path) == [("a.mp4", 0)]
 
 
@@ -114,7 +115,7 @@ def test_linked_folders_are_followed_once(tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data/class").symlink_to(tmp_path / "disk")
     (tmp_path / "disk/loop").symlink_to(tmp_path / "data")
-    source = factory.VideoList.from_folder(str(tmp_path / "data"))
+    source = VideoList.from_folder(str(tmp_path / "data"))
     assert relative_records(source, tmp_path / "data") == [("class/1.mp4", 0)]
 
 
@@ -125,7 +126,7 @@ entries = st.text(
 
 @given(st.lists(st.tuples(entries, st.integers(-(2**63), 2**63 - 1))))
 def test_video_list_behaves_as_a_list(rows):
-    source = factory.VideoList(
+    source = VideoList(
         "x", "/root", [entry for entry, _ in rows], [label for _, label in rows]
     )
     expected = [(f"/root/{entry}", label) for entry, label in rows]
@@ -141,15 +142,15 @@ def test_video_list_behaves_as_a_list(rows):
 
 def test_video_list_is_compact():
     names = [f"some_class_name/video_{i:09}.mp4" for i in range(10000)]
-    source = factory.VideoList("x", "/root", names, range(10000))
+    source = VideoList("x", "/root", names, range(10000))
     assert len(pickle.dumps(source)) < 10000 * (len(names[0]) + 16) + 2000
 
 
 def test_open_source_takes_folders_and_lists(tmp_path):
     make_files(tmp_path, "a.mp4")
     path = write_list(tmp_path, "a.mp4 5\nmissing.mp4 6\n")
-    assert len(factory.open_source(str(tmp_path))) == 1
-    assert len(factory.open_source(path)) == 2
+    assert len(open_source(str(tmp_path))) == 1
+    assert len(open_source(path)) == 2
 
 
 def test_open_source_says_what_is_wrong(tmp_path):
@@ -162,25 +163,25 @@ def test_open_source_says_what_is_wrong(tmp_path):
         (write_list(tmp_path, "\n\n", "blank.csv"), r"blank\.csv' has no entries"),
     ]:
         with pytest.raises(UserError, match=message):
-            factory.open_source(str(path))
+            open_source(str(path))
 
 
 def test_lists_of_missing_files_are_refused(tmp_path):
     text = "".join(f"{i}.mp4 0\n" for i in range(2500))
     path = write_list(tmp_path, text)
-    with pytest.raises(UserError, match="none of the 1000 files looked at") as caught:
-        factory.open_source(path)
+    with pytest.raises(UserError, match="none of the 1000 files looked for") as caught:
+        open_source(path)
     assert str(tmp_path / "0.mp4") in str(caught.value)
     assert "relative paths are resolved against the list's folder" in str(caught.value)
     make_files(tmp_path, "2490.mp4")
-    assert len(factory.open_source(path)) == 2500
+    assert len(open_source(path)) == 2500
 
 
 def test_fingerprint_tells_streams_apart(tmp_path):
     def fingerprint(text, folder="one", **sampling):
         (tmp_path / folder).mkdir(exist_ok=True)
-        source = factory.VideoList.from_list_file(write_list(tmp_path / folder, text))
-        return factory.fingerprint(source, **sampling)
+        source = VideoList.from_list_file(write_list(tmp_path / folder, text))
+        return source.fingerprint(**sampling)
 
     base = fingerprint("a 1\nb 2\n", num_frames=16, crop_scale=(0.3, 1.0))
     assert len(base) == 64 and int(base, 16) >= 0
@@ -199,11 +200,11 @@ def test_fingerprint_survives_moving_the_dataset(tmp_path):
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         path = write_list(tmp_path / name, "a 1\nb 2\n")
-        source = factory.VideoList.from_list_file(path)
+        source = VideoList.from_list_file(path)
         # The order of the settings is no difference either.
         sampling = [("num_frames", 16), ("seed", 1)]
         sampling = sampling if name == "one" else sampling[::-1]
-        fingerprints.add(factory.fingerprint(source, **dict(sampling)))
+        fingerprints.add(source.fingerprint(**dict(sampling)))
     assert len(fingerprints) == 1
 
 
@@ -217,14 +218,14 @@ def test_fingerprint_survives_moving_the_dataset(tmp_path):
     ],
 )
 def test_of_further_columns_the_first_number_is_the_label(tmp_path, line, entry, label):
-    source = factory.VideoList.from_list_file(write_list(tmp_path, line + "\n"))
+    source = VideoList.from_list_file(write_list(tmp_path, line + "\n"))
     assert relative_records(source, tmp_path) == [(entry, label)]
 
 
 def test_labels_have_64_bits(tmp_path):
     labels = [2**63 - 1, -(2**63)]
     path = write_list(tmp_path, "".join(f"a.mp4 {label}\n" for label in labels))
-    assert factory.VideoList.from_list_file(path).labels.tolist() == labels
+    assert VideoList.from_list_file(path).labels.tolist() == labels
 
 
 def test_what_the_file_system_refuses_is_told_in_a_line(tmp_path, monkeypatch):
@@ -238,7 +239,7 @@ def test_what_the_file_system_refuses_is_told_in_a_line(tmp_path, monkeypatch):
     for name in ("train.csv", "list.npy"):
         (tmp_path / name).touch()
         with pytest.raises(UserError, match=f"{name}' cannot be read: Permission"):
-            factory.open_source(str(tmp_path / name))
+            open_source(str(tmp_path / name))
 
 
 def test_a_folder_that_may_not_be_listed_is_refused(tmp_path, monkeypatch):
@@ -252,15 +253,15 @@ def test_a_folder_that_may_not_be_listed_is_refused(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "scandir", refuse_some)
     refused = [f"{tmp_path}/data/lost+found"]
-    assert len(factory.open_source(f"{tmp_path}/data")) == 1
+    assert len(open_source(f"{tmp_path}/data")) == 1
     refused = [f"{tmp_path}/data"]
     with pytest.raises(UserError, match="data' cannot be read: Permission denied"):
-        factory.open_source(f"{tmp_path}/data")
+        open_source(f"{tmp_path}/data")
 
 
 def test_images_count_beside_videos(tmp_path):
     make_files(tmp_path, "cat/a.JPG", "cat/b.mp4", "dog/c.webp", "dog/d.png", "x.txt")
-    source = factory.open_source(str(tmp_path))
+    source = open_source(str(tmp_path))
     assert [label for _, label in records(source)] == [0, 0, 1, 1]
 
 
@@ -270,9 +271,10 @@ def test_mixtures_have_weights(tmp_path):
     b = write_list(tmp_path, "0.mp4 1\n1.mp4 1\n2.mp4 0\n", "b.csv")
 
     def weights(path, weights=()):
-        opened = factory.open_sources(path, weights)
-        assert [source.name for source, _ in opened] == [a, b][: len(opened)]
-        return [weight for _, weight in opened]
+        mixture = open_mixture(path, weights)
+        names = [source.name for source in mixture.sources]
+        assert names == [a, b][: len(names)]
+        return mixture.weights
 
     assert weights(a) == [1]
     assert weights(f"{a},{b}") == [0.25, 0.75]
@@ -282,8 +284,8 @@ def test_mixtures_have_weights(tmp_path):
 
 def test_a_path_with_a_comma_may_be_one_source(tmp_path):
     make_files(tmp_path, "a,b/0.mp4")
-    ((source, weight),) = factory.open_sources(str(tmp_path / "a,b"))
-    assert (len(source), weight) == (1, 1)
+    mixture = open_mixture(str(tmp_path / "a,b"))
+    assert (len(mixture), mixture.weights) == (1, [1])
 
 
 @pytest.mark.parametrize(
@@ -301,10 +303,10 @@ def test_weights_that_do_not_fit_are_refused(tmp_path, weights, message):
     make_files(tmp_path, "0.mp4")
     path = write_list(tmp_path, "0.mp4 1\n", "a.csv")
     with pytest.raises(UserError, match=message):
-        factory.open_sources(f"{path},{path}", weights)
+        open_mixture(f"{path},{path}", weights)
 
 
 def test_nothing_between_commas_is_refused(tmp_path):
     make_files(tmp_path, "0.mp4")
     with pytest.raises(UserError, match="nothing between two commas"):
-        factory.open_sources(f"{tmp_path},")
+        open_mixture(f"{tmp_path},")

@@ -11,7 +11,7 @@ import pytest
 from video_files import moving_frames, write_video
 
 from vjepa_jax.base.errors import UserError
-from vjepa_jax.data.sources import factory
+from vjepa_jax.data.sources.open import open_source
 
 tfds = pytest.importorskip(
     "tensorflow_datasets", reason="TFDS is missing: pip install 'vjepa_jax[tfds]'"
@@ -81,7 +81,7 @@ def test_stored_files_come_back_whole(tmp_path, kind):
     contents = videos(tmp_path)
     examples = [{"video": video, "label": i} for i, video in enumerate(contents)]
     path = prepare("files", {"video": kind, **CLASSES}, examples, tmp_path)
-    source = factory.open_source(path)
+    source = open_source(path)
     assert [record.media for record in by_label(source)] == contents
     assert sorted(source.labels) == [0, 1, 2] and source.labels.dtype == np.int64
     assert [record.label for record in source] == source.labels.tolist()
@@ -109,7 +109,7 @@ def test_frames_and_images(tmp_path):
         "caption": features.Text(),
         **CLASSES,
     }
-    source = factory.open_source(prepare("frame_clips", kinds, examples, tmp_path))
+    source = open_source(prepare("frame_clips", kinds, examples, tmp_path))
     for i, (record, clip) in enumerate(zip(by_label(source), clips, strict=True)):
         assert record.media.shape == clip.shape and record.media.dtype == np.uint8
         # Lossy, yet far nearer than another clip of the same kind.
@@ -121,18 +121,18 @@ def test_frames_and_images(tmp_path):
         {"image": io.BytesIO(image), "class": i} for i, image in enumerate(images)
     ]
     kinds = {"image": features.Image(), "class": CLASSES["label"]}
-    source = factory.open_source(prepare("stills", kinds, examples, tmp_path))
+    source = open_source(prepare("stills", kinds, examples, tmp_path))
     assert [record.media for record in by_label(source)] == images
 
 
 def test_splits_and_versions(tmp_path):
     examples = [{"video": b"v%d" % i} for i in range(10)]
     path = prepare("bare", {"video": features.Text()}, examples, tmp_path)
-    whole = factory.open_source(path)
+    whole = open_source(path)
     assert whole.labels.tolist() == [0] * 10
-    part = factory.open_source(path.replace("train", "train[:30%]"))
+    part = open_source(path.replace("train", "train[:30%]"))
     assert [r.media for r in part] == [r.media for r in whole][:3]
-    versioned = factory.open_source(path.replace("bare:", "bare:1.0.0:"))
+    versioned = open_source(path.replace("bare:", "bare:1.0.0:"))
     assert versioned.digest() == whole.digest() != part.digest()
 
 
@@ -140,19 +140,19 @@ def test_what_cannot_be_chosen_is_listed(tmp_path):
     example = {"text": "t", "left": b"", "right": b""}
     path = prepare("no_media", {"text": features.Text()}, [{"text": "t"}], tmp_path)
     with pytest.raises(UserError, match=r"no feature to take .*\{text: Text\}"):
-        factory.open_source(path)
+        open_source(path)
     frame = jpeg(moving_frames(1)[0])
     kinds = {"left": features.Image(), "right": features.Image()}
     example = {key: io.BytesIO(frame) for key in kinds}
     path = prepare("two_media", kinds, [example], tmp_path)
     with pytest.raises(UserError, match=r"more than one feature .*left: Image"):
-        factory.open_source(path)
+        open_source(path)
     kinds = {"video": features.Text(), "noun": CLASSES["label"]}
     kinds["verb"] = features.ClassLabel(num_classes=2)
     example = {"video": b"v", "noun": 0, "verb": 1}
     path = prepare("two_labels", kinds, [example], tmp_path)
     with pytest.raises(UserError, match="several labels, none of them named label"):
-        factory.open_source(path)
+        open_source(path)
 
 
 def test_video_features_are_refused_with_the_mend(tmp_path):
@@ -170,7 +170,7 @@ def test_video_features_are_refused_with_the_mend(tmp_path):
     }
     stored.write_text(json.dumps(content))
     with pytest.raises(UserError, match=r"store frames as Sequence\(Image\)"):
-        factory.open_source(path)
+        open_source(path)
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_video_features_are_refused_with_the_mend(tmp_path):
 def test_wrong_names_are_told_in_a_line(tmp_path, path, message):
     prepare("there", {"video": features.Text()}, [{"video": b"v"}], tmp_path)
     with pytest.raises(UserError, match=message) as caught:
-        factory.open_source(path.format(tmp_path))
+        open_source(path.format(tmp_path))
     assert "\n" not in str(caught.value)
 
 
@@ -193,8 +193,8 @@ def test_tensorflow_is_not_imported(tmp_path):
     path = prepare("there", {"video": features.Text()}, [{"video": b"v"}], tmp_path)
     code = f"""
 import sys
-from vjepa_jax.data import sources
-assert sources.open_source({path!r})[0].media == b"v"
+from vjepa_jax.data.sources.open import open_source
+assert open_source({path!r})[0].media == b"v"
 assert "tensorflow" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -9,8 +9,7 @@ from numbered_videos import NUM_VIDEOS, make_list
 
 from vjepa_jax.base.errors import UserError
 from vjepa_jax.data.clips.sampling import Sampling
-from vjepa_jax.data.sources import factory
-from vjepa_jax.data.sources.mixture import Mixture
+from vjepa_jax.data.sources.open import open_mixture
 from vjepa_jax.data.stream import bad_videos, pipeline
 from vjepa_jax.data.stream.reading import Reading
 from vjepa_jax.data.transforms.transforms import ClipTransform
@@ -20,7 +19,7 @@ BATCH_SIZE = 4
 
 @pytest.fixture
 def source(videos):
-    return Mixture(factory.open_sources(str(videos)))
+    return open_mixture(str(videos))
 
 
 def make_mixture(path, videos):
@@ -28,7 +27,7 @@ def make_mixture(path, videos):
     make_list(path, videos, bad=(2, 5), name="a.csv")
     make_list(path, videos, bad=(7,), name="b.csv")
     paths = f"{path / 'a.csv'},{path / 'b.csv'}"
-    return Mixture(factory.open_sources(paths, (0.3, 0.7)))
+    return open_mixture(paths, (0.3, 0.7))
 
 
 READING = Reading(Sampling(4, frame_step=2), resolution=16)
@@ -187,7 +186,7 @@ def test_a_source_without_a_good_video_is_replaced_by_the_others(tmp_path, video
     make_list(tmp_path, videos, bad=range(NUM_VIDEOS), name="a.csv")
     make_list(tmp_path, videos, name="b.csv")
     paths = f"{tmp_path / 'a.csv'},{tmp_path / 'b.csv'}"
-    mixture = Mixture(factory.open_sources(paths, (0.1, 0.9)))
+    mixture = open_mixture(paths, (0.1, 0.9))
     batches = take(12, mixture, max_bad_fraction=1.0)
     assert batches.reshape(12 * BATCH_SIZE, -1).any(axis=1).all()
 
@@ -299,7 +298,7 @@ def test_allowed_share_of_bad_videos_does_not_end_the_run(tmp_path, videos):
 
 def test_every_kind_of_bad_file_costs_itself_alone(tmp_path):
     cases = bad_files.make_all(tmp_path / "files")
-    source = Mixture(factory.open_sources(str(tmp_path / "files" / "list.csv")))
+    source = open_mixture(str(tmp_path / "files" / "list.csv"))
     listing = tmp_path / "bad_videos.jsonl"
     num_batches = -(-2 * len(cases) // BATCH_SIZE)  # two epochs
     batches = take(

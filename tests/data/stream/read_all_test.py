@@ -6,8 +6,7 @@ import video_files
 from numbered_videos import NUM_VIDEOS, make_list
 
 from vjepa_jax.data.clips.sampling import Sampling
-from vjepa_jax.data.sources import factory
-from vjepa_jax.data.sources.mixture import Mixture
+from vjepa_jax.data.sources.open import open_mixture, open_source
 from vjepa_jax.data.stream import read_all as read_all_module
 from vjepa_jax.data.stream.reading import Reading
 from vjepa_jax.data.transforms.transforms import make_views
@@ -17,7 +16,7 @@ BATCH_SIZE = 4
 
 @pytest.fixture
 def source(videos):
-    return Mixture(factory.open_sources(str(videos)))
+    return open_mixture(str(videos))
 
 
 def iterate_all(source, **overrides):
@@ -75,7 +74,7 @@ def test_read_all_gives_segments_and_views(tmp_path, num_workers):
     frames = video_files.moving_frames(12, height=32, width=64)
     video_files.write_video(tmp_path / "good.mp4", frames)
     (tmp_path / "bad.mp4").write_text("not a video")
-    source = factory.open_source(str(tmp_path))
+    source = open_source(str(tmp_path))
     reading = Reading(Sampling(2, frame_step=1, num_clips=3), resolution=32)
     (batch,) = read_all(
         source, reading=reading, views=make_views(3), num_workers=num_workers

@@ -19,7 +19,7 @@ import pytest
 from faulty_sources import FaultySource, take
 
 from vjepa_jax.base.errors import UserError
-from vjepa_jax.data.sources.mixture import Mixture
+from vjepa_jax.data.sources.records import Mixture
 from vjepa_jax.data.stream import pipeline, workers
 from vjepa_jax.data.stream.bad_videos import CODES, BadVideos
 

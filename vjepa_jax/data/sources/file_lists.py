@@ -2,7 +2,6 @@
 
 import io
 import os
-import pickle
 from collections.abc import Iterable, Mapping
 
 import numpy as np
@@ -32,20 +31,20 @@ _LABELS = np.iinfo(np.int64)
 
 
 class VideoList(Source):
-    """Files in a fixed order, videos and images alike.
+    """Video and image files in a fixed order.
 
-    The paths are one bytes object instead of a Python string each.
+    The paths are held in one bytes object, not in a Python string each.
 
     Attributes:
-      name: the list file or folder that the files come from, for messages.
-      root: folder or URL that relative entries are resolved against.
-      labels: int64 `[len(self)]`.
+      name: the list file or folder, for messages.
+      root: folder or URL against which relative entries are resolved.
+      labels: int64 [len(self)].
     """
 
     def __init__(
         self, name: str, root: str, entries: Iterable[str], labels: Iterable[int]
     ):
-        """Takes the paths as listed, absolute or relative to `root`."""
+        """Hold paths as listed, absolute or relative to `root`, and their labels."""
         encoded = [os.fsencode(entry) for entry in entries]
         self.name = name
         self.root = root
@@ -56,30 +55,30 @@ class VideoList(Source):
             raise ValueError(f"{len(encoded)} entries but {len(self.labels)} labels")
 
     def __len__(self) -> int:
-        """Returns the number of files."""
+        """Return the number of files."""
         return len(self._ends)
 
     def __getitem__(self, index: int) -> Record:
-        """Returns the record at `index`, which may count from the end."""
+        """Return the record at `index`, which may count from the end."""
         index = range(len(self))[index]
         return Record(self.path_of(index), int(self.labels[index]))
 
     def path_of(self, index: int) -> str:
-        """Returns the path or URL at `index`."""
+        """Return the path or URL at `index`."""
         entry = self.entry(index)
         return entry if is_remote(entry) else os.path.join(self.root, entry)
 
     def entry(self, index: int) -> str:
-        """Returns the path at `index` as listed, which does not depend on `root`."""
+        """Return the path at `index` as listed, which does not depend on `root`."""
         start = int(self._ends[index - 1]) if index else 0
         return os.fsdecode(self._entries[start : int(self._ends[index])])
 
     def digest(self) -> str:
-        """Identifies paths and labels; paths count as listed."""
+        """Return a hash of the labels and the paths as listed."""
         return digest_of(array.tobytes() for array in self.to_arrays().values())
 
     def to_arrays(self) -> dict[str, np.ndarray]:
-        """Returns entries and labels as arrays, to store them."""
+        """Return entries and labels as arrays, to store them."""
         return {
             "entries": np.frombuffer(self._entries, np.uint8),
             "ends": self._ends.astype("<i8"),
@@ -90,7 +89,7 @@ class VideoList(Source):
     def from_arrays(
         cls, name: str, root: str, arrays: Mapping[str, np.ndarray]
     ) -> "VideoList":
-        """Makes a list from what `to_arrays` gave."""
+        """Make a list from the result of `to_arrays`."""
         source = cls(name, root, [], [])
         source.labels = arrays["labels"].astype(np.int64)
         source._entries = arrays["entries"].tobytes()
@@ -99,18 +98,18 @@ class VideoList(Source):
 
     @classmethod
     def from_list_file(cls, path: str) -> "VideoList":
-        """Reads a text file with one `path label` per line.
+        """Read a text file with one `path label` per line.
 
-        The official formats (`src/datasets/video_dataset.py`): fields are separated by
-        white space, or by `::`; there is no header; what follows the label on a line
-        of whole numbers is passed over. Beyond these, paths may hold spaces. They may
-        stand in double quotes. Relative paths are resolved against the list file's
-        folder. Blank lines are skipped.
+        The formats of the official code (`src/datasets/video_dataset.py`) are read:
+        fields are separated by white space or by `::`, there is no header, and further
+        columns of integers after the label are ignored. In addition, paths may contain
+        spaces and may stand in double quotes. Relative paths are resolved against the
+        list file's folder. Blank lines are skipped.
 
         Raises:
-          UserError: a line is not of this form; names file and line.
+          UserError: a line has another form; the message names file and line.
         """
-        path, root = _located(path)
+        path = absolute(path)
         content = io.BytesIO(epath.Path(path).read_bytes())
         entries, labels = [], []
         with io.TextIOWrapper(
@@ -129,33 +128,35 @@ class VideoList(Source):
                     )
                 entries.append(entry)
                 labels.append(label)
-        return cls(path, root, entries, labels)
+        return cls(path, os.path.dirname(path), entries, labels)
 
     @classmethod
     def from_array_file(cls, path: str) -> "VideoList":
-        """Reads a `.npy` array of paths, the official format of lists without labels.
+        """Read a `.npy` array of paths, the official format of lists without labels.
 
-        Relative paths are resolved against the file's folder. All labels are 0.
+        Only arrays of NumPy strings are read. Arrays of Python objects are pickles and
+        are refused. Relative paths are resolved against the file's folder. All labels
+        are 0.
 
         Raises:
-          UserError: the file is damaged, or not of strings that can be paths.
+          UserError: the file is damaged, or does not hold strings that can be paths.
         """
-        path, root = _located(path)
+        path = absolute(path)
         content = epath.Path(path).read_bytes()
         try:
             entries = _read_array(content)
-            return cls(path, root, entries, [0] * len(entries))
-        except Exception as error:  # a damaged file may fail in any of the steps
+            return cls(path, os.path.dirname(path), entries, [0] * len(entries))
+        except Exception as error:  # NumPy raises many kinds for damaged files
             reason = _shortened(str(error)) or type(error).__name__
             raise UserError(f"{path} is no .npy array of paths: {reason}") from error
 
     @classmethod
     def from_folder(cls, path: str) -> "VideoList":
-        """Finds the videos and images in a folder and all below, in sorted order.
+        """Find the videos and images in a folder and all below, in sorted order.
 
-        If all of them lie in sub folders of `path`, these are the classes: labels count
-        the first-level sub folders with files in them, in sorted order. Otherwise all
-        labels are 0. Hidden files and folders are skipped.
+        If all files lie in subfolders of `path`, the label of a file is the index of
+        its first-level subfolder, in sorted order, among those with files. Otherwise
+        all labels are 0. Hidden files and folders are skipped.
         """
         root = absolute(path.rstrip("/"))
         found = _remote_files(root) if is_remote(root) else _local_files(root)
@@ -169,11 +170,6 @@ class VideoList(Source):
             label_of = {name: i for i, name in enumerate(sorted(set(classes)))}
             labels = [label_of[name] for name in classes]
         return cls(root, root, entries, labels)
-
-
-def _located(path: str) -> tuple[str, str]:
-    path = absolute(path)
-    return path, os.path.dirname(path)
 
 
 def _split(line: str) -> tuple[str | None, int]:
@@ -194,7 +190,7 @@ def _split(line: str) -> tuple[str | None, int]:
             continue
         if len(entry) > 1 and entry[0] == entry[-1] == '"':
             entry = entry[1:-1].replace('""', '"')
-        # A zero byte cannot be in a path: this is no text file.
+        # A zero byte cannot be in a path: this is not a text file.
         if entry and "\0" not in entry:
             return entry, label
     return None, 0
@@ -206,111 +202,38 @@ def _shortened(line: str) -> str:
 
 
 def _read_array(content: bytes) -> list[str]:
-    stream = io.BytesIO(content)
-    version = np.lib.format.read_magic(stream)
-    read_header = {
-        (1, 0): np.lib.format.read_array_header_1_0,
-        (2, 0): np.lib.format.read_array_header_2_0,
-    }.get(version)
-    if read_header is None:
-        raise ValueError(f"version {version} of the format")
-    shape, _, dtype = read_header(stream)
-    if len(shape) != 1 or dtype.kind not in "OU":
+    try:
+        np.lib.format.read_magic(io.BytesIO(content))
+        array = np.load(io.BytesIO(content), allow_pickle=False)
+    except ValueError as error:
+        if "allow_pickle" not in str(error):
+            raise
         raise ValueError(
-            f"{dtype} of shape {shape}, not a one-dimensional array of strings"
+            "it holds pickled objects; save it again with "
+            "np.save(path, np.array(paths, str))"
+        ) from None
+    if array.ndim != 1 or array.dtype.kind != "U":
+        raise ValueError(
+            f"{array.dtype} of shape {array.shape}, not a one-dimensional array of "
+            "strings"
         )
-    if dtype.hasobject:
-        entries = _StringUnpickler(stream).strings()
-    else:
-        entries = np.load(io.BytesIO(content), allow_pickle=False).tolist()
-    if len(entries) != shape[0]:
-        raise ValueError(f"{len(entries)} entries where the header says {shape[0]}")
+    entries = array.tolist()
     for index, entry in enumerate(entries):
-        if not isinstance(entry, str):
-            raise ValueError(
-                f"entry {index} has the type {type(entry).__name__}, not str"
-            )
         if not entry or "\0" in entry:
             raise ValueError(f"entry {index} cannot be a path: {entry!r}")
     return entries
-
-
-class _Pickled:
-    """Stands for an array or a dtype in a pickle: what it would have been made of."""
-
-    def __init__(self, *arguments):
-        self.arguments = arguments
-        self.state = ()
-
-    def __setstate__(self, state):
-        self.state = state
-
-
-def _unpickle_scalar(dtype: _Pickled, content: bytes) -> str:
-    (kind, *_), (_, order, *_) = dtype.arguments, dtype.state
-    if not kind.startswith("U"):
-        raise pickle.UnpicklingError(f"holds a value of type {kind}, not only strings")
-    codec = {"<": "utf-32-le", ">": "utf-32-be"}[order]
-    return content.decode(codec).rstrip("\0")
-
-
-# All that the pickle of an array of strings may call; a list file is data, not code.
-_STAND_INS = {
-    ("numpy", "ndarray"): _Pickled,
-    ("numpy", "dtype"): _Pickled,
-} | {
-    (f"numpy.{package}.multiarray", name): stand_in
-    for package in ("core", "_core")
-    for name, stand_in in (("_reconstruct", _Pickled), ("scalar", _unpickle_scalar))
-}
-
-
-class _StringUnpickler(pickle._Unpickler):
-    """Reads the strings out of a pickled array, and nothing that could run code.
-
-    No array is made: NumPy's own `__setstate__` crashes the process on damaged files.
-    And this is the unpickler in Python: the one in C allocates a table as long as the
-    largest index in the file, which in a damaged one is gigabytes. For the same reason
-    it takes no bytearrays, which are allocated before their bytes are looked for.
-    """
-
-    dispatch = {  # noqa: RUF012, of the base class
-        code: load
-        for code, load in pickle._Unpickler.dispatch.items()
-        if code != pickle.BYTEARRAY8[0]
-    }
-
-    def strings(self) -> list:
-        """Returns the elements; not all need be strings.
-
-        Raises:
-          UnpicklingError: the pickle is damaged, or of something else.
-        """
-        try:
-            *_, elements = self.load().state
-            return list(elements)
-        except pickle.UnpicklingError:
-            raise
-        except Exception as error:
-            raise pickle.UnpicklingError(f"it is damaged ({error!r})") from error
-
-    def find_class(self, module: str, name: str):
-        """Returns a stand-in for what the array is made by."""
-        if (module, name) not in _STAND_INS:
-            raise pickle.UnpicklingError(f"holds {module}.{name}, not only strings")
-        return _STAND_INS[module, name]
 
 
 def _local_files(root: str) -> Iterable[str]:
     visited = set()
 
     def refuse(error: OSError) -> None:
-        if error.filename == root:  # below, some may be others' (lost+found)
+        if error.filename == root:  # subfolders of other users are skipped
             raise error
 
     for folder, folders, files in os.walk(root, followlinks=True, onerror=refuse):
         real = os.path.realpath(folder)
-        if real in visited:  # a link to a folder above would never end
+        if real in visited:  # a link to a parent folder would never end
             folders.clear()
             continue
         visited.add(real)
@@ -328,7 +251,7 @@ def _remote_files(root: str) -> Iterable[str]:
             entry = f"{folder}/{path.name}" if folder else path.name
             if path.name.startswith("."):
                 continue
-            # Each question is a request: none where the name gives the answer.
+            # `is_dir` is a request to the store, so known names are decided first.
             if path.name.lower().endswith(MEDIA_SUFFIXES):
                 yield entry
             elif path.is_dir():

@@ -11,7 +11,7 @@ from absl import logging
 from vjepa_jax.base.errors import UserError
 from vjepa_jax.data.clips import reader
 from vjepa_jax.data.jobs.worker_pool import CRASHED
-from vjepa_jax.data.sources.mixture import Mixture
+from vjepa_jax.data.sources.records import Mixture
 
 # Why a video is quarantined: processes died of it, or never came back from it.
 HUNG = "hung"

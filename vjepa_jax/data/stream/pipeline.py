@@ -19,7 +19,7 @@ import numpy as np
 
 from vjepa_jax.base.errors import UserError
 from vjepa_jax.data.clips import reader
-from vjepa_jax.data.sources.mixture import Mixture
+from vjepa_jax.data.sources.records import Mixture
 from vjepa_jax.data.stream.bad_videos import CODES, BadVideos
 from vjepa_jax.data.stream.reading import (
     Batch,

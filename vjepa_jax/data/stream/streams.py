@@ -8,9 +8,8 @@ from collections.abc import Iterator, Mapping
 from vjepa_jax.config import saved
 from vjepa_jax.config.defaults import MAIN_STREAM, ConfigDict
 from vjepa_jax.data.clips.sampling import make_sampling
-from vjepa_jax.data.sources import factory
-from vjepa_jax.data.sources.mixture import Mixture
-from vjepa_jax.data.sources.records import digest_of
+from vjepa_jax.data.sources.open import open_mixture
+from vjepa_jax.data.sources.records import Mixture, digest_of
 from vjepa_jax.data.stream import pipeline
 from vjepa_jax.data.stream.pipeline import TrainIterator
 from vjepa_jax.data.stream.reading import Batch, Reading
@@ -52,7 +51,7 @@ def open_sources(config: ConfigDict) -> dict[str, Mixture]:
       UserError: a source cannot be opened, or has nothing in it.
     """
     return {
-        name: Mixture(factory.open_sources(clip.path, clip.mix_weights))
+        name: open_mixture(clip.path, clip.mix_weights)
         for name, clip in _clips(config).items()
     }
 
@@ -72,7 +71,7 @@ def fingerprint(config: ConfigDict, opened: Mapping[str, Mixture]) -> str:
             for key in ("path", "masks", "weight"):
                 del of_stream[key]
             settings |= of_stream
-        parts.append(factory.fingerprint(source, **settings))
+        parts.append(source.fingerprint(**settings))
     return digest_of(part.encode() for part in parts)
 
 

@@ -22,7 +22,7 @@ from sklearn.metrics import accuracy_score, recall_score
 from vjepa_jax.base.errors import UserError
 from vjepa_jax.config.defaults import ConfigDict
 from vjepa_jax.data.clips.sampling import Sampling
-from vjepa_jax.data.sources.subset import hold_out
+from vjepa_jax.data.sources.records import hold_out
 from vjepa_jax.evals import classification, settings
 from vjepa_jax.evals.anticipation.epic_kitchens import (
     ANCHORS,

@@ -15,7 +15,7 @@ import numpy as np
 
 from vjepa_jax.base.errors import UserError
 from vjepa_jax.data.clips import reader
-from vjepa_jax.data.sources import factory
+from vjepa_jax.data.sources.open import open_source
 from vjepa_jax.world import render
 
 # Its 16 properties in the order of the reference evaluation.
@@ -110,7 +110,7 @@ def _world(root: pathlib.Path, lists: pathlib.Path) -> list[Group]:
             f"{truth_path} is missing: render a world with world.physics_pairs "
             "(python -m vjepa_jax.prepare --config=...)"
         )
-    source = factory.open_source(str(root / f"{render.PHYSICS}.csv"))
+    source = open_source(str(root / f"{render.PHYSICS}.csv"))
     paths = [pathlib.Path(source.path_of(i)) for i in range(len(source))]
     with np.load(truth_path) as truth:
         rows = zip(paths, truth["property"], truth["possible"], strict=True)

@@ -8,7 +8,7 @@ import numpy as np
 from vjepa_jax.base.errors import UserError
 from vjepa_jax.config.defaults import ConfigDict
 from vjepa_jax.data.clips import label_images
-from vjepa_jax.data.sources.subset import evenly_spread
+from vjepa_jax.data.sources.records import evenly_spread
 from vjepa_jax.evals.frozen import FrozenModel
 from vjepa_jax.evals.segmentation.pairs import Pair, frames_around, hold_out, open_pairs
 from vjepa_jax.evals.tokens.frame_features import FrameEncoder

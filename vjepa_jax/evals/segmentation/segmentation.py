@@ -20,7 +20,7 @@ from sklearn.preprocessing import StandardScaler
 from vjepa_jax.base.errors import UserError
 from vjepa_jax.config.defaults import ConfigDict
 from vjepa_jax.data.clips import label_images
-from vjepa_jax.data.sources.subset import evenly_spread
+from vjepa_jax.data.sources.records import evenly_spread
 from vjepa_jax.evals import settings
 from vjepa_jax.evals.classification import epochs_order, make_schedules
 from vjepa_jax.evals.frozen import FrozenModel, random_init

@@ -11,9 +11,8 @@ import numpy as np
 
 from vjepa_jax.base.errors import UserError
 from vjepa_jax.config.defaults import ConfigDict
-from vjepa_jax.data.sources import factory
-from vjepa_jax.data.sources.mixture import Mixture
-from vjepa_jax.data.sources.records import Joined, Source
+from vjepa_jax.data.sources.open import open_mixture
+from vjepa_jax.data.sources.records import Joined, Mixture, Source
 from vjepa_jax.data.stream import pipeline, streams
 from vjepa_jax.data.stream.read_all import read_all
 from vjepa_jax.data.stream.reading import Reading
@@ -258,7 +257,7 @@ def open_source(config: ConfigDict, key: str) -> Source:
             f"config.data.{key} is not set: give a list file with one 'path label' per "
             "line, or what else data.path of a run may be"
         )
-    parts = [source for source, _ in factory.open_sources(path)]
+    parts = open_mixture(path).sources
     return parts[0] if len(parts) == 1 else Joined(parts)
 
 

@@ -21,7 +21,7 @@ from vjepa_jax.config.defaults import ConfigDict
 from vjepa_jax.data.clips import label_images
 from vjepa_jax.data.sources import davis
 from vjepa_jax.data.sources.davis import MaskedVideo
-from vjepa_jax.data.sources.subset import evenly_spread
+from vjepa_jax.data.sources.records import evenly_spread
 from vjepa_jax.evals import settings
 from vjepa_jax.evals.frozen import FrozenModel, random_init
 from vjepa_jax.evals.tokens.frame_features import FrameEncoder

@@ -1,21 +1,21 @@
-"""Where the videos come from: `data.path` opened as a random-access source.
+"""Open `data.path` as a random-access source.
 
 | `data.path` | opens |
 |---|---|
 | a text file | a list of `path label` lines (`file_lists`) |
-| a `.npy` file | a list of paths (`file_lists`) |
+| a `.npy` file | an array of paths (`file_lists`) |
 | a folder | the videos and images in it (`file_lists`) |
 | a folder of prepared shards | their records (`shards`) |
 | `tfds:NAME:SPLIT[@DIR]` | a prepared TFDS dataset (`tfds_source`) |
-| several of these, with commas between | a mixture |
+| several of these, separated by commas | a mixture |
 
 Files, folders and the entries of lists may be remote (`gs://`).
 """
 
-import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from etils import epath
 
@@ -23,44 +23,35 @@ from vjepa_jax.base.errors import UserError
 from vjepa_jax.base.files import is_remote
 from vjepa_jax.data.sources import shards, tfds_source
 from vjepa_jax.data.sources.file_lists import MEDIA_SUFFIXES, VideoList
-from vjepa_jax.data.sources.records import Record, Source, digest_of
+from vjepa_jax.data.sources.records import Mixture, Source
 
-__all__ = [
-    "Record",
-    "Source",
-    "VideoList",
-    "fingerprint",
-    "open_source",
-    "open_sources",
-]
+_MAX_FILES_CHECKED = 1000
+_MAX_REMOTE_FILES_CHECKED = 20
 
-_MAX_FILES_LOOKED_AT = 1000
-_MAX_REMOTE_FILES_LOOKED_AT = 20
+T = TypeVar("T")
 
 
-def open_sources(
-    path: str, weights: Sequence[float] = ()
-) -> list[tuple[Source, float]]:
-    """Opens one source or a mixture, written with commas between the paths.
+def open_mixture(path: str, weights: Sequence[float] = ()) -> Mixture:
+    """Open one source, or several separated by commas.
 
-    A path that exists as it stands is one source, whatever commas are in it.
+    If the whole path exists, it is one source, even if it contains commas.
 
     Args:
       path: `data.path`.
-      weights: expected share of the samples for each source, positive, in any unit;
-        empty to draw every record equally often, which is by length.
+      weights: expected share of the samples of each source, positive, in any unit;
+        empty: each source's number of records.
 
     Returns:
-      Sources and their weights, which sum to 1.
+      The sources with weights that sum to 1.
 
     Raises:
       UserError: a source cannot be opened, or the weights do not fit.
     """
-    one = "," not in path or _exists(path)
-    paths = [path] if one else [part.strip() for part in path.split(",")]
-    if not one and not all(paths):
+    is_one = "," not in path or _exists(path)
+    paths = [path] if is_one else [part.strip() for part in path.split(",")]
+    if not is_one and not all(paths):
         raise UserError(f"data.path {path!r} has nothing between two commas")
-    opened = [open_source(part) for part in paths]
+    sources = [open_source(part) for part in paths]
     if len(weights) not in (0, len(paths)):
         raise UserError(
             f"data.mix_weights has {len(weights)} numbers but data.path names "
@@ -70,22 +61,24 @@ def open_sources(
     for weight in weights:
         if not 0 < weight < math.inf:
             raise UserError(
-                f"data.mix_weights must be positive numbers, not {weight}: leave a "
-                "source out of data.path that should not be drawn"
+                f"data.mix_weights must be positive numbers, not {weight}: remove a "
+                "source from data.path if it should not be drawn"
             )
-    weights = weights or [len(source) for source in opened]
+    weights = weights or [len(source) for source in sources]
     total = sum(weights)
-    return [(s, float(w / total)) for s, w in zip(opened, weights, strict=True)]
+    return Mixture(
+        [(s, float(w / total)) for s, w in zip(sources, weights, strict=True)]
+    )
 
 
 def open_source(path: str) -> Source:
-    """Opens what one path names and checks that there is something in it.
+    """Open one source and check that it is not empty.
 
-    Of a list, up to 1000 evenly spaced files are looked for, 20 if remote, to notice a
-    wrong folder before the first step.
+    Up to 1000 evenly spaced files of a list, or 20 remote ones, are looked for, to
+    notice a wrong folder before the first step.
 
     Raises:
-      UserError: nothing is there, or nothing that could be trained on.
+      UserError: the path does not exist, or holds nothing to train on.
     """
     if not path:
         raise UserError(
@@ -107,7 +100,7 @@ def open_source(path: str) -> Source:
         raise UserError(f"data.path {path!r} is a single shard; give its folder")
     is_array = path.lower().endswith(".npy")
     read = VideoList.from_array_file if is_array else VideoList.from_list_file
-    source = _asked(path, read)
+    source = _with_storage_errors(path, read)
     if not len(source):
         raise UserError(f"list file {path!r} has no entries")
     _check_that_files_exist(source)
@@ -117,7 +110,7 @@ def open_source(path: str) -> Source:
 def _open_folder(path: str) -> Source:
     if shards.is_shard_folder(path):
         return shards.ShardSource(path)
-    source = _asked(path, VideoList.from_folder)
+    source = _with_storage_errors(path, VideoList.from_folder)
     if not len(source):
         raise UserError(
             f"no videos or images in folder {path!r} or below; known suffixes: "
@@ -129,28 +122,28 @@ def _open_folder(path: str) -> Source:
 def _exists(path: str) -> bool:
     if not is_remote(path):
         return os.path.exists(path)
-    return _asked(path, lambda path: epath.Path(path).exists())
+    return _with_storage_errors(path, lambda path: epath.Path(path).exists())
 
 
 def _is_folder(path: str) -> bool:
     if not is_remote(path):
         return os.path.isdir(path)
-    return _asked(path, lambda path: epath.Path(path).is_dir())
+    return _with_storage_errors(path, lambda path: epath.Path(path).is_dir())
 
 
-def _asked(path: str, question):
-    """Puts what a file system or a remote store says about a path into one line."""
+def _with_storage_errors(path: str, read: Callable[[str], T]) -> T:
+    """Return `read(path)`; put an error of the storage into one line."""
     try:
-        return question(path)
+        return read(path)
     except UserError:
         raise
-    except Exception as error:  # the clients' errors have no base in common
+    except Exception as error:  # the errors of stores' clients have no common base
         if not is_remote(path) and not isinstance(error, OSError):
             raise
         if isinstance(error, ImportError):
             raise UserError(
-                f"{path!r} needs a client of its store ({error}); for gs:// it comes "
-                "with pip install 'vjepa_jax[gcs]'"
+                f"{path!r} needs a client of its store ({error}); for gs:// run "
+                "pip install 'vjepa_jax[gcs]'"
             ) from error
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         reason = reason or type(error).__name__
@@ -158,31 +151,15 @@ def _asked(path: str, question):
 
 
 def _check_that_files_exist(source: VideoList) -> None:
-    limit = (
-        _MAX_REMOTE_FILES_LOOKED_AT
-        if is_remote(source.path_of(0))
-        else _MAX_FILES_LOOKED_AT
-    )
-    num_looked_at = min(len(source), limit)
-    for i in range(num_looked_at):
-        if _exists(source.path_of(i * len(source) // num_looked_at)):
+    limit = _MAX_FILES_CHECKED
+    if is_remote(source.path_of(0)):
+        limit = _MAX_REMOTE_FILES_CHECKED
+    num_checked = min(len(source), limit)
+    for i in range(num_checked):
+        if _exists(source.path_of(i * len(source) // num_checked)):
             return
     raise UserError(
-        f"none of the {num_looked_at} files looked at of {source.name!r} exist, the "
+        f"none of the {num_checked} files looked for of {source.name!r} exist, the "
         f"first being {source.path_of(0)!r}; relative paths are resolved against the "
-        f"list's folder {source.root!r}: mend the paths or move the list"
+        f"list's folder {source.root!r}: fix the paths or move the list"
     )
-
-
-def fingerprint(source: Source, **sampling) -> str:
-    """Identifies a data stream, for the checkpoint to notice that it has changed.
-
-    Args:
-      source: the videos; a moved copy counts as the same.
-      **sampling: whatever else the stream depends on; JSON values and tuples.
-
-    Returns:
-      SHA-256 of the source's digest and of the sampling, in hexadecimal digits.
-    """
-    settings = json.dumps(sampling, sort_keys=True)
-    return digest_of((source.digest().encode(), settings.encode()))
