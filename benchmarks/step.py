@@ -29,7 +29,6 @@ from vjepa_jax.base.host_memory import keep_freed_memory
 from vjepa_jax.config import defaults, rules
 from vjepa_jax.parallel import sharding
 from vjepa_jax.program import build, compilation, flops
-from vjepa_jax.program.program import make_program
 
 
 def make_config(options: argparse.Namespace, size: str):
@@ -56,12 +55,12 @@ class Ours:
     def __init__(self, config):
         """Compiles."""
         self.mesh = sharding.make_mesh(**config.mesh)
-        self.program = make_program(config, self.mesh)
+        self.program = build.make_program(config, self.mesh)
         with sharding.use(self.mesh):
             lowered = self.program.lower()
             self.step, self.compile_secs = compilation.compile_step(lowered)
             self.state = self.program.make_state()
-        shape = build.video_shapes(config)[defaults.MAIN_STREAM]
+        shape = self.program.video_shapes[defaults.MAIN_STREAM]
         video = np.random.default_rng(0).integers(
             0, 256, (config.batch_size, *shape), dtype=np.uint8
         )
@@ -83,13 +82,13 @@ class Peer:
     def __init__(self, ours: Ours):
         """Starts the process."""
         program, config = ours.program, ours.program.config
-        shape = build.video_shapes(config)[defaults.MAIN_STREAM]
-        masks = program.streams[defaults.MAIN_STREAM].masks.values()
+        shape = program.video_shapes[defaults.MAIN_STREAM]
+        masks = program.objective.streams[defaults.MAIN_STREAM].masks.values()
         arguments = (
-            _size(program.encoder),
-            _size(program.predictor),
+            _size(program.objective.encoder),
+            _size(program.objective.predictor),
             shape[:3],
-            program.encoder.grid(shape),
+            program.grids[defaults.MAIN_STREAM],
             [(m.num_context, m.num_target) for m in masks],
             config.batch_size,
             config.model.dtype,
@@ -176,7 +175,7 @@ def main() -> None:
         for peer in peers:
             peer.close()
         seconds = statistics.median(times[0])
-        rate = ours.program.step_flops() / seconds
+        rate = ours.program.step_flops / seconds
         cells = [
             size,
             f"{seconds:.3f} ({min(times[0]):.3f})",

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from vjepa_jax.evals import frozen
-from vjepa_jax.objective.step import Objective, make_loss_fn, sample_masks
+from vjepa_jax.objective.masked import LossTerms, MaskedObjective
 from vjepa_jax.program import build
 from vjepa_jax.world import motion
 from vjepa_jax.world.scenes import World
@@ -29,26 +29,26 @@ def losses(model: frozen.FrozenModel, batches: int) -> dict[str, np.ndarray]:
     """Return {type: the loss of each batch}."""
     (stream,) = streams = build.make_streams(model.config, model.encoder)
     looks = World(size=model.video_shape[1], num_frames=model.video_shape[0])
-    functions = {
-        name: jax.jit(
-            make_loss_fn(
-                model.encoder,
-                model.predictor,
-                streams,
-                Objective(**model.config.objective),
-                target_dtype=name,
-            )
+    objectives = {
+        name: MaskedObjective(
+            model.encoder,
+            model.predictor,
+            streams,
+            LossTerms(**model.config.objective),
+            target_dtype=name,
         )
         for name in TYPES
     }
+    functions = {name: jax.jit(o.loss) for name, o in objectives.items()}
     found = {name: [] for name in TYPES}
     for batch in range(batches):
         numbers = range(BATCH * batch, BATCH * (batch + 1))
         clips = np.stack([motion.make_clip(looks, SEED, i).video for i in numbers])
         videos = {stream: clips}
-        masks = sample_masks(jax.random.key(batch), videos, streams, model.encoder)
+        masks = objectives[""].sample(jax.random.key(batch), videos)
         for name, function in functions.items():
-            total, _ = function(model.params, model.params["target"], videos, masks, 0)
+            target = model.params["target"]
+            total, _ = function(model.params, target, videos, masks, None, 0)
             found[name].append(float(total))
     return {name: np.array(values) for name, values in found.items()}
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from step_setup import one_device
 
 from vjepa_jax.base.errors import UserError
 from vjepa_jax.config import smoke
@@ -22,7 +23,6 @@ from vjepa_jax.config.defaults import get_config
 from vjepa_jax.config.rules import validate
 from vjepa_jax.models import registry
 from vjepa_jax.objective.state import abstract_state, make_init
-from vjepa_jax.objective.step import Objective, make_loss_fn, make_train_step
 from vjepa_jax.parallel import sharding
 from vjepa_jax.program import build, flops
 
@@ -109,8 +109,9 @@ def _tree(model_json: str):
     config = get_config()
     with config.unlocked():
         config.model.update(json.loads(model_json))
-    encoder, predictor = build.make_models(config)
-    init = make_init(encoder, predictor, build.make_optimizer(config), (2, 16, 16, 3))
+    objective = build.make_objective(config)
+    clips = {"video": jax.ShapeDtypeStruct((1, 2, 16, 16, 3), "uint8")}
+    init = make_init(objective, build.make_optimizer(config), clips)
     mesh = sharding.make_mesh(**config_of(NAMES[0]).mesh)
     return abstract_state(init), sharding.state_shardings(init, mesh)
 
@@ -210,9 +211,9 @@ def test_student_learns_from_a_larger_teacher():
     teacher = build.make_teacher(config, trained, encoder, predictor)
     assert (teacher.depth, teacher.num_levels, teacher.out_dim) == (48, 1, 1664)
     assert (encoder.out_dim, predictor.out_dim) == (768, 1664)
-    streams = build.make_streams(config, encoder)
-    objective = Objective(**config.objective)
-    loss_fn = make_loss_fn(encoder, predictor, streams, objective, teacher)
+    objective = build.make_objective(config, trained)
+    assert (objective.encoder, objective.teacher) == (encoder, teacher)
+    streams = objective.streams
     shapes, masks, batch = build.video_shapes(config), {}, {}
     for name, stream in streams.items():
         batch[name] = jax.ShapeDtypeStruct((2, *shapes[name]), jnp.uint8)
@@ -227,7 +228,12 @@ def test_student_learns_from_a_larger_teacher():
         tree_of(f"vjepa2_1:{name}")[0].params for name in ("vitb16", "vitG16")
     )
     loss, metrics = jax.eval_shape(
-        loss_fn, params, target["encoder"], batch, masks, jnp.zeros((), jnp.int32)
+        functools.partial(objective.loss, key=None),
+        params,
+        target["encoder"],
+        batch,
+        masks,
+        step=jnp.zeros((), jnp.int32),
     )
     assert loss.shape == () and "train/context_term" in metrics
 
@@ -360,31 +366,20 @@ def _two_steps(config_json: str):
     config = get_config()
     with config.unlocked():
         config.update(_with_tuples(json.loads(config_json)))
-    encoder, predictor = build.make_models(config)
-    tx, shapes = build.make_optimizer(config), build.video_shapes(config)
-    init = make_init(encoder, predictor, tx, shapes[build.MAIN_STREAM])
-    step = make_train_step(
-        encoder,
-        predictor,
-        tx,
-        build.make_schedules(config),
-        build.make_streams(config, encoder),
-        Objective(**config.objective),
-        config.seed,
-    )
+    program = build.make_program(config, one_device())
     rng = np.random.default_rng(0)
-    sizes = build.batch_sizes(config)
     batch = {
-        name: rng.integers(0, 256, (sizes[name], *shape), np.uint8)
-        for name, shape in shapes.items()
+        name: rng.integers(0, 256, clips.shape, np.uint8)
+        for name, clips in program.batch.items()
     }
     # The time of this test is the compiler's: spare it the start and its best work.
-    state = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), abstract_state(init))
+    state = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), program.state)
     params = jax.tree.map(
         lambda x: rng.normal(0, 0.1, x.shape).astype(x.dtype), state.params
     )
     state = before = state.replace(params=params, target=params["encoder"])
-    step = jax.jit(step, compiler_options={"xla_backend_optimization_level": 0})
+    options = {"xla_backend_optimization_level": 0}
+    step = jax.jit(program.train_step, compiler_options=options)
     metrics = []
     for _ in range(config.total_steps):
         state, values = step(state, batch)

@@ -56,9 +56,8 @@ def flops_per_clip(config: ConfigDict) -> float:
     # It brings JAX, which the workers, who import this module, do without.
     from vjepa_jax.program import build
 
-    encoder, predictor = build.make_models(config)
-    streams = build.make_streams(config, encoder)
-    return build.step_flops(config, encoder, predictor, streams) / config.batch_size
+    objective = build.make_objective(config)
+    return build.step_flops(config, objective) / config.batch_size
 
 
 def _need(config: ConfigDict, rate: float) -> Iterator[str]:

@@ -25,7 +25,6 @@ from vjepa_jax.config.defaults import ConfigDict
 from vjepa_jax.config.flags import define_config_flag
 from vjepa_jax.parallel import sharding
 from vjepa_jax.program import build, compilation, hlo, step_report, topologies
-from vjepa_jax.program.program import make_program
 from vjepa_jax.run import cli
 
 EXIT_DOES_NOT_FIT = 1
@@ -51,7 +50,7 @@ def check(
       UserError: the config contradicts itself or does not fit the number of devices.
     """
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
-    program = make_program(config, mesh, trained)
+    program = build.make_program(config, mesh, trained)
     report = step_report.describe(program, fast)
     before = jax.config.jax_optimization_level
     try:

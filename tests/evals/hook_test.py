@@ -23,7 +23,7 @@ from vjepa_jax.base.errors import UserError
 from vjepa_jax.config.defaults import evaluation, get_config
 from vjepa_jax.evals import frozen, hook, registry
 from vjepa_jax.run import checkpoint, metrics
-from vjepa_jax.run.watchdog import Watchdog
+from vjepa_jax.run.watch import Watchdog
 from vjepa_jax.train import train_and_evaluate
 
 ROOT = pathlib.Path(__file__).parents[2]

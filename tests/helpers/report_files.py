@@ -10,7 +10,7 @@ import video_files
 from vjepa_jax.config.defaults import get_config, mask
 from vjepa_jax.objective.state import unbox
 from vjepa_jax.program import build
-from vjepa_jax.run import checkpoint, environment
+from vjepa_jax.run import checkpoint, workdirs
 from vjepa_jax.world.motion import CLASSES
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'"
@@ -126,7 +126,7 @@ def make_run(workdir, data_path, is_world=True, scale=1.0, seed=0):
     (workdir / "config.json").write_text(json.dumps(config.to_dict()))
     write_checkpoint(workdir, config, seed)
     write_metrics(workdir, scale)
-    environment.note_start(workdir, 0)
+    workdirs.log_start(workdir, 0)
     write_results(workdir)
     bad = [
         {"path": f"/a/{HOSTILE}{i}.mp4", "reason": "empty", "step": i} for i in (1, 2)

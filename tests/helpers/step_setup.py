@@ -10,9 +10,10 @@ import numpy as np
 from vjepa_jax.models.encoder import VideoEncoder
 from vjepa_jax.models.predictor import Predictor
 from vjepa_jax.objective import optim
+from vjepa_jax.objective.masked import LossTerms, MaskedObjective, Stream
 from vjepa_jax.objective.masking import MaskSpec
 from vjepa_jax.objective.state import abstract_state, make_init
-from vjepa_jax.objective.step import Objective, Stream, make_loss_fn, make_train_step
+from vjepa_jax.objective.step import make_train_step
 from vjepa_jax.program import build
 
 STEPS = 200  # length of the schedules
@@ -22,19 +23,25 @@ MASKS = {
     "long": MaskSpec(4, 18, num_blocks=1, spatial_scale=(0.7, 0.7)),
 }
 STREAMS = {"video": Stream(MASKS)}
-REGULARISED = Objective(variance_weight=0.1, covariance_weight=0.01)
+REGULARISED = LossTerms(variance_weight=0.1, covariance_weight=0.01)
 
 
 def abstract_of(config):
     """Return the state of a config's run as shapes, all of it on the first device."""
-    encoder, predictor = build.make_models(config)
-    shape = build.video_shapes(config)[build.MAIN_STREAM]
-    init = make_init(encoder, predictor, build.make_optimizer(config), shape)
+    clips = batch_of(1, build.video_shapes(config)[build.MAIN_STREAM])
+    objective = build.make_objective(config)
+    init = make_init(objective, build.make_optimizer(config), clips)
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one),
         abstract_state(init),
     )
+
+
+def make_init_of(encoder, predictor, tx, shape, spike_window=0):
+    """Make `init` of the state of a run with these models."""
+    objective = MaskedObjective(encoder, predictor, {})
+    return make_init(objective, tx, batch_of(1, shape), spike_window)
 
 
 class Setup:
@@ -43,7 +50,7 @@ class Setup:
     def __init__(
         self,
         streams=STREAMS,
-        objective=REGULARISED,
+        terms=REGULARISED,
         scan_layers=True,
         accumulate_steps=1,
         eps=1e-8,
@@ -67,21 +74,26 @@ class Setup:
         self.tx = optim.make_optimizer(
             self.schedules["learning_rate"], self.schedules["weight_decay"], eps=eps
         )
-        self.loss_fn = make_loss_fn(
-            self.encoder, self.predictor, streams, objective, teacher
-        )
-        self.init = make_init(self.encoder, self.predictor, self.tx, SHAPE)
-        self.step = make_train_step(
+        self.objective = MaskedObjective(
             self.encoder,
             self.predictor,
-            self.tx,
-            self.schedules,
             streams,
-            objective,
-            seed=5,
-            accumulate_steps=accumulate_steps,
+            terms,
+            ema_momentum=self.schedules["ema_momentum"],
             teacher=teacher,
         )
+        self.init = make_init(self.objective, self.tx, batch_of(1))
+        self.step = make_train_step(
+            self.objective,
+            self.tx,
+            self.schedules,
+            seed=5,
+            accumulate_steps=accumulate_steps,
+        )
+
+    def loss_fn(self, params, target, batch, masks, step):
+        """Compute the loss with given masks."""
+        return self.objective.loss(params, target, batch, masks, None, step)
 
     @functools.cached_property
     def initial_state(self):
@@ -118,6 +130,11 @@ def copy_to_host(tree):
 
 def videos(rng, batch, shape=SHAPE):
     return rng.integers(0, 256, (batch, *shape), dtype=np.uint8)
+
+
+def batch_of(batch, shape=SHAPE):
+    """Return a global batch of clips as shapes."""
+    return {"video": jax.ShapeDtypeStruct((batch, *shape), jnp.uint8)}
 
 
 def as_batch(video):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from step_setup import make_init_of
 
 from vjepa_jax.models import layers, registry
 from vjepa_jax.models.attention.dispatch import attention
@@ -14,14 +15,14 @@ from vjepa_jax.models.encoder import VideoEncoder
 from vjepa_jax.models.heads import AttentiveClassifier
 from vjepa_jax.models.predictor import Predictor
 from vjepa_jax.objective import losses, optim
-from vjepa_jax.objective.state import abstract_state, make_init
+from vjepa_jax.objective.state import abstract_state
 from vjepa_jax.parallel import sharding
 
 
 def make_state_init(tx):
     encoder = VideoEncoder(2, 24, num_heads=2, mlp_dim=40, patch_size=4)
     predictor = Predictor(2, 16, num_heads=2, mlp_dim=32, out_dim=24)
-    return make_init(encoder, predictor, tx, (2, 8, 8, 3))
+    return make_init_of(encoder, predictor, tx, (2, 8, 8, 3))
 
 
 def named_leaves(tree):

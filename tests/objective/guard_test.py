@@ -7,13 +7,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from step_setup import Setup, as_batch, copy_to_host, one_device, videos
+from step_setup import batch_of as shapes_of
 
 from vjepa_jax.objective import optim
-from vjepa_jax.objective import step as train_step
+from vjepa_jax.objective.masked import LossTerms
 from vjepa_jax.objective.state import Guard, TrainState, make_init
-from vjepa_jax.objective.step import Objective, SpikeGuard, make_train_step
+from vjepa_jax.objective.step import SpikeGuard, make_train_step
 from vjepa_jax.parallel import sharding
 
 BATCH = 8
@@ -24,21 +26,26 @@ SCHEDULES = {
 }
 
 
-def injected_loss(params, target, batch, masks, step):
-    """Return a loss and a gradient that the batch says."""
-    del target, masks, step
-    loss, slope = batch["video"]["loss"].mean(), batch["video"]["slope"].mean()
-    value = sum(tree["w"].sum() for tree in params.values()) * slope
-    return value, {"train/total_loss": loss}
+class Injected:
+    """An objective whose loss and gradient are in the batch."""
+
+    def sample(self, key, batch):
+        return {}
+
+    def loss(self, params, target, batch, sampled, key, step):
+        loss, slope = batch["loss"].mean(), batch["slope"].mean()
+        value = sum(tree["w"].sum() for tree in params.values()) * slope
+        return value, {"train/total_loss": loss}
+
+    def update_target(self, params, target, step):
+        momentum = SCHEDULES["ema_momentum"](step)
+        return optax.incremental_update(params["encoder"], target, 1 - momentum)
 
 
-def make_toy(monkeypatch, spike_guard=None):
+def make_toy(spike_guard=None):
     """Make a step of the injected loss, and its state before the first one."""
-    monkeypatch.setattr(train_step, "make_loss_fn", lambda *_: injected_loss)
     tx = optim.make_optimizer(SCHEDULES["learning_rate"], SCHEDULES["weight_decay"])
-    step = make_train_step(
-        None, None, tx, SCHEDULES, {}, Objective(), 0, spike_guard=spike_guard
-    )
+    step = make_train_step(Injected(), tx, SCHEDULES, 0, spike_guard=spike_guard)
     params = {"encoder": {"w": jnp.arange(1.0, 4)}, "predictor": {"w": jnp.ones(2)}}
     window = spike_guard.window if spike_guard else 1
     zero = jnp.zeros((), jnp.int32)
@@ -56,7 +63,7 @@ def batch_of(loss, slope=1.0):
     """Spread a loss and a slope over a batch whose mean they are."""
     noise = np.linspace(-1, 1, BATCH) * 0.1
     values = {"loss": loss + noise, "slope": slope + noise}
-    return {"video": {k: v.astype(np.float32) for k, v in values.items()}}
+    return {k: v.astype(np.float32) for k, v in values.items()}
 
 
 def changes(state):
@@ -78,8 +85,8 @@ NOT_FINITE = [
 ]
 
 
-def test_updates_that_are_not_finite_are_skipped(monkeypatch):
-    step, state = make_toy(monkeypatch)
+def test_updates_that_are_not_finite_are_skipped():
+    step, state = make_toy()
     state, _ = step(state, batch_of(1.0))
     before = changes(copy_to_host(state))
     for count, (loss, slope) in enumerate(NOT_FINITE, start=1):
@@ -108,7 +115,7 @@ def test_updates_that_are_not_finite_are_skipped(monkeypatch):
 
 def test_a_model_that_is_not_finite_is_left_as_it_is(rng):
     """The same with a real model, one of whose weights is not a number."""
-    setup = Setup(encoder={"depth": 1}, objective=Objective())
+    setup = Setup(encoder={"depth": 1}, terms=LossTerms())
     state = setup.random_state(rng)
     poisoned = state.params["encoder"]["norm"]["scale"].copy()
     poisoned[3] = np.nan
@@ -170,7 +177,7 @@ def test_spikes_are_those_of_the_plain_rule_and_do_not_enter_the_window(
     monkeypatch, rng
 ):
     window, deviations = 5, 2.5
-    step, state = make_toy(monkeypatch, SpikeGuard(window, deviations))
+    step, state = make_toy(SpikeGuard(window, deviations))
     losses = spiky_losses(rng, 60, window, deviations)
     expected = decide(losses, window, deviations)
     taken, state = run(step, state, losses)
@@ -182,18 +189,18 @@ def test_spikes_are_those_of_the_plain_rule_and_do_not_enter_the_window(
     assert expected[:first] == np.isfinite(losses[:first]).tolist()
 
 
-def test_without_a_guard_no_loss_is_too_large(monkeypatch):
-    step, state = make_toy(monkeypatch)
+def test_without_a_guard_no_loss_is_too_large():
+    step, state = make_toy()
     taken, _ = run(step, state, [1.0, 1.0, 1.0, 1e6, 1.0])
     assert all(taken)
 
 
-def test_all_devices_decide_alike(monkeypatch, rng):
+def test_all_devices_decide_alike(rng):
     losses = spiky_losses(rng, 25, 3, 2.0)
     runs = []
     for mesh in (one_device(), sharding.make_mesh(4, 2)):
         with sharding.use(mesh):
-            step, state = make_toy(monkeypatch, SpikeGuard(3, 2.0))
+            step, state = make_toy(SpikeGuard(3, 2.0))
             state = jax.device_put(state, sharding.replicated(mesh))
             runs.append(run(step, state, losses, mesh))
     (taken, state), (again, spread) = runs
@@ -209,8 +216,7 @@ def test_all_devices_decide_alike(monkeypatch, rng):
 @pytest.mark.parametrize(("window", "remembered"), [(0, 1), (7, 7)])
 def test_a_new_state_has_skipped_nothing_and_holds_no_empty_array(window, remembered):
     setup = Setup()
-    shape = (4, 16, 16, 3)
-    init = make_init(setup.encoder, setup.predictor, setup.tx, shape, window)
+    init = make_init(setup.objective, setup.tx, shapes_of(1), window)
     state = nn.unbox(jax.eval_shape(init, jax.random.key(0)))
     assert state.guard.losses.shape == (remembered,)
     # Orbax stores none of them.

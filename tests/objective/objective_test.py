@@ -19,8 +19,8 @@ from step_setup import (
 from vjepa_jax.models.encoder import VideoEncoder, normalise
 from vjepa_jax.models.predictor import Predictor
 from vjepa_jax.objective import losses
+from vjepa_jax.objective.masked import LossTerms, MaskedObjective, Stream
 from vjepa_jax.objective.masking import MaskSpec
-from vjepa_jax.objective.step import Objective, Stream, make_loss_fn
 
 GRID = (2, 4, 4)
 SMALL = {"depth": 1, "width": 16, "mlp_dim": 32}
@@ -62,14 +62,14 @@ def distances(ctx_idx, tgt_idx, grid):
 
 
 def test_the_context_weight_rises_between_its_steps():
-    objective = Objective(context_weight=0.5, context_warmup=(10, 20))
+    terms = LossTerms(context_weight=0.5, context_warmup=(10, 20))
     steps = [0, 9, 10, 11, 15, 19, 20, 21, 1000]
-    factors = [float(objective.context_factor(step)) for step in steps]
+    factors = [float(terms.context_factor(step)) for step in steps]
     expected = [0, 0, 0, 0.05, 0.25, 0.45, 0.5, 0.5, 0.5]
     np.testing.assert_allclose(factors, expected, rtol=1e-6)
     # Without a warm-up it is there from the start, or from its step.
-    assert Objective(context_weight=0.5).context_factor(0) == 0.5
-    late = Objective(context_weight=0.5, context_warmup=(7, 7))
+    assert LossTerms(context_weight=0.5).context_factor(0) == 0.5
+    late = LossTerms(context_weight=0.5, context_warmup=(7, 7))
     assert [float(late.context_factor(step)) for step in (6, 7, 8)] == [0, 0.5, 0.5]
 
 
@@ -78,7 +78,7 @@ def test_the_context_weight_rises_between_its_steps():
 
 @pytest.mark.parametrize("context_distance", [True, False])
 def test_the_loss_is_the_weighted_sum_of_its_terms(context_distance, rng):
-    objective = Objective(
+    terms = LossTerms(
         exponent=2.0,
         context_weight=0.5,
         context_warmup=(10, 20),
@@ -88,7 +88,7 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(context_distance, rng):
         covariance_weight=0.01,
     )
     setup = Setup(
-        objective=objective,
+        terms=terms,
         encoder={"width": 16, "mlp_dim": 32, "levels": (0, 1)},
         predictor={"input_dim": 16, "predict_context": True, "num_mask_tokens": 2},
     )
@@ -144,7 +144,7 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(context_distance, rng):
 
 def test_pixels_are_predicted_tubelet_by_tubelet(rng):
     """Each hidden token's own pixels, normalised; the target encoder has no say."""
-    setup = Setup(objective=Objective(target="pixels"), predictor={"out_dim": 96})
+    setup = Setup(terms=LossTerms(target="pixels"), predictor={"out_dim": 96})
     state = setup.random_state(rng)
     video, masks = videos(rng, 3), fixed_masks(rng, 3)
     tokens = [
@@ -196,7 +196,7 @@ WITH_IMAGES = {
 
 
 def test_lengths_and_images_add_up_by_their_weights(rng):
-    setup = Setup(LENGTHS, Objective(), **WITH_IMAGES)
+    setup = Setup(LENGTHS, LossTerms(), **WITH_IMAGES)
     state = setup.random_state(rng)
     sizes = {"video": 3, "video_long": 2, "image": 4}
     batch = {k: videos(rng, n, SHAPES[k]) for k, n in sizes.items()}
@@ -213,14 +213,13 @@ def test_lengths_and_images_add_up_by_their_weights(rng):
     loss, metrics = setup.compiled_loss(state.params, state.target, batch, masks, 0)
     total = 0.0
     for name, stream in LENGTHS.items():
-        alone = make_loss_fn(
-            setup.encoder, setup.predictor, {name: stream}, Objective()
-        )
-        own, _ = jax.jit(alone)(
+        alone = MaskedObjective(setup.encoder, setup.predictor, {name: stream})
+        own, _ = jax.jit(alone.loss)(
             state.params,
             state.target,
             {name: batch[name]},
             {name: masks[name]},
+            None,
             0,
         )
         np.testing.assert_allclose(metrics[f"train/loss_of_{name}"], own, rtol=1e-5)
@@ -240,7 +239,7 @@ def test_streams_take_the_mask_tokens_that_they_name(monkeypatch, rng):
         seen.add((grid, ctx_idx.shape[1], mask_index, is_image))
         return jnp.zeros((*tgt_idx.shape, predictor.out_dim)), None
 
-    setup = Setup(LENGTHS, Objective(), **WITH_IMAGES)
+    setup = Setup(LENGTHS, LossTerms(), **WITH_IMAGES)
     state = setup.random_state(rng)
     monkeypatch.setattr(Predictor, "apply", record)
     batch = {k: videos(rng, 2, shape) for k, shape in SHAPES.items()}
@@ -262,7 +261,7 @@ def test_a_teacher_is_predicted_and_left_alone_while_the_target_follows(rng):
     )
     streams = {"video": Stream({"long": MASKS["long"]})}
     setup = Setup(
-        streams, Objective(), encoder=SMALL, predictor=NARROW, teacher=teacher
+        streams, LossTerms(), encoder=SMALL, predictor=NARROW, teacher=teacher
     )
     assert setup.predictor.out_dim == 24 and setup.encoder.out_dim == 16
     state = setup.random_state(rng)

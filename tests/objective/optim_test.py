@@ -10,11 +10,11 @@ import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from step_setup import make_init_of
 
 from vjepa_jax.models.encoder import VideoEncoder
 from vjepa_jax.models.predictor import Predictor
 from vjepa_jax.objective import optim
-from vjepa_jax.objective.state import make_init
 
 VALUES = st.floats(0, 10)
 
@@ -120,7 +120,7 @@ def test_constant_schedules_are_constant():
 def test_all_parameters_decay_but_biases_and_norm_scales():
     encoder = VideoEncoder(2, 24, 2, 48, patch_size=4)
     predictor = Predictor(2, 12, 2, 24, out_dim=24)
-    init = make_init(encoder, predictor, optax.identity(), (4, 8, 8, 3))
+    init = make_init_of(encoder, predictor, optax.identity(), (4, 8, 8, 3))
     params = nn.unbox(jax.eval_shape(init, jax.random.key(0))).params
     marked = jax.tree_util.tree_leaves_with_path(optim.decay_mask(params))
     shapes = [leaf.shape for leaf in jax.tree.leaves(params)]

@@ -1,5 +1,6 @@
 """One step computes the same on any mesh, moves the target by EMA alone, and learns."""
 
+import dataclasses
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -10,9 +11,7 @@ import pytest
 import video_files
 from step_setup import (
     MASKS,
-    REGULARISED,
     STEPS,
-    STREAMS,
     Setup,
     as_batch,
     copy_to_host,
@@ -22,11 +21,10 @@ from step_setup import (
 )
 
 from vjepa_jax.models.predictor import Predictor
-from vjepa_jax.objective import losses
-from vjepa_jax.objective import step as train_step
+from vjepa_jax.objective import losses, masked
+from vjepa_jax.objective.masked import LossTerms, Stream
 from vjepa_jax.objective.masking import MaskSpec
 from vjepa_jax.objective.state import TrainState
-from vjepa_jax.objective.step import Objective, Stream, make_loss_fn
 from vjepa_jax.parallel import sharding
 
 BATCH = 16
@@ -52,7 +50,7 @@ def run_on(mesh, clips, **kwargs):
     # Plain objective: the regularisers are not linear in the samples, so accumulation
     # changes them.
     streams = {"video": Stream({"short": MASKS["short"]})}
-    setup = Setup(streams, Objective(), eps=1e-3, **kwargs)
+    setup = Setup(streams, LossTerms(), eps=1e-3, **kwargs)
     shardings = sharding.state_shardings(setup.init, mesh)
     with sharding.use(mesh):
         state = jax.device_put(setup.initial_state, shardings)
@@ -220,11 +218,11 @@ def test_masks_depend_on_seed_and_step_and_share_their_box_shape(
     def record(key, shape_key, *_):
         seen.append([jax.random.key_data(k).tolist() for k in (key, shape_key)])
 
-    monkeypatch.setattr(train_step.masking, "sample", record)
+    monkeypatch.setattr(masked.masking, "sample", record)
     batch = as_batch(videos(rng, 2))
     for step in (0, 1, 0):
         key = jax.random.fold_in(jax.random.key(5), step)
-        train_step.sample_masks(key, batch, STREAMS, setup.encoder)
+        setup.objective.sample(key, batch)
     (short, long), (later, _), (again, _) = zip(seen[::2], seen[1::2], strict=True)
     assert short[1] == long[1] and short[0] != long[0]
     assert later[0] != short[0] and later[1] != short[1]
@@ -309,10 +307,8 @@ def test_a_tiny_run_learns_a_batch_without_collapse(setup):
 def test_a_target_in_8_bits_changes_the_loss_little(setup, target_dtype, rng):
     state, video = setup.random_state(rng), videos(rng, 4)
     masks = {"video": fixed_masks(rng, 4)}
-    args = state.params, state.target, as_batch(video), masks, 0
-    exact, _ = setup.compiled_loss(*args)
-    rounded = make_loss_fn(
-        setup.encoder, setup.predictor, STREAMS, REGULARISED, target_dtype=target_dtype
-    )
-    loss, _ = jax.jit(rounded)(*args)
+    args = state.params, state.target, as_batch(video), masks
+    exact, _ = setup.compiled_loss(*args, 0)
+    rounded = dataclasses.replace(setup.objective, target_dtype=target_dtype)
+    loss, _ = jax.jit(rounded.loss)(*args, None, 0)
     assert 0 < abs(float(loss) / float(exact) - 1) < 0.02

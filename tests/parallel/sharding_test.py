@@ -12,13 +12,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec
+from step_setup import make_init_of
 
 from vjepa_jax.base.errors import UserError
 from vjepa_jax.models import layers
 from vjepa_jax.models.encoder import VideoEncoder
 from vjepa_jax.models.predictor import Predictor
 from vjepa_jax.objective import optim
-from vjepa_jax.objective.state import abstract_state, make_init, unbox
+from vjepa_jax.objective.state import abstract_state, unbox
 from vjepa_jax.parallel import sharding
 
 VIDEO = (4, 8, 8, 3)
@@ -29,7 +30,7 @@ def init_of(width=32, predictor_width=16, pos_embed="rope"):
     encoder = VideoEncoder(2, width, mlp_dim=48, patch_size=4, **kwargs)
     predictor = Predictor(1, predictor_width, mlp_dim=24, out_dim=width, **kwargs)
     tx = optim.make_optimizer(lambda step: 1e-3, lambda step: 0.1, clip_norm=1.0)
-    return make_init(encoder, predictor, tx, VIDEO)
+    return make_init_of(encoder, predictor, tx, VIDEO)
 
 
 def by_name(tree):

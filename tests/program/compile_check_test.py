@@ -22,9 +22,8 @@ from vjepa_jax.base.errors import UserError
 from vjepa_jax.config import defaults, rules
 from vjepa_jax.config.defaults import mask, stream
 from vjepa_jax.parallel import sharding
-from vjepa_jax.program import compilation, hlo, step_report, topologies
+from vjepa_jax.program import build, compilation, hlo, step_report, topologies
 from vjepa_jax.program.hlo_text import Shape
-from vjepa_jax.program.program import make_program
 from vjepa_jax.run import cli
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -60,8 +59,8 @@ def report():
 
 def test_report_counts_what_the_step_costs(report):
     config = small_config()
-    program = make_program(config, sharding.make_mesh(2, 4))
-    assert report.model_flops == program.step_flops() / 8
+    program = build.make_program(config, sharding.make_mesh(2, 4))
+    assert report.model_flops == program.step_flops / 8
     # Beside the model's matmuls, those of the covariances, which are large here; and
     # blockwise attention computes scores twice.
     assert 1.0 < report.executed_flops / report.model_flops < 1.6
@@ -104,7 +103,7 @@ def test_collectives_of_activations_are_found(report):
     """Parameters and gradients travel as stacks, layers or parts of them."""
     config = small_config()
     config.model.encoder.size = "2x1024x16x4096"
-    program = make_program(config, sharding.make_mesh(2, 4))
+    program = build.make_program(config, sharding.make_mesh(2, 4))
     heads = (16, 64)
     collectives = [
         gathered("all-gather", (1, 1024, 4096)),

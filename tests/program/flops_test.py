@@ -145,9 +145,7 @@ def test_step_counts_the_clips_of_every_stream():
     config.model.image_embed = True
 
     def count():
-        encoder, predictor = build.make_models(config)
-        streams = build.make_streams(config, encoder)
-        return build.step_flops(config, encoder, predictor, streams)
+        return build.step_flops(config, build.make_objective(config))
 
     videos = count()
     with config.unlocked():

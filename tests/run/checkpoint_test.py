@@ -20,8 +20,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from vjepa_jax.base.errors import UserError
 from vjepa_jax.run import checkpoint
-from vjepa_jax.run.checkpoint import Checkpointer, restore_target
-from vjepa_jax.run.checkpoint_format import FORMAT_VERSION
+from vjepa_jax.run.checkpoint import FORMAT_VERSION, Checkpointer, restore_target
 
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2))
 DATA = {"step": 3, "fingerprint": "abc"}

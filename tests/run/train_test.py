@@ -22,7 +22,7 @@ from step_setup import abstract_of
 
 from vjepa_jax import train
 from vjepa_jax.config import saved as saved_config
-from vjepa_jax.run import checkpoint, cli, environment, metrics
+from vjepa_jax.run import checkpoint, cli, metrics, workdirs
 from vjepa_jax.world import render
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -202,7 +202,7 @@ def test_the_same_command_continues_a_broken_run(broken):
     assert f"resumed from step {broken.saved_step}" in broken.finished.stderr
     assert broken.finished.code == 0, broken.finished.stderr
     assert "Traceback" not in broken.finished.stderr
-    lines = (broken.workdir / environment.FILE).read_text().splitlines()
+    lines = (broken.workdir / workdirs.STARTS_FILE).read_text().splitlines()
     starts = [json.loads(line) for line in lines]
     assert starts[0]["step"] == 0 and starts[2]["step"] == broken.saved_step
     assert len(starts) == 3 and starts[0]["step"] < starts[1]["step"]

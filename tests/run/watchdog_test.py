@@ -6,8 +6,8 @@ import types
 
 import pytest
 
-from vjepa_jax.run import watchdog
-from vjepa_jax.run.watchdog import Watchdog
+from vjepa_jax.run import watch
+from vjepa_jax.run.watch import Watchdog
 
 
 def wait_until(condition, timeout_secs=30.0):
@@ -63,7 +63,7 @@ def test_a_step_puts_it_off(tmp_path, stream, monkeypatch):
         looks.append(now[0])
         return now[0]
 
-    monkeypatch.setattr(watchdog, "time", types.SimpleNamespace(monotonic=monotonic))
+    monkeypatch.setattr(watch, "time", types.SimpleNamespace(monotonic=monotonic))
     dog = Watchdog(str(tmp_path), 0.05, stream=stream)
     monkeypatch.setattr(dog, "_dump", dumps.append)
     with dog:

@@ -20,7 +20,7 @@ from vjepa_jax.models import registry
 from vjepa_jax.models.heads import AttentiveClassifier
 from vjepa_jax.models.layers import take_tokens
 from vjepa_jax.objective import losses, optim
-from vjepa_jax.objective.step import Objective, Stream, make_loss_fn
+from vjepa_jax.objective.masked import LossTerms, MaskedObjective, Stream
 from vjepa_jax.weights import rules as weights
 
 FOLDER = pathlib.Path(
@@ -171,12 +171,12 @@ def make_schedules(o):
     return rate, decay, optim.linear(*o["ema"], steps)
 
 
-def make_objective(meta):
+def make_terms(meta):
     weight = meta["lambda_context"] if meta["family"] == "vjepa2_1" else 0.0
     if meta.get("offset_context_loss"):
         # Distances are divided by the grid's side over 16, in whole numbers.
         assert meta["img_size"] // meta["patch_size"] // 16 == 1
-    return Objective(
+    return LossTerms(
         exponent=meta.get("loss_exp", 1.0),
         context_weight=weight,
         context_distance=meta.get("weight_distance_loss", False),
@@ -201,8 +201,8 @@ def check_training(golden, report):
         {str(j): None for j in range(num_masks)},
         mask_indices=mask_indices(meta, num_masks),
     )
-    objective = make_objective(meta)
-    loss_fn = make_loss_fn(encoder, predictor, {"video": stream}, objective)
+    terms = make_terms(meta)
+    objective = MaskedObjective(encoder, predictor, {"video": stream}, terms)
     check_forward(golden, encoder, predictor, params, target, report)
 
     rate, decay, momentum = make_schedules(meta["optimizer"])
@@ -213,8 +213,8 @@ def check_training(golden, report):
     @quick_jit
     def update(step, params, target, opt_state, clips, masks):
         batch = {"video": clips}
-        grads, metrics = jax.grad(loss_fn, has_aux=True)(
-            params, target, batch, {"video": masks}, step
+        grads, metrics = jax.grad(objective.loss, has_aux=True)(
+            params, target, batch, {"video": masks}, None, step
         )
         updates, opt_state = tx.update(grads, opt_state, params, step=step)
         params = optax.apply_updates(params, updates)

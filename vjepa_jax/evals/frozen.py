@@ -21,7 +21,7 @@ from vjepa_jax.objective import losses
 from vjepa_jax.objective.state import TrainState, unbox
 from vjepa_jax.parallel import sharding
 from vjepa_jax.program import build
-from vjepa_jax.program.program import Program
+from vjepa_jax.program.build import Program
 from vjepa_jax.run import checkpoint
 
 
@@ -282,21 +282,20 @@ def from_state(program: Program, state: TrainState) -> FrozenModel:
       state: between two updates.
     """
     config, mesh = program.config, program.mesh
-    video_shape = build.video_shapes(config)[MAIN_STREAM]
+    encoder, predictor = program.objective.encoder, program.objective.predictor
+    video_shape = program.video_shapes[MAIN_STREAM]
     params = {"target": state.target, **state.params}
     if mesh.is_multi_process:
         # Sharded if the run's weights are: they may not fit on one device.
         fsdp = 0 if mesh.shape["fsdp"] > 1 else 1
         mesh = sharding.make_mesh(fsdp=fsdp, devices=list(mesh.local_devices))
-        init = _make_init(program.encoder, program.predictor, video_shape)
+        init = _make_init(encoder, predictor, video_shape)
         shardings = sharding.state_shardings(init, mesh)
         # The host holds one complete array at a time.
         params = jax.tree.map(
             lambda x, s: jax.device_put(_to_host(x), s), params, shardings
         )
-    return FrozenModel(
-        program.encoder, program.predictor, params, config, video_shape, mesh
-    )
+    return FrozenModel(encoder, predictor, params, config, video_shape, mesh)
 
 
 def random_init(model: FrozenModel, seed: int) -> FrozenModel:

@@ -28,7 +28,7 @@ from vjepa_jax.evals.frozen import FrozenModel
 from vjepa_jax.objective.state import TrainState
 from vjepa_jax.parallel import distributed, sharding
 from vjepa_jax.program import build
-from vjepa_jax.program.program import Program
+from vjepa_jax.program.build import Program
 
 PREFIX = "eval/"
 IMAGES = "images"  # the name under which a failure to draw is logged and counted

@@ -1,5 +1,6 @@
-"""The state of a run: step, online parameters, their EMA target, optimiser moments."""
+"""The state of a run: step, parameters, target, optimiser moments, guard."""
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -8,20 +9,19 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from vjepa_jax.models.encoder import VideoEncoder
-from vjepa_jax.models.predictor import Predictor
+from vjepa_jax.objective.objective import Objective, Params
 
 
 class Guard(struct.PyTreeNode):
-    """What decides whether an update is taken.
+    """Counts of skipped updates and recent losses, from which a step decides.
 
     Attributes:
-      skipped: int32 scalar, updates refused in the whole run.
-      skipped_in_row: int32 scalar, updates refused since the last one taken.
-      most_skipped_in_row: int32 scalar, the largest that this has been.
+      skipped: int32 scalar, updates skipped in the whole run.
+      skipped_in_row: int32 scalar, updates skipped since the last one taken.
+      most_skipped_in_row: int32 scalar, the maximum of `skipped_in_row` so far.
       losses: float32 [W], losses of the last W updates taken, the oldest first; NaN
-        where there were not so many. W is 1, and nothing is remembered, without a guard
-        against spikes: Orbax stores no empty array.
+        where there were fewer. Without a guard against spikes W is 1 and the value
+        stays NaN, because Orbax stores no empty array.
     """
 
     skipped: jax.Array
@@ -31,59 +31,47 @@ class Guard(struct.PyTreeNode):
 
 
 class TrainState(struct.PyTreeNode):
-    """Everything that a run must not lose.
+    """Everything that a checkpoint must hold to continue a run.
 
     Attributes:
-      step: int32 scalar, finished steps, those that were skipped included.
-      params: `{"encoder": ..., "predictor": ...}`, float32.
-      target: EMA copy of `params["encoder"]`, float32.
+      step: int32 scalar, finished steps, including skipped ones.
+      params: trained parameters by module, float32.
+      target: averaged or frozen parameters, float32; None if the objective has none.
       opt_state: moments of the optimiser.
       guard: counts of skipped updates and recent losses.
     """
 
     step: jax.Array
-    params: dict[str, Any]
+    params: Params
     target: Any
     opt_state: optax.OptState
     guard: Guard
 
 
 def make_init(
-    encoder: VideoEncoder,
-    predictor: Predictor,
+    objective: Objective,
     tx: optax.GradientTransformation,
-    video_shape: tuple[int, int, int, int],
+    batch: Mapping[str, jax.ShapeDtypeStruct],
     spike_window: int = 0,
-):
+) -> Callable[[jax.Array], TrainState]:
     """Make `init(key) -> TrainState`, to be jitted with `out_shardings`.
 
-    The leaves are boxed with their logical axes (`flax.linen.Partitioned`); the target
-    is built inside, so that it never shares a buffer with the encoder, which donation
-    would forbid.
-
     Args:
-      encoder, predictor, tx: what the state is for.
-      video_shape: (T, H, W, C) of a clip; parameters do not depend on it.
+      objective, tx: what the state is for.
+      batch: shapes and dtypes of a global batch, the main stream first.
       spike_window: losses remembered by the guard against spikes.
+
+    Returns:
+      The function; the leaves are boxed with their logical axes
+      (`flax.linen.Partitioned`).
     """
 
     def init(key: jax.Array) -> TrainState:
-        encoder_key, predictor_key = jax.random.split(key)
-        video = jnp.zeros((1, *video_shape))
-        one = jnp.zeros((1, 1), jnp.int32)
-        encoder_params = encoder.init(encoder_key, video)["params"]
-        predictor_params = predictor.init(
-            predictor_key,
-            jnp.zeros((1, 1, encoder.out_dim)),
-            one,
-            one,
-            encoder.grid(video_shape),
-        )["params"]
-        params = {"encoder": encoder_params, "predictor": predictor_params}
+        params, target = objective.init(key, batch)
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
-            target=jax.tree.map(jnp.copy, encoder_params),
+            target=target,
             opt_state=tx.init(params),
             guard=Guard(
                 skipped=jnp.zeros((), jnp.int32),
@@ -102,9 +90,9 @@ def abstract_state(init) -> TrainState:
 
 
 def unbox(tree: Any) -> Any:
-    """Take arrays out of their boxes, and leave them where they are.
+    """Take arrays out of their boxes without moving them.
 
-    `nn.unbox` would lay them out by the axis rules that are set, each axis by itself.
+    `nn.unbox` would also constrain each one by the axis rules that are set.
     """
 
     def is_box(x):

@@ -23,6 +23,8 @@ from vjepa_jax.parallel import cluster
 
 # EX_TEMPFAIL: the same command, on all processes, continues the run.
 EXIT_TRY_AGAIN = 75
+# Longest delay between processes at the same point of the program.
+WAIT_SECS = 600
 
 _WAITING_EVERY_SECS = 30
 # How long a process that failed waits for the others to fail likewise.
@@ -152,6 +154,12 @@ def process_count() -> int:
 def is_main() -> bool:
     """Whether this process is the one that writes files and prints."""
     return process_index() == 0
+
+
+def print_on_main(message: str) -> None:
+    """Print a message to the standard error output of process 0."""
+    if is_main():
+        print(message, file=sys.stderr, flush=True)
 
 
 def _client():

@@ -1,8 +1,18 @@
-"""From a config to modules, masks and schedules: the only reader of those keys."""
+"""From a config to what it computes on a mesh: models, objective, state, step.
 
+Nothing here touches data or files, so that a step can be compiled and inspected without
+either, even for devices that this machine does not have.
+"""
+
+import dataclasses
 import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from vjepa_jax.base.errors import UserError
 from vjepa_jax.config.defaults import MAIN_STREAM, ConfigDict
@@ -10,8 +20,23 @@ from vjepa_jax.models import registry
 from vjepa_jax.models.encoder import VideoEncoder
 from vjepa_jax.models.predictor import Predictor
 from vjepa_jax.objective import masking, optim
-from vjepa_jax.objective.step import SpikeGuard, Stream
+from vjepa_jax.objective.masked import LossTerms, MaskedObjective, Stream
+from vjepa_jax.objective.state import TrainState, abstract_state, make_init, unbox
+from vjepa_jax.objective.step import SpikeGuard, make_train_step
+from vjepa_jax.parallel import sharding
 from vjepa_jax.program import flops
+
+_SHARED_FIELDS = (  # of encoder and predictor
+    [
+        "scale_init",
+        "image_embed",
+        "pos_embed",
+        "scan_layers",
+        "remat",
+        "attention",
+        "dtype",
+    ]
+)
 
 
 def video_shapes(config: ConfigDict) -> dict[str, tuple[int, int, int, int]]:
@@ -24,28 +49,21 @@ def video_shapes(config: ConfigDict) -> dict[str, tuple[int, int, int, int]]:
 
 
 def batch_sizes(config: ConfigDict) -> dict[str, int]:
-    """Return the clips per update of every stream, over all devices."""
+    """Return the clips per update of every stream, summed over all devices."""
     sizes = {MAIN_STREAM: config.batch_size}
     for name, fields in config.streams.items():
         sizes[name] = fields.batch_size or config.batch_size
     return sizes
 
 
-def make_models(config: ConfigDict):
-    """Make encoder and predictor as the config says."""
+def make_models(config: ConfigDict) -> tuple[VideoEncoder, Predictor]:
+    """Make encoder and predictor.
+
+    Raises:
+      UserError: names the key whose value does not fit the others.
+    """
     model = config.model
-    shared = {
-        key: model[key]
-        for key in (
-            "scale_init",
-            "image_embed",
-            "pos_embed",
-            "scan_layers",
-            "remat",
-            "attention",
-            "dtype",
-        )
-    }
+    shared = {key: model[key] for key in _SHARED_FIELDS}
     fields = dict(model.encoder)
     size = fields.pop("size")
     try:
@@ -89,19 +107,19 @@ def make_models(config: ConfigDict):
 def make_teacher(
     config: ConfigDict, trained: ConfigDict, encoder: VideoEncoder, predictor: Predictor
 ) -> VideoEncoder:
-    """Make the frozen encoder whose features the config's models are to predict.
+    """Make the frozen encoder whose features a student predicts.
 
     Args:
       config: of the student.
-      trained: with which the teacher was trained.
+      trained: config with which the teacher was trained.
       encoder, predictor: the student's.
 
     Raises:
-      UserError: the teacher has not so many levels, cuts the student's clips into other
-        tokens, or has other channels than the student predicts.
+      UserError: the teacher has too few levels, another token grid than the student, or
+        another number of channels than the student predicts.
     """
     teacher, _ = make_models(trained)
-    # Its own run, or conversion, may have computed in another way.
+    # How it computes is the student's choice.
     teacher = teacher.clone(
         dtype=encoder.dtype,
         attention=encoder.attention,
@@ -122,15 +140,15 @@ def make_teacher(
             raise UserError(f"teacher {config.teacher.path}: {error}") from None
         if grid != encoder.grid(shape):
             raise UserError(
-                f"the teacher of {config.teacher.path} cuts the clips of stream "
-                f"'{name}' into {grid} tokens, the student into {encoder.grid(shape)}: "
-                "take its config.model.encoder.patch_size and tubelet_size, and its "
-                "config.model.image_embed"
+                f"the token grid of stream '{name}' is {grid} for the teacher of "
+                f"{config.teacher.path}, {encoder.grid(shape)} for the student: set "
+                "config.model.encoder.patch_size, config.model.encoder.tubelet_size "
+                "and config.model.image_embed to the teacher's"
             )
     if predictor.out_dim != teacher.out_dim:
         raise UserError(
             f"config.model.predictor.out_dim={config.model.predictor.out_dim}: the "
-            f"features of the teacher have {teacher.out_dim} channels, set it to that"
+            f"teacher's features have {teacher.out_dim} channels; set it to that"
         )
     return teacher
 
@@ -138,7 +156,7 @@ def make_teacher(
 def _mask_indices(config: ConfigDict) -> dict[str, tuple[int, ...]]:
     """Return the mask token of every mask type of every stream, in their order.
 
-    A ConfigDict's order is the alphabet's, hence the explicit `token` of mask types.
+    A ConfigDict sorts its keys, hence the explicit `token` of mask types.
     """
     masks = {MAIN_STREAM: config.masks}
     masks |= {name: fields.masks for name, fields in config.streams.items()}
@@ -173,7 +191,7 @@ def make_streams(config: ConfigDict, encoder: VideoEncoder) -> dict[str, Stream]
 def make_masks(
     masks: ConfigDict, grid: masking.Grid, key: str = "masks"
 ) -> dict[str, masking.MaskSpec]:
-    """Make mask types, found at `key` of a config, with their token budgets filled in.
+    """Make the mask types at `key` of a config, with their token budgets filled in.
 
     Raises:
       UserError: a budget does not fit the grid.
@@ -196,21 +214,19 @@ def make_masks(
             context, target = context or budget[0], target or budget[1]
         if min(context, target) < 1:
             raise UserError(
-                f"config.{key}.{name}: num_context={context} and num_target={target}: "
-                "hide less, or more, so that both are there"
+                f"config.{key}.{name}: num_context={context} and num_target={target}; "
+                "both must be positive: hide less, or more"
             )
         if context + target > num_tokens:
             raise UserError(
                 f"config.{key}.{name}: num_context={context} and num_target={target} "
                 f"exceed the clip's {num_tokens} tokens: lower one of them"
             )
-        if is_complement and (
-            context + target < num_tokens or min(context, target) < 1
-        ):
+        if is_complement and context + target < num_tokens:
             raise UserError(
                 f"config.{key}.{name}: num_context={context} and num_target={target} "
-                f"do not make the clip's {num_tokens} tokens, as a complement must: "
-                "set one of them to 0"
+                f"do not add up to the clip's {num_tokens} tokens, as a complement "
+                "must: set one of them to 0"
             )
         fields |= {"num_context": context, "num_target": target}
         specs[name] = masking.MaskSpec(**fields)
@@ -226,7 +242,7 @@ def make_schedules(config: ConfigDict) -> dict[str, optim.Schedule]:
     elif o.schedule == "linear":
         rate = optim.linear_decay(*rates[1:], steps)
     else:
-        # As long as the run: an anneal that begins after its end would be none.
+        # Without `schedule_scale`: the anneal must end with the run.
         spans = o.warmup_steps, o.anneal_steps, config.total_steps
         rate = optim.warmup_stable_decay(*rates, *spans)
     return {
@@ -236,21 +252,8 @@ def make_schedules(config: ConfigDict) -> dict[str, optim.Schedule]:
     }
 
 
-def describe_schedules(config: ConfigDict) -> str:
-    """Return one line with the values that the last update sees.
-
-    With schedules longer than the run (`optim.schedule_scale`) they are not the final
-    ones of the config.
-    """
-    last = config.total_steps - 1
-    values = {name: float(f(last)) for name, f in make_schedules(config).items()}
-    return "at the last step " + ", ".join(
-        f"{name.replace('_', ' ')} {value:.4g}" for name, value in values.items()
-    )
-
-
 def make_optimizer(config: ConfigDict) -> optax.GradientTransformationExtraArgs:
-    """Make AdamW as the config says."""
+    """Make AdamW."""
     schedules, o = make_schedules(config), config.optim
     return optim.make_optimizer(
         schedules["learning_rate"],
@@ -264,37 +267,201 @@ def make_optimizer(config: ConfigDict) -> optax.GradientTransformationExtraArgs:
 
 
 def make_spike_guard(config: ConfigDict) -> SpikeGuard | None:
-    """Make the guard against loss spikes, None where the config has none."""
+    """Make the guard against loss spikes; None without one."""
     o = config.optim
     return SpikeGuard(o.spike_window, o.spike_deviations) if o.spike_window else None
 
 
-def step_flops(
-    config: ConfigDict,
-    encoder: VideoEncoder,
-    predictor: Predictor,
-    streams: dict[str, Stream],
-    teacher: VideoEncoder | None = None,
-) -> int:
+def make_objective(
+    config: ConfigDict, trained: ConfigDict | None = None
+) -> MaskedObjective:
+    """Make what a run minimises.
+
+    Args:
+      config: of the run.
+      trained: config with which the teacher was trained; None without a teacher.
+
+    Raises:
+      UserError: the config contradicts itself.
+    """
+    encoder, predictor = make_models(config)
+    teacher = trained and make_teacher(config, trained, encoder, predictor)
+    return MaskedObjective(
+        encoder,
+        predictor,
+        make_streams(config, encoder),
+        LossTerms(**config.objective),
+        ema_momentum=make_schedules(config)["ema_momentum"],
+        teacher=teacher,
+        target_dtype=config.model.target_dtype,
+    )
+
+
+def step_flops(config: ConfigDict, objective: MaskedObjective) -> int:
     """Count the FLOPs of one update of the whole batch, all streams together."""
 
-    def size_of(module):
+    def size_of(module: VideoEncoder | Predictor) -> flops.Transformer:
         return flops.Transformer(module.depth, module.width, module.mlp_dim, module.mlp)
 
+    encoder, predictor = objective.encoder, objective.predictor
     sizes, total = batch_sizes(config), 0
-    is_pixels = config.objective.target == "pixels"
+    is_pixels = objective.terms.target == "pixels"
     for name, shape in video_shapes(config).items():
-        grid = encoder.grid(shape)
+        grid, masks = encoder.grid(shape), objective.streams[name].masks.values()
         total += sizes[name] * flops.train_step_flops(
             size_of(encoder),
             size_of(predictor),
             num_tokens=math.prod(grid),
             patch_dim=math.prod(shape) // math.prod(grid),
-            masks=[(m.num_context, m.num_target) for m in streams[name].masks.values()],
+            masks=[(mask.num_context, mask.num_target) for mask in masks],
             feature_dim=encoder.out_dim,
             input_dim=predictor.input_dim,
             predict_context=predictor.predict_context,
             out_dim=predictor.out_dim,
-            target=None if is_pixels else size_of(teacher or encoder),
+            target=None if is_pixels else size_of(objective.teacher or encoder),
         )
     return total
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """The update of a config, laid out on a mesh.
+
+    Attributes:
+      config: of the run.
+      mesh: of the run's devices, real or described.
+      objective: what is minimised.
+      schedules: functions of the finished steps by name.
+      video_shapes: {stream: (T, H, W, C)} of a clip, the main stream first.
+      grids: {stream: (T', H', W') tokens of a clip}.
+      batch_sizes: {stream: clips per update, summed over all devices}.
+      batch: the global batch as `jax.ShapeDtypeStruct` with shardings.
+      frozen: parameters of the teacher as `jax.ShapeDtypeStruct` with shardings; None
+        without a teacher.
+      init: from a key to the boxed TrainState.
+      state: TrainState of `jax.ShapeDtypeStruct` with shardings.
+      decisions: how each array of the state is sharded, in tree order.
+      train_step: the pure update.
+    """
+
+    config: ConfigDict
+    mesh: Mesh
+    objective: MaskedObjective
+    schedules: Mapping[str, optim.Schedule]
+    video_shapes: Mapping[str, tuple[int, int, int, int]]
+    grids: Mapping[str, masking.Grid]
+    batch_sizes: Mapping[str, int]
+    batch: Mapping[str, jax.ShapeDtypeStruct]
+    frozen: Any
+    init: Callable[[jax.Array], TrainState]
+    state: TrainState
+    decisions: Sequence[sharding.Decision]
+    train_step: Callable[..., Any]
+
+    @property
+    def num_clips(self) -> int:
+        """Clips per update, all streams together."""
+        return sum(self.batch_sizes.values())
+
+    @property
+    def step_flops(self) -> int:
+        """The model's FLOPs of one update, over all devices."""
+        return step_flops(self.config, self.objective)
+
+    @property
+    def summary(self) -> str:
+        """Two lines: the model and its layout; the schedules at the last step."""
+        config, last = self.config, self.config.total_steps - 1
+        # Not the config's final values where the schedules are longer than the run.
+        values = {name: float(f(last)) for name, f in self.schedules.items()}
+        rates = (f"{name.replace('_', ' ')} {x:.4g}" for name, x in values.items())
+        return (
+            f"{config.model.encoder.size} encoder on {self.grids[MAIN_STREAM]} tokens; "
+            f"{sharding.describe(self.decisions)}; mesh {dict(self.mesh.shape)}\n"
+            f"at the last step {', '.join(rates)}"
+        )
+
+    def make_state(self) -> TrainState:
+        """Compute the state of a new run on its devices."""
+        shardings = jax.tree.map(lambda x: x.sharding, self.state)
+        make = jax.jit(self.init, out_shardings=shardings)
+        return unbox(make(jax.random.key(self.config.seed)))
+
+    def lower(self) -> jax.stages.Lowered:
+        """Lower `train_step(state, batch[, frozen])`; the state is donated."""
+        shardings = jax.tree.map(lambda x: x.sharding, self.state)
+        step = jax.jit(
+            self.train_step,
+            out_shardings=(shardings, sharding.replicated(self.mesh)),
+            donate_argnums=0,
+        )
+        extra = () if self.frozen is None else (self.frozen,)
+        with sharding.use(self.mesh):
+            return step.lower(self.state, self.batch, *extra)
+
+
+def _abstract_params(encoder: VideoEncoder, clip_shape: Any, mesh: Mesh) -> Any:
+    def init(key):
+        return encoder.init(key, jnp.zeros((1, *clip_shape)))["params"]
+
+    return _with_shardings(abstract_state(init), sharding.state_shardings(init, mesh))
+
+
+def _with_shardings(shapes: Any, shardings: Any) -> Any:
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        shapes,
+        shardings,
+    )
+
+
+def make_program(
+    config: ConfigDict, mesh: Mesh, trained: ConfigDict | None = None
+) -> Program:
+    """Make the program of a config.
+
+    Args:
+      config: of a run, validated.
+      mesh: of the run's devices, real or described.
+      trained: config with which the teacher was trained; None without a teacher.
+
+    Raises:
+      UserError: the config contradicts itself or does not fit the mesh.
+    """
+    shapes, sizes = video_shapes(config), batch_sizes(config)
+    for size in sizes.values():
+        sharding.check_divides(mesh, size, config.accumulate_steps)
+    objective = make_objective(config, trained)
+    schedules, tx = make_schedules(config), make_optimizer(config)
+    over_devices = sharding.batch_sharding(mesh)
+    batch = {
+        name: jax.ShapeDtypeStruct(
+            (sizes[name], *shape), "uint8", sharding=over_devices
+        )
+        for name, shape in shapes.items()
+    }
+    init = make_init(objective, tx, batch, config.optim.spike_window)
+    state, decisions = abstract_state(init), sharding.decide(init, mesh)
+    teacher = objective.teacher
+    return Program(
+        config=config,
+        mesh=mesh,
+        objective=objective,
+        schedules=schedules,
+        video_shapes=shapes,
+        grids={name: objective.encoder.grid(s) for name, s in shapes.items()},
+        batch_sizes=sizes,
+        batch=batch,
+        frozen=teacher and _abstract_params(teacher, shapes[MAIN_STREAM], mesh),
+        init=init,
+        state=_with_shardings(state, sharding.as_tree(decisions, state)),
+        decisions=decisions,
+        train_step=make_train_step(
+            objective,
+            tx,
+            schedules,
+            config.seed,
+            config.accumulate_steps,
+            make_spike_guard(config),
+        ),
+    )

@@ -8,8 +8,8 @@ from typing import Any
 
 import jax
 
-from vjepa_jax.program import build, compilation, flops, hlo, topologies
-from vjepa_jax.program.program import Program
+from vjepa_jax.program import compilation, flops, hlo, topologies
+from vjepa_jax.program.build import Program
 
 GIB = compilation.GIB
 # Statistics of a batch, counts and norms are exchanged as well; they are small.
@@ -138,10 +138,10 @@ def describe(program: Program, fast: bool) -> Report:
     """Start the report of a program, as far as it is known before it is compiled."""
     config, mesh = program.config, program.mesh
     device = mesh.devices.flat[0]
-    model_flops = program.step_flops() / mesh.size
+    model_flops = program.step_flops / mesh.size
     peak = flops.peak_flops(device.device_kind)
-    steps, sizes = config.accumulate_steps, build.batch_sizes(config)
-    batch = jax.tree.leaves(program.abstract_batch())
+    steps, sizes = config.accumulate_steps, program.batch_sizes
+    batch = jax.tree.leaves(program.batch)
     return Report(
         devices=mesh.size,
         device_kind=device.device_kind,
@@ -205,17 +205,13 @@ def _parameter_forms(program: Program) -> set[tuple[int, ...]]:
     or divided over `fsdp` (a layer also by less, between two rounds of a gather), with
     the output channels of attention as heads or not.
     """
-    state, parts = program.abstract_state(), program.mesh.shape["fsdp"]
+    state, parts = program.state, program.mesh.shape["fsdp"]
     divisors = [n for n in range(2, parts + 1) if parts % n == 0]
     heads = {
         (module.num_heads, module.width // module.num_heads)
-        for module in (program.encoder, program.predictor)
+        for module in program.objective.modules
     }
-    leaves = [leaf.shape for leaf in jax.tree.leaves(state.params)]
-    if program.teacher is not None:
-        teacher = program.teacher
-        heads.add((teacher.num_heads, teacher.width // teacher.num_heads))
-        leaves += [leaf.shape for leaf in jax.tree.leaves(program.teacher_params)]
+    leaves = [x.shape for x in jax.tree.leaves((state.params, program.frozen))]
     forms = set()
     for shape in leaves:
         for dims, by in ((shape, [parts]), (shape[1:], divisors)):

@@ -13,7 +13,7 @@ from etils import epath
 from vjepa_jax.base.errors import UserError
 from vjepa_jax.config import saved
 from vjepa_jax.config.defaults import ConfigDict
-from vjepa_jax.run import environment, metrics, workdirs
+from vjepa_jax.run import metrics, workdirs
 
 RESULTS = "results"
 CONFUSION = "confusion"
@@ -86,7 +86,7 @@ def opened(workdir: str, label: str, letter: str) -> Iterator[Run]:
                 f"{workdir} holds neither {workdirs.CONFIG_FILE} nor {metrics.FILE}: "
                 "give the workdir of a run"
             )
-        run.starts = _read_lines(folder / environment.FILE)
+        run.starts = _read_lines(folder / workdirs.STARTS_FILE)
         for path in sorted(folder.glob("bad_videos*.jsonl")):
             run.bad_videos += _read_lines(path)
         run.results = _read_named(run, RESULTS)

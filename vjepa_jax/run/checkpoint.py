@@ -1,28 +1,48 @@
-"""Checkpoints, saved and restored; the only file that knows Orbax.
+"""Checkpoints, saved and restored; the only file that imports Orbax.
 
-Orbax writes a step under a temporary name and renames it when all items are complete:
-what a killed process leaves behind never counts as a checkpoint.
+A step is a folder `<workdir>/checkpoints/<step>` with four items, so that each reader
+takes only what it needs:
+
+    state    step, params, opt_state, guard   what training needs
+    target   averaged or frozen parameters    what evaluations need
+    data     JSON                             position and fingerprint of the data
+    meta     JSON                             config, description of the model, versions
+
+`target` is absent where the objective has none; converted weights have no `data`. Orbax
+writes a step under a temporary name and renames it when all items are complete: what a
+killed process leaves behind never counts as a checkpoint.
 """
 
 import contextlib
 import json
 import logging
+from importlib import metadata
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
+import vjepa_jax
+from vjepa_jax.base import files
 from vjepa_jax.base.errors import UserError
-from vjepa_jax.run import fit
-from vjepa_jax.run.checkpoint_format import FOLDER, absolute, provenance, require_format
 
+FOLDER = "checkpoints"
+# To be raised when a reader of the old layout would misread the new one.
+FORMAT_VERSION = 1
 _STATE_FIELDS = ("step", "params", "opt_state", "guard")
+_MAX_LISTED = 10
+
+
+def absolute(path: str) -> epath.Path:
+    """Return a path as Orbax takes it."""
+    return epath.Path(files.absolute(path))
 
 
 def _handler_registry() -> ocp.handlers.DefaultCheckpointHandlerRegistry:
-    """Names the items' types, so that metadata can be read before any restore."""
+    """Return the items' types, so that metadata can be read before any restore."""
     registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
     for item in ("state", "target"):
         handler = ocp.StandardCheckpointHandler()
@@ -35,14 +55,158 @@ def _handler_registry() -> ocp.handlers.DefaultCheckpointHandlerRegistry:
     return registry
 
 
-def _require_step(manager: ocp.CheckpointManager, step: int) -> None:
-    """Raises UserError, naming the steps that there are, where this one is not."""
-    steps = sorted(manager.all_steps())
-    if step not in steps:
-        there = ", ".join(map(str, steps)) or "none"
-        raise UserError(
-            f"no checkpoint of step {step} in {manager.directory}; saved steps: {there}"
+def _meta_args(meta: dict[str, Any]) -> ocp.args.JsonSave:
+    versions = {
+        "vjepa_jax": vjepa_jax.__version__,
+        "jax": jax.__version__,
+        "orbax": metadata.version("orbax-checkpoint"),
+    }
+    return _json_args(meta | {"format_version": FORMAT_VERSION, "versions": versions})
+
+
+def _json_args(values: dict[str, Any]) -> ocp.args.JsonSave:
+    # Orbax serialises JSON in the background: a copy made here cannot change
+    # meanwhile, and what is not JSON raises in the caller's stack.
+    return ocp.args.JsonSave(json.loads(json.dumps(values)))
+
+
+class Saved:
+    """One saved step, read field by field.
+
+    Attributes:
+      step: its number.
+      folder: where it is.
+      meta: description of the run, with the `step`.
+      stored: {field: tree of array metadata}; fields are `target` and those of `state`.
+      has_data: whether a training run saved it, and not a conversion.
+    """
+
+    def __init__(self, manager: ocp.CheckpointManager, step: int | None = None):
+        """Read the metadata of a step, by default of the latest.
+
+        Raises:
+          UserError: no such step, not written by vjepa_jax, or by a newer release.
+        """
+        steps = sorted(manager.all_steps())
+        if not steps:
+            raise UserError(
+                f"no checkpoint in {manager.directory}; give the workdir of a training "
+                "run that has saved one"
+            )
+        self.step = steps[-1] if step is None else step
+        if self.step not in steps:
+            raise UserError(
+                f"no checkpoint of step {step} in {manager.directory}; saved steps: "
+                f"{', '.join(map(str, steps))}"
+            )
+        self.folder = manager.directory / str(self.step)
+        items = manager.item_metadata(self.step)
+        trees = {k: items[k].tree for k in ("state", "target") if items.get(k)}
+        if "meta" not in items or not trees:
+            raise UserError(
+                f"no model in {self.folder}; give a checkpoint that vjepa_jax wrote"
+            )
+        self.has_data = "data" in items
+        self.stored = dict(trees.get("state", {}))
+        if "target" in trees:
+            self.stored["target"] = trees["target"]
+        args = ocp.args.Composite(meta=ocp.args.JsonRestore())
+        self.meta = manager.restore(self.step, args=args)["meta"] | {"step": self.step}
+        version = self.meta.get("format_version")
+        if version is None or version > FORMAT_VERSION:
+            raise UserError(
+                f"{self.folder} has checkpoint format {version}, this release reads up "
+                f"to {FORMAT_VERSION}; install the release that wrote it "
+                f"({self.meta.get('versions')})"
+            )
+
+    def restore(self, wanted: dict[str, Any]) -> dict[str, Any]:
+        """Restore fields, bit for bit; the arrays of other fields are not read.
+
+        Args:
+          wanted: {field: tree of `jax.ShapeDtypeStruct` with shardings}; these may
+            differ from those of the run that saved (other mesh, other device count).
+
+        Raises:
+          UserError: names, shapes or dtypes differ (up to 10 of them are listed).
+        """
+        stored = {name: self.stored.get(name, {}) for name in wanted}
+        require_fit(self.folder, stored=stored, wanted=wanted)
+        fields = {k: tree for k, tree in wanted.items() if k != "target"}
+        out = _read(self.folder / "state", fields) if fields else {}
+        if "target" in wanted:
+            out["target"] = _read(self.folder / "target", wanted["target"])
+        return out
+
+    def restore_here(self, *fields: str) -> dict[str, Any]:
+        """Restore fields without knowing the model.
+
+        Returns:
+          {field: nested dictionaries of arrays in the dtypes saved, each array whole on
+          the first device of this process}; fields that were not saved are absent.
+        """
+        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+        def abstract(leaf):
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+        found = {name: self.stored[name] for name in fields if name in self.stored}
+        return self.restore(jax.tree.map(abstract, found))
+
+
+def _read(folder: epath.Path, wanted: Any) -> Any:
+    """Read some branches of an item."""
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        args = ocp.args.PyTreeRestore(
+            wanted,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+            partial_restore=True,
         )
+        return checkpointer.restore(folder, args=args)
+
+
+def require_fit(folder: Any, *, stored: Any, wanted: Any) -> None:
+    """Compare names, shapes and dtypes of two trees of arrays, or of their metadata.
+
+    Args:
+      folder: where the checkpoint is, for the message.
+      stored: tree of what the checkpoint holds.
+      wanted: tree of what the model has.
+
+    Raises:
+      UserError: they differ; up to 10 differences are listed.
+    """
+    stored, wanted = _types(stored), _types(wanted)
+    differing = [
+        f"{name}: in checkpoint {stored.get(name, 'missing')}, "
+        f"in model {wanted.get(name, 'missing')}"
+        for name in sorted(stored.keys() | wanted.keys())
+        if stored.get(name) != wanted.get(name)
+    ]
+    if not differing:
+        return
+    listed = differing[:_MAX_LISTED]
+    if len(differing) > len(listed):
+        listed.append(f"and {len(differing) - len(listed)} more")
+    raise UserError(
+        f"{folder} does not fit this model ({len(differing)} arrays differ); train "
+        "with the config it was written with, or choose a new workdir:\n  "
+        + "\n  ".join(listed)
+    )
+
+
+def _types(tree: Any) -> dict[str, str]:
+    """Return {path: type} of the leaves, e.g. `params/encoder/bias: float32[64]`.
+
+    Attribute and dictionary keys look alike, since Orbax stores named tuples as
+    dictionaries.
+    """
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): (
+            f"{jnp.dtype(leaf.dtype).name}[{','.join(map(str, leaf.shape))}]"
+        )
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
 class Checkpointer:
@@ -122,14 +286,16 @@ class Checkpointer:
             return False
         if not force and not self.should_save(step):
             return False
-        # Orbax serialises JSON in the background: a copy made here cannot change
-        # meanwhile, and what is not JSON fails in the caller's stack.
-        args = ocp.args.Composite(
-            state=ocp.args.StandardSave({f: getattr(state, f) for f in _STATE_FIELDS}),
-            target=ocp.args.StandardSave(state.target),
-            data=ocp.args.JsonSave(json.loads(json.dumps(data))),
-            meta=ocp.args.JsonSave(json.loads(json.dumps(meta | provenance()))),
-        )
+        items = {
+            "state": ocp.args.StandardSave(
+                {name: getattr(state, name) for name in _STATE_FIELDS}
+            ),
+            "data": _json_args(data),
+            "meta": _meta_args(meta),
+        }
+        if state.target is not None:
+            items["target"] = ocp.args.StandardSave(state.target)
+        args = ocp.args.Composite(**items)
         with self._naming_the_folder():
             return self._manager.save(step, args=args, force=True)
 
@@ -151,36 +317,18 @@ class Checkpointer:
           UserError: no such step; written by a newer release; or names, shapes or
             dtypes differ from the model's (up to 10 of them are listed).
         """
-        _require_step(self._manager, step)
-        if "data" not in self._manager.item_metadata(step):
+        saved = Saved(self._manager, step)
+        if not saved.has_data:
             raise UserError(
-                f"{self._folder / str(step)} is not of a training run but of converted "
-                "weights: start from it with config.init.path, in another --workdir"
+                f"{saved.folder} holds converted weights and not a training run: start "
+                "from it with config.init.path, in another --workdir"
             )
-        json_items = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                data=ocp.args.JsonRestore(), meta=ocp.args.JsonRestore()
-            ),
-        )
-        require_format(self._folder / str(step), json_items["meta"])
-
-        wanted = {f: getattr(abstract_state, f) for f in _STATE_FIELDS}
-        stored = self._manager.item_metadata(step)
-        fit.require_fit(
-            self._folder / str(step),
-            stored={**stored["state"].tree, "target": stored["target"].tree},
-            wanted={**wanted, "target": abstract_state.target},
-        )
-        arrays = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(wanted),
-                target=ocp.args.StandardRestore(abstract_state.target),
-            ),
-        )
-        state = abstract_state.replace(target=arrays["target"], **arrays["state"])
-        return state, json_items["data"], json_items["meta"]
+        fields = {name: getattr(abstract_state, name) for name in _STATE_FIELDS}
+        if abstract_state.target is not None:
+            fields["target"] = abstract_state.target
+        state = abstract_state.replace(**saved.restore(fields))
+        args = ocp.args.Composite(data=ocp.args.JsonRestore())
+        return state, self._manager.restore(step, args=args)["data"], saved.meta
 
     def check_errors(self) -> None:
         """Raises the error of a background save, if one failed; never waits."""
@@ -220,9 +368,16 @@ class _Manager(ocp.CheckpointManager):
         return False
 
 
-@contextlib.contextmanager
-def _reader(path: str, step: int | None):
-    """Opens a workdir or `checkpoints` folder: yields (manager, step, meta)."""
+def open_saved(path: str, step: int | None = None) -> Saved:
+    """Open a saved step of a workdir or a `checkpoints` folder.
+
+    Args:
+      path: local or remote folder.
+      step: a saved step; None takes the latest.
+
+    Raises:
+      UserError: no such folder or step, or not a checkpoint of this release.
+    """
     folder = absolute(path)
     if not folder.is_dir():
         raise UserError(f"no such folder: {folder}; give the workdir of a training run")
@@ -233,135 +388,80 @@ def _reader(path: str, step: int | None):
     with ocp.CheckpointManager(
         folder, options=options, handler_registry=_handler_registry()
     ) as manager:
-        if step is None:
-            step = manager.latest_step()
-        if step is None:
-            raise UserError(
-                f"no checkpoint in {folder}; give the workdir of a training run that "
-                "has saved one"
-            )
-        _require_step(manager, step)
-        stored = manager.item_metadata(step)
-        if "meta" not in stored or stored.get("target") is None:
-            raise UserError(
-                f"no target encoder in {folder / str(step)}; give a checkpoint that "
-                "vjepa_jax wrote"
-            )
-        meta = manager.restore(
-            step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
-        )["meta"]
-        require_format(folder / str(step), meta)
-        yield manager, step, meta | {"step": step}
-
-
-def _on_first_device(metadata: Any) -> Any:
-    """Asks for arrays as stored, each whole on the first device of this process."""
-    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        metadata,
-    )
+        return Saved(manager, step)
 
 
 def restore_target(path: str, step: int | None = None) -> tuple[Any, dict[str, Any]]:
-    """Restores the target encoder alone, without knowing the model beforehand.
+    """Restore what evaluations read: the target encoder, unless `meta` names another.
 
     Args:
-      path: a workdir or its `checkpoints` folder, local or remote.
-      step: a saved step; None takes the latest.
+      path, step: see `open_saved`.
 
     Returns:
-      (target_params, meta): nested dictionaries of arrays, each whole on the first
-      device of this process, in the dtypes saved; and the run's description, with the
-      `step` that was read.
+      (params, meta): see `Saved.restore_here`, and the run's description.
 
     Raises:
-      UserError: no such folder, no checkpoint in it, no such step, no target encoder in
-        it, or written by a newer release.
+      UserError: see `open_saved`; or the checkpoint does not contain it.
     """
-    with _reader(path, step) as (manager, step, meta):
-        abstract = _on_first_device(manager.item_metadata(step)["target"].tree)
-        args = ocp.args.Composite(target=ocp.args.StandardRestore(abstract))
-        return manager.restore(step, args=args)["target"], meta
+    saved = open_saved(path, step)
+    item = saved.meta.get("probe_item", "target")
+    if item == "target":
+        found = saved.restore_here("target")
+    else:
+        found = saved.restore_here("params").get("params", {})
+    if item not in found:
+        raise UserError(
+            f"no {item} encoder in {saved.folder}; give a checkpoint that has one"
+        )
+    return found[item], saved.meta
 
 
 def restore_models(path: str, step: int | None = None) -> tuple[dict, dict[str, Any]]:
-    """Restores encoder, predictor and target without knowing them beforehand.
+    """Restore the parameters of all modules.
 
     Args:
-      path, step: see `restore_target`.
+      path, step: see `open_saved`.
 
     Returns:
       ({"encoder", "predictor", "target"}, meta); without the first two where the
       checkpoint has none (a converted encoder).
 
     Raises:
-      UserError: see `restore_target`.
+      UserError: see `open_saved`.
     """
-    with _reader(path, step) as (manager, step, meta):
-        stored = manager.item_metadata(step)
-        wanted = {
-            item: ocp.args.StandardRestore(_on_first_device(stored[item].tree))
-            for item in ("state", "target")
-            if stored.get(item) is not None
-        }
-        found = manager.restore(step, args=ocp.args.Composite(**wanted))
-        params = found["state"]["params"] if "state" in wanted else {}
-        return {**params, "target": found["target"]}, meta
+    saved = open_saved(path, step)
+    found = saved.restore_here("params", "target")
+    return {**found.pop("params", {}), **found}, saved.meta
 
 
 def restore_start(
     path: str, abstract_state: Any, keep_moments: bool
 ) -> tuple[int, dict[str, Any]]:
-    """Restores what a new run takes over from the latest checkpoint of another.
+    """Restore what a new run takes over from the latest checkpoint of another.
 
     Args:
-      path: see `restore_target`.
+      path: see `open_saved`.
       abstract_state: TrainState of `jax.ShapeDtypeStruct` with shardings.
-      keep_moments: whether the optimiser's state is taken too.
+      keep_moments: whether the optimiser's state is taken over, too.
 
     Returns:
       (step, fields): that checkpoint's step, and the TrainState's fields `params`,
       `target` and, with `keep_moments`, `opt_state`.
 
     Raises:
-      UserError: see `restore_target`; or names, shapes or dtypes differ from the
-        model's, or there are no moments to keep.
+      UserError: see `open_saved` and `Saved.restore`; or there are no moments.
     """
-    with _reader(path, None) as (manager, step, _):
-        folder, stored = manager.directory / str(step), manager.item_metadata(step)
-        tree = {} if stored.get("state") is None else dict(stored["state"].tree)
-        if keep_moments and "opt_state" not in tree:
-            raise UserError(
-                f"{folder} has no moments of the optimiser: set "
-                "config.init.keep_moments=False"
-            )
-        names = ("params", "opt_state") if keep_moments else ("params",)
-        wanted = {name: getattr(abstract_state, name) for name in names}
-        fit.require_fit(
-            folder,
-            stored={k: tree.get(k, {}) for k in wanted}
-            | {"target": stored["target"].tree},
-            wanted=wanted | {"target": abstract_state.target},
+    saved = open_saved(path)
+    if keep_moments and "opt_state" not in saved.stored:
+        raise UserError(
+            f"{saved.folder} has no moments of the optimiser: set "
+            "config.init.keep_moments=False"
         )
-        fields = _restore_part(folder / "state", wanted)
-        args = ocp.args.Composite(
-            target=ocp.args.StandardRestore(abstract_state.target)
-        )
-        return step, fields | {"target": manager.restore(step, args=args)["target"]}
-
-
-def _restore_part(folder: epath.Path, wanted: Any) -> Any:
-    """Restores some branches of an item; the others' arrays are not read."""
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        return checkpointer.restore(
-            folder,
-            args=ocp.args.PyTreeRestore(
-                wanted,
-                restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
-                partial_restore=True,
-            ),
-        )
+    names = ["params", *(["opt_state"] if keep_moments else [])]
+    if abstract_state.target is not None:
+        names.append("target")
+    wanted = {name: getattr(abstract_state, name) for name in names}
+    return saved.step, saved.restore(wanted)
 
 
 def save_converted(
@@ -370,7 +470,7 @@ def save_converted(
     params: dict[str, Any] | None,
     meta: dict[str, Any],
 ) -> None:
-    """Writes weights that no run of ours has trained as a checkpoint of step 0.
+    """Write weights that were not trained here as a checkpoint of step 0.
 
     Args:
       path: folder to be made, as a workdir; it must not hold checkpoints.
@@ -386,7 +486,7 @@ def save_converted(
         raise UserError(f"{folder} is not empty: give another folder")
     items = {
         "target": ocp.args.StandardSave(target),
-        "meta": ocp.args.JsonSave(json.loads(json.dumps(meta | provenance()))),
+        "meta": _meta_args(meta),
     }
     if params is not None:
         items["state"] = ocp.args.StandardSave({"params": params})
@@ -396,7 +496,7 @@ def save_converted(
 
 
 def quiet_orbax() -> None:
-    """Drops Orbax's progress messages (tens of lines a save); warnings stay.
+    """Drop Orbax's progress messages (tens of lines a save); warnings stay.
 
     For entry points: it filters the process's absl logger.
     """

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from vjepa_jax.base import files
+from vjepa_jax.data.stream.bad_videos import REASONS
 from vjepa_jax.parallel import distributed
 from vjepa_jax.run.goodput import TimeAccount, duration
 
@@ -131,6 +132,11 @@ def read_metrics(path: str) -> list[dict[str, float]]:
         file = file / FILE
     rows = [row for _, row in _rows(file)]
     return [{k: math.nan if v is None else v for k, v in row.items()} for row in rows]
+
+
+def earlier_rows(folder: pathlib.Path) -> list[dict[str, float]]:
+    """Return the metrics that a run wrote before it was interrupted."""
+    return read_metrics(str(folder)) if (folder / FILE).exists() else []
 
 
 # What the console line shows, in this order; the time left follows.
@@ -284,6 +290,25 @@ class StepClock:
         previous = 0.0 if weight == 1.0 else self._seconds_per_step
         self._seconds_per_step = weight * seconds_per_step + (1 - weight) * previous
         return self._seconds_per_step * (self._total_steps - step)
+
+
+def bad_video_scalars(step: int, counts: Mapping[str, int]) -> dict[str, int]:
+    """Sum the unreadable videos that all processes know of; every process calls it.
+
+    Args:
+      step: at which they are reported.
+      counts: {reason: videos of this process}.
+
+    Returns:
+      `data/bad_videos` and `data/bad_REASON` of reasons that occurred.
+    """
+    sums = distributed.sum_on_main(
+        f"bad_videos/{step}", [counts[r] for r in REASONS], distributed.WAIT_SECS
+    )
+    by_reason = zip(REASONS, sums, strict=True)
+    return {"data/bad_videos": sum(sums)} | {
+        f"data/bad_{reason}": count for reason, count in by_reason if count
+    }
 
 
 def memory_scalars() -> dict[str, float]:

@@ -1,32 +1,44 @@
-"""The folder of a run: whose it is, and its files beside the checkpoints.
+"""The folder of a run and its files beside the checkpoints.
 
-It may be remote (gs://). Metrics, lists of bad videos and traces grow while a run goes
-on, which objects of a store cannot: they are written to a local folder and copied.
+It may be remote (gs://). Metrics, lists of bad videos and traces grow during a run, and
+objects of a store cannot: they are written to a local folder and copied.
 """
 
 import contextlib
+import datetime
 import json
 import os
 import pathlib
+import platform
 import shutil
 import tempfile
 import threading
+from collections.abc import Iterable, Iterator
+from importlib import metadata
+from typing import Any
 
+import jax
 from absl import logging
 from etils import epath
 
 from vjepa_jax.base import files
 from vjepa_jax.base.errors import UserError
 from vjepa_jax.config import saved
-from vjepa_jax.config.defaults import ConfigDict
+from vjepa_jax.config.defaults import ConfigDict, flatten
 from vjepa_jax.parallel import distributed
+from vjepa_jax.parallel.sharding import Decision
 
 CONFIG_FILE = "config.json"
+STARTS_FILE = "starts.jsonl"
+SHARDINGS_FILE = "shardings.txt"
+_PACKAGES = ("vjepa_jax", "jax", "flax", "optax", "orbax-checkpoint", "grain")
+# Keys that may differ between hosts.
+_PER_HOST = (".path", "data.num_workers", "data.prefetch_megabytes")
 _EVERY_SECS = 60.0
 
 
 def check(config: ConfigDict, workdir: str) -> None:
-    """Raise UserError if the workdir is none, or holds a run of another config."""
+    """Raise UserError if the workdir is not a folder or holds another config's run."""
     path = _path(workdir) / CONFIG_FILE
     if not path.exists():
         if path.parent.exists() and not path.parent.is_dir():
@@ -35,7 +47,9 @@ def check(config: ConfigDict, workdir: str) -> None:
     try:
         old = saved.restored(json.loads(path.read_text())).to_dict()
     except (ValueError, TypeError, AttributeError, KeyError):
-        raise UserError(f"{path} is no config: give another --workdir") from None
+        raise UserError(
+            f"{path} is not a config of a run: give another --workdir"
+        ) from None
     changed = saved.differences(old, config.to_dict())
     if changed:
         raise UserError(
@@ -45,30 +59,99 @@ def check(config: ConfigDict, workdir: str) -> None:
 
 
 def claim(config: ConfigDict, workdir: str) -> None:
-    """Write `config.json`, whole or not at all."""
+    """Write `config.json` atomically: the workdir is that config's from now on."""
     if distributed.is_main():
         path = _path(workdir) / CONFIG_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         files.write_whole(path, json.dumps(config.to_dict(), indent=2) + "\n")
 
 
-class LocalFiles:
-    """A local folder that stands for a workdir; a context manager.
+def require_same_config(config: ConfigDict) -> None:
+    """Raise UserError if this process's config differs from that of process 0."""
+    mine = json.dumps(config.to_dict())
+    theirs = distributed.from_main("config", mine, distributed.WAIT_SECS)
+    mine, theirs = (flatten(json.loads(text)) for text in (mine, theirs))
+    changed = [
+        f"{key}: {theirs.get(key, 'absent')} on process 0, "
+        f"{mine.get(key, 'absent')} here"
+        for key in sorted(mine.keys() | theirs.keys())
+        if mine.get(key) != theirs.get(key) and not key.endswith(_PER_HOST)
+    ]
+    if changed:
+        raise UserError(
+            f"process {distributed.process_index()} has another config than process 0 "
+            f"({'; '.join(changed)}): start all processes with the same command"
+        )
 
-    A local workdir is that folder itself. Of a remote one, the files whose names match
-    `fetched` are brought here first, and what this process changes is copied back: once
-    a minute in a thread, at `copy_back`, and at the end.
+
+def environment() -> dict[str, Any]:
+    """Return the devices of all processes, this process's machine, and versions."""
+    devices = jax.devices()
+    return {
+        "device_kind": devices[0].device_kind,
+        "num_devices": len(devices),
+        "num_processes": jax.process_count(),
+        "processor": _processor(),
+        "num_cores": os.cpu_count(),
+        "versions": {"python": platform.python_version()} | dict(_versions()),
+    }
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    for package in _PACKAGES:
+        try:
+            yield package, metadata.version(package)
+        except metadata.PackageNotFoundError:  # such as a folder that is on the path
+            continue
+
+
+def _processor() -> str:
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        lines = []
+    names = (line.split(":", 1)[1].strip() for line in lines if "model name" in line)
+    return next(names, platform.processor() or platform.machine())
+
+
+def log_start(folder: pathlib.Path, step: int) -> None:
+    """Append a line to `starts.jsonl`.
+
+    Args:
+      folder: of the run.
+      step: number of updates finished before this start.
+    """
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    with open(folder / STARTS_FILE, "a", encoding="utf-8") as file:
+        file.write(json.dumps({"step": step, "time": now} | environment()) + "\n")
+
+
+def write_shardings(folder: pathlib.Path, decisions: Iterable[Decision]) -> None:
+    """Write `shardings.txt`, one line per array of the state; log it at verbosity 1."""
+    lines = [str(decision) for decision in decisions]
+    for line in lines:
+        logging.vlog(1, line)
+    if distributed.is_main():
+        (folder / SHARDINGS_FILE).write_text("\n".join(lines) + "\n")
+
+
+class LocalFiles:
+    """The local folder of a workdir; a context manager.
+
+    A local workdir is used as it is. From a remote one, the files whose names match
+    `fetched` are copied to a temporary folder. Changed files are copied back: once a
+    minute in a thread, at `copy_back`, and at the end.
 
     Attributes:
       folder: the local folder, which exists.
     """
 
     def __init__(self, workdir: str, fetched: str):
-        """Prepares the folder.
+        """Prepare the folder.
 
         Args:
           workdir: local folder, or one of a remote store (`gs://bucket/run`).
-          fetched: pattern of the files that are continued or read, such as `*.jsonl`.
+          fetched: pattern of the files to read or continue, such as `*.jsonl`.
         """
         self._remote = _path(workdir) if files.is_remote(workdir) else None
         if self._remote is None:
@@ -97,9 +180,9 @@ class LocalFiles:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def copy_back(self) -> None:
-        """Copies what has changed to the remote workdir; a failure is logged.
+        """Copy changed files to the remote workdir; log failures.
 
-        The next copy brings what this one could not.
+        The next copy retries what failed.
         """
         if self._remote is None:
             return
@@ -111,7 +194,9 @@ class LocalFiles:
                     target = self._remote / name
                     target.parent.mkdir(parents=True, exist_ok=True)
                     target.write_bytes((self.folder / name).read_bytes())
-                except Exception as error:  # of any client of any store
+                except (
+                    Exception
+                ) as error:  # clients of stores have no common base class
                     logging.warning("%s was not copied: %s", target, error)
                 else:
                     self._copied[name] = stamp
@@ -121,18 +206,18 @@ class LocalFiles:
             self.copy_back()
 
     def _stamps(self) -> dict[str, tuple[int, int]]:
-        """Returns {name: what changes with the file}."""
+        """Return {name: (size, time of the last change)}."""
         stamps = {}
         for folder, _, names in os.walk(self.folder):
             for file in (pathlib.Path(folder, name) for name in names):
-                with contextlib.suppress(FileNotFoundError):  # it was renamed meanwhile
+                with contextlib.suppress(FileNotFoundError):  # renamed in the meantime
                     stat, name = file.stat(), str(file.relative_to(self.folder))
                     stamps[name] = stat.st_size, stat.st_mtime_ns
         return stamps
 
 
 def _path(workdir: str) -> epath.Path:
-    """Returns the path of a workdir whose store answers."""
+    """Return the path of a workdir; raise UserError if its store does not answer."""
     path = epath.Path(workdir)
     if files.is_remote(workdir):
         try:
@@ -142,7 +227,7 @@ def _path(workdir: str) -> epath.Path:
                 f"--workdir={workdir} needs its store's client: pip install "
                 "'vjepa_jax[gcs]'"
             ) from None
-        except Exception as error:  # the clients' errors have no base in common
-            said = " ".join(str(error).split())
-            raise UserError(f"--workdir={workdir} cannot be read: {said}") from None
+        except Exception as error:  # clients of stores have no common base class
+            reason = " ".join(str(error).split())
+            raise UserError(f"--workdir={workdir} cannot be read: {reason}") from None
     return path
