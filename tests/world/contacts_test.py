@@ -1,33 +1,32 @@
-"""The time to a collision is what physics makes of places and velocities."""
+"""The time to a contact follows from positions and velocities."""
 
 import math
 
 import numpy as np
 import pytest
 
-from vjepa_jax.world import contacts
-from vjepa_jax.world import motion as world
+from vjepa_jax.world import motion as laws
 from vjepa_jax.world.motion import CLASSES
 from vjepa_jax.world.scenes import World
 
 WORLD = World(size=32)
 MIDDLE = WORLD.num_frames // 2
-SUBSTEP = 1 / world._SUBSTEPS  # a contact is noticed at the end of one
+SUBSTEP = 1 / laws._SUBSTEPS  # a contact is noticed at the end of a substep
 
 
 def draw(rng, name):
     index = int(rng.integers(1 << 30))
-    return world.draw_clip(WORLD, 0, index, CLASSES.index(name))
+    return laws.draw_clip(WORLD, 0, index, CLASSES.index(name))
 
 
 def found_at(scene, motion, position, velocity, horizon):
-    return contacts.frames_to_contact(WORLD, scene, motion, position, velocity, horizon)
+    return laws.frames_to_contact(scene, motion, position, velocity, horizon)
 
 
 def first_contact(scene, motion, position, velocity, horizon):
     """Follow straight lines and parabolas in small steps until something is met.
 
-    Of the companion, which may meet a wall before, the speed's signs are unfolded.
+    None where the companion meets a wall first, since its path is then bent.
     """
     steps = 400
     time = np.arange(1, horizon * steps + 1)[:, None] / steps
@@ -63,12 +62,12 @@ def test_it_is_when_free_flight_ends(rng, name):
 
 
 @pytest.mark.parametrize("name", ["bounce", "collide"])
-def test_what_a_clip_goes_on_to_show_is_what_was_foretold(rng, name):
+def test_the_rest_of_the_clip_shows_what_was_predicted(rng, name):
     """From the middle frame, with the velocities of the clip itself."""
     seen = 0
     for _ in range(20):
         scene, motion = draw(rng, name)
-        _, velocity, _, _ = world.simulate(WORLD, scene, motion)
+        _, velocity, _, _ = laws.simulate(WORLD, scene, motion)
         after = velocity[MIDDLE:, 0]
         changed = np.flatnonzero(np.abs(np.diff(after, axis=0)).max(1) > 1e-9)
         horizon = len(after) - 1
@@ -81,7 +80,7 @@ def test_what_a_clip_goes_on_to_show_is_what_was_foretold(rng, name):
     assert seen > 3
 
 
-def test_nothing_is_foretold_beyond_the_horizon_or_of_what_grows(rng):
+def test_no_contact_beyond_the_horizon_or_of_a_growing_object(rng):
     scene, motion = draw(rng, "left")
     state = scene.position, motion.velocity
     found = found_at(scene, motion, *state, 40)
@@ -93,7 +92,7 @@ def test_nothing_is_foretold_beyond_the_horizon_or_of_what_grows(rng):
 
 
 def test_the_clip_itself_stays_as_it_was_drawn(rng):
-    """Its places and velocities are not moved along."""
+    """Its positions and velocities are not modified."""
     scene, motion = draw(rng, "right")
     position, velocity = scene.position.copy(), motion.velocity.copy()
     found_at(scene, motion, scene.position, motion.velocity, 20)

@@ -73,7 +73,7 @@ def test_other_settings_are_refused_and_nothing_is_touched(rendered):
 def test_interrupted_rendering_makes_only_what_is_missing(tmp_path):
     config = tiny_world(tmp_path)
     render.render_world(config)
-    whole = contents(tmp_path)
+    complete = contents(tmp_path)
     manifest = tmp_path / render.MANIFEST
     described = json.loads(manifest.read_text())["world"]
     manifest.unlink()
@@ -83,14 +83,14 @@ def test_interrupted_rendering_makes_only_what_is_missing(tmp_path):
     lost.unlink()
     assert render.render_world(config) is True
     after = contents(tmp_path)
-    assert after.keys() == whole.keys()
-    remade = {p for p in after if p.suffix == ".mp4" and after[p] != whole[p]}
+    assert after.keys() == complete.keys()
+    remade = {p for p in after if p.suffix == ".mp4" and after[p] != complete[p]}
     assert remade == {lost}
     assert lost.read_bytes() == pixels
 
 
 def test_the_same_frames_make_the_same_file(tmp_path):
-    """Whatever the memory held before, which the encoder is given."""
+    """Uninitialised memory does not reach the encoder."""
     video = motion.make_clip(motion.World(size=32), (0, 1), 1).video
     contents = set()
     for _ in used_memory(150):
@@ -104,20 +104,6 @@ def test_world_path_that_is_a_file_is_refused(tmp_path):
     path.write_text("")
     with pytest.raises(UserError, match="not a folder"):
         render.render_world(tiny_world(path))
-
-
-def test_worlds_of_earlier_releases_are_the_same_worlds(rendered):
-    manifest = rendered / render.MANIFEST
-    now = manifest.read_text()
-    earlier = json.loads(now)
-    for key in ("play_fraction", "physics_pairs", "action_clips"):
-        del earlier["world"][key]
-    manifest.write_text(json.dumps(earlier))
-    assert render.render_world(tiny_world(rendered)) is False
-    config = tiny_world(rendered, physics_pairs=2)
-    with pytest.raises(UserError, match="other settings"):
-        render.render_world(config)
-    manifest.write_text(now)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +124,7 @@ def test_values_out_of_range_are_named(key, value):
         validate(config)
 
 
-def test_pairs_want_clips_of_some_length(tmp_path):
+def test_pairs_need_clips_of_a_minimum_length(tmp_path):
     config = tiny_world(tmp_path / "world", physics_pairs=2)
     with pytest.raises(UserError, match="num_frames of 12 or more"):
         render.render_world(config)
@@ -168,7 +154,7 @@ def frames_of(path):
     ).astype(int)
 
 
-def test_pairs_are_listed_with_what_they_are(with_pairs):
+def test_pairs_are_listed_with_their_ground_truth(with_pairs):
     truth = np.load(with_pairs / "physics.npz")
     names = list(violations.PROPERTIES)
     assert truth["property"].tolist() == [n for n in names for _ in range(4)]
@@ -184,7 +170,7 @@ def test_pairs_are_listed_with_what_they_are(with_pairs):
 
 
 def test_decoded_pairs_are_equal_up_to_the_onset_bit_for_bit(with_pairs, tmp_path):
-    """And would not be, were frames allowed to depend on later ones."""
+    """They would differ if frames could depend on later ones."""
     truth = np.load(with_pairs / "physics.npz")
     source = open_source(str(with_pairs / "physics.csv"))
     looks = motion.World(size=16, num_frames=12)
@@ -221,5 +207,5 @@ def test_play_is_a_share_of_the_clips_and_leaves_the_others_as_they_are(with_pai
         else:
             wanted = motion.make_clip(looks, split.seed, index)
         np.testing.assert_array_equal(clip.video, wanted.video)
-    # None of the splits that probes are fitted and judged on has any.
+    # No split for fitting or evaluating probes has any.
     assert [s.play_fraction for s in render.splits(config)[1:]] == [0] * 4

@@ -158,7 +158,7 @@ def test_permanence_what_is_hidden_comes_out_or_was_never_there(draw):
             (odd.pair.possible, False, False),
             (odd.pair.impossible, False, True),
         ):
-            seen = (clip.masks == 1).any((1, 2))
+            seen = (clip.objects == 1).any((1, 2))
             assert seen[:2].all() == before and seen[:2].any() == before
             assert seen[-2:].all() == after and seen[-2:].any() == after
             # Wherever it is, nobody sees it happen; soft corners reach a little far.
@@ -206,7 +206,7 @@ def test_solidity_goes_through_the_wall_in_one_piece(draw):
         np.testing.assert_allclose(np.sort(apart, axis=1), [[0, 1]] * len(apart))
         # What leaves and what comes in are one object's area together.
         area = [
-            (np.isin(c.masks, (1, 3))).sum((1, 2)).astype(float)
+            (np.isin(c.objects, (1, 3))).sum((1, 2)).astype(float)
             for c in (drawn.pair.possible, drawn.pair.impossible)
         ]
         assert abs(area[1].sum() / area[0].sum() - 1) < 0.15

@@ -22,8 +22,7 @@ from vjepa_jax.evals.heads import probes
 from vjepa_jax.evals.heads.probes import Training
 from vjepa_jax.evals.tokens.features import Encode, Features, extract, make_pixel_encode
 from vjepa_jax.world import render
-from vjepa_jax.world.contacts import frames_to_contact
-from vjepa_jax.world.motion import CLASSES, draw_clip
+from vjepa_jax.world.motion import CLASSES, draw_clip, frames_to_contact
 
 MEASURES = (
     "attentive_accuracy",
@@ -84,7 +83,7 @@ def read_state(
     for row, clip in enumerate(index):
         scene, motion = draw_clip(looks, split.seed, clip, truth["label"][row])
         now = truth["position"][row, last], truth["velocity"][row, last]
-        frames_left = frames_to_contact(looks, scene, motion, *now, looks.num_frames)
+        frames_left = frames_to_contact(scene, motion, *now, looks.num_frames)
         time_to_collision[row, -1] = frames_left
     return State(
         per_step("position"),

@@ -1,8 +1,8 @@
-"""What happens in clips of play, listed as actions to anticipate.
+"""Events in clips of play, listed as actions to anticipate.
 
-A clip's action is the first thing that happens in its last quarter: an object bounces
-off a wall, or strikes another one (the verb); the noun is its shape. Lists have
-the columns of EPIC-KITCHENS-100's annotations, see `evals.epic_kitchens`.
+A clip's action is the first event of its last quarter: an object bounces off a wall or
+strikes another one (the verb); the noun is its shape. Lists have the columns of
+EPIC-KITCHENS-100's annotations, see `evals.anticipation.epic_kitchens`.
 """
 
 import csv
@@ -16,7 +16,7 @@ import numpy as np
 from vjepa_jax.world import play
 from vjepa_jax.world.scenes import SHAPES, Scene, Track, World
 
-VERBS = ("left", "right", "top", "bottom", "strike")  # the walls, and one another
+VERBS = ("left", "right", "top", "bottom", "strike")  # walls, and another object
 _STRIKE = VERBS.index("strike")
 _COLUMNS = (
     "narration_id",
@@ -34,7 +34,7 @@ _COLUMNS = (
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """Something that happens to an object.
+    """A bounce or a strike of an object.
 
     Attributes:
       frame: the first frame after it.
@@ -48,7 +48,7 @@ class Event:
 
 
 def events(scene: Scene, track: Track, gravity: float) -> list[Event]:
-    """Find all bounces and strikes of a clip of play, in the order of time."""
+    """Return all bounces and strikes of a clip of play, ordered by time."""
     found = []
     x, v, radius = track.position, track.velocity, scene.radius
     for frame in range(1, len(x)):
@@ -69,7 +69,7 @@ def events(scene: Scene, track: Track, gravity: float) -> list[Event]:
 
 
 def action_of(world: World, seed: int | tuple[int, ...], index: int) -> Event | None:
-    """Return the action of clip `index` of play of the stream `seed`, if it has one."""
+    """Return the action of clip `index` of play of the stream `seed`, or None."""
     scene, track, gravity, _ = play.simulate_clip(world, seed, index)
     first = world.num_frames * 3 // 4
     late = (event for event in events(scene, track, gravity) if event.frame >= first)
@@ -79,7 +79,7 @@ def action_of(world: World, seed: int | tuple[int, ...], index: int) -> Event | 
 def write_actions(
     path: pathlib.Path, actions: Iterable[Event | None], videos: list[str], fps: float
 ) -> None:
-    """Write the actions of clips as annotations; a row each, or none.
+    """Write the actions of clips as annotations; a clip without one has no row.
 
     Args:
       path: the CSV file to write.

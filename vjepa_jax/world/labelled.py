@@ -1,7 +1,7 @@
-"""Videos of the synthetic world with masks, in the folders of DAVIS 2017.
+"""Videos of the synthetic world with label maps, in the folders of DAVIS 2017.
 
-Clips of play, whose several objects meet, bounce and pass behind the occluder. Next to
-the masks of objects lie those of classes: the background, the shapes, the occluder.
+They are clips of play: several objects meet, bounce and pass behind the occluder. Maps
+of objects and maps of classes (background, shapes, occluder) have separate folders.
 """
 
 import dataclasses
@@ -18,22 +18,22 @@ from vjepa_jax.world.scenes import SHAPES, World
 FOLDER = "segmentation"  # of a world
 CLASSES = ("background", *SHAPES, "occluder")
 NUM_CLASSES = len(CLASSES)
-_CLASS_MASKS = "Classes"
-_QUALITY = "480p"  # as DAVIS calls it, whatever the size
-# Lists of images with masks of classes, by the keys of the evaluation.
+_CLASS_MAPS = "Classes"
+_QUALITY = "480p"  # the name in DAVIS, whatever the size
+# Lists of images with maps of classes, by the keys of the evaluation.
 CLASS_LISTS = {"train_path": "classes_train.txt", "test_path": "classes_val.txt"}
-_LEAST_VISIBLE = 0.5  # share of an object to be seen in the first frame
+_MIN_VISIBILITY = 0.5  # of an object in the first frame
 
 
 @dataclasses.dataclass(frozen=True)
-class MaskedClip:
-    """A clip with what each pixel shows.
+class LabelledClip:
+    """A clip with the object and the class of every pixel.
 
     Attributes:
       video: uint8 [T, S, S, 3].
-      objects: uint8 [T, S, S], 0 the background, the occluder and objects of which
-        less than half can be seen in the first frame; the others are numbered from 1.
-      classes: uint8 [T, S, S], places in `CLASSES`.
+      objects: uint8 [T, S, S]. 0 is the background, the occluder and objects of which
+        less than half is visible in the first frame; the others are numbered from 1.
+      classes: uint8 [T, S, S], indices into `CLASSES`.
     """
 
     video: np.ndarray
@@ -41,27 +41,34 @@ class MaskedClip:
     classes: np.ndarray
 
 
-def make_masked(world: World, seed: int | tuple[int, ...], index: int) -> MaskedClip:
+def make_labelled(
+    world: World, seed: int | tuple[int, ...], index: int
+) -> LabelledClip:
     """Make clip `index` of the stream `seed`."""
     scene, track, _, behind = play.simulate_clip(world, seed, index)
     clip = paint(world, scene, track, behind, play.LABEL)
-    # The painter's numbers: 0, the objects from 1 on, and the occluder.
-    is_followed = clip.visibility[0] >= _LEAST_VISIBLE
+    # New numbers for those of `Clip.objects`: 0, the objects from 1 on, the occluder.
+    is_followed = clip.visibility[0] >= _MIN_VISIBILITY
     numbers = np.where(is_followed, np.cumsum(is_followed), 0)
     classes = [0, *(scene.shape + 1), NUM_CLASSES - 1]
-    return MaskedClip(
+    return LabelledClip(
         clip.video,
-        np.array([0, *numbers, 0], np.uint8)[clip.masks],
-        np.array(classes, np.uint8)[clip.masks],
+        np.array([0, *numbers, 0], np.uint8)[clip.objects],
+        np.array(classes, np.uint8)[clip.objects],
     )
 
 
-def write_clip(root: pathlib.Path, name: str, clip: MaskedClip) -> None:
-    """Write frames and masks, losslessly; the last mask of classes comes last."""
+def name_of(index: int) -> str:
+    """Return the name of a clip."""
+    return f"{index:05d}"
+
+
+def write_clip(root: pathlib.Path, name: str, clip: LabelledClip) -> None:
+    """Write frames and label maps, losslessly; the last map of classes comes last."""
     kinds = {
         davis.FRAMES: clip.video,
         davis.MASKS: clip.objects,
-        _CLASS_MASKS: clip.classes,
+        _CLASS_MAPS: clip.classes,
     }
     for kind, frames in kinds.items():
         folder = root / kind / _QUALITY / name
@@ -71,13 +78,13 @@ def write_clip(root: pathlib.Path, name: str, clip: MaskedClip) -> None:
 
 
 def is_written(root: pathlib.Path, name: str, num_frames: int) -> bool:
-    """Return whether a clip is there, whole."""
+    """Return whether a clip is complete."""
     last = f"{num_frames - 1:05d}.png"
-    return (root / _CLASS_MASKS / _QUALITY / name / last).exists()
+    return (root / _CLASS_MAPS / _QUALITY / name / last).exists()
 
 
 def write_lists(root: pathlib.Path, names: list[str], num_frames: int) -> None:
-    """Write the lists: the first half of the videos to learn from, the rest to judge.
+    """Write the lists: the first half of the videos to train on, the rest to evaluate.
 
     Args:
       root: of the folders.
@@ -94,7 +101,7 @@ def write_lists(root: pathlib.Path, names: list[str], num_frames: int) -> None:
         (lists / f"{split}.txt").write_text("".join(f"{name}\n" for name in part))
         pairs = [
             f"{davis.FRAMES}/{_QUALITY}/{name}/{number:05d}.png "
-            f"{_CLASS_MASKS}/{_QUALITY}/{name}/{number:05d}.png\n"
+            f"{_CLASS_MAPS}/{_QUALITY}/{name}/{number:05d}.png\n"
             for name in part
             for number in range(num_frames)
         ]

@@ -4,12 +4,12 @@ A clip holds a textured main object, smaller textured companions, and a static o
 before a textured background that may scroll, under a light that may change. Lengths are
 fractions of the frame's side, time is counted in frames.
 
-No single frame gives the label away, by construction: place, shape, size, colours,
+By construction no single frame reveals the label. Position, shape, size, colours,
 companions, occluder, background and light are drawn *before* the class, at the middle
-frame; the class only chooses velocities (and growth, spin and gravity), and the motion
-is then integrated forwards and backwards from there. Elastic physics is reversible, so
-both halves obey it. Whether an object is in front of the occluder or behind it cannot
-be seen at the middle frame either, since main object and occluder keep a gap there.
+frame. The class only chooses velocities (and growth, spin and gravity); the motion is
+integrated forwards and backwards from the middle frame. Elastic physics is reversible,
+so both halves obey it. The middle frame does not show either whether the main object is
+in front of the occluder or behind it, since there is a gap between them.
 """
 
 import math
@@ -33,6 +33,7 @@ CLASSES = (
     "hide",
 )
 
+_EXACT = 1e-9  # sides per frame; free flight changes velocities by rounding only
 _SUBSTEPS = 8  # integration steps per frame: a fast object moves under 1 % of the side
 CORNER = 1.25  # the furthest point of any shape, in radii
 _GAP = 0.015  # least distance between any two things at the middle frame
@@ -52,8 +53,13 @@ def _walk(rng: np.random.Generator, world: World, n: int) -> np.ndarray:
     return walk - walk[world.num_frames // 2]
 
 
-def _draw_companions(rng, position, radius, occluder):
-    """Place the companions by rejection; neither main object nor occluder moves."""
+def _draw_companions(
+    rng: np.random.Generator,
+    position: np.ndarray,
+    radius: np.ndarray,
+    occluder: np.ndarray,
+) -> None:
+    """Place the companions, in place, by rejection of those that touch something."""
     low, high = occluder[:2] - occluder[2:], occluder[:2] + occluder[2:]
     for k in range(1, len(radius)):
         for _ in range(200):
@@ -69,7 +75,7 @@ def _draw_companions(rng, position, radius, occluder):
 
 
 def draw_scene(world: World, rng: np.random.Generator) -> Scene:
-    """Draw the middle frame; the class is not an argument, and that is the point."""
+    """Draw the middle frame; it does not depend on the class."""
     count = 1 + world.num_companions
     radius = np.concatenate(
         [
@@ -86,8 +92,8 @@ def draw_scene(world: World, rng: np.random.Generator) -> Scene:
     half[axis] = radius[0] + rng.uniform(0.01, 0.04)
     half[1 - axis] = radius[0] + rng.uniform(0.03, 0.10)
     centre = position[0].copy()
-    # Corners reach beyond the radius, and their soft edges a pixel further: were they
-    # to touch, what is in front would show.
+    # Corners reach beyond the radius, and their soft edges a pixel further. Where they
+    # touched, the middle frame would show which is in front.
     reach = CORNER * radius[0] + 1 / world.size
     centre[axis] += side * (reach + half[axis] + rng.uniform(0, 0.045))
     centre[1 - axis] += rng.uniform(-0.02, 0.02)
@@ -188,7 +194,9 @@ def draw_motion(
     return Motion(velocity, spin, growth, gravity, behind)
 
 
-def _collide(position, velocity, radius, mass):
+def _collide(
+    position: np.ndarray, velocity: np.ndarray, radius: np.ndarray, mass: np.ndarray
+) -> None:
     """Reflect at walls and exchange momentum between touching pairs, in place."""
     for axis in range(2):
         low = (position[:, axis] < radius) & (velocity[:, axis] < 0)
@@ -229,7 +237,9 @@ def advance(
         _collide(position, velocity, radius, mass)
 
 
-def simulate(world: World, scene: Scene, motion: Motion):
+def simulate(
+    world: World, scene: Scene, motion: Motion
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Integrate both halves of the clip from its middle frame.
 
     Returns:
@@ -254,7 +264,7 @@ def simulate(world: World, scene: Scene, motion: Motion):
 
 
 def render(world: World, scene: Scene, motion: Motion, label: int) -> Clip:
-    """Draw the clip that a motion makes of a scene."""
+    """Paint the clip of a scene and a motion."""
     track = Track.of(scene, *simulate(world, scene, motion))
     return paint(world, scene, track, motion.behind, label)
 
@@ -273,13 +283,45 @@ def make_clip(
 def draw_clip(
     world: World, seed: int | tuple[int, ...], index: int, label: int
 ) -> tuple[Scene, Motion]:
-    """Draw what makes clip `index` of the stream `seed`, of a class.
+    """Draw scene and motion of clip `index` of the stream `seed`, of a class.
 
-    Random numbers for the scene and for the motion are separate streams, so that the
-    same scene can be seen under every class (tests do).
+    Scene and motion have separate random streams: the scene is the same for each class.
     """
     scene_rng, motion_rng = (
         np.random.default_rng([*np.atleast_1d(seed), index, part]) for part in (0, 1)
     )
     scene = draw_scene(world, scene_rng)
     return scene, draw_motion(world, scene, label, motion_rng)
+
+
+def frames_to_contact(
+    scene: Scene,
+    motion: Motion,
+    position: np.ndarray,
+    velocity: np.ndarray,
+    horizon: int,
+) -> float:
+    """Return after how many frames the main object meets a wall or another object.
+
+    It follows from their state: objects fly freely and reflect elastically.
+
+    Args:
+      scene, motion: from `draw_clip`.
+      position, velocity: [K, 2] of all objects in the frame from which it is counted.
+      horizon: frames to look ahead.
+
+    Returns:
+      The middle of the frame interval in which they meet: 0.5, 1.5, ...; NaN if they do
+      not within the horizon. NaN too if the object grows or shrinks, since a clip does
+      not show how long that will last.
+    """
+    if motion.growth[0]:
+        return math.nan
+    x, v = np.array(position, np.float64), np.array(velocity, np.float64)
+    mass = scene.radius**2
+    for frame in range(horizon):
+        free = v[0] + (0.0, motion.gravity)
+        advance(x, v, scene.radius, mass, motion.gravity)
+        if np.abs(v[0] - free).max() > _EXACT:
+            return frame + 0.5
+    return math.nan

@@ -1,4 +1,4 @@
-"""Draws the clips of the synthetic world, pixel by pixel."""
+"""Paint the clips of the synthetic world, pixel by pixel."""
 
 import math
 
@@ -7,8 +7,14 @@ import numpy as np
 from vjepa_jax.world.scenes import SHAPES, Clip, Scene, Track, World
 
 
-def _coverage(shapes: np.ndarray, x, y, radius, softness: float) -> np.ndarray:
-    """Antialiased coverage 0..1 [T, S, S] of an object of a shape in every frame."""
+def _coverage(
+    shapes: np.ndarray,
+    x: np.ndarray,
+    y: np.ndarray,
+    radius: np.ndarray,
+    softness: float,
+) -> np.ndarray:
+    """Return the antialiased coverage 0..1 [T, S, S] of an object, shaped [T]."""
     distance = np.empty(x.shape, x.dtype)
     for shape in np.unique(shapes):
         frames = shapes == shape
@@ -18,8 +24,10 @@ def _coverage(shapes: np.ndarray, x, y, radius, softness: float) -> np.ndarray:
     return np.clip(0.5 - distance / softness, 0, 1)
 
 
-def _distance(shape: str, x, y, radius):
-    """Signed distance from a shape's edge at object coordinates x, y, inside < 0."""
+def _distance(
+    shape: str, x: np.ndarray, y: np.ndarray, radius: np.ndarray
+) -> np.ndarray:
+    """Return the signed distance of points from a shape's edge, negative inside."""
     if shape == "disc":
         return np.hypot(x, y) - radius
     if shape == "square":
@@ -39,8 +47,10 @@ def _grid(size: int) -> tuple[np.ndarray, np.ndarray]:
     return grid[None, None, :], grid[None, :, None]
 
 
-def _object_coordinates(size: int, position: np.ndarray, angle: np.ndarray):
-    """Return x, y [T, S, S] of the pixels as an object at [T, 2], turned, sees them."""
+def _object_coordinates(
+    size: int, position: np.ndarray, angle: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return x, y [T, S, S] of the pixels relative to an object at [T, 2], turned."""
     gx, gy = _grid(size)
     dx, dy = gx - position[:, 0, None, None], gy - position[:, 1, None, None]
     cos, sin = (f(angle)[:, None, None] for f in (np.cos, np.sin))
@@ -48,7 +58,7 @@ def _object_coordinates(size: int, position: np.ndarray, angle: np.ndarray):
 
 
 def _occluder_coverage(scene: Scene, size: int) -> np.ndarray:
-    """Antialiased coverage 0..1 [1, S, S] of the occluder."""
+    """Return the antialiased coverage 0..1 [1, S, S] of the occluder."""
     gx, gy = _grid(size)
     cx, cy, *half = scene.occluder.astype(np.float32)
     distance = np.maximum(np.abs(gx - cx) - half[0], np.abs(gy - cy) - half[1])
@@ -56,7 +66,7 @@ def _occluder_coverage(scene: Scene, size: int) -> np.ndarray:
 
 
 def touches_occluder(world: World, scene: Scene) -> bool:
-    """Whether any pixel of the middle frame holds main object and occluder."""
+    """Return whether main object and occluder share a pixel of the middle frame."""
     position, angle, radius = (
         array[:1].astype(np.float32)
         for array in (scene.position, scene.angle, scene.radius)
@@ -87,12 +97,12 @@ def _paint_background(world: World, scene: Scene) -> np.ndarray:
 def paint(
     world: World, scene: Scene, track: Track, behind: np.ndarray, label: int
 ) -> Clip:
-    """Draw a clip: background, objects behind the occluder, occluder, the others.
+    """Paint background, objects behind the occluder, the occluder, the other objects.
 
     Args:
-      world: the looks.
-      scene: what does not move.
-      track: what does.
+      world: size and number of frames.
+      scene: background, occluder, stripes and light.
+      track: the objects in every frame.
       behind: bool [K], the objects that are behind the occluder.
       label: of the clip.
     """
@@ -103,9 +113,9 @@ def paint(
     )
     gx, gy = _grid(size)
     video = _paint_background(world, scene)
-    masks = np.zeros((frames, size, size), np.uint8)
+    objects = np.zeros((frames, size, size), np.uint8)
     area = np.ones((frames, count))
-    visible = {}  # object -> what is left to see of it, [T, S, S]
+    visible = {}  # {object: its visible coverage [T, S, S]}
     layers = [k for k in range(count) if behind[k]] + [count]
     layers += [k for k in reversed(range(count)) if not behind[k]]
     for k in layers:
@@ -128,12 +138,12 @@ def paint(
             visible[k] = alpha
         drawn = dark + stripe[..., None] * (bright - dark)
         video += alpha[..., None] * (drawn - video)
-        masks = np.where(alpha > 0.5, np.uint8(k + 1), masks)
+        objects = np.where(alpha > 0.5, np.uint8(k + 1), objects)
     video *= scene.light.astype(np.float32)[:, None, None]
     visibility = np.stack([visible[k].sum((1, 2)) for k in range(count)], 1)
     return Clip(
         video=np.clip(np.rint(video * 255), 0, 255).astype(np.uint8),
-        masks=masks,
+        objects=objects,
         position=position,
         velocity=velocity,
         visibility=(visibility / np.maximum(area, 1e-6)).astype(np.float32),

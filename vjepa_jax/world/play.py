@@ -1,10 +1,9 @@
-"""Clips to learn the laws of the synthetic world from: objects that bounce and meet.
+"""Clips for learning the laws of the synthetic world: objects that bounce and meet.
 
-The clips of classes show one thing each, and half of what happens happens before the
-middle. In a clip of play several objects move at once, from the first frame on, and
-what a predictor of the future has to know takes place in the second half: objects
-bounce off walls, strike each other, and come out from behind the occluder. There is no
-label.
+A clip of a class shows one event, often before the middle frame. In a clip of play
+several objects move at once, from the first frame on, and the events that a predictor
+of the future has to know are in the second half: objects bounce off walls, strike each
+other, and come out from behind the occluder. There is no label.
 """
 
 import dataclasses
@@ -16,7 +15,7 @@ from vjepa_jax.world.motion import CLASSES, CORNER, advance, draw_scene
 from vjepa_jax.world.painting import paint
 from vjepa_jax.world.scenes import Clip, Scene, Track, World
 
-LABEL = len(CLASSES)  # in lists, which want a number; no class of the probes
+LABEL = len(CLASSES)  # in lists, which need a number; no class of the probes
 NUM_OBJECTS = 3
 _GRAVITY_SHARE = 0.25  # of the clips
 _RADIUS = (0.07, 0.13)
@@ -35,11 +34,13 @@ def _draw_places(rng: np.random.Generator, radius: np.ndarray) -> np.ndarray:
     raise RuntimeError(f"no room for {len(radius)} objects in {_ATTEMPTS} draws")
 
 
-def _draw_velocities(world: World, scene: Scene, rng: np.random.Generator):
-    """Aim at what is to happen: [K, 2] at the first frame.
+def _draw_velocities(
+    world: World, scene: Scene, rng: np.random.Generator
+) -> np.ndarray:
+    """Draw the velocities [K, 2] at the first frame.
 
-    The first object goes behind the occluder in the first half, the second one strikes
-    the third in the second half, as far as nothing comes between.
+    Unless something interferes, the first object goes behind the occluder in the first
+    half, and the second one strikes the third in the second half.
     """
     frames, place = world.num_frames, scene.position
     velocity = np.zeros_like(place)
@@ -55,13 +56,15 @@ def _draw_velocities(world: World, scene: Scene, rng: np.random.Generator):
     return velocity
 
 
-def draw(world: World, rng: np.random.Generator):
-    """Draw a scene as it is in the first frame: (scene, velocity, gravity, behind)."""
+def draw(
+    world: World, rng: np.random.Generator
+) -> tuple[Scene, np.ndarray, float, np.ndarray]:
+    """Draw the first frame: (scene, velocity, gravity, behind)."""
     looks = dataclasses.replace(world, num_companions=NUM_OBJECTS - 1)
     scene = draw_scene(looks, rng)
     scene.radius = rng.uniform(*_RADIUS, NUM_OBJECTS)
     scene.position = _draw_places(rng, scene.radius)
-    # Of the size to hide the first object whole, which at first can be seen.
+    # Large enough to hide all of the first object, which is visible at first.
     half = CORNER * scene.radius[0] + rng.uniform(0.02, 0.08, 2)
     for _ in range(_ATTEMPTS):
         centre = rng.uniform(0.3, 0.7, 2)
@@ -70,7 +73,7 @@ def draw(world: World, rng: np.random.Generator):
     scene.occluder = np.concatenate([centre, half])
     gravity = 0.0
     if rng.uniform() < _GRAVITY_SHARE:
-        # As in the class that falls.
+        # As in the class `fall`.
         gravity = rng.uniform(0.7, 1.0) * 0.5 / (world.num_frames / 2) ** 2
     behind = rng.uniform(size=NUM_OBJECTS) < 0.5
     behind[0] = True
@@ -92,7 +95,7 @@ def simulate(world: World, scene: Scene, velocity: np.ndarray, gravity: float) -
 def simulate_clip(
     world: World, seed: int | tuple[int, ...], index: int
 ) -> tuple[Scene, Track, float, np.ndarray]:
-    """Return what clip `index` of play shows: (scene, track, gravity, behind)."""
+    """Return (scene, track, gravity, behind) of clip `index` of play."""
     rng = np.random.default_rng([*np.atleast_1d(seed), index, 3])
     scene, velocity, gravity, behind = draw(world, rng)
     return scene, simulate(world, scene, velocity, gravity), gravity, behind
@@ -105,6 +108,6 @@ def make_play(world: World, seed: int | tuple[int, ...], index: int) -> Clip:
 
 
 def is_play(fraction: float, seed: int | tuple[int, ...], index: int) -> bool:
-    """Draw whether clip `index` of a stream is play; the others stay as they are."""
+    """Draw whether clip `index` of a stream is play; the others are unchanged."""
     rng = np.random.default_rng([*np.atleast_1d(seed), index, 2])
     return bool(rng.uniform() < fraction)

@@ -1,16 +1,15 @@
 """Render the synthetic world into video files, lists and ground truth.
 
 A world is a folder of splits. Each split has H.264 files, a list of `path label` lines
-and the ground truth of every frame (`.npz`); `world.json`, written last, says that all
-is there. Rendering is deterministic, skips files that exist, and may be interrupted.
+and the ground truth of every frame (`.npz`). `world.json`, written last, marks a world
+as complete. Rendering is deterministic, skips files that exist, and may be interrupted.
 
-The split `physics` holds matched pairs, a possible clip and an impossible one after the
-other; their label says which is possible, and `physics.npz` holds `property` (a name),
-`pair`, `possible` and `onset` (the first frame that differs) of every clip. The folder
-`segmentation` holds videos with masks, see `masked_world`.
-
-The splits `actions_train` and `actions_test` are clips of play, beside which there are
-lists of what happens in them, `NAME_actions.csv`, see `play_actions`.
+- `physics` holds matched pairs, a possible clip followed by an impossible one. The
+  label is 1 for a possible clip; `physics.npz` holds `property` (a name), `pair`,
+  `possible` and `onset` (the first frame that differs) of every clip.
+- `actions_train` and `actions_test` are clips of play; `NAME_actions.csv` lists their
+  events, see `actions`.
+- `segmentation` holds videos with label maps, see `labelled`.
 """
 
 import concurrent.futures
@@ -20,6 +19,7 @@ import json
 import multiprocessing
 import pathlib
 import time
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 
 import av
@@ -30,23 +30,19 @@ from vjepa_jax.base import files
 from vjepa_jax.base.errors import UserError
 from vjepa_jax.config.defaults import ConfigDict
 from vjepa_jax.data.jobs.reencode import REPRODUCIBLE
-from vjepa_jax.world import actions as play_actions
-from vjepa_jax.world import labelled, motion, play, violations
+from vjepa_jax.world import actions, labelled, motion, play, violations
+from vjepa_jax.world.scenes import Clip, World
 
 MANIFEST = "world.json"
 FPS = 12
 PHYSICS = "physics"  # the split of matched pairs
 ACTIONS = ("actions_train", "actions_test")  # clips of play with a list of events
 PHYSICS_STREAM = 5  # of its random numbers, beside the seed
-_CHUNK = 64  # clips per task of a rendering process
-# Keys of `config.world` that came later, and what worlds without them are.
-_ADDED = {
-    "play_fraction": 0.0,
-    "physics_pairs": 0,
-    "segmentation_videos": 0,
-    "action_clips": 0,
-}
-_MASKED = 7  # the last part of their seed: the same scenes as in actions_test
+_LABELLED_STREAM = 7  # that of actions_test: the same scenes
+_CHUNK = 64  # items per task of a rendering process
+
+# A part of a split's ground truth: {field: array of one row per clip}.
+Truth = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,10 +51,10 @@ class Split:
 
     Attributes:
       name: of its folder and list.
-      num_videos: in it.
+      num_videos: number of its clips.
       seed: of its clips.
       classes: that its clips take in turn.
-      play_fraction: share of the clips that are play instead, see `data.play`.
+      play_fraction: share of the clips that are play instead, see `play`.
     """
 
     name: str
@@ -67,8 +63,8 @@ class Split:
     classes: tuple[str, ...] = motion.CLASSES
     play_fraction: float = 0.0
 
-    def make_clip(self, looks: motion.World, index: int) -> motion.Clip:
-        """Make a clip, whose ground truth is of the main object and the companions."""
+    def make_clip(self, looks: World, index: int) -> Clip:
+        """Make a clip with the ground truth of the main object and the companions."""
         if not play.is_play(self.play_fraction, self.seed, index):
             return motion.make_clip(looks, self.seed, index, self.classes)
         clip = play.make_play(looks, self.seed, index)
@@ -82,55 +78,48 @@ class Split:
         )
 
 
-def looks_of(config: ConfigDict) -> motion.World:
-    """Return what the clips of a world look like."""
-    return motion.World(size=config.size, num_frames=config.num_frames)
+def looks_of(config: ConfigDict) -> World:
+    """Return the look of the clips of `config.world`."""
+    return World(size=config.size, num_frames=config.num_frames)
 
 
 def splits(config: ConfigDict) -> list[Split]:
-    """List the splits of a world; each has random numbers of its own."""
-    count = config.action_clips
-    actions = [
-        Split(name, num_videos, (config.seed, part), play_fraction=1.0)
-        for name, num_videos, part in zip(
-            ACTIONS, (count, count // 2), (6, 7), strict=True
-        )
-    ]
-    return [
-        Split(
-            "pretrain",
-            config.pretrain_videos,
-            (config.seed, 0),
-            play_fraction=config.play_fraction,
-        ),
+    """Return the splits of `config.world`; each has its own random numbers."""
+    made = [
+        Split("pretrain", config.pretrain_videos, (config.seed, 0)),
         Split("probe_train", config.probe_train_videos, (config.seed, 1)),
         Split("probe_test", config.probe_test_videos, (config.seed, 2)),
         Split("hidden_train", config.hidden_train_videos, (config.seed, 3), ("hide",)),
         Split("hidden_test", config.hidden_test_videos, (config.seed, 4), ("hide",)),
-        *(actions if count else ()),
     ]
+    made[0] = dataclasses.replace(made[0], play_fraction=config.play_fraction)
+    if count := config.action_clips:
+        sizes = zip(ACTIONS, (count, count // 2), (6, 7), strict=True)
+        made += [
+            Split(name, size, (config.seed, stream), play_fraction=1.0)
+            for name, size, stream in sizes
+        ]
+    return made
 
 
 def write_video(
     path: pathlib.Path, video: np.ndarray, fps: int = FPS, is_causal: bool = False
 ) -> None:
-    """Write uint8 [T, H, W, 3] as H.264; the file appears under its name when whole.
-
-    The same frames make the same bytes.
+    """Write H.264; the file appears when it is complete, with the same bytes each time.
 
     Args:
       path: of the file.
-      video: its frames.
+      video: uint8 [T, H, W, 3].
       fps: frames per second.
-      is_causal: no frame depends on a later one, so that videos which begin alike are
-        decoded alike up to where they part; the file is a little larger.
+      is_causal: no frame depends on a later one. Videos with equal beginnings are then
+        decoded equally up to their first difference; the file is a little larger.
     """
     options = {"crf": "12", "preset": "veryfast", **REPRODUCIBLE}
     if is_causal:
-        options["tune"] = "zerolatency"  # neither B-frames nor a look ahead
+        options["tune"] = "zerolatency"  # neither B-frames nor lookahead
     with (
-        files.renamed_when_complete(path) as part,
-        av.open(str(part), "w", format="mp4") as container,
+        files.renamed_when_complete(path) as temporary,
+        av.open(str(temporary), "w", format="mp4") as container,
     ):
         stream = container.add_stream("libx264", rate=Fraction(fps), options=options)
         stream.height, stream.width = video.shape[1:3]
@@ -143,45 +132,6 @@ def write_video(
         container.mux(stream.encode())
 
 
-def _render_chunk(
-    folder: pathlib.Path, looks: motion.World, split: Split, indices: range
-) -> dict[str, np.ndarray]:
-    """Render clips and return their ground truth, stacked."""
-    clips = []
-    for index in indices:
-        clip = split.make_clip(looks, index)
-        path = folder / f"{index:06d}.mp4"
-        if not path.exists():
-            write_video(path, clip.video)
-        clips.append(clip)
-    fields = ("position", "velocity", "visibility", "label")
-    return {name: np.stack([getattr(c, name) for c in clips]) for name in fields}
-
-
-def _render_pairs(
-    folder: pathlib.Path,
-    looks: motion.World,
-    seed: tuple[int, int],
-    pairs: list[tuple[str, int]],
-) -> dict[str, np.ndarray]:
-    """Render pairs, given as (property, index); return what `physics.npz` holds."""
-    rows = []
-    for name, index in pairs:
-        pair = violations.make_pair(looks, seed, name, index)
-        for is_possible, clip in ((1, pair.possible), (0, pair.impossible)):
-            path = folder / _pair_file(name, index, is_possible)
-            if not path.exists():
-                write_video(path, clip.video, is_causal=True)
-            rows.append((name, index, is_possible, pair.onset))
-    fields = zip(*rows, strict=True)
-    names = "property", "pair", "possible", "onset"
-    return {k: np.array(v) for k, v in zip(names, fields, strict=True)}
-
-
-def _pair_file(name: str, index: int, is_possible: int) -> str:
-    return f"{name}_{index:04d}_{'possible' if is_possible else 'impossible'}.mp4"
-
-
 def render_world(config: ConfigDict) -> bool:
     """Render what is missing of the world `config.world`.
 
@@ -189,17 +139,17 @@ def render_world(config: ConfigDict) -> bool:
       Whether anything was rendered; False where the world was complete.
 
     Raises:
-      UserError: the folder holds another world, or is none.
+      UserError: `config.path` holds another world, or is not a folder.
     """
     root = pathlib.Path(config.path)
     looks = looks_of(config)
-    described = {k: v for k, v in config.to_dict().items() if k != "path"}
-    # Through JSON, as what it is compared with: tuples become lists.
-    described = json.loads(json.dumps(described | dataclasses.asdict(looks)))
+    settings = {k: v for k, v in config.to_dict().items() if k != "path"}
+    # Through JSON, like the manifest that it is compared with: tuples become lists.
+    settings = json.loads(json.dumps(settings | dataclasses.asdict(looks)))
     manifest = root / MANIFEST
     started = root / f"{MANIFEST}.part"
     for path in (manifest, started):
-        if path.exists() and _read_manifest(path) != described:
+        if path.exists() and _read_settings(path) != settings:
             raise UserError(
                 f"{root} holds a world rendered with other settings than config.world: "
                 "give another world.path (and data.path), or remove the folder"
@@ -217,35 +167,26 @@ def render_world(config: ConfigDict) -> bool:
         raise UserError(f"world.path={root} is not a folder") from None
     began = time.perf_counter()
     if not started.exists():
-        started.write_text(json.dumps({"world": described}))
-    pairs = [(n, i) for n in violations.PROPERTIES for i in range(config.physics_pairs)]
-    total = sum(split.num_videos for split in splits(config)) + 2 * len(pairs)
-    total += config.segmentation_videos
+        started.write_text(json.dumps({"world": settings}))
+    num_pairs = len(violations.PROPERTIES) * config.physics_pairs
+    total = sum(split.num_videos for split in splits(config))
+    total += 2 * num_pairs + config.segmentation_videos
     context = multiprocessing.get_context("spawn")
     with (
         concurrent.futures.ProcessPoolExecutor(mp_context=context) as pool,
         tqdm.tqdm(total=total, desc="rendering", unit=" videos") as progress,
     ):
+        renderer = _Renderer(root, looks, pool, progress)
         for split in splits(config):
-            _render_split(root, looks, split, pool, progress)
-        if pairs:
-            _render_physics(
-                root, looks, (config.seed, PHYSICS_STREAM), pairs, pool, progress
-            )
+            renderer.render_split(split)
+        if config.physics_pairs:
+            renderer.render_physics(config)
         if config.segmentation_videos:
-            _render_masked(root, looks, config, pool, progress)
+            renderer.render_labelled(config)
     seconds = time.perf_counter() - began
-    started.write_text(json.dumps({"world": described, "seconds": seconds}))
+    started.write_text(json.dumps({"world": settings, "seconds": seconds}))
     started.replace(manifest)
     return True
-
-
-def _read_manifest(path: pathlib.Path) -> dict | None:
-    """Return the settings in a manifest; None where there are none, or but half."""
-    try:
-        return _ADDED | json.loads(path.read_text())["world"]
-    except (ValueError, KeyError, TypeError):
-        return None
 
 
 def render_seconds(path: str) -> float:
@@ -253,58 +194,124 @@ def render_seconds(path: str) -> float:
     return json.loads((pathlib.Path(path) / MANIFEST).read_text())["seconds"]
 
 
-def _render_split(root, looks, split: Split, pool, progress) -> None:
-    indices = range(split.num_videos)
-    truth = _collect(root, split.name, indices, pool, progress, 1, looks, split)
-    lines = [f"{split.name}/{i:06d}.mp4 {k}\n" for i, k in enumerate(truth["label"])]
-    (root / f"{split.name}.csv").write_text("".join(lines))
-    if split.name in ACTIONS:
-        videos = [f"{split.name}/{i:06d}" for i in indices]
-        action_of = functools.partial(play_actions.action_of, looks, split.seed)
-        actions = pool.map(action_of, indices, chunksize=_CHUNK)
-        path = root / f"{split.name}_actions.csv"
-        play_actions.write_actions(path, actions, videos, FPS)
+def _read_settings(path: pathlib.Path) -> dict | None:
+    """Return the settings in a manifest; None if it is damaged."""
+    try:
+        return json.loads(path.read_text())["world"]
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
-def _render_physics(root, looks, seed, pairs, pool, progress) -> None:
-    truth = _collect(root, PHYSICS, pairs, pool, progress, 2, looks, seed)
-    rows = zip(*(truth[k] for k in ("property", "pair", "possible")), strict=True)
-    lines = [f"{PHYSICS}/{_pair_file(*row)} {row[-1]}\n" for row in rows]
-    (root / f"{PHYSICS}.csv").write_text("".join(lines))
+@dataclasses.dataclass(frozen=True)
+class _Renderer:
+    """Renders parts of a world in the processes of a pool."""
+
+    root: pathlib.Path
+    looks: World
+    pool: concurrent.futures.ProcessPoolExecutor
+    progress: tqdm.tqdm
+
+    def render_split(self, split: Split) -> None:
+        """Render clips, their list and, for clips of actions, the list of events."""
+        indices = range(split.num_videos)
+        task = functools.partial(_render_clips, self._folder(split.name), split)
+        labels = self._collect(split.name, task, indices)["label"]
+        self._write_list(split.name, [f"{i:06d}.mp4" for i in indices], labels)
+        if split.name in ACTIONS:
+            videos = [f"{split.name}/{i:06d}" for i in indices]
+            action_of = functools.partial(actions.action_of, self.looks, split.seed)
+            events = self.pool.map(action_of, indices, chunksize=_CHUNK)
+            path = self.root / f"{split.name}_actions.csv"
+            actions.write_actions(path, events, videos, FPS)
+
+    def render_physics(self, config: ConfigDict) -> None:
+        """Render matched pairs and their list."""
+        names, count = violations.PROPERTIES, config.physics_pairs
+        pairs = [(name, index) for name in names for index in range(count)]
+        seed = config.seed, PHYSICS_STREAM
+        task = functools.partial(_render_pairs, self._folder(PHYSICS), seed)
+        truth = self._collect(PHYSICS, task, pairs)
+        rows = zip(*(truth[k] for k in ("property", "pair", "possible")), strict=True)
+        clips = [_pair_file(*row) for row in rows]
+        self._write_list(PHYSICS, clips, truth["possible"])
+
+    def render_labelled(self, config: ConfigDict) -> None:
+        """Render videos with label maps and their lists."""
+        folder, seed = self.root / labelled.FOLDER, (config.seed, _LABELLED_STREAM)
+        task = functools.partial(_render_labelled, folder, self.looks, seed)
+        indices = range(config.segmentation_videos)
+        for _ in self.pool.map(task, indices):
+            self.progress.update()
+        names = [labelled.name_of(index) for index in indices]
+        labelled.write_lists(folder, names, self.looks.num_frames)
+
+    def _folder(self, name: str) -> pathlib.Path:
+        (self.root / name).mkdir(exist_ok=True)
+        return self.root / name
+
+    def _collect(
+        self, name: str, task: Callable[[World, Sequence], Truth], items: Sequence
+    ) -> Truth:
+        """Render a split in chunks of its items; write and return the ground truth."""
+        starts = range(0, len(items), _CHUNK)
+        chunks = [items[start : start + _CHUNK] for start in starts]
+        parts = []
+        for part in self.pool.map(functools.partial(task, self.looks), chunks):
+            parts.append(part)
+            self.progress.update(len(next(iter(part.values()))))
+        truth = {key: np.concatenate([p[key] for p in parts]) for key in parts[0]}
+        np.savez_compressed(self.root / f"{name}.npz", **truth)
+        return truth
+
+    def _write_list(self, name: str, clips: list[str], labels: np.ndarray) -> None:
+        rows = zip(clips, labels, strict=True)
+        lines = [f"{name}/{clip} {label}\n" for clip, label in rows]
+        (self.root / f"{name}.csv").write_text("".join(lines))
 
 
-def _collect(root, name, items, pool, progress, videos_per_item, *what):
-    """Render a split in chunks of its items; write and return the ground truth."""
-    folder = root / name
-    folder.mkdir(exist_ok=True)
-    task = _render_pairs if name == PHYSICS else _render_chunk
-    futures = []
-    for start in range(0, len(items), _CHUNK):
-        chunk = items[start : start + _CHUNK]
-        futures.append(pool.submit(task, folder, *what, chunk))
-        count = len(chunk) * videos_per_item
-        futures[-1].add_done_callback(lambda _, n=count: progress.update(n))
-    parts = [future.result() for future in futures]
-    truth = {key: np.concatenate([p[key] for p in parts]) for key in parts[0]}
-    np.savez_compressed(root / f"{name}.npz", **truth)
-    return truth
+def _render_clips(
+    folder: pathlib.Path, split: Split, looks: World, indices: range
+) -> Truth:
+    """Render clips and return their ground truth, stacked."""
+    clips = []
+    for index in indices:
+        clip = split.make_clip(looks, index)
+        path = folder / f"{index:06d}.mp4"
+        if not path.exists():
+            write_video(path, clip.video)
+        clips.append(clip)
+    fields = ("position", "velocity", "visibility", "label")
+    return {name: np.stack([getattr(c, name) for c in clips]) for name in fields}
 
 
-def _render_masked(root, looks, config: ConfigDict, pool, progress) -> None:
-    folder = root / labelled.FOLDER
-    seed = config.seed, _MASKED
-    names = [f"{index:05d}" for index in range(config.segmentation_videos)]
-    futures = []
-    for index, name in enumerate(names):
-        what = folder, name, looks, seed, index
-        futures.append(pool.submit(_write_masked, *what))
-        futures[-1].add_done_callback(lambda _: progress.update())
-    for future in futures:
-        future.result()
-    labelled.write_lists(folder, names, looks.num_frames)
+def _render_pairs(
+    folder: pathlib.Path,
+    seed: tuple[int, int],
+    looks: World,
+    pairs: list[tuple[str, int]],
+) -> Truth:
+    """Render pairs, given as (property, index); return the rows of `physics.npz`."""
+    rows = []
+    for name, index in pairs:
+        pair = violations.make_pair(looks, seed, name, index)
+        for is_possible, clip in ((1, pair.possible), (0, pair.impossible)):
+            path = folder / _pair_file(name, index, is_possible)
+            if not path.exists():
+                write_video(path, clip.video, is_causal=True)
+            rows.append((name, index, is_possible, pair.onset))
+    fields = zip(*rows, strict=True)
+    names = "property", "pair", "possible", "onset"
+    return {k: np.array(v) for k, v in zip(names, fields, strict=True)}
 
 
-def _write_masked(folder, name, looks, seed, index) -> None:
+def _pair_file(name: str, index: int, is_possible: int) -> str:
+    return f"{name}_{index:04d}_{'possible' if is_possible else 'impossible'}.mp4"
+
+
+def _render_labelled(
+    folder: pathlib.Path, looks: World, seed: tuple[int, int], index: int
+) -> None:
+    name = labelled.name_of(index)
     if not labelled.is_written(folder, name, looks.num_frames):
-        clip = labelled.make_masked(looks, seed, index)
+        clip = labelled.make_labelled(looks, seed, index)
         labelled.write_clip(folder, name, clip)

@@ -1,4 +1,4 @@
-"""The things of the synthetic world, as data: looks, scene, motion, tracks, clips."""
+"""Data of the synthetic world: looks, scene, motion, tracks, clips."""
 
 import dataclasses
 
@@ -9,7 +9,7 @@ SHAPES = ("disc", "square", "triangle", "cross")
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """What a world looks like; with a seed and an index it determines every pixel.
+    """The look of a world; with a seed and an index it determines every pixel.
 
     Attributes:
       size: side of the square frame in pixels, even (H.264 with 4:2:0 chroma).
@@ -20,8 +20,8 @@ class World:
       camera_speed: largest speed of the scrolling background, sides per frame.
       still_fraction: share of the clips whose background does not move.
       background_contrast: amplitude of the background's texture, 0 to 1.
-      background_change: random walk of the texture's phases, radians per frame; what
-        cannot be foreseen is not worth a predictor's while.
+      background_change: random walk of the texture's phases, radians per frame; a
+        predictor gains nothing from details that it cannot foresee.
       light_change: random walk of the light's three colours, relative, per frame.
     """
 
@@ -56,13 +56,13 @@ class Scene:
     waves: np.ndarray  # [W, 6] background: fx, fy, phase, and an amplitude per channel
     background: np.ndarray  # [3] mean colour
     camera: np.ndarray  # [2] background velocity
-    phases: np.ndarray  # [T, W] what is added to the waves' phases
+    phases: np.ndarray  # [T, W] added to the waves' phases
     light: np.ndarray  # [T, 3] gain of each colour
 
 
 @dataclasses.dataclass
 class Motion:
-    """What the class decides: velocities at the middle frame and the laws at work."""
+    """What the class chooses: velocities at the middle frame, spin, growth, gravity."""
 
     velocity: np.ndarray  # [K, 2]
     spin: np.ndarray  # [K] radians per frame
@@ -73,9 +73,9 @@ class Motion:
 
 @dataclasses.dataclass
 class Track:
-    """What every object is and does in every frame; what is painted.
+    """The state of every object in every frame, to be painted.
 
-    What a motion makes keeps shape and colours; a violation of physics need not.
+    A motion keeps shape and colours; a violation of physics may change them.
     """
 
     position: np.ndarray  # [T, K, 2]
@@ -87,8 +87,15 @@ class Track:
     present: np.ndarray  # [T, K] bool
 
     @classmethod
-    def of(cls, scene: Scene, position, velocity, radius, angle) -> "Track":
-        """Make the track of objects that stay what they are in the scene."""
+    def of(
+        cls,
+        scene: Scene,
+        position: np.ndarray,
+        velocity: np.ndarray,
+        radius: np.ndarray,
+        angle: np.ndarray,
+    ) -> "Track":
+        """Make the track of objects that keep their shapes and colours."""
         frames, count = radius.shape
         return cls(
             position,
@@ -106,12 +113,12 @@ class Clip:
     """A rendered clip with its ground truth: `T` frames, `K` objects, 0 the main one.
 
     Positions and velocities are fractions of the side (per frame). `visibility` is the
-    visible share of an object's area; `masks` holds 0 for the background, k + 1 for
+    visible share of an object's area; `objects` holds 0 for the background, k + 1 for
     object k and K + 1 for the occluder.
     """
 
     video: np.ndarray  # uint8 [T, S, S, 3]
-    masks: np.ndarray  # uint8 [T, S, S]
+    objects: np.ndarray  # uint8 [T, S, S]
     position: np.ndarray  # float32 [T, K, 2]
     velocity: np.ndarray  # float32 [T, K, 2]
     visibility: np.ndarray  # float32 [T, K]

@@ -11,7 +11,7 @@ from sklearn.preprocessing import StandardScaler
 
 from vjepa_jax.data.clips import reader
 from vjepa_jax.data.transforms.transforms import central_box
-from vjepa_jax.world import motion as world
+from vjepa_jax.world import motion as laws
 from vjepa_jax.world import render
 from vjepa_jax.world.motion import CLASSES, SHAPES, World
 
@@ -30,40 +30,40 @@ def scene_and_motion(seed, index, looks=WORLD, label=None):
     """Draw what `make_clip` draws, for tests that need more than the clip."""
     label = index % len(CLASSES) if label is None else label
     scene_rng, motion_rng = (np.random.default_rng([seed, index, i]) for i in (0, 1))
-    scene = world.draw_scene(looks, scene_rng)
-    return scene, world.draw_motion(looks, scene, label, motion_rng)
+    scene = laws.draw_scene(looks, scene_rng)
+    return scene, laws.draw_motion(looks, scene, label, motion_rng)
 
 
 def test_seed_and_index_determine_every_array(seed):
-    first, again = (world.make_clip(WORLD, seed, 5) for _ in range(2))
+    first, again = (laws.make_clip(WORLD, seed, 5) for _ in range(2))
     for field in dataclasses.fields(first):
         np.testing.assert_array_equal(
             getattr(first, field.name), getattr(again, field.name)
         )
     others = [(seed, 5 + len(CLASSES)), (seed + 1, 5), ((seed, 1), 5)]
     for other_seed, index in others:
-        other = world.make_clip(WORLD, other_seed, index)
+        other = laws.make_clip(WORLD, other_seed, index)
         assert other.label == first.label
         assert (other.video != first.video).mean() > 0.5
 
 
 def test_arrays_have_the_shapes_and_types_that_clip_states(seed):
     looks = World(size=24, num_frames=6, num_companions=2)
-    clip = world.make_clip(looks, seed, 0)
+    clip = laws.make_clip(looks, seed, 0)
     assert clip.video.shape == (6, 24, 24, 3) and clip.video.dtype == np.uint8
-    assert clip.masks.shape == (6, 24, 24) and clip.masks.dtype == np.uint8
+    assert clip.objects.shape == (6, 24, 24) and clip.objects.dtype == np.uint8
     for name in ("position", "velocity"):
         array = getattr(clip, name)
         assert array.shape == (6, 3, 2) and array.dtype == np.float32
     assert clip.visibility.shape == (6, 3) and clip.visibility.dtype == np.float32
-    assert clip.masks.max() <= 4
+    assert clip.objects.max() <= 4
 
 
 def test_classes_take_turns(seed):
     looks = World(size=8, num_frames=2)
-    labels = [world.make_clip(looks, seed, i).label for i in range(2 * len(CLASSES))]
+    labels = [laws.make_clip(looks, seed, i).label for i in range(2 * len(CLASSES))]
     assert labels == [*range(len(CLASSES))] * 2
-    only = {world.make_clip(looks, seed, i, ("hide", "up")).label for i in range(4)}
+    only = {laws.make_clip(looks, seed, i, ("hide", "up")).label for i in range(4)}
     assert only == {CLASSES.index("hide"), CLASSES.index("up")}
 
 
@@ -75,7 +75,7 @@ def test_energy_is_conserved(seed):
     kinetic_changes = 0
     for index in range(6 * len(CLASSES)):
         scene, motion = scene_and_motion(seed, index)
-        position, velocity, _, _ = world.simulate(WORLD, scene, motion)
+        position, velocity, _, _ = laws.simulate(WORLD, scene, motion)
         mass = scene.radius**2
         height = -position[..., 1]
         kinetic = (mass * (velocity**2).sum(-1) / 2).sum(-1)
@@ -92,7 +92,7 @@ def test_impacts_conserve_momentum_and_turn_the_pair_around(seed):
     impacts = 0
     for index in range(60):
         scene, motion = scene_and_motion(seed, index, label=CLASSES.index("collide"))
-        position, velocity, radius, _ = world.simulate(WORLD, scene, motion)
+        position, velocity, radius, _ = laws.simulate(WORLD, scene, motion)
         room = np.minimum(position, 1 - position).min(-1) - radius
         if room.min() < np.abs(velocity).max():
             continue  # a wall may be met between two frames
@@ -111,7 +111,7 @@ def test_impacts_conserve_momentum_and_turn_the_pair_around(seed):
             np.testing.assert_allclose(approach[-1], -approach[0], rtol=1e-9)
         # Overlaps are no deeper than one substep of the approach.
         touch = distance - radius.sum(1)
-        assert touch.min() > -np.abs(approach).max() / world._SUBSTEPS - 1e-12
+        assert touch.min() > -np.abs(approach).max() / laws._SUBSTEPS - 1e-12
     assert impacts >= 5
 
 
@@ -121,8 +121,8 @@ def test_motion_backwards_is_the_reversed_motion(seed):
         backwards = dataclasses.replace(
             motion, velocity=-motion.velocity, growth=-motion.growth
         )
-        position, velocity, _, _ = world.simulate(WORLD, scene, motion)
-        mirrored, opposite, _, _ = world.simulate(WORLD, scene, backwards)
+        position, velocity, _, _ = laws.simulate(WORLD, scene, motion)
+        mirrored, opposite, _, _ = laws.simulate(WORLD, scene, backwards)
         after, before = slice(MIDDLE, None), slice(MIDDLE, 0, -1)
         steps = len(position[after])
         np.testing.assert_array_equal(position[after], mirrored[before][:steps])
@@ -135,7 +135,7 @@ def test_velocity_is_the_derivative_of_position_between_impacts(seed):
         scene, motion = scene_and_motion(seed, index)
         if motion.gravity:
             continue
-        position, velocity, _, _ = world.simulate(WORLD, scene, motion)
+        position, velocity, _, _ = laws.simulate(WORLD, scene, motion)
         unchanged = (velocity[1:] == velocity[:-1]).all((1, 2))
         moved = np.diff(position, axis=0)
         np.testing.assert_allclose(
@@ -148,12 +148,12 @@ def test_velocity_is_the_derivative_of_position_between_impacts(seed):
 def test_objects_stay_within_the_walls(seed):
     for index in range(6 * len(CLASSES)):
         scene, motion = scene_and_motion(seed, index)
-        position, velocity, radius, _ = world.simulate(WORLD, scene, motion)
+        position, velocity, radius, _ = laws.simulate(WORLD, scene, motion)
         beyond = np.maximum(
             radius[..., None] - position, position + radius[..., None] - 1
         )
         # A wall is noticed at the end of a substep.
-        allowed = np.abs(velocity).max() / world._SUBSTEPS
+        allowed = np.abs(velocity).max() / laws._SUBSTEPS
         growing = np.abs(motion.growth).max() * radius.max()
         assert beyond.max() <= allowed + growing, CLASSES[index % len(CLASSES)]
 
@@ -175,7 +175,7 @@ def test_the_middle_frame_is_the_same_under_every_class(seed, touching):
             scene, motion = scene_and_motion(seed, index, label=label)
             # The companions' order does not depend on the class: not at issue.
             motion.behind[1:] = index % 2
-            frames.append(world.render(WORLD, scene, motion, label).video[MIDDLE])
+            frames.append(laws.render(WORLD, scene, motion, label).video[MIDDLE])
         different += [
             f"scene {index} ({SHAPES[scene.shape[0]]}): {CLASSES[label]}"
             for label, frame in enumerate(frames)
@@ -187,7 +187,7 @@ def test_the_middle_frame_is_the_same_under_every_class(seed, touching):
 @pytest.fixture(scope="module")
 def clips():
     """A seed of its own, since accuracies of a probe on it are compared with chance."""
-    return [world.make_clip(WORLD, (20, 7), i) for i in range(880)]
+    return [laws.make_clip(WORLD, (20, 7), i) for i in range(880)]
 
 
 def probe_accuracy(clips, frames):
@@ -245,14 +245,14 @@ def test_masks_visibility_and_position_tell_the_same(seed):
     seen = set()
     for index in range(2 * len(CLASSES)):
         scene, motion = scene_and_motion(seed, index, looks)
-        clip = world.render(looks, scene, motion, index % len(CLASSES))
+        clip = laws.render(looks, scene, motion, index % len(CLASSES))
         radius = scene.radius * np.exp(
             motion.growth * (np.arange(looks.num_frames) - MIDDLE)[:, None]
         )
         assert (clip.visibility >= 0).all() and (clip.visibility <= 1 + 1e-6).all()
         for frame in range(looks.num_frames):
             for k, name in enumerate(SHAPES[i] for i in scene.shape):
-                mask = clip.masks[frame] == k + 1
+                mask = clip.objects[frame] == k + 1
                 r, centre = radius[frame, k], clip.position[frame, k]
                 if np.minimum(centre, 1 - centre).min() < 1.25 * r:
                     continue  # its corners may be outside of the frame
@@ -271,21 +271,21 @@ def test_masks_visibility_and_position_tell_the_same(seed):
 
 def test_masks_number_the_occluder_last(seed):
     scene, motion = scene_and_motion(seed, 0)
-    clip = world.render(WORLD, scene, motion, 0)
+    clip = laws.render(WORLD, scene, motion, 0)
     x, y, half_width, half_height = scene.occluder
     places = (np.arange(WORLD.size) + 0.5) / WORLD.size
     inside = (np.abs(places - x) < half_width) & (np.abs(places - y) < half_height)[
         :, None
     ]
-    assert set(np.unique(clip.masks[:, inside])) <= {1, 2, 3}
-    assert (clip.masks[MIDDLE][inside] == 3).mean() > 0.9
-    assert not (clip.masks[MIDDLE][~inside] == 3).any()
+    assert set(np.unique(clip.objects[:, inside])) <= {1, 2, 3}
+    assert (clip.objects[MIDDLE][inside] == 3).mean() > 0.9
+    assert not (clip.objects[MIDDLE][~inside] == 3).any()
 
 
 def test_written_files_decode_to_nearly_the_rendered_video(tmp_path, seed):
     errors = []
     for index in range(len(CLASSES)):
-        clip = world.make_clip(WORLD, seed, index)
+        clip = laws.make_clip(WORLD, seed, index)
         path = tmp_path / f"{index}.mp4"
         render.write_video(path, clip.video)
         video = reader.read_clip(

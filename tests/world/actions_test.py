@@ -1,4 +1,4 @@
-"""What happens in clips of play is found and listed as actions."""
+"""Events in clips of play are found and listed as actions."""
 
 import csv
 
@@ -7,8 +7,7 @@ import pytest
 
 from vjepa_jax.config.defaults import get_config
 from vjepa_jax.evals.anticipation.epic_kitchens import Contexts, read_actions
-from vjepa_jax.world import actions as play_actions
-from vjepa_jax.world import motion, play, render
+from vjepa_jax.world import actions, motion, play, render
 from vjepa_jax.world.actions import VERBS, Event
 from vjepa_jax.world.scenes import SHAPES, World
 
@@ -17,17 +16,17 @@ WORLD = World(size=32)
 
 @pytest.fixture
 def clips(rng, monkeypatch):
-    """(scene, track, gravity, what happened) of clips, noted as they are integrated."""
+    """(scene, track, gravity, log of contacts) of clips, logged during integration."""
     log = []
     collide = motion._collide
 
-    def noted(x, v, radius, mass):
+    def logged(x, v, radius, mass):
         before = v.copy()
         collide(x, v, radius, mass)
         moved = np.flatnonzero(np.any(v != before, axis=1))
         log.append({int(k): (before[k], v[k].copy(), x[k].copy()) for k in moved})
 
-    monkeypatch.setattr(motion, "_collide", noted)
+    monkeypatch.setattr(motion, "_collide", logged)
     seed, out = int(rng.integers(1 << 30)), []
     for index in range(40):
         log.clear()
@@ -40,14 +39,14 @@ def test_events_are_what_was_integrated(clips):
     """Each change of motion is one object's bounce, or two objects' strike."""
     substeps, kinds = motion._SUBSTEPS, set()
     for scene, track, gravity, log in clips:
-        found = play_actions.events(scene, track, gravity)
+        found = actions.events(scene, track, gravity)
         kinds |= {event.verb for event in found}
         for frame in range(1, WORLD.num_frames):
             steps = log[(frame - 1) * substeps : frame * substeps]
             happened = [step for step in steps if step]
-            of_frame = [event for event in found if event.frame == frame]
+            in_frame = [event for event in found if event.frame == frame]
             if not happened:
-                assert not of_frame
+                assert not in_frame
             if len(happened) != 1:
                 continue  # two things in one frame may be one event, or none
             (step,) = happened
@@ -55,13 +54,13 @@ def test_events_are_what_was_integrated(clips):
                 ((k, (before, after, place)),) = step.items()
                 axes = np.flatnonzero(before * after < 0)
                 if len(axes) == 1:  # no corner
-                    (event,) = of_frame
+                    (event,) = in_frame
                     wall = 2 * axes[0] + round(place[axes[0]])
                     assert event == Event(frame, wall, int(scene.shape[k]))
             elif len(step) == 2:
                 gap = np.linalg.norm(np.subtract(*(x for *_, x in step.values())))
                 if gap < scene.radius[list(step)].sum():
-                    (event,) = of_frame
+                    (event,) = in_frame
                     faster = max(step, key=lambda k: np.linalg.norm(step[k][0]))
                     assert event.verb == VERBS.index("strike")
                     assert event.noun in scene.shape[list(step)]
@@ -74,8 +73,8 @@ def test_the_action_is_the_first_event_of_the_last_quarter(rng):
     seed, found = int(rng.integers(1 << 30)), 0
     for index in range(40):
         scene, track, gravity, _ = play.simulate_clip(WORLD, seed, index)
-        action = play_actions.action_of(WORLD, seed, index)
-        late = [e for e in play_actions.events(scene, track, gravity) if e.frame >= 12]
+        action = actions.action_of(WORLD, seed, index)
+        late = [e for e in actions.events(scene, track, gravity) if e.frame >= 12]
         assert action == (late[0] if late else None)
         assert all(action.frame <= event.frame for event in late)
         found += action is not None
@@ -92,31 +91,29 @@ def test_a_world_has_its_actions_listed(tmp_path):
     render.render_world(config)
     listed = 0
     for name, count, part in (("actions_train", 12, 6), ("actions_test", 6, 7)):
-        actions = read_actions(str(tmp_path / "with" / f"{name}_actions.csv"))
+        rows = read_actions(str(tmp_path / "with" / f"{name}_actions.csv"))
         contexts = Contexts(
-            actions,
-            np.zeros(len(actions)),
+            rows,
+            np.zeros(len(rows)),
             config.path,
             anchor="paper",
             point=0.0,
             ahead_secs=1 / 3,
         )
         looks = World(size=16)
-        wanted = [play_actions.action_of(looks, (0, part), i) for i in range(count)]
-        rows = [(i, event) for i, event in enumerate(wanted) if event]
-        assert len(actions) == len(rows)
-        for place, (index, event) in enumerate(rows):
+        wanted = [actions.action_of(looks, (0, part), i) for i in range(count)]
+        having = [(i, event) for i, event in enumerate(wanted) if event]
+        assert len(rows) == len(having)
+        for place, (index, event) in enumerate(having):
             path = tmp_path / "with" / name / f"{index:06d}.mp4"
             assert contexts.path_of(place) == str(path) and path.exists()
-            assert actions.start_frame[place] == event.frame
-            assert actions.start_secs[place] == pytest.approx(
-                event.frame / 12, abs=1e-3
-            )
-            assert (actions.verb[place], actions.noun[place]) == (
+            assert rows.start_frame[place] == event.frame
+            assert rows.start_secs[place] == pytest.approx(event.frame / 12, abs=1e-3)
+            assert (rows.verb[place], rows.noun[place]) == (
                 event.verb,
                 event.noun,
             )
-        listed += len(actions)
+        listed += len(rows)
     assert listed > 4
     with open(tmp_path / "with" / "actions_train_actions.csv", newline="") as file:
         row = next(csv.DictReader(file))

@@ -1,4 +1,4 @@
-"""The world's videos with masks: true, repeatable, and beside what there was before."""
+"""Videos with label maps: correct, repeatable, without effect on other splits."""
 
 import pathlib
 
@@ -11,7 +11,7 @@ from vjepa_jax.config.defaults import get_config
 from vjepa_jax.config.rules import validate
 from vjepa_jax.data.clips import label_images
 from vjepa_jax.data.sources import davis
-from vjepa_jax.evals.segmentation import pairs as mask_lists
+from vjepa_jax.evals.segmentation import pairs as image_lists
 from vjepa_jax.world import labelled, motion, render
 
 LOOKS = motion.World(size=32, num_frames=6)
@@ -20,7 +20,7 @@ ROOT = labelled.FOLDER
 
 @pytest.fixture(scope="module")
 def rendered(tmp_path_factory):
-    """The same world without masks and with them."""
+    """The same world without label maps and with them."""
     roots = []
     for videos in (0, 5):
         config = tiny_world(tmp_path_factory.mktemp("world") / "w")
@@ -34,7 +34,7 @@ def files(root):
     return {p.relative_to(root): p for p in root.rglob("*") if p.is_file()}
 
 
-def test_everything_else_stays_bit_for_bit(rendered):
+def test_other_splits_stay_bit_for_bit(rendered):
     without, having = (files(pathlib.Path(config.path)) for config in rendered)
     others = {p for p in having if p.parts[0] != ROOT}
     assert others == set(without)
@@ -53,7 +53,7 @@ def test_files_are_the_clips_without_loss(rendered):
     names = [video.name for video in train + val]
     assert names == [f"{i:05d}" for i in range(5)] and len(train) == 2
     for index, video in enumerate(train + val):
-        clip = labelled.make_masked(looks, (config.seed, 7), index)
+        clip = labelled.make_labelled(looks, (config.seed, 7), index)
         shape = clip.objects.shape[1:]
         frames = [label_images.read_image(path, shape) for path in video.frames]
         np.testing.assert_array_equal(frames, clip.video)
@@ -67,19 +67,19 @@ def test_files_are_the_clips_without_loss(rendered):
 def test_lists_of_classes_are_of_the_same_videos(rendered):
     root = f"{rendered[1].path}/{ROOT}"
     for key, split in (("train_path", "train"), ("test_path", "val")):
-        pairs = mask_lists.open_pairs(f"{root}/{labelled.CLASS_LISTS[key]}")
+        pairs = image_lists.open_pairs(f"{root}/{labelled.CLASS_LISTS[key]}")
         videos = davis.list_videos(root, f"2017/{split}", "480p")
         frames = [frame for video in videos for frame in video.frames]
         assert [pair.image for pair in pairs] == frames
         assert [pair.mask.name for pair in pairs] == [f.name for f in frames]
 
 
-def test_masks_say_what_is_painted():
-    """What is followed can be seen at first, and every pixel of it has its class."""
+def test_label_maps_are_what_is_painted():
+    """Followed objects are visible at first, and each of their pixels has its class."""
     unseen = several = 0
     for index in range(12):
-        clip = labelled.make_masked(LOOKS, 3, index)
-        again = labelled.make_masked(LOOKS, 3, index)
+        clip = labelled.make_labelled(LOOKS, 3, index)
+        again = labelled.make_labelled(LOOKS, 3, index)
         np.testing.assert_array_equal(clip.objects, again.objects)
         assert clip.video.shape == (*clip.objects.shape, 3)
         numbers = set(np.unique(clip.objects)) - {0}
@@ -99,9 +99,9 @@ def test_masks_say_what_is_painted():
 
 
 def test_objects_stand_out_from_the_background():
-    """The masks fall on what differs: colours inside and outside are not the same."""
+    """Colours inside and outside of the maps differ."""
     for index in range(4):
-        clip = labelled.make_masked(LOOKS, 5, index)
+        clip = labelled.make_labelled(LOOKS, 5, index)
         is_object = clip.objects > 0
         inside, outside = clip.video[is_object], clip.video[clip.classes == 0]
         assert inside.mean() > outside.mean() + 20
