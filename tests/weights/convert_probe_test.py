@@ -1,23 +1,22 @@
-"""Probes of official files become ours and go back."""
+"""Probes of official files are imported and exported."""
 
 import json
 
 import jax
 import numpy as np
 import pytest
-from official_files import Golden
+from goldens import Golden
 
 import vjepa_jax
-from vjepa_jax import convert
 from vjepa_jax.base.errors import UserError
 from vjepa_jax.models.heads import AttentiveClassifier
-from vjepa_jax.run import checkpoint
+from vjepa_jax.run import checkpoint, conversion
 from vjepa_jax.weights import files, official, rules
 
 
 def test_probe_has_no_encoder(tmp_path):
-    golden = Golden("vjepa2_probe")
-    convert.save(golden.converted(), str(tmp_path / "probe"))
+    golden = Golden.named("vjepa2_probe")
+    conversion.save(golden.converted(), str(tmp_path / "probe"))
     with pytest.raises(UserError, match="holds a probe, not an encoder"):
         vjepa_jax.load_encoder(str(tmp_path / "probe"))
     models, meta = checkpoint.restore_models(str(tmp_path / "probe"))
@@ -28,19 +27,21 @@ def test_probe_has_no_encoder(tmp_path):
 
 
 def test_exported_probe_is_read_as_the_same_family(tmp_path):
-    """V-JEPA's probe is told from V-JEPA 2's by a layer that nothing uses."""
+    """Only V-JEPA's probe has an output projection, which nothing uses."""
     pytest.importorskip("torch")
-    convert.save(Golden("vjepa1_probe").converted(), str(tmp_path / "probe"))
+    conversion.save(Golden.named("vjepa1_probe").converted(), str(tmp_path / "probe"))
     file = str(tmp_path / "probe.pt")
-    convert.export_official(str(tmp_path / "probe"), file)
-    again = convert.convert(file, str(tmp_path / "again"), official.Hints(num_heads=4))
+    conversion.export_official(str(tmp_path / "probe"), file)
+    again = conversion.convert(
+        file, str(tmp_path / "again"), official.Hints(num_heads=4)
+    )
     assert again.meta["classifier"]["blocks_on_query"]
 
 
 @pytest.mark.parametrize("names", [("verb", "noun", "action"), ("action",)])
 def test_probe_of_action_anticipation(rng, names):
-    """Its queries do not see each other: as many probes of one query, in one."""
-    golden = Golden("vjepa2_probe")
+    """Queries do not see each other: one probe equals several of one query each."""
+    golden = Golden.named("vjepa2_probe")
     content = golden.content["classifier"]
     (prefix,) = {name.partition("pooler.")[0] for name in content if "pooler" in name}
     width = golden.meta["embed_dim"]
@@ -63,8 +64,8 @@ def test_probe_of_action_anticipation(rng, names):
     hints = official.Hints(num_heads=golden.meta["num_heads"])
 
     def run(content):
-        source = files.split(content, "golden")
-        converted = convert.import_source(source, hints)
+        file = files.sort_parts(content, "golden")
+        converted = conversion.import_file(file, hints)
         fields = json.loads(json.dumps(converted.meta["classifier"]))  # as stored
         model = AttentiveClassifier(**fields)
         params = {"params": converted.target["0"]}
@@ -74,7 +75,7 @@ def test_probe_of_action_anticipation(rng, names):
     assert set(logits) == set(names)
     for name, single in zip(names, singles, strict=True):
         np.testing.assert_allclose(logits[name], run(single)[1], atol=1e-5)
-    parts = convert.export_parts({"target": converted.target}, converted.meta)
+    parts = conversion.export_parts({"target": converted.target}, converted.meta)
     (exported,) = parts["classifiers"]
     wanted = rules.strip_prefixes(state)
     assert set(exported) == set(wanted)

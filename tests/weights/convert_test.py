@@ -1,4 +1,4 @@
-"""Weights of official files become ours and go back; nothing is lost or guessed."""
+"""Official weights are imported and exported; nothing is lost or guessed."""
 
 import subprocess
 import sys
@@ -6,17 +6,16 @@ import sys
 import jax
 import numpy as np
 import pytest
-from official_files import NAMES, Golden
+from goldens import NAMES, Golden
 
 import vjepa_jax
-from vjepa_jax import convert
 from vjepa_jax.base.errors import UserError
 from vjepa_jax.config.rules import validate
 from vjepa_jax.config.saved import restored
 from vjepa_jax.models import positions, registry
 from vjepa_jax.models.encoder import normalise
 from vjepa_jax.program import build
-from vjepa_jax.run import checkpoint
+from vjepa_jax.run import checkpoint, conversion
 from vjepa_jax.weights import files, official, rules
 
 FAMILIES = {
@@ -39,10 +38,10 @@ def assert_same_arrays(parts, content):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_official_to_ours_and_back_is_the_same(name):
-    golden = Golden(name)
+    golden = Golden.named(name)
     converted = golden.converted()
     models = {"target": converted.target, **(converted.params or {})}
-    parts = convert.export_parts(models, converted.meta)
+    parts = conversion.export_parts(models, converted.meta)
     if name == "vjepa2_probe":
         (parts["classifier"],) = parts.pop("classifiers")
     assert set(parts) == set(golden.content)
@@ -56,13 +55,13 @@ def folders(tmp_path_factory):
     """Every kind of golden, converted and written, with the online encoder."""
     base = tmp_path_factory.mktemp("converted")
     for name in FAMILIES:
-        convert.save(Golden(name).converted("encoder"), str(base / name))
+        conversion.save(Golden.named(name).converted("encoder"), str(base / name))
     return base
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_load_encoder_equals_the_official_code(folders, name):
-    golden, encode = Golden(name), vjepa_jax.load_encoder(str(folders / name))
+    golden, encode = Golden.named(name), vjepa_jax.load_encoder(str(folders / name))
     with jax.default_matmul_precision("highest"):
         features = encode(golden.eval_clips())
     wanted = golden.arrays["eval_encoder_full"]
@@ -75,7 +74,7 @@ def test_load_encoder_equals_the_official_code(folders, name):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_checkpoint_rebuilds_the_models(folders, name):
-    golden = Golden(name)
+    golden = Golden.named(name)
     models, meta = checkpoint.restore_models(str(folders / name))
     config = restored(meta["config"])
     config.data.path = "videos"
@@ -86,7 +85,7 @@ def test_checkpoint_rebuilds_the_models(folders, name):
     )
     assert predictor.num_heads == golden.meta["predictor_heads"]
     assert tuple(meta["video_shape"]) == build.video_shapes(config)["video"]
-    assert_same_arrays(convert.export_parts(models, meta), golden.content)
+    assert_same_arrays(conversion.export_parts(models, meta), golden.content)
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +153,7 @@ def test_video_that_cannot_be_encoded(encode, shape, dtype, match):
 
 
 def test_gated_mlp_of_the_encoder_alone():
-    golden = Golden("vjepa2_swiglu_nonsquare")
+    golden = Golden.named("vjepa2_swiglu_nonsquare")
     predictor = rules.strip_prefixes(golden.content["predictor"])
     width = golden.meta["predictor_dim"]
     for i in range(golden.meta["predictor_depth"]):
@@ -173,8 +172,8 @@ def test_gated_mlp_of_the_encoder_alone():
 
 
 def test_distilled_model():
-    """The student has four norms and trains one; it predicts a wider teacher."""
-    golden = Golden("vjepa2_1_train")
+    """The student has four norms and trains one; its predictor's target is wider."""
+    golden = Golden.named("vjepa2_1_train")
     content = golden.content
     predictor = rules.strip_prefixes(content["predictor"])
     for name in ("predictor_embed.0", "predictor_embed.2"):
@@ -194,28 +193,28 @@ def test_distilled_model():
     assert encoder.levels == (2, 5, 8, 11)
     assert (encoder.out_dim, ours.out_dim, ours.input_dim) == (32, 40, 0)
     models = {"target": converted.target, **converted.params}
-    parts = convert.export_parts(models, converted.meta)
+    parts = conversion.export_parts(models, converted.meta)
     assert set(parts) == set(golden.content)
     assert_same_arrays(parts, golden.content)
 
 
 def test_chosen_encoder():
-    golden = Golden("vjepa2_train")
+    golden = Golden.named("vjepa2_train")
     golden.content["encoder"] = golden.content["target_encoder"] | {
         "module.backbone.norm.bias": np.full(64, 7, np.float32)
     }
     assert (golden.converted().target["norm"]["bias"] != 7).all()
-    source = golden.source("encoder")
-    converted = convert.import_source(source, golden.hints)
+    file = golden.file("encoder")
+    converted = conversion.import_file(file, golden.hints)
     assert (converted.target["norm"]["bias"] == 7).all()
     why = converted.ignored["target_encoder"]
     assert why == "another encoder: --key=target_encoder takes it"
     with pytest.raises(UserError, match="no such encoder; it has: target_encoder, en"):
-        golden.source("ema_encoder")
+        golden.file("ema_encoder")
 
 
 def test_every_wrong_name_is_listed():
-    golden = Golden("vjepa2_train")
+    golden = Golden.named("vjepa2_train")
     state = golden.content["target_encoder"]
     del state["module.backbone.blocks.1.norm1.bias"]
     state["module.backbone.extra.weight"] = np.zeros(3)
@@ -236,19 +235,19 @@ def test_every_wrong_name_is_listed():
     ],
 )
 def test_name_on_which_the_size_depends(name, match):
-    golden = Golden("vjepa2_train")
+    golden = Golden.named("vjepa2_train")
     del golden.content["target_encoder"][f"module.backbone.{name}"]
     with pytest.raises(UserError, match=match):
         golden.converted()
 
 
 def test_unknown_part_of_a_file():
-    golden = Golden("vjepa2_train")
+    golden = Golden.named("vjepa2_train")
     golden.content |= {"epoch": 3, "opt": {}}
-    assert set(golden.source().ignored) == {"epoch", "opt"}
+    assert set(golden.file().ignored) == {"epoch", "opt"}
     golden.content["decoder"] = {}
-    with pytest.raises(UserError, match="'decoder', which is no known part"):
-        golden.source()
+    with pytest.raises(UserError, match="'decoder', which is not a known part"):
+        golden.file()
 
 
 def test_two_names_that_are_one_without_prefixes():
@@ -259,7 +258,7 @@ def test_two_names_that_are_one_without_prefixes():
 
 def with_table(grid, num_tokens):
     """A V-JEPA 2 whose file has a position table, as the public ones have."""
-    golden = Golden("vjepa2_train")
+    golden = Golden.named("vjepa2_train")
     table = positions.sincos_table(grid, 64)[None]
     for name in ("encoder", "target_encoder"):
         golden.content[name]["module.backbone.pos_embed"] = table
@@ -276,7 +275,7 @@ def test_table_that_is_left_over():
 
 def test_ambiguous_family():
     golden = with_table((4, 4, 4), 6)
-    with pytest.raises(UserError, match="say which, with --family=vjepa or"):
+    with pytest.raises(UserError, match="choose with --family=vjepa or"):
         golden.converted()
     for family, pos_embed in (("vjepa", "sincos"), ("vjepa2", "rope_tiled")):
         golden.hints = official.Hints(family, 2, 2)
@@ -313,10 +312,10 @@ def test_published_sizes_need_no_heads(size):
 
 
 def test_unknown_heads():
-    golden = Golden("vjepa2_train")
+    golden = Golden.named("vjepa2_train")
     golden.hints = official.Hints()
     with pytest.raises(
-        UserError, match="64 channels are no published size: give --num"
+        UserError, match="64 channels are not a published size: give --num"
     ):
         golden.converted()
     golden.hints = official.Hints(num_heads=7)
@@ -326,9 +325,9 @@ def test_unknown_heads():
 
 def test_existing_output_stays(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    converted = Golden("vjepa2_train").converted()
+    converted = Golden.named("vjepa2_train").converted()
     with pytest.raises(UserError, match="exists: give another --output"):
-        convert.save(converted, str(tmp_path))
+        conversion.save(converted, str(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
@@ -339,15 +338,15 @@ def test_nothing_is_left_of_a_failure(tmp_path):
 
     (tmp_path / ".out-0.part").write_text("of a killed conversion")
     with pytest.raises(OSError, match="disk full"):
-        files.write_whole(str(tmp_path / "out"), write)
+        files.write_complete(str(tmp_path / "out"), write)
     assert not list(tmp_path.iterdir())
 
 
 def test_model_without_an_official_twin():
-    converted = Golden("vjepa2_train").converted()
+    converted = Golden.named("vjepa2_train").converted()
     converted.meta["config"]["model"]["pos_embed"] = "rope"
     with pytest.raises(UserError, match="no official code computes this model"):
-        convert.export_parts({"target": converted.target}, converted.meta)
+        conversion.export_parts({"target": converted.target}, converted.meta)
 
 
 def test_without_pytorch(monkeypatch, tmp_path):
@@ -357,7 +356,7 @@ def test_without_pytorch(monkeypatch, tmp_path):
         files.read(str(tmp_path / "x.pt"))
 
 
-def test_command_tells_a_mistake_in_one_line(tmp_path):
+def test_command_reports_a_mistake_in_one_line(tmp_path):
     command = [sys.executable, "-m", "vjepa_jax.convert", "--source=no.pt"]
     done = subprocess.run(
         [*command, f"--output={tmp_path}/out"], capture_output=True, text=True

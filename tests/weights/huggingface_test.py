@@ -1,4 +1,4 @@
-"""Equal to Hugging Face's VJEPA2 in both directions: converted, and exported."""
+"""Equal to Hugging Face's VJEPA2, both imported and exported."""
 
 import json
 
@@ -6,20 +6,20 @@ import jax
 import numpy as np
 import pytest
 
-from vjepa_jax import convert, load_encoder
+from vjepa_jax import load_encoder
 from vjepa_jax.base.errors import UserError
 from vjepa_jax.config.saved import restored
 from vjepa_jax.models import registry
 from vjepa_jax.models.heads import AttentiveClassifier
 from vjepa_jax.models.positions import Grid
 from vjepa_jax.program import build
-from vjepa_jax.run import checkpoint
+from vjepa_jax.run import checkpoint, conversion
 from vjepa_jax.weights import huggingface, official
 
 pytestmark = pytest.mark.torch
 
 MISSING = "needs PyTorch and transformers: pip install 'vjepa_jax[torch]'"
-BAR = 2e-5  # max error over the output's standard deviation
+TOLERANCE = 2e-5  # max error over the output's standard deviation
 GRID: Grid = (2, 4, 4)
 
 
@@ -29,7 +29,7 @@ def import_torch():
 
 
 def make_model(kind):
-    """Make a tiny model, no array of which is all zeros or ones."""
+    """Make a tiny model without arrays of zeros or ones."""
     torch, transformers = import_torch()
     config = transformers.VJEPA2Config(
         crop_size=64,
@@ -81,7 +81,7 @@ def model():
 def converted(model, tmp_path_factory):
     base = tmp_path_factory.mktemp("huggingface")
     model.save_pretrained(base / "theirs")
-    convert.convert(str(base / "theirs"), str(base / "ours"))
+    conversion.convert(str(base / "theirs"), str(base / "ours"))
     return str(base / "ours")
 
 
@@ -93,14 +93,14 @@ def test_features_equal_theirs(model, converted, record_property):
     found = error(features, apply(model, video, skip_predictor=True).last_hidden_state)
     record_property("error", str(found))
     print(f"error {found:.1e}")
-    assert found <= BAR
+    assert found <= TOLERANCE
 
 
 def test_one_frame_equals_theirs(model, converted):
     frame = clips()[:, :1]
     with jax.default_matmul_precision("highest"):
         features = load_encoder(converted)(frame)
-    assert error(features, apply(model, frame, skip_predictor=True)[0]) <= BAR
+    assert error(features, apply(model, frame, skip_predictor=True)[0]) <= TOLERANCE
 
 
 def test_predictions_equal_theirs(model, converted):
@@ -121,12 +121,12 @@ def test_predictions_equal_theirs(model, converted):
     masks = {"context_mask": context, "target_mask": target}
     masks = {name: [torch.from_numpy(value)] for name, value in masks.items()}
     theirs = apply(model, video, **masks).predictor_output.last_hidden_state
-    assert error(ours, theirs) <= BAR
+    assert error(ours, theirs) <= TOLERANCE
 
 
 def test_exported_model_gives_the_same(model, converted, tmp_path):
     torch, transformers = import_torch()
-    convert.export_huggingface(converted, str(tmp_path / "back"))
+    conversion.export_huggingface(converted, str(tmp_path / "back"))
     again, report = transformers.VJEPA2Model.from_pretrained(
         tmp_path / "back", output_loading_info=True
     )
@@ -142,7 +142,7 @@ def test_classifier_goes_both_ways(tmp_path):
     torch, transformers = import_torch()
     theirs = make_model("VJEPA2ForVideoClassification")
     theirs.save_pretrained(tmp_path / "theirs")
-    convert.convert(str(tmp_path / "theirs"), str(tmp_path / "ours"))
+    conversion.convert(str(tmp_path / "theirs"), str(tmp_path / "ours"))
     models, meta = checkpoint.restore_models(str(tmp_path / "ours"))
     head = AttentiveClassifier(**meta["classifier"])
     out = apply(theirs, clips())
@@ -151,7 +151,7 @@ def test_classifier_goes_both_ways(tmp_path):
         logits = jax.jit(head.apply)({"params": models["classifier"]}, tokens)
     # Their pooler's layer norms have another epsilon than the official ones.
     assert error(logits, out.logits) <= 1e-3
-    convert.export_huggingface(str(tmp_path / "ours"), str(tmp_path / "back"))
+    conversion.export_huggingface(str(tmp_path / "ours"), str(tmp_path / "back"))
     again = transformers.VJEPA2ForVideoClassification.from_pretrained(tmp_path / "back")
     for name, value in theirs.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name
@@ -159,27 +159,29 @@ def test_classifier_goes_both_ways(tmp_path):
 
 def test_official_file_and_back(converted, tmp_path):
     torch, _ = import_torch()
-    convert.export_official(converted, str(tmp_path / "x.pt"))
+    conversion.export_official(converted, str(tmp_path / "x.pt"))
     content = torch.load(tmp_path / "x.pt", weights_only=True)
     assert set(content) == {"encoder", "predictor"}
     assert all(name.startswith("module.backbone.") for name in content["encoder"])
     content |= {"epoch": 3, "opt": {"state": {0: {"step": torch.ones(1)}}}}
     torch.save(content, tmp_path / "run.pth.tar")
     hints = official.Hints(num_heads=2, predictor_heads=2)
-    again = convert.convert(str(tmp_path / "run.pth.tar"), str(tmp_path / "o"), hints)
+    again = conversion.convert(
+        str(tmp_path / "run.pth.tar"), str(tmp_path / "o"), hints
+    )
     assert set(again.ignored) == {"epoch", "opt"}
     models, _ = checkpoint.restore_models(converted)
     equal = jax.tree.map(np.array_equal, again.target, dict(models["target"]))
     assert all(jax.tree.leaves(equal))
 
 
-def test_file_that_is_no_pickle_of_weights(tmp_path):
+def test_file_that_is_not_a_pickle_of_weights(tmp_path):
     torch, _ = import_torch()
     (tmp_path / "text.pt").write_bytes(b"not a pickle")
     torch.save({"encoder": tmp_path}, tmp_path / "object.pt")
     for name in ("text.pt", "object.pt"):
         with pytest.raises(UserError, match=f"{name} is not a file of PyTorch weights"):
-            convert.convert(str(tmp_path / name), str(tmp_path / "out"))
+            conversion.convert(str(tmp_path / name), str(tmp_path / "out"))
         assert not (tmp_path / "out").exists()
 
 
@@ -188,13 +190,13 @@ def test_folder_of_another_model(converted, model, tmp_path):
     path = tmp_path / "m" / huggingface.CONFIG_FILE
     path.write_text(json.dumps({"model_type": "vit"}))
     with pytest.raises(UserError, match="is of a 'vit', not of a V-JEPA 2"):
-        convert.convert(str(tmp_path / "m"), str(tmp_path / "out"))
+        conversion.convert(str(tmp_path / "m"), str(tmp_path / "out"))
     with pytest.raises(UserError, match="exists: give another --output"):
-        convert.export_huggingface(converted, str(tmp_path / "m"))
+        conversion.export_huggingface(converted, str(tmp_path / "m"))
 
 
 @pytest.mark.parametrize("size", ["large", "huge", "giant", "gigantic"])
-def test_mlp_ratio_survives_their_cut(size):
+def test_mlp_ratio_survives_truncation(size):
     size = registry.SIZES[size]
     ratio = huggingface.mlp_ratio(size.width, size.mlp_dim)
     assert int(size.width * ratio) == size.mlp_dim

@@ -1,6 +1,6 @@
-"""Files of weights: official pickles and Hugging Face's safetensors, read and written.
+"""Read and write files of weights: official pickles, Hugging Face's safetensors.
 
-PyTorch is needed for the pickles alone, and is imported only then.
+Only the pickles need PyTorch, which is imported only for them.
 """
 
 import dataclasses
@@ -17,13 +17,13 @@ import numpy as np
 from vjepa_jax.base.errors import UserError
 from vjepa_jax.base.files import absolute, remove, renamed_when_complete
 from vjepa_jax.weights import huggingface, rules
+from vjepa_jax.weights.rules import State
 
-State = Mapping[str, np.ndarray]
-
-# Encoders of an official file, the one that evaluations use first. Distilled models
-# keep the student's average beside the others.
+# The encoders of an official file, in the order in which evaluations prefer them.
+# Distilled models keep the average of the student beside the others.
 ENCODER_KEYS = ("ema_encoder", "target_encoder", "encoder")
-_ABOUT_THE_RUN = {
+# Entries that are not weights of a model, with the reason why they are not used.
+_NOT_A_MODEL = {
     "opt": "state of the optimiser",
     "optimizer": "state of the optimiser",
     "scaler": "state of the gradient's scaling",
@@ -36,17 +36,17 @@ _ABOUT_THE_RUN = {
 
 
 @dataclasses.dataclass
-class Source:
-    """What a file of weights holds, under official names without prefixes.
+class WeightFile:
+    """The contents of a file of weights, under official names without prefixes.
 
     Attributes:
       encoders: the encoders by their key in the file.
-      target_key: the one to take.
-      predictor: empty without one.
+      target_key: key of the encoder to take.
+      predictor: empty where the file has none.
       classifiers: heads of probes.
       ignored: names that are not used, with the reason.
-      num_heads, predictor_heads: 0 where the file does not say.
-      clip: (frames, side) where the file says it.
+      num_heads, predictor_heads: 0 where the file does not state them.
+      clip: (frames, side in pixels); None where the file does not state it.
     """
 
     encoders: dict[str, State] = dataclasses.field(default_factory=dict)
@@ -59,23 +59,23 @@ class Source:
     clip: tuple[int, int] | None = None
 
 
-def read(path: str, key: str = "") -> Source:
+def read(path: str, key: str = "") -> WeightFile:
     """Read a `.pt` or `.pth.tar` file, or a folder or file of safetensors.
 
     Args:
       path: the file, or the folder of a Hugging Face model.
-      key: the encoder to take, where a file has several; "": the first that it has of
-        `ENCODER_KEYS`.
+      key: the encoder to take, where a file has several; "": the first of
+        `ENCODER_KEYS` that the file has.
 
     Raises:
-      UserError: no such file, not one of weights, or without the key asked for.
+      UserError: there is no such file, it is not one of weights, or it has no such key.
     """
     place = pathlib.Path(path).expanduser()
     if not place.exists():
         raise UserError(f"no such file: {place}")
     if place.is_dir() or place.suffix == ".safetensors":
         return _read_huggingface(place, key)
-    return split(_load_pickle(place), str(place), key)
+    return sort_parts(_load_pickle(place), str(place), key)
 
 
 def _import_torch() -> Any:
@@ -92,7 +92,7 @@ def _import_torch() -> Any:
 def _load_pickle(place: pathlib.Path) -> Any:
     torch = _import_torch()
     try:
-        # Mapped: a checkpoint's optimiser, twice the weights, is never read.
+        # Mapped, so that the optimiser's state, twice the weights, is never read.
         return torch.load(
             place,
             map_location="cpu",
@@ -122,81 +122,81 @@ def _is_state(value: Any) -> bool:
     )
 
 
-def split(content: Any, path: str, key: str = "") -> Source:
+def sort_parts(content: Any, path: str, key: str = "") -> WeightFile:
     """Sort the parts of an official file.
 
     Args:
-      content: what the pickle holds, its arrays of PyTorch or of numpy.
-      path: for messages.
+      content: the unpickled file; arrays are PyTorch's or numpy's.
+      path: of the file, for messages.
       key: see `read`.
 
     Raises:
-      UserError: it holds something that is not known, or no model.
+      UserError: it holds an unknown part, or no model.
     """
-    if _is_state(content):  # one model's state dict by itself
+    if _is_state(content):  # the state dict of one model
         names = list(rules.strip_prefixes(content))
         is_probe = any(name.startswith("pooler.") for name in names)
         content = {"classifier" if is_probe else "encoder": content}
     if not isinstance(content, Mapping):
         raise UserError(f"{path} holds no dictionary of weights")
-    source = Source()
+    file = WeightFile()
     for name, value in content.items():
         if name in ENCODER_KEYS and _is_state(value):
-            source.encoders[name] = _as_state(value)
+            file.encoders[name] = _as_state(value)
         elif name == "predictor" and _is_state(value):
-            source.predictor = _as_state(value)
+            file.predictor = _as_state(value)
         elif name == "classifier" and _is_state(value):
-            source.classifiers = [_as_state(value)]
+            file.classifiers = [_as_state(value)]
         elif name == "classifiers" and value and all(map(_is_state, value)):
-            source.classifiers = [_as_state(state) for state in value]
-        elif name in _ABOUT_THE_RUN:
-            source.ignored[name] = _ABOUT_THE_RUN[name]
+            file.classifiers = [_as_state(state) for state in value]
+        elif name in _NOT_A_MODEL:
+            file.ignored[name] = _NOT_A_MODEL[name]
         else:
-            raise UserError(f"{path} holds '{name}', which is no known part of a model")
-    _choose_target(source, path, key)
-    return source
+            raise UserError(f"{path} holds '{name}', which is not a known part")
+    _choose_target(file, path, key)
+    return file
 
 
-def _choose_target(source: Source, path: str, key: str) -> None:
-    found = [name for name in ENCODER_KEYS if name in source.encoders]
-    if key and key not in found:
-        there = ", ".join(found) or "none"
-        raise UserError(f"--key={key}: {path} has no such encoder; it has: {there}")
-    if not found:
-        if not (source.classifiers or "action_encoder.weight" in source.predictor):
+def _choose_target(file: WeightFile, path: str, key: str) -> None:
+    keys = [name for name in ENCODER_KEYS if name in file.encoders]
+    if key and key not in keys:
+        listed = ", ".join(keys) or "none"
+        raise UserError(f"--key={key}: {path} has no such encoder; it has: {listed}")
+    if not keys:
+        if not (file.classifiers or "action_encoder.weight" in file.predictor):
             raise UserError(f"{path} holds neither an encoder nor a probe")
         return
-    source.target_key = key or found[0]
-    for name in found:
-        if name not in (source.target_key, "encoder"):
-            del source.encoders[name]
-            source.ignored[name] = f"another encoder: --key={name} takes it"
+    file.target_key = key or keys[0]
+    for name in keys:
+        if name not in (file.target_key, "encoder"):
+            del file.encoders[name]
+            file.ignored[name] = f"another encoder: --key={name} takes it"
 
 
-def _read_huggingface(place: pathlib.Path, key: str) -> Source:
+def _read_huggingface(place: pathlib.Path, key: str) -> WeightFile:
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
     if key:
         raise UserError(f"--key={key}: Hugging Face's files have one encoder")
     folder = place if place.is_dir() else place.parent
-    files = sorted(place.glob("*.safetensors")) if place.is_dir() else [place]
-    if not files:
+    paths = sorted(place.glob("*.safetensors")) if place.is_dir() else [place]
+    if not paths:
         raise UserError(f"no .safetensors file in {place}")
     state: dict[str, np.ndarray] = {}
     try:
-        for file in files:
-            state |= load_file(file)
+        for path in paths:
+            state |= load_file(path)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} is not a file of safetensors: {error}") from None
+        raise UserError(f"{path} is not a file of safetensors: {error}") from None
     parts = huggingface.to_official(state)
     if "encoder" not in parts:
         raise UserError(f"{place} holds no encoder")
-    source = Source(
+    file = WeightFile(
         {"encoder": parts["encoder"]}, "encoder", parts.get("predictor", {})
     )
     if "classifier" in parts:
-        source.classifiers = [parts["classifier"]]
+        file.classifiers = [parts["classifier"]]
     config_path = folder / huggingface.CONFIG_FILE
     if config_path.exists():
         config = json.loads(config_path.read_text())
@@ -205,26 +205,22 @@ def _read_huggingface(place: pathlib.Path, key: str) -> Source:
             raise UserError(f"{config_path} is of a '{kind}', not of a V-JEPA 2")
         activation = config.get("hidden_act", "gelu")
         if activation != "gelu":
-            raise UserError(f"{config_path}: hidden_act '{activation}' is not known")
-        source.num_heads = config.get("num_attention_heads", 16)
-        source.predictor_heads = config.get("pred_num_attention_heads", 12)
-        source.clip = config.get("frames_per_clip", 64), config.get("crop_size", 256)
-    return source
+            raise UserError(f"{config_path}: hidden_act '{activation}' is unknown")
+        file.num_heads = config.get("num_attention_heads", 16)
+        file.predictor_heads = config.get("pred_num_attention_heads", 12)
+        file.clip = config.get("frames_per_clip", 64), config.get("crop_size", 256)
+    return file
 
 
 def require_free(path: str) -> None:
-    """Refuse to write over anything.
-
-    Raises:
-      UserError: `path` is a file or a folder that is not empty.
-    """
+    """Raise UserError where `path` is a file, or a folder that is not empty."""
     place = pathlib.Path(path).expanduser()
     if place.is_file() or (place.is_dir() and any(place.iterdir())):
         raise UserError(f"{place} exists: give another --output")
 
 
-def write_whole(path: str, write: Callable[[pathlib.Path], None]) -> None:
-    """Write a file or folder under a temporary name, and rename it when complete.
+def write_complete(path: str, write: Callable[[pathlib.Path], None]) -> None:
+    """Write a file or folder under a temporary name, then rename it.
 
     Raises:
       UserError: `path` exists.
@@ -233,24 +229,28 @@ def write_whole(path: str, write: Callable[[pathlib.Path], None]) -> None:
     place = pathlib.Path(absolute(path))
     place.parent.mkdir(parents=True, exist_ok=True)
     for leftover in place.parent.glob(f".{glob.escape(place.name)}-*.part"):
-        remove(leftover)  # of a conversion that was killed
+        remove(leftover)  # left by a conversion that was killed
     with renamed_when_complete(place) as part:
         write(pathlib.Path(part))
 
 
 def write_official(path: str, parts: Mapping[str, Any], prefix: str) -> None:
-    """Write a `.pt` file: {part: state dict, or list of them}, names prefixed.
+    """Write a `.pt` file.
 
-    Probes, which no wrapper of the official code holds, always have `module.` alone.
+    Args:
+      path: of the file.
+      parts: {part: state dict, or list of state dicts}.
+      prefix: of all names but those of probes, whose prefix always is `module.`: no
+        wrapper of the official code holds them.
 
     Raises:
-      UserError: `path` is there.
+      UserError: `path` exists.
     """
     torch = _import_torch()
     if pathlib.Path(path).expanduser().is_dir():
         raise UserError(f"{path} is a folder: give the name of a file as --output")
 
-    def tensors(part, prefix):
+    def tensors(part: Any, prefix: str) -> Any:
         if isinstance(part, list):
             return [tensors(state, prefix) for state in part]
         return {
@@ -262,7 +262,7 @@ def write_official(path: str, parts: Mapping[str, Any], prefix: str) -> None:
         name: tensors(part, "module." if name.startswith("classifier") else prefix)
         for name, part in parts.items()
     }
-    write_whole(path, lambda place: torch.save(content, place))
+    write_complete(path, lambda place: torch.save(content, place))
 
 
 def write_huggingface(path: str, state: State, config: Mapping[str, Any]) -> None:
@@ -276,4 +276,4 @@ def write_huggingface(path: str, state: State, config: Mapping[str, Any]) -> Non
         text = json.dumps(dict(config), indent=2) + "\n"
         (folder / huggingface.CONFIG_FILE).write_text(text)
 
-    write_whole(path, write)
+    write_complete(path, write)

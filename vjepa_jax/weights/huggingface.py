@@ -1,27 +1,26 @@
-"""Names of V-JEPA 2's weights in Hugging Face's `transformers`, and the official ones.
+"""V-JEPA 2 in Hugging Face's `transformers`: its names, and the official ones.
 
-Theirs differ by names, by queries, keys and values apart, and by mask tokens in one
+Theirs have other names, separate queries, keys and values, and the mask tokens in one
 array; nothing is transposed. Source: `models/vjepa2/modeling_vjepa2.py`, 5.23.
 """
 
 import math
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from vjepa_jax.base.errors import UserError
-
-State = Mapping[str, np.ndarray]
-Parts = Mapping[str, State]
+from vjepa_jax.models.encoder import VideoEncoder
+from vjepa_jax.models.predictor import Predictor
+from vjepa_jax.weights.rules import State, count_numbered
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 MODEL_TYPE = "vjepa2"
 
 _MASK_TOKENS = "predictor.embeddings.mask_tokens"
-# (pattern of theirs, official part, official name), without `.weight` and `.bias`.
+# (their name, official part, official name), without `.weight` and `.bias`.
 _NAMES = (
     ("encoder.embeddings.patch_embeddings.proj", "encoder", "patch_embed.proj"),
     ("encoder.layernorm", "encoder", "norm"),
@@ -41,10 +40,13 @@ _MLP = (("mlp.fc1", "mlp.fc1"), ("mlp.fc2", "mlp.fc2"))
 _POOLER_NORMS = (("layer_norm1", "norm1"), ("layer_norm2", "norm2"))
 
 
-def _sources(parts: Iterable[str], depths: Mapping[str, int], num_mask_tokens: int):
-    """Yield (official part, official name, names of theirs) of every array.
+def _correspondence(
+    parts: Iterable[str], depths: Mapping[str, int], num_mask_tokens: int
+) -> Iterator[tuple[str, str, tuple[str, ...]]]:
+    """Yield (official part, official name, their names) of every official array.
 
-    Several names of theirs are stacked to one official array: queries, keys, values.
+    An official array of several of their names, such as queries, keys and values, is
+    their concatenation.
     """
 
     def both(part, name, *theirs):
@@ -83,13 +85,6 @@ def _sources(parts: Iterable[str], depths: Mapping[str, int], num_mask_tokens: i
         yield from both(part, f"{_CROSS}.{name}", f"{_POOLER_CROSS}.{theirs}")
 
 
-def count(names: Iterable[str], prefix: str) -> int:
-    """Return how many numbered entries `prefix.0`, `prefix.1`, ... names have."""
-    pattern = re.compile(re.escape(prefix) + r"\.(\d+)(\.|$)")
-    found = [int(match[1]) for name in names if (match := pattern.match(name))]
-    return 1 + max(found, default=-1)
-
-
 def to_official(state: State) -> dict[str, dict[str, np.ndarray]]:
     """Rename and join the arrays of a model to official state dicts.
 
@@ -97,7 +92,7 @@ def to_official(state: State) -> dict[str, dict[str, np.ndarray]]:
       state: arrays by name, of `VJEPA2Model` or `VJEPA2ForVideoClassification`.
 
     Returns:
-      {"encoder", "predictor", "classifier"}: those that it holds.
+      Those of {"encoder", "predictor", "classifier"} that the model has.
 
     Raises:
       UserError: names are missing or unknown; ten are listed.
@@ -112,12 +107,13 @@ def to_official(state: State) -> dict[str, dict[str, np.ndarray]]:
         "classifier": ("pooler.", "classifier."),
     }
     parts = [p for p, s in starts.items() if any(n.startswith(s) for n in state)]
-    depths = {part: count(state, theirs) for theirs, part, _ in _BLOCKS}
-    depths["classifier"] = count(state, _POOLER_BLOCKS)
+    depths = {part: count_numbered(state, theirs) for theirs, part, _ in _BLOCKS}
+    depths["classifier"] = count_numbered(state, _POOLER_BLOCKS)
     out: dict[str, dict[str, np.ndarray]] = {part: {} for part in parts}
-    problems, used = [], set()
+    problems: list[str] = []
+    used: set[str] = set()
     num_tokens = 0 if tokens is None else len(tokens)
-    for part, name, theirs in _sources(parts, depths, num_tokens):
+    for part, name, theirs in _correspondence(parts, depths, num_tokens):
         used |= set(theirs)
         missing = [n for n in theirs if n not in state]
         problems += [f"{n}: missing" for n in missing]
@@ -129,23 +125,25 @@ def to_official(state: State) -> dict[str, dict[str, np.ndarray]]:
     problems += [f"{n}: unknown" for n in sorted(set(state) - used)]
     if problems:
         raise UserError(
-            f"the weights are not those of a V-JEPA 2 of transformers "
+            f"these are not the weights of transformers' V-JEPA 2 "
             f"({len(problems)} names):\n  " + "\n  ".join(problems[:10])
         )
     return out
 
 
-def from_official(parts: Parts) -> dict[str, np.ndarray]:
-    """Do the reverse of `to_official`, with the names of a `VJEPA2Model`.
+def from_official(parts: Mapping[str, State]) -> dict[str, np.ndarray]:
+    """Invert `to_official`.
 
-    With a classifier they are those of `VJEPA2ForVideoClassification`.
+    Returns:
+      Arrays with the names of a `VJEPA2Model`; with a classifier, with those of a
+      `VJEPA2ForVideoClassification`.
     """
-    depths = {p: count(parts[p], b) for _, p, b in _BLOCKS if p in parts}
+    depths = {p: count_numbered(parts[p], b) for _, p, b in _BLOCKS if p in parts}
     if "classifier" in parts:
-        depths["classifier"] = count(parts["classifier"], "pooler.blocks")
-    num_tokens = count(parts.get("predictor", ()), "mask_tokens")
+        depths["classifier"] = count_numbered(parts["classifier"], "pooler.blocks")
+    num_tokens = count_numbered(parts.get("predictor", ()), "mask_tokens")
     out = {}
-    for part, name, theirs in _sources(parts, depths, num_tokens):
+    for part, name, theirs in _correspondence(parts, depths, num_tokens):
         pieces = np.split(parts[part][name], len(theirs))
         out |= dict(zip(theirs, pieces, strict=True))
     if num_tokens:
@@ -158,17 +156,17 @@ def from_official(parts: Parts) -> dict[str, np.ndarray]:
 
 
 def mlp_ratio(width: int, hidden: int) -> float:
-    """Return the ratio from which transformers computes `hidden`, cutting decimals."""
+    """Return the ratio from which transformers, which truncates, computes `hidden`."""
     ratio = hidden / width
     return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
 
 
-def encoder_config(encoder: Any, clip: tuple[int, int]) -> dict[str, Any]:
-    """Return what `config.json` says about a `VideoEncoder`.
+def encoder_config(encoder: VideoEncoder, clip: tuple[int, int]) -> dict[str, Any]:
+    """Return the fields of an encoder in `config.json`.
 
     Args:
       encoder: the module.
-      clip: (frames, side) of the clips, from which it counts positions.
+      clip: (frames, side in pixels) of the clips.
     """
     return {
         "model_type": MODEL_TYPE,
@@ -185,8 +183,8 @@ def encoder_config(encoder: Any, clip: tuple[int, int]) -> dict[str, Any]:
     }
 
 
-def predictor_config(predictor: Any) -> dict[str, Any]:
-    """Return what `config.json` says about a `Predictor`."""
+def predictor_config(predictor: Predictor) -> dict[str, Any]:
+    """Return the fields of a predictor in `config.json`."""
     return {
         "pred_hidden_size": predictor.width,
         "pred_num_hidden_layers": predictor.depth,
@@ -197,7 +195,7 @@ def predictor_config(predictor: Any) -> dict[str, Any]:
 
 
 def classifier_config(num_classes: int, depth: int, **_: Any) -> dict[str, Any]:
-    """Return what `config.json` says about an `AttentiveClassifier` of those fields.
+    """Return the fields of an `AttentiveClassifier` in `config.json`.
 
     Raises:
       UserError: it has several outputs.

@@ -1,14 +1,13 @@
-"""Names and layouts of the official PyTorch weights, and how ours correspond to them.
+"""Names and layouts of official PyTorch weights, and the parameters they correspond to.
 
-A model is a list of rules, each of which says which arrays of the official state dict
-make up one of our parameters and how they are laid out. Read in one direction it
-imports, in the other it exports; names are those after the wrappers' prefixes
-(`module.backbone.`) are taken off.
+A model is a list of rules. Each rule names one of our parameters, the arrays of the
+official state dict that make it up, and how they are laid out. The same rules import
+and export. Official names are without the wrappers' prefixes (`module.backbone.`).
 """
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -24,12 +23,7 @@ _MAX_LISTED = 10
 
 @dataclasses.dataclass(frozen=True)
 class _Layout:
-    """How an official array and ours are laid out.
-
-    Attributes:
-      read: official -> ours.
-      write: ours -> official.
-    """
+    """How to turn an official array into ours (`read`) and back (`write`)."""
 
     read: Callable[[np.ndarray], np.ndarray]
     write: Callable[[np.ndarray], np.ndarray]
@@ -41,7 +35,7 @@ _TOKEN = _Layout(lambda x: x.reshape(-1), lambda x: x.reshape(1, 1, -1))
 
 
 def _tubelets(tubelet_size: int, patch_size: int) -> _Layout:
-    """A Conv3d's [D, C, t, p, p] is our matrix [t * p * p * C, D]."""
+    """Make the layout of a Conv3d's [D, C, t, p, p]: our matrix [t * p * p * C, D]."""
 
     def read(x):
         return x.transpose(2, 3, 4, 1, 0).reshape(-1, x.shape[0])
@@ -59,9 +53,9 @@ class Rule:
 
     Attributes:
       ours: path of the parameter, `/` between names.
-      theirs: official names; several are the rows of a leading axis of ours.
-      layout: of each of them.
-      stacked: whether ours has that leading axis.
+      theirs: official names; several only where `stacked`.
+      layout: of each official array.
+      stacked: whether the official arrays are stacked along a leading axis of ours.
     """
 
     ours: str
@@ -166,18 +160,15 @@ def classifier_rules(model: AttentiveClassifier) -> list[Rule]:
     return rules if model.outputs else rules + _linear("linear", "linear")
 
 
-# What official state dicts hold and we have no parameter for, with the reason.
-IGNORED = {
-    "pos_embed": "a fixed table: computed anew or, with rotations, not used",
-    "predictor_pos_embed": "a fixed table: computed anew or, with rotations, not used",
-}
-
+_FIXED_TABLE = "a fixed table: computed again or, with rotations, not used"
+# Official arrays without a parameter of ours, with the reason.
+IGNORED = {"pos_embed": _FIXED_TABLE, "predictor_pos_embed": _FIXED_TABLE}
 
 _PREFIXES = re.compile(r"^((module|backbone|_orig_mod)\.)+")
 
 
 def strip_prefixes(state: State) -> dict[str, np.ndarray]:
-    """Take the names of `DistributedDataParallel` and of the wrappers off.
+    """Remove the prefixes of `DistributedDataParallel` and of the wrappers from names.
 
     Raises:
       UserError: two names are the same without their prefixes.
@@ -191,6 +182,13 @@ def strip_prefixes(state: State) -> dict[str, np.ndarray]:
     return stripped
 
 
+def count_numbered(names: Iterable[str], prefix: str) -> int:
+    """Return how many numbered entries `prefix.0`, `prefix.1`, ... names have."""
+    pattern = re.compile(re.escape(prefix) + r"\.(\d+)(\.|$)")
+    numbers = [int(match[1]) for name in names if (match := pattern.match(name))]
+    return 1 + max(numbers, default=-1)
+
+
 def import_state(
     rules: list[Rule], state: State, shapes: Any, what: str
 ) -> tuple[dict[str, Any], dict[str, str]]:
@@ -198,8 +196,8 @@ def import_state(
 
     Args:
       rules: of the model.
-      state: official arrays by name, prefixes taken off.
-      shapes: our parameters' shapes, a nested dict of objects with `shape`.
+      state: official arrays by name, without prefixes.
+      shapes: shapes of our parameters, a nested dict of objects with `shape`.
       what: the model's name, for messages.
 
     Returns:
@@ -207,9 +205,11 @@ def import_state(
       used, with the reason.
 
     Raises:
-      UserError: names are missing, left over, or of another shape; ten are listed.
+      UserError: names are missing, unknown, or of another shape; ten are listed.
     """
-    problems, used, params = [], set(), {}
+    problems: list[str] = []
+    used: set[str] = set()
+    params: dict[str, Any] = {}
     for rule in rules:
         used |= set(rule.theirs)
         missing = [name for name in rule.theirs if name not in state]
