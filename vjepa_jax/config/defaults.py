@@ -1,37 +1,249 @@
 """Every default of a pretraining run, with its meaning, unit and range.
 
-A leaf file in `configs/` takes `get_config()` and changes what differs; the command
-line changes the rest (`--config.optim.learning_rate=1e-3`). The config is locked, so
-that a misspelt key fails with a suggestion.
+A file in `configs/` takes `get_config()` and changes what differs; the command line
+changes the rest (`--config.optim.learning_rate=1e-3`). The config is locked, so that a
+misspelt key raises an error with a suggestion. Rules between keys are in `rules.py`.
 """
 
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from vjepa_jax.base import choices
+from vjepa_jax.config.ranges import (
+    EVEN,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SHARE,
+    Range,
+    Settings,
+    one_of,
+    pair,
+)
+
 # The main stream's name in a batch.
 MAIN_STREAM = "video"
 
 
+def _mask() -> Settings:
+    s = Settings()
+    s.add("kind", "multiblock", one_of(choices.MASK_KINDS))
+    s.add("num_blocks", 8)  # boxes hidden per clip
+    s.add("spatial_scale", (0.15, 0.15), pair(1))  # (low, high) share of a frame
+    s.add("temporal_scale", (1.0, 1.0), pair(1))  # share of the clip's length
+    s.add("aspect_ratio", (0.75, 1.5), pair())  # (low, high) height over width of a box
+    # Share of the clip's length whose tokens may be visible; later ones are hidden.
+    s.add("max_temporal_keep", 1.0, Range(lambda v: 0 < v <= 1, "give 0 < x <= 1"))
+    s.add("mode", "official", one_of(choices.MASK_MODES))  # which tokens are kept
+    s.add("group_size", 24, POSITIVE)  # clips per device of the official code's budgets
+    s.add("full_complement", False)  # predict all tokens that are not visible
+    s.add("pred_full_complement", False)  # see all tokens that are not predicted
+    s.add("inv_block", False)  # see the boxes, predict the rest
+    s.add("token", 0, NOT_NEGATIVE)  # index of the mask token, see mask_token_per
+    s.add("num_context", 0, NOT_NEGATIVE)  # visible tokens per clip; 0: from group_size
+    s.add("num_target", 0, NOT_NEGATIVE)  # predicted tokens per clip; 0: likewise
+    return s
+
+
+def _stream() -> Settings:
+    s = Settings()
+    s.add("path", "", Range(bool, "give a folder of videos or a list"))  # as data.path
+    s.add("mix_weights", ())  # as data.mix_weights
+    s.add("batch_size", 0, NOT_NEGATIVE)  # clips per update; 0: as the main stream
+    s.add("weight", 1.0, POSITIVE)  # of its loss, relative to those of other streams
+    s.add("num_frames", 16)  # frames per clip
+    s.add("frame_step", 0)  # as in data: one of these three is positive
+    s.add("fps", 0.0)
+    s.add("duration_secs", 0.0)
+    s.add("resolution", 224)  # side of the clip, pixels
+    s.add("masks", ConfigDict())  # mask types by name
+    return s
+
+
+def _evaluation() -> Settings:
+    s = Settings()
+    # As --config of vjepa_jax.probe: the name of an evaluation (health, physics, ...)
+    # or FILE.py, with :ARGUMENT after either.
+    s.add("file", "")
+    s.add("overrides", "")  # of its keys, separated by blanks: num_videos=256 k=(10,)
+    s.add("every_steps", 0, NOT_NEGATIVE)  # updates between two; 0: off
+    return s
+
+
+def _run() -> Settings:
+    s = Settings()
+    s.add("seed", 0, NOT_NEGATIVE)  # of initialisation, data order, augmentation, masks
+    s.add("total_steps", 90_000, POSITIVE)  # updates of the whole run
+    s.add("batch_size", 3072, POSITIVE)  # clips per update, summed over all devices
+    s.add("accumulate_steps", 1, POSITIVE)  # microbatches; divides batch_size
+
+    s.add("mesh.data", -1)  # devices that split the batch only; -1: all that are left
+    # Devices that split the parameters, too; -1: all that are left; 0: the largest
+    # number up to 8 that divides.
+    s.add("mesh.fsdp", 1)
+    # Folder, also gs://, where compiled programs are kept for later starts; "": none.
+    s.add("compilation_cache", "")
+
+    # A folder of videos or images, a list of `path label` lines, a folder of prepared
+    # shards, or tfds:NAME:SPLIT; several are separated by commas. See docs/data.md.
+    s.add("data.path", "", Range(bool, "give a folder of videos or a list"))
+    s.add("data.mix_weights", ())  # share of clips of each path; (): by their lengths
+    s.add("data.num_workers", 8, NOT_NEGATIVE)  # decoding processes per stream; 0: none
+    s.add("data.prefetch_megabytes", 2048.0, POSITIVE)  # decoded batches, per stream
+    s.add("data.worker_timeout_secs", 300.0, POSITIVE)  # longest time for one video
+    s.add("data.max_bad_fraction", 0.05, SHARE)  # unreadable videos that end the run
+    s.add("data.accept_change", False)  # continue a run with other videos than before
+    s.add("data.num_frames", 16)  # frames per clip
+    # Distance of a clip's frames: exactly one of these three is positive.
+    s.add("data.frame_step", 4)  # in frames of the video
+    s.add("data.fps", 0.0)  # frames per second
+    s.add("data.duration_secs", 0.0)  # of the clip
+    s.add("data.num_clips", 1, POSITIVE)  # clips per video, side by side in the batch
+    s.add("data.sampling", "exact", one_of(choices.SAMPLINGS))  # of frames
+    s.add("data.allow_clip_overlap", False)  # of `official`, in videos too short
+    s.add("data.resolution", 224)  # side of the clip, pixels
+    s.add("data.resize", "antialias", one_of(choices.RESIZES))  # `official`: no filter
+    s.add("data.max_pixels", 1 << 25, POSITIVE)  # per frame (8K); larger is refused
+    s.add("data.time_limit_secs", 60.0, POSITIVE)  # of CPU time for one video
+    s.add("data.crop_scale", (0.3, 1.0), pair(1))  # share of the frame's area
+    s.add("data.crop_aspect_ratio", (0.75, 1.35), pair())  # width over height
+    s.add("data.flip_probability", 0.5, SHARE)  # of mirroring a clip
+    s.add("data.motion_shift", False)  # the crop moves during the clip
+    s.add("data.color_jitter", (0.0, 0.0, 0.0, 0.0))  # brightness, contrast, ..., hue
+    s.add("data.grayscale_probability", 0.0, SHARE)  # of a clip without colour
+    s.add("data.rand_augment", "")  # such as rand-m7-n4-mstd0.5-inc1; "": off
+    s.add("data.erase_probability", 0.0, SHARE)  # of erasing a rectangle
+    s.add("data.erase_mode", "pixel", one_of(choices.ERASE_MODES))  # noise or the mean
+
+    s.add("weight", 1.0, POSITIVE)  # of the main stream's loss, relative to the others
+    s.add("streams", ConfigDict())  # further streams by name, see `stream`
+
+    s.add("init.path", "")  # workdir whose latest checkpoint a new run starts from
+    s.add("init.is_required", False)  # the recipe needs such a run
+    s.add("init.keep_moments", True)  # take over the optimiser's moments, or zero them
+    s.add("teacher.path", "")  # workdir or checkpoint of an encoder; "": none
+    s.add("teacher.step", -1)  # its saved step; -1: the latest
+    s.add("teacher.is_required", False)  # the recipe needs a teacher
+    s.add("teacher.output_levels", 0, NOT_NEGATIVE)  # last levels predicted; 0: its own
+
+    s.add("world.path", "")  # folder of the synthetic world; "": other data
+    s.add("world.seed", 0)  # of the clips
+    s.add("world.pretrain_videos", 4096, POSITIVE)  # videos to pretrain on
+    s.add("world.probe_train_videos", 1650, POSITIVE)  # labelled videos to fit probes
+    s.add("world.probe_test_videos", 880, POSITIVE)  # labelled videos to test probes
+    s.add("world.hidden_train_videos", 1000, POSITIVE)  # videos of occlusions, to fit
+    s.add("world.hidden_test_videos", 500, POSITIVE)  # videos of occlusions, to test
+    s.add("world.play_fraction", 0.0, SHARE)  # of pretrain_videos: several objects meet
+    even = Range(lambda v: v >= 0 and v % 2 == 0, "give zero or a positive even number")
+    # Possible and impossible clips per property, for intuitive physics; twins.
+    s.add("world.physics_pairs", 0, even)
+    # Labelled pixel by pixel, half of them to fit; 0: none.
+    some = Range(lambda v: v == 0 or v >= 4, "give 0, or 4 or more")
+    s.add("world.segmentation_videos", 0, some)
+    # Clips of play with a list of coming events, and half as many to test; 0: none.
+    pairs = Range(lambda v: v == 0 or v >= 2, "give 0, or 2 or more")
+    s.add("world.action_clips", 0, pairs)
+    s.add("world.size", 32, EVEN)  # side, pixels
+    s.add("world.num_frames", 16, Range(lambda v: v > 1, "give 2 or more"))  # per video
+
+    s.add("model.pos_embed", "sincos", one_of(choices.POS_EMBEDS))
+    # Token grid (T, H, W) on which positions are defined; others interpolate. (): the
+    # main stream's for sincos, none for rotations.
+    grid = Range(
+        lambda v: len(v) == 0 or (len(v) == 3 and min(v) > 0),
+        "give () or three positive numbers",
+    )
+    s.add("model.base_grid", (), grid)
+    s.add("model.mlp", "gelu", one_of(choices.MLPS))
+    s.add("model.scale_init", False)  # start output projections smaller with depth
+    s.add("model.image_embed", False)  # clips of one frame have their own embedding
+    s.add("model.scan_layers", True)  # compile one block and loop; False: unroll
+    # What the backward pass recomputes, from nothing to everything: none, dots,
+    # dots_no_batch, attention (all but attention's outputs), full.
+    s.add("model.remat", "none", one_of(choices.REMATS))
+    s.add("model.attention", "auto", one_of(choices.ATTENTIONS))  # implementation
+    s.add("model.dtype", "bfloat16", one_of(choices.DTYPES))  # of the computation
+    # Of the target encoder's matmuls, scaled per token: int8 (TPUs) or float8_e4m3fn
+    # (GPUs from Hopper on); "": model.dtype.
+    s.add("model.target_dtype", "", one_of(("", *choices.QUANTISED_DTYPES)))
+    s.add("model.encoder.size", "large")  # see models/registry.py
+    s.add("model.encoder.patch_size", 16, POSITIVE)  # pixels
+    s.add("model.encoder.tubelet_size", 2, POSITIVE)  # frames
+    s.add("model.encoder.levels", ())  # blocks whose outputs are the features; (): last
+    s.add("model.encoder.output_levels", 0, NOT_NEGATIVE)  # last levels used; 0: all
+    s.add("model.predictor.depth", 12, POSITIVE)  # blocks
+    s.add("model.predictor.width", 384, POSITIVE)  # channels
+    s.add("model.predictor.num_heads", 16, POSITIVE)
+    s.add("model.predictor.mlp", "", one_of(("", *choices.MLPS)))  # "": model.mlp
+    s.add("model.predictor.num_mask_tokens", 0, NOT_NEGATIVE)  # 0: as many as are used
+    # Mask token of a hidden place: `mask` as each mask's `token` says (V-JEPA),
+    # `stream` one per stream (V-JEPA 2), `run` the first for all (V-JEPA 2.1).
+    s.add("model.predictor.mask_token_per", "mask", one_of(choices.MASK_TOKENS_PER))
+    s.add("model.predictor.out_dim", 0, NOT_NEGATIVE)  # of a teacher; 0: encoder's
+    s.add("model.predictor.deep_input", False)  # two input layers, for several levels
+    s.add("model.predictor.predict_context", False)  # predict visible tokens, too
+
+    s.add("masks.short", mask())  # mask types by name: each one context, one prediction
+    s.add("masks.long", mask(num_blocks=2, spatial_scale=(0.7, 0.7), token=1))
+
+    # What is predicted: `features` of the target encoder, or the tokens' `pixels`.
+    s.add("objective.target", "features", one_of(choices.TARGETS))
+    s.add("objective.exponent", 1.0, POSITIVE)  # p of the regression |error|^p / p
+    s.add("objective.context_weight", 0.0, NOT_NEGATIVE)  # of the visible tokens' loss
+    # (start, end) steps between which that weight rises from 0.
+    warmup = Range(
+        lambda v: len(v) == 2 and 0 <= v[0] <= v[1],
+        "give (start, end) with 0 <= start <= end",
+    )
+    s.add("objective.context_warmup", (0, 0), warmup)
+    s.add("objective.context_distance", True)  # divide it by sqrt(distance to a hole)
+    # Of V-JEPA 1's term on predictions, `reg_coeff`.
+    s.add("objective.prediction_variance_weight", 0.0, NOT_NEGATIVE)
+    # Of VICReg's terms on the context encoder's tokens; 0 in all of V-JEPA.
+    s.add("objective.variance_weight", 0.0, NOT_NEGATIVE)
+    s.add("objective.covariance_weight", 0.0, NOT_NEGATIVE)
+
+    s.add("optim.schedule", "cosine", one_of(choices.SCHEDULES))  # of the learning rate
+    s.add("optim.start_learning_rate", 2e-4, NOT_NEGATIVE)  # at step 0 of the warm-up
+    s.add("optim.learning_rate", 6.25e-4, POSITIVE)  # maximum
+    s.add("optim.final_learning_rate", 1e-6, NOT_NEGATIVE)  # at the schedule's end
+    s.add("optim.warmup_steps", 12_000, NOT_NEGATIVE)
+    s.add("optim.anneal_steps", 0, NOT_NEGATIVE)  # length of the final decay of `wsd`
+    s.add("optim.weight_decay", 0.04, NOT_NEGATIVE)  # at the start
+    s.add("optim.final_weight_decay", 0.4, NOT_NEGATIVE)  # at the schedule's end
+    s.add("optim.schedule_scale", 1.25, POSITIVE)  # schedules' length over total_steps
+    s.add("optim.b1", 0.9, SHARE)
+    s.add("optim.b2", 0.999, SHARE)
+    s.add("optim.eps", 1e-8, POSITIVE)
+    s.add("optim.clip_norm", 10.0, NOT_NEGATIVE)  # of a module's gradient; 0: none
+    s.add("optim.clip_start_step", 12_300, NOT_NEGATIVE)  # first step that is clipped
+    s.add("optim.max_skipped_in_row", 10, POSITIVE)  # skipped updates that end the run
+    # Recent losses that a new one is compared with; 0: no guard against spikes.
+    window = Range(lambda v: v >= 0 and v != 1, "give 0, or 2 or more losses")
+    s.add("optim.spike_window", 0, window)
+    s.add("optim.spike_deviations", 5.0, POSITIVE)  # above their mean: update skipped
+
+    s.add("ema.start", 0.998, SHARE)  # momentum of the target encoder
+    s.add("ema.end", 1.0, SHARE)  # at the schedule's end
+
+    s.add("checkpoint.every_steps", 1000, POSITIVE)
+    s.add("checkpoint.keep", 2, POSITIVE)  # number of checkpoints kept, the latest ones
+
+    s.add("log.every_steps", 50, POSITIVE)
+    s.add("log.watchdog_secs", 600.0, NOT_NEGATIVE)  # without a step; 0: off
+    s.add("log.image_clips", 1, NOT_NEGATIVE)  # drawn at every evaluation; 0: none
+
+    for name in ("health", "neighbours", "physics", "world"):
+        s.add(f"evals.{name}", evaluation(name))  # during training, by name
+
+    s.add("profile.start_step", 0, NOT_NEGATIVE)  # first traced step; 0: none
+    s.add("profile.num_steps", 3, POSITIVE)  # number of traced steps
+    return s
+
+
 def mask(**fields: Any) -> ConfigDict:
     """Return the config of one mask type: V-JEPA's short-range mask, changed."""
-    config = ConfigDict()
-    config.kind = "multiblock"  # or `tube`
-    config.num_blocks = 8  # boxes hidden per clip
-    config.spatial_scale = (0.15, 0.15)  # (low, high) share of a frame per box
-    config.temporal_scale = (1.0, 1.0)  # (low, high) share of the clip's length
-    config.aspect_ratio = (0.75, 1.5)  # (low, high) height over width
-    config.max_temporal_keep = 1.0  # tokens after this share of the clip are hidden
-    config.mode = "official"  # or `unbiased`, see masking.py
-    config.group_size = 24  # batch whose trimming the default budgets imitate
-    config.full_complement = False  # predict all that is not seen
-    config.pred_full_complement = False  # see all that is not predicted
-    config.inv_block = False  # see the boxes, predict the rest
-    config.token = 0  # which mask token stands for what it hides, see mask_token_per
-    config.num_context = 0  # visible tokens kept per clip; 0: from group_size
-    config.num_target = 0  # hidden tokens predicted per clip; 0: from group_size
-    config.update(fields)
-    return config
+    return _changed(_mask(), fields)
 
 
 def stream(**fields: Any) -> ConfigDict:
@@ -39,207 +251,28 @@ def stream(**fields: Any) -> ConfigDict:
 
     Crops and flips are those of `config.data`.
     """
-    config = ConfigDict()
-    config.path = ""  # as data.path
-    config.mix_weights = ()  # as data.mix_weights
-    config.batch_size = 0  # clips per update over all devices; 0: as the main stream
-    config.weight = 1.0  # of its loss; weights are normalised over streams
-    config.num_frames = 16  # frames per clip
-    config.frame_step = 0  # as in data: one of these three
-    config.fps = 0.0
-    config.duration_secs = 0.0
-    config.resolution = 224  # side of the clip in pixels
-    config.masks = ConfigDict()  # mask types by name
-    config.update(fields)
-    return config
+    return _changed(_stream(), fields)
 
 
 def evaluation(file: str, **fields: Any) -> ConfigDict:
     """Return the config of an evaluation during training, which is off."""
-    config = ConfigDict()
-    # As --config of vjepa_jax.probe: the name of an evaluation (health, physics, ...)
-    # or FILE.py, with :ARGUMENT after either.
-    config.file = file
-    config.overrides = ""  # of its keys, with blanks between: num_videos=256 k=(10,)
-    config.every_steps = 0  # updates from one to the next, and after the last; 0: off
-    config.update(fields)
-    return config
+    return _changed(_evaluation(), {"file": file} | fields)
+
+
+def _changed(settings: Settings, fields: dict[str, Any]) -> ConfigDict:
+    settings.config.update(fields)
+    return settings.config
 
 
 def get_config() -> ConfigDict:
     """Return the defaults: V-JEPA's recipe with a ViT-L/16 at 16x224."""
-    config = ConfigDict()
-    config.seed = 0  # of initialisation, data order, augmentation and masks
-    config.total_steps = 90_000  # updates of the whole run
-    config.batch_size = 3072  # clips per update over all devices
-    config.accumulate_steps = 1  # microbatches per update; divides batch_size
+    return _run().config.lock()
 
-    config.mesh = ConfigDict()
-    config.mesh.data = -1  # devices that split the batch only; -1 fills
-    # Devices that split the parameters too; -1 fills; 0: the most up to 8 that divide.
-    config.mesh.fsdp = 1
-    # Folder, also gs://, where compiled programs are kept for later starts; "": none.
-    config.compilation_cache = ""
 
-    config.data = ConfigDict()
-    # A folder of videos or images, a list of `path label` lines, a folder of prepared
-    # shards, or tfds:NAME:SPLIT; several with commas between. See docs/data.md.
-    config.data.path = ""
-    config.data.mix_weights = ()  # each one's share of the clips; (): by their lengths
-    config.data.num_workers = 8  # decoding processes per stream; 0: in this process
-    config.data.prefetch_megabytes = 2048.0  # batches decoded ahead, per stream
-    config.data.worker_timeout_secs = 300.0  # longest time at one video
-    config.data.max_bad_fraction = 0.05  # unreadable share that ends the run
-    config.data.accept_change = (
-        False  # continue though the videos are others than before
-    )
-    config.data.num_frames = 16  # frames per clip
-    # One of these three is positive: how far a clip's frames are apart.
-    config.data.frame_step = 4  # in frames of the video
-    config.data.fps = 0.0  # so many a second
-    config.data.duration_secs = 0.0  # all of them together
-    config.data.num_clips = 1  # clips per video, side by side in the batch
-    config.data.sampling = "exact"  # or `official`, whose steps are whole frames
-    config.data.allow_clip_overlap = (
-        False  # of `official`, in videos that are too short
-    )
-    config.data.resolution = 224  # side of the clip in pixels
-    config.data.resize = "antialias"  # or `official`, bilinear without a filter
-    config.data.max_pixels = 1 << 25  # of a frame (8K video); larger ones are refused
-    config.data.time_limit_secs = 60.0  # of a processor, for one video
-    config.data.crop_scale = (0.3, 1.0)  # (low, high) share of the frame's area
-    config.data.crop_aspect_ratio = (0.75, 1.35)  # (low, high) width over height
-    config.data.flip_probability = 0.5  # of mirroring a clip, 0..1
-    config.data.motion_shift = False  # the crop moves during the clip
-    config.data.color_jitter = (0.0, 0.0, 0.0, 0.0)  # brightness, contrast, ..., hue
-    config.data.grayscale_probability = 0.0  # of a clip without colour, 0..1
-    config.data.rand_augment = ""  # such as rand-m7-n4-mstd0.5-inc1; "": off
-    config.data.erase_probability = 0.0  # of erasing a rectangle, 0..1
-    config.data.erase_mode = "pixel"  # filled with noise, or `const` (the mean)
-
-    config.weight = 1.0  # of the main stream's loss among those of all streams
-    config.streams = ConfigDict()  # further streams by name, see `stream`
-
-    config.init = ConfigDict()  # where a new run starts
-    config.init.path = ""  # workdir whose latest checkpoint it continues from; "": none
-    config.init.is_required = False  # the recipe makes no sense without such a run
-    config.init.keep_moments = True  # take the optimiser's moments along, or zero them
-    config.teacher = ConfigDict()  # a frozen encoder to predict instead of the target
-    config.teacher.path = ""  # workdir or converted checkpoint; "": none
-    config.teacher.step = -1  # a saved step of it; -1: its latest
-    config.teacher.is_required = False  # the recipe makes no sense without a teacher
-    config.teacher.output_levels = 0  # predict so many of its last levels; 0: its own
-
-    config.world = ConfigDict()  # the synthetic world, rendered where path is set
-    config.world.path = ""  # its folder; "": the data is not the world
-    config.world.seed = 0  # of the clips
-    config.world.pretrain_videos = 4096  # videos to pretrain on
-    config.world.probe_train_videos = 1650  # labelled videos to fit probes
-    config.world.probe_test_videos = 880  # labelled videos to judge probes
-    config.world.hidden_train_videos = 1000  # videos of occlusions, to fit
-    config.world.hidden_test_videos = 500  # videos of occlusions, to judge
-    config.world.play_fraction = 0.0  # of pretrain_videos: several objects, 0..1
-    # Possible and impossible clips per property, for intuitive physics; even.
-    config.world.physics_pairs = 0
-    # With masks, to judge segmentation by, half of them to learn from; 0: none.
-    config.world.segmentation_videos = 0
-    # Clips of play with a list of what happens next, and half as many for the test.
-    config.world.action_clips = 0
-    config.world.size = 32  # side in pixels, even
-    config.world.num_frames = 16  # frames per video
-
-    config.model = ConfigDict()
-    config.model.pos_embed = "sincos"  # or `rope`, `rope_tiled` (V-JEPA 2)
-    # Token grid (T, H, W) on which positions are defined; others interpolate. (): the
-    # main stream's for sincos, none for rotations.
-    config.model.base_grid = ()
-    config.model.mlp = "gelu"  # or `swiglu`, `swiglu_wide`
-    config.model.scale_init = False  # start output projections smaller with depth
-    config.model.image_embed = False  # clips of one frame have their own embedding
-    config.model.scan_layers = True  # compile one block and loop, or unroll
-    # What the backward pass recomputes, least first: none, dots, dots_no_batch,
-    # attention (all but attention's outputs), full.
-    config.model.remat = "none"
-    # auto, or one of xla, blockwise, cudnn and splash, see models/attention.py
-    config.model.attention = "auto"
-    config.model.dtype = "bfloat16"  # of the computation; parameters are float32
-    # Of the target encoder's matmuls, scaled token by token: int8 (TPUs) or
-    # float8_e4m3fn (GPUs from Hopper on); "": model.dtype.
-    config.model.target_dtype = ""
-    config.model.encoder = ConfigDict()
-    config.model.encoder.size = "large"  # see models/registry.py
-    config.model.encoder.patch_size = 16  # pixels
-    config.model.encoder.tubelet_size = 2  # frames
-    config.model.encoder.levels = ()  # blocks whose outputs are the features; (): last
-    config.model.encoder.output_levels = 0  # only so many of the last levels; 0: all
-    config.model.predictor = ConfigDict()
-    config.model.predictor.depth = 12
-    config.model.predictor.width = 384
-    config.model.predictor.num_heads = 16
-    config.model.predictor.mlp = ""  # as model.mlp's kinds; "": the encoder's
-    config.model.predictor.num_mask_tokens = 0  # 0: as many as are used
-    # The token of hidden places: `mask` as each mask's `token` says (V-JEPA), `stream`
-    # one per stream (V-JEPA 2's clip lengths), `run` the first for all (V-JEPA 2.1).
-    config.model.predictor.mask_token_per = "mask"
-    config.model.predictor.out_dim = 0  # a teacher's channels; 0: the encoder's
-    config.model.predictor.deep_input = False  # two input layers, for several levels
-    config.model.predictor.predict_context = False  # visible tokens too
-
-    config.masks = ConfigDict()  # mask types by name, each one context and prediction
-    config.masks.short = mask()
-    config.masks.long = mask(num_blocks=2, spatial_scale=(0.7, 0.7), token=1)
-
-    config.objective = ConfigDict()
-    # What is predicted: `features` of the target encoder, or the tokens' `pixels`.
-    config.objective.target = "features"
-    config.objective.exponent = 1.0  # p of the regression |error|^p / p
-    config.objective.context_weight = 0.0  # of the visible tokens' loss (V-JEPA 2.1)
-    config.objective.context_warmup = (0, 0)  # steps where it leaves 0, and is reached
-    config.objective.context_distance = True  # divide it by sqrt(distance to a hole)
-    config.objective.prediction_variance_weight = 0.0  # V-JEPA 1's `reg_coeff`
-    config.objective.variance_weight = 0.0  # of VICReg's terms on the context
-    config.objective.covariance_weight = 0.0  # encoder's tokens; 0 is V-JEPA
-
-    config.optim = ConfigDict()
-    config.optim.schedule = "cosine"  # of the rate; or `linear`, `wsd`
-    config.optim.start_learning_rate = 2e-4  # at step 0 of the warm-up
-    config.optim.learning_rate = 6.25e-4  # peak
-    config.optim.final_learning_rate = 1e-6  # at schedule_scale * total_steps
-    config.optim.warmup_steps = 12_000
-    config.optim.anneal_steps = 0  # length of the final fall of `wsd`
-    config.optim.weight_decay = 0.04  # at the start
-    config.optim.final_weight_decay = 0.4  # at schedule_scale * total_steps
-    config.optim.schedule_scale = 1.25  # schedules' length over the run's
-    config.optim.b1 = 0.9
-    config.optim.b2 = 0.999
-    config.optim.eps = 1e-8
-    config.optim.clip_norm = 10.0  # largest gradient norm per module; 0: no clip
-    config.optim.clip_start_step = 12_300  # the first step that is clipped
-    config.optim.max_skipped_in_row = 10  # updates refused in a row that end the run
-    config.optim.spike_window = 0  # losses a new one is compared to; 0: no guard
-    config.optim.spike_deviations = 5.0  # above their mean: the update is refused
-
-    config.ema = ConfigDict()  # momentum of the target encoder
-    config.ema.start = 0.998
-    config.ema.end = 1.0  # at schedule_scale * total_steps
-
-    config.checkpoint = ConfigDict()
-    config.checkpoint.every_steps = 1000
-    config.checkpoint.keep = 2  # the latest ones
-
-    config.log = ConfigDict()
-    config.log.every_steps = 50
-    config.log.watchdog_secs = 600.0  # without a step: threads' stacks are told; 0: not
-    config.log.image_clips = 1  # drawn into TensorBoard at every evaluation; 0: none
-
-    config.evals = ConfigDict()  # evaluations during training by name, see `evaluation`
-    for name in ("health", "neighbours", "physics", "world"):
-        config.evals[name] = evaluation(name)
-
-    config.profile = ConfigDict()  # a trace of some steps, in `profile/` of the workdir
-    config.profile.start_step = 0  # the first step traced, from 1; 0: none
-    config.profile.num_steps = 3  # how many
-    return config.lock()
+RUN_RANGES = _run().ranges
+MASK_RANGES = _mask().ranges
+STREAM_RANGES = _stream().ranges
+EVALUATION_RANGES = _evaluation().ranges
 
 
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

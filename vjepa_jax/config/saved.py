@@ -11,8 +11,8 @@ from vjepa_jax.config.defaults import (
     stream,
 )
 
-# What may differ when a run continues: it changes how the run computes or reports, not
-# what it computes.
+# Keys that may change when a run continues: they change how it computes or reports, but
+# not what it computes.
 OPERATIONAL = (
     "mesh.",
     "compilation_cache",
@@ -36,11 +36,8 @@ OPERATIONAL = (
     "model.remat",
     "model.attention",
 )
-# Losses of all clips together, no means over clips: microbatches change them.
+# Losses that are no means over clips: microbatches change them.
 _JOINT_LOSSES = ("objective.variance_weight", "objective.covariance_weight")
-
-# Of earlier releases, without a successor that computes anything else.
-_REMOVED = ("data.prefetch_batches",)
 
 
 def from_json(data: Any) -> Any:
@@ -51,19 +48,15 @@ def from_json(data: Any) -> Any:
 
 
 def restored(saved: dict[str, Any]) -> ConfigDict:
-    """Return the config of a checkpoint, made by this release or by an earlier one.
+    """Return the config of a checkpoint.
 
-    Keys that came later take their defaults, which compute what releases without them
-    computed.
+    Keys that were added later take their defaults, which compute what was computed
+    without them.
 
     Args:
-      saved: as JSON gives it.
+      saved: the parsed JSON.
     """
     config = from_json(saved)
-    for name in _REMOVED:
-        part, key = name.rsplit(".", 1)
-        if part in config and key in config[part]:
-            del config[part][key]
     _fill(config, get_config(), named=("masks", "streams"))
     for masks in (config.masks, *(s.masks for s in config.streams.values())):
         for spec in masks.values():
@@ -76,7 +69,7 @@ def restored(saved: dict[str, Any]) -> ConfigDict:
 
 
 def _fill(config: ConfigDict, default: ConfigDict, named: tuple[str, ...] = ()) -> None:
-    """Add what is missing; entries of `named` dicts are the user's."""
+    """Add missing keys; the entries of `named` dicts are the user's own."""
     for key, value in default.items():
         if key not in config:
             config[key] = ConfigDict() if key in named else value
@@ -85,7 +78,7 @@ def _fill(config: ConfigDict, default: ConfigDict, named: tuple[str, ...] = ()) 
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """List the keys, with values, in which two runs would compute different things."""
+    """List the changed keys, with values, that change what a run computes."""
     old, new = flatten(old), flatten(new)
     ignored = set() if any(map(new.get, _JOINT_LOSSES)) else {"accumulate_steps"}
     return [
@@ -96,8 +89,8 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def _is_operational(key: str) -> bool:
-    # Videos and their shares are judged by the fingerprint of the data, which is not
-    # overruled but by `data.accept_change`.
+    # Videos and their shares are compared by the fingerprint of the data, which only
+    # `data.accept_change` overrules.
     is_of_data = key.startswith(("data.", "streams."))
     is_fingerprinted = is_of_data and key.endswith((".path", ".mix_weights"))
     return is_fingerprinted or key.startswith(OPERATIONAL)
