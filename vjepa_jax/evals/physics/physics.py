@@ -1,9 +1,9 @@
-"""Intuitive physics: does a video that breaks a law surprise more than another one?
+"""Intuitive physics: does a video that breaks a physical law surprise the model?
 
-The violation-of-expectation measure of Garrido et al. (2025), with a pretrained
-predictor and no training: in windows of a video the features of all that comes after a
-few frames are predicted from these; the surprise is the L1 distance to the target
-encoder's features. See docs/physics.md.
+The violation-of-expectation measure of Garrido et al. (2025). Nothing is trained: in
+windows of a video, the predictor predicts the features of the later frames from the
+first few; the surprise is the L1 distance to the target encoder's features. See
+docs/physics.md.
 """
 
 import concurrent.futures
@@ -27,11 +27,16 @@ from vjepa_jax.evals.frozen import (
     random_init,
     target_features,
 )
-from vjepa_jax.evals.physics import videos as physics_data
-from vjepa_jax.evals.physics.videos import Group
-from vjepa_jax.models.encoder import normalise
+from vjepa_jax.evals.physics.videos import (
+    Group,
+    matched_pairs,
+    open_groups,
+    read_group,
+)
+from vjepa_jax.models.encoder import VideoEncoder, normalise
+from vjepa_jax.models.predictor import Predictor
 
-MEAN = "mean"  # the row of all properties together
+MEAN = "mean"  # the row of the mean over properties
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,11 +44,11 @@ class Protocol:
     """How the surprise of a video is measured.
 
     Attributes:
-      num_frames: of a window, W.
-      stride: frames from one window to the next.
-      context_frames: from how many of a window's frames the others are predicted; each
-        is a measure of its own.
-      mask_index: which of the predictor's mask tokens stands for the others.
+      num_frames: frames of a window, W.
+      stride: frames from the start of one window to the next.
+      context_frames: numbers of a window's first frames from which the rest is
+        predicted; each gives a separate measure.
+      mask_index: which of the predictor's mask tokens stands for the predicted tokens.
     """
 
     num_frames: int
@@ -56,8 +61,8 @@ class Protocol:
         if self.num_frames % tubelet_size or self.stride < 1:
             raise UserError(
                 f"config.num_frames={self.num_frames}, config.stride={self.stride}: "
-                f"windows are multiples of the {tubelet_size} frames of a tubelet, and "
-                "are at least 1 frame apart"
+                f"give a multiple of the {tubelet_size} frames of a tubelet, and a "
+                "stride of 1 frame or more"
             )
         contexts = self.context_frames
         if not contexts or any(
@@ -74,12 +79,20 @@ class Protocol:
     jax.jit,
     static_argnames=("encoder", "predictor", "contexts", "mask_index"),
 )
-def _surprise(params, video, *, encoder, predictor, contexts, mask_index):
-    """Return the mean L1 error of windows, per number of seen tokens: [B, C]."""
+def _surprise(
+    params: Any,
+    video: jax.Array,
+    *,
+    encoder: VideoEncoder,
+    predictor: Predictor,
+    contexts: tuple[int, ...],
+    mask_index: int,
+) -> jax.Array:
+    """Return the mean L1 error of windows for each number of context tokens, [B, C]."""
     video = normalise(video)
     features = target_features(params, video, encoder)
     num_tokens = features.shape[1]
-    out = []
+    errors = []
     for seen in contexts:
         prediction = predicted_features(
             params,
@@ -90,12 +103,12 @@ def _surprise(params, video, *, encoder, predictor, contexts, mask_index):
             range(seen, num_tokens),
             mask_index,
         )
-        out.append(jnp.abs(prediction - features[:, seen:]).mean((1, 2)))
-    return jnp.stack(out, axis=1)
+        errors.append(jnp.abs(prediction - features[:, seen:]).mean((1, 2)))
+    return jnp.stack(errors, axis=1)
 
 
 def surprise(
-    frozen: FrozenModel,
+    model: FrozenModel,
     videos: Sequence[np.ndarray],
     protocol: Protocol,
     batch_size: int,
@@ -103,9 +116,9 @@ def surprise(
     """Measure the surprise in every window of videos.
 
     Args:
-      frozen: with a predictor.
-      videos: uint8 [n, S, S, 3] each, of at least a window's frames.
-      protocol: see there.
+      model: with a predictor.
+      videos: uint8 [n, S, S, 3] each, at least as long as a window.
+      protocol: of the measure.
       batch_size: windows per call.
 
     Returns:
@@ -115,9 +128,9 @@ def surprise(
         range(0, len(video) - protocol.num_frames + 1, protocol.stride)
         for video in videos
     ]
-    windows = [(v, start) for v, places in enumerate(starts) for start in places]
-    _, height, width = frozen.grid((protocol.num_frames, *videos[0].shape[1:]))
-    per_frame = height * width / frozen.encoder.tubelet_size
+    windows = [(v, start) for v, of_video in enumerate(starts) for start in of_video]
+    _, height, width = model.grid((protocol.num_frames, *videos[0].shape[1:]))
+    per_frame = height * width / model.encoder.tubelet_size
     contexts = tuple(round(c * per_frame) for c in protocol.context_frames)
     losses = np.empty((len(windows), len(contexts)), np.float32)
     for first in range(0, len(windows), batch_size):
@@ -127,57 +140,61 @@ def surprise(
         ]
         # All calls have one shape, hence one compilation.
         batch += [batch[-1]] * (batch_size - len(batch))
-        found = frozen.call(
+        of_batch = model.call(
             _surprise,
             np.stack(batch),
-            encoder=frozen.encoder,
-            predictor=frozen.predictor,
+            encoder=model.encoder,
+            predictor=model.predictor,
             contexts=contexts,
             mask_index=protocol.mask_index,
         )
-        losses[first : first + batch_size] = found[: len(windows) - first]
-    return np.split(losses, np.cumsum([len(places) for places in starts])[:-1])
+        losses[first : first + batch_size] = of_batch[: len(windows) - first]
+    return np.split(losses, np.cumsum([len(of_video) for of_video in starts])[:-1])
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """The surprise of all videos of a property under one model.
+    """The surprise of one model at all videos of a property.
 
     Attributes:
       pairs: [(possible, impossible)], float [windows, contexts] each.
-      videos: [(surprise [windows, contexts], is_possible)] of every single video.
+      videos: [(surprise [windows, contexts], is_possible)] of every video.
     """
 
     pairs: list[tuple[np.ndarray, np.ndarray]]
     videos: list[tuple[np.ndarray, bool]]
 
     def hits(self, context: int | None) -> np.ndarray:
-        """Return whether each pair is right, as 0 or 1.
+        """Return 1 for each pair whose possible video surprises less, else 0.
 
-        The score of a video is the mean over its windows; the possible one's must be
-        strictly smaller.
+        The score of a video is the mean over its windows.
 
         Args:
-          context: place in `Protocol.context_frames`; None takes the smallest surprise
-            of all, in each window ("filtered").
+          context: index in `Protocol.context_frames`; None takes the minimum over
+            contexts in each window ("filtered").
         """
         scores = [
-            [_at(losses, context).mean() for losses in pair] for pair in self.pairs
+            [_of_context(losses, context).mean() for losses in pair]
+            for pair in self.pairs
         ]
-        return np.array([float(possible < broken) for possible, broken in scores])
+        return np.array([float(good < bad) for good, bad in scores])
 
     def auroc(self, context: int | None) -> float:
-        """Return how well the largest surprise of a video tells what it shows."""
-        scores = [_at(losses, context).max() for losses, _ in self.videos]
+        """Return the AUROC of single videos, scored by their largest surprise."""
+        scores = [_of_context(losses, context).max() for losses, _ in self.videos]
         return float(roc_auc_score([not p for _, p in self.videos], scores))
 
 
-def _at(losses: np.ndarray, context: int | None) -> np.ndarray:
+def _of_context(losses: np.ndarray, context: int | None) -> np.ndarray:
+    """Return [windows] of [windows, contexts], see `Outcome.hits`."""
     return losses.min(1) if context is None else losses[:, context]
 
 
 def welch_p(one: np.ndarray, other: np.ndarray) -> float:
-    """Return the p-value of Welch's t-test, two-sided; 1 where nothing varies."""
+    """Return the p-value of Welch's t-test, two-sided.
+
+    Where neither sample varies: 1 if the means are equal, else 0.
+    """
     if np.ptp(one) == np.ptp(other) == 0:
         return float(np.mean(one) == np.mean(other))
     parts = [f(x) for x in (one, other) for f in (np.mean, _spread, len)]
@@ -188,36 +205,37 @@ def _spread(values: np.ndarray) -> float:
     return np.std(values, ddof=1)
 
 
-def summarise(
+def tabulate_outcomes(
     trained: dict[str, Outcome],
     null: Sequence[dict[str, Outcome]],
     context_frames: Sequence[int],
-    reported: int,
+    chosen: int | None,
 ) -> dict[str, dict[str, float]]:
-    """Turn outcomes by property into the table.
+    """Compute the table of results from outcomes by property.
 
     Args:
-      trained: of the model that is judged.
-      null: of each untrained one.
+      trained: outcomes of the evaluated model.
+      null: outcomes of each untrained model.
       context_frames: see `Protocol`.
-      reported: which of them gives the columns without a name of their own; 0: the
-        smallest surprise of all.
+      chosen: the context of `accuracy`, `null_*`, `p_*` and `auroc`, see
+        `Outcome.hits`.
 
     Returns:
       {property: {column: value}} and the row `mean` over properties:
 
-        accuracy: share of pairs that are right (relative accuracy).
-        null_accuracy, null_std: mean and spread of the same over the untrained models.
+        accuracy: share of pairs whose possible video surprises less ("relative
+          accuracy").
+        null_accuracy, null_std: mean and standard deviation of the accuracy over the
+          untrained models.
         p_value: of Welch's t-test between the pairs of the trained model and those of
-          the untrained ones, right or wrong; in the row `mean`, of all properties.
+          the untrained ones, each 0 or 1; in the row `mean`, of all properties.
         p_over_properties: of the same test between the accuracies of the properties
-          and those of properties times untrained models; in the row `mean` alone.
+          and those of properties times untrained models; only in the row `mean`.
         auroc: of single videos.
         context_C_accuracy, filtered_accuracy, best_accuracy: of each context, of their
           minimum per window, and of the best of these, chosen after the fact.
     """
-    places = {f"context_{c}": i for i, c in enumerate(context_frames)}
-    chosen = context_frames.index(reported) if reported else None
+    contexts = {f"context_{c}": i for i, c in enumerate(context_frames)}
     rows = {}
     for name, outcome in trained.items():
         hits = outcome.hits(chosen)
@@ -227,9 +245,9 @@ def summarise(
             row["null_accuracy"] = of_null.mean()
             row["null_std"] = of_null.mean(1).std(ddof=1)
             row["p_value"] = welch_p(hits, of_null.ravel())
-        if len(places) > 1:
-            for label, place in (places | {"filtered": None}).items():
-                row[f"{label}_accuracy"] = outcome.hits(place).mean()
+        if len(contexts) > 1:
+            for label, context in (contexts | {"filtered": None}).items():
+                row[f"{label}_accuracy"] = outcome.hits(context).mean()
             row["best_accuracy"] = max(
                 value
                 for key, value in row.items()
@@ -259,78 +277,95 @@ def summarise(
     }
 
 
-def evaluate(frozen: FrozenModel, config: ConfigDict) -> dict[str, Any]:
-    """Measure intuitive physics; see `configs/probe_physics.py` for the config.
+def evaluate(model: FrozenModel, config: ConfigDict) -> dict[str, Any]:
+    """Measure intuitive physics.
+
+    Args:
+      model: with a predictor.
+      config: from `settings.physics`.
 
     Returns:
-      See `summarise`. Of data without labels (the test set of IntPhys) the surprise of
-      every video instead, {video: {"mean", "max"}} over its windows.
+      See `tabulate_outcomes`. For data without labels (the test set of IntPhys) instead
+      the surprise of every video, {video: {"mean", "max"}} over its windows.
 
     Raises:
       UserError: the model cannot predict, or protocol, data and model do not fit.
     """
     settings.validate(config)
-    frozen.require_predictor(config.mask_index)
+    model.require_predictor(config.mask_index)
     protocol = Protocol(
-        config.num_frames or frozen.video_shape[0],
+        config.num_frames or model.video_shape[0],
         config.stride,
         tuple(config.context_frames),
         config.mask_index,
     )
-    protocol.validate(frozen.encoder.tubelet_size)
-    if config.reported_context and config.reported_context not in config.context_frames:
-        raise UserError(
-            f"config.reported_context={config.reported_context}: give 0 or one of "
-            f"context_frames={tuple(config.context_frames)}"
-        )
+    protocol.validate(model.encoder.tubelet_size)
+    chosen = None
+    if config.reported_context:
+        if config.reported_context not in protocol.context_frames:
+            raise UserError(
+                f"config.reported_context={config.reported_context}: give 0 or one of "
+                f"context_frames={protocol.context_frames}"
+            )
+        chosen = protocol.context_frames.index(config.reported_context)
     if config.null_seeds == 1:
-        raise UserError("config.null_seeds=1: a spread takes 2, or give 0 for no null")
-    path = config.path or frozen.config.world.path
-    groups = physics_data.open_groups(config.dataset, path, config.lists)
+        raise UserError(
+            "config.null_seeds=1: a standard deviation needs at least 2; give 0 for no "
+            "untrained models"
+        )
+    path = config.path or model.config.world.path
+    groups = open_groups(config.dataset, path, config.lists)
     has_labels = all(v.is_possible is not None for g in groups for v in g.videos)
     num_models = 1 + (config.null_seeds if has_labels else 0)
     outcomes: list[dict[str, Outcome]] = [{} for _ in range(num_models)]
     unlabelled: dict[str, dict[str, float]] = {}
-    chosen = None
-    if config.reported_context:
-        chosen = protocol.context_frames.index(config.reported_context)
-    for part, read in _read(groups, config, frozen.video_shape[1], protocol):
-        videos = [video for of_group in read for video in of_group]
-        for number, found in enumerate(outcomes):
-            model = random_init(frozen, config.seed + number) if number else frozen
-            losses = iter(surprise(model, videos, protocol, config.batch_size))
-            for group, of_group in zip(part, read, strict=True):
+    for part, pixels in _read(groups, config, model.video_shape[1], protocol):
+        videos = [video for of_group in pixels for video in of_group]
+        for number, outcome in enumerate(outcomes):
+            # One untrained model at a time is in memory.
+            network = random_init(model, config.seed + number) if number else model
+            losses = iter(surprise(network, videos, protocol, config.batch_size))
+            for group, of_group in zip(part, pixels, strict=True):
                 own = [next(losses) for _ in of_group]
                 if has_labels:
-                    _collect(found, group, of_group, own)
-                    continue
-                for video, loss in zip(group.videos, own, strict=True):
-                    name = "/".join([group.property, *video.path.parts[-3:-1]])
-                    score = _at(loss, chosen)
-                    unlabelled[name] = {
-                        "mean": float(score.mean()),
-                        "max": float(score.max()),
-                    }
+                    _add_group(outcome, group, of_group, own)
+                else:
+                    unlabelled |= _without_labels(group, own, chosen)
     if not has_labels:
         return unlabelled
-    reported, contexts = config.reported_context, protocol.context_frames
-    return summarise(outcomes[0], outcomes[1:], contexts, reported)
+    return tabulate_outcomes(outcomes[0], outcomes[1:], protocol.context_frames, chosen)
 
 
-def _collect(found: dict[str, Outcome], group: Group, videos, losses) -> None:
-    outcome = found.setdefault(group.property, Outcome([], []))
-    for pair in physics_data.matched_pairs(group, videos):
-        outcome.pairs.append(tuple(losses[i] for i in pair))
+def _add_group(
+    outcomes: dict[str, Outcome],
+    group: Group,
+    videos: list[np.ndarray],
+    losses: list[np.ndarray],
+) -> None:
+    outcome = outcomes.setdefault(group.property, Outcome([], []))
+    for possible, impossible in matched_pairs(group, videos):
+        outcome.pairs.append((losses[possible], losses[impossible]))
     for video, loss in zip(group.videos, losses, strict=True):
-        outcome.videos.append((loss, video.is_possible))
+        outcome.videos.append((loss, bool(video.is_possible)))
+
+
+def _without_labels(
+    group: Group, losses: list[np.ndarray], chosen: int | None
+) -> dict[str, dict[str, float]]:
+    found = {}
+    for video, loss in zip(group.videos, losses, strict=True):
+        name = "/".join([group.property, *video.path.parts[-3:-1]])
+        score = _of_context(loss, chosen)
+        found[name] = {"mean": float(score.mean()), "max": float(score.max())}
+    return found
 
 
 def _read(
     groups: list[Group], config: ConfigDict, size: int, protocol: Protocol
 ) -> Iterator[tuple[list[Group], list[list[np.ndarray]]]]:
-    """Yield groups with their videos, so many at once as are kept in memory."""
+    """Yield groups with their videos, `config.groups_at_once` at a time."""
     read = functools.partial(
-        physics_data.read_group,
+        read_group,
         size=config.resolution or size,
         frame_step=config.frame_step,
         max_frames=config.max_frames,
@@ -338,13 +373,13 @@ def _read(
     with concurrent.futures.ThreadPoolExecutor(max(1, config.num_workers)) as pool:
         for first in range(0, len(groups), config.groups_at_once):
             part = groups[first : first + config.groups_at_once]
-            videos = list(pool.map(read, part))
-            for group, of_group in zip(part, videos, strict=True):
-                for video, pixels in zip(group.videos, of_group, strict=True):
-                    if len(pixels) < protocol.num_frames:
+            pixels = list(pool.map(read, part))
+            for group, of_group in zip(part, pixels, strict=True):
+                for video, frames in zip(group.videos, of_group, strict=True):
+                    if len(frames) < protocol.num_frames:
                         raise UserError(
-                            f"{video.path}: {len(pixels)} frames are less than the "
+                            f"{video.path}: {len(frames)} frames are fewer than the "
                             f"window's {protocol.num_frames}: lower "
                             "config.num_frames or config.frame_step"
                         )
-            yield part, videos
+            yield part, pixels

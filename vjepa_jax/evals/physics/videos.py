@@ -1,15 +1,15 @@
-"""Videos of possible and impossible events: the folders of the benchmarks.
+"""Videos of possible and impossible events, in the folders of the benchmarks.
 
-A group is what is compared: a possible and an impossible video, or the two of each that
-make a quadruplet of IntPhys. Frames are resized as a whole, nothing is cropped.
+The videos of a group are compared: a possible and an impossible one, or two of each,
+which are a quadruplet of IntPhys. Frames are resized without cropping.
 """
 
 import csv
 import dataclasses
+import functools
 import json
 import os
 import pathlib
-from collections.abc import Callable
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from vjepa_jax.data.clips import reader
 from vjepa_jax.data.sources.open import open_source
 from vjepa_jax.world import render
 
-# Its 16 properties in the order of the reference evaluation.
+# In the order of the reference evaluation.
 GRASP_PROPERTIES = (
     "Collision",
     "Continuity",
@@ -46,9 +46,9 @@ class Video:
     """A video file, or a folder of frames.
 
     Attributes:
-      path: of it.
-      is_possible: what it shows; None where that is not published.
-      start: frames left out at the beginning.
+      path: of the file or folder.
+      is_possible: whether it shows a possible event; None where that is not published.
+      start: frames to skip at the beginning.
     """
 
     path: pathlib.Path
@@ -61,9 +61,10 @@ class Group:
     """Videos of one scene.
 
     Attributes:
-      property: what the impossible ones break.
+      property: the law that the impossible videos break.
       videos: a possible and an impossible one, or two of each.
-      is_end_aligned: the videos are cut at the beginning to the length of the shorter.
+      is_end_aligned: whether the longer video is cut at its beginning to the length of
+        the shorter one.
     """
 
     property: str
@@ -80,15 +81,23 @@ def open_groups(dataset: str, path: str, lists: str = "") -> list[Group]:
       lists: folder of InfLevel's lists, `PROPERTY.csv`; "": `path`.
 
     Raises:
-      UserError: there is no such data set, or the folder is none of it.
+      UserError: there is no such data set, or the folder does not hold it.
     """
-    if dataset not in _LAYOUTS:
-        known = ", ".join(_LAYOUTS)
+    layouts = {
+        "world": _list_world,
+        "intphys": _list_intphys,
+        "grasp": _list_grasp,
+        "inflevel": functools.partial(
+            _list_inflevel, lists=pathlib.Path(lists or path)
+        ),
+    }
+    if dataset not in layouts:
+        known = ", ".join(layouts)
         raise UserError(f"config.dataset={dataset!r}: known: {known}")
     root = pathlib.Path(path)
     if not root.is_dir():
         raise UserError(f"config.path={path!r} is not a folder")
-    groups = _LAYOUTS[dataset](root, pathlib.Path(lists or path))
+    groups = layouts[dataset](root)
     if not groups:
         raise UserError(f"no videos of {dataset} in {path}: see docs/physics.md")
     videos = [video for group in groups for video in group.videos]
@@ -96,14 +105,13 @@ def open_groups(dataset: str, path: str, lists: str = "") -> list[Group]:
     if 0 < len(unlabelled) < len(videos):
         raise UserError(
             f"{len(unlabelled)} of the {len(videos)} videos in {path} have no label, "
-            f"the first being {unlabelled[0]}: complete the labels, or remove all"
+            f"the first is {unlabelled[0]}: complete the labels, or remove all"
         )
     return groups
 
 
-def _world(root: pathlib.Path, lists: pathlib.Path) -> list[Group]:
-    """The split `physics` of a world, see `data.render`."""
-    del lists
+def _list_world(root: pathlib.Path) -> list[Group]:
+    """List the split `physics` of a world, see `world.render`."""
     truth_path = root / f"{render.PHYSICS}.npz"
     if not truth_path.exists():
         raise UserError(
@@ -121,9 +129,8 @@ def _world(root: pathlib.Path, lists: pathlib.Path) -> list[Group]:
     ]
 
 
-def _intphys(root: pathlib.Path, lists: pathlib.Path) -> list[Group]:
-    """O1/SCENE/1..4/scene/*.png, and status.json where labels are published."""
-    del lists
+def _list_intphys(root: pathlib.Path) -> list[Group]:
+    """List O1/SCENE/1..4/scene/*.png, with status.json where labels are published."""
     groups = []
     for name in INTPHYS_PROPERTIES:
         for scene in _folders(root / name):
@@ -142,9 +149,8 @@ def _intphys(root: pathlib.Path, lists: pathlib.Path) -> list[Group]:
     return groups
 
 
-def _grasp(root: pathlib.Path, lists: pathlib.Path) -> list[Group]:
-    """P_PROPERTY/SCENE and IP_PROPERTY/SCENE."""
-    del lists
+def _list_grasp(root: pathlib.Path) -> list[Group]:
+    """List P_PROPERTY/SCENE and IP_PROPERTY/SCENE."""
     groups = []
     for name in GRASP_PROPERTIES:
         folders = [root / f"{kind}_{name}" for kind in ("P", "IP")]
@@ -160,8 +166,8 @@ def _grasp(root: pathlib.Path, lists: pathlib.Path) -> list[Group]:
     return groups
 
 
-def _inflevel(root: pathlib.Path, lists: pathlib.Path) -> list[Group]:
-    """Pairs of the lists PROPERTY.csv, without the priming part of the videos."""
+def _list_inflevel(root: pathlib.Path, lists: pathlib.Path) -> list[Group]:
+    """List the pairs of PROPERTY.csv, without the priming part of the videos."""
     groups = []
     for name in INFLEVEL_PROPERTIES:
         path = lists / f"{name}.csv"
@@ -184,8 +190,8 @@ def _inflevel(root: pathlib.Path, lists: pathlib.Path) -> list[Group]:
                     ) from None
                 if videos[0].is_possible == videos[1].is_possible:
                     raise UserError(
-                        f"{path}: {row['vid1_path']} and {row['vid2_path']} are not "
-                        "one 'possible' and one other: mend vid1_label or vid2_label"
+                        f"{path}: {row['vid1_path']} and {row['vid2_path']}: exactly "
+                        "one must be 'possible': fix vid1_label or vid2_label"
                     )
                 groups.append(Group(name, tuple(videos), is_end_aligned=True))
     return groups
@@ -197,25 +203,18 @@ def _folders(path: pathlib.Path) -> list[pathlib.Path]:
     return sorted(child for child in path.iterdir() if child.is_dir())
 
 
-_LAYOUTS: dict[str, Callable[[pathlib.Path, pathlib.Path], list[Group]]] = {
-    "world": _world,
-    "intphys": _intphys,
-    "grasp": _grasp,
-    "inflevel": _inflevel,
-}
-
-
 def read_group(
     group: Group, *, size: int, frame_step: int, max_frames: int = 0
 ) -> list[np.ndarray]:
-    """Read the videos of a group, every frame resized to a square as a whole.
+    """Read the videos of a group, every frame resized to a square without cropping.
 
     Args:
-      group: what to read.
+      group: of the videos.
       size: side of the output in pixels, S.
-      frame_step: one frame in so many is kept, from the first one on.
-      max_frames: of the file that count; 0: all. A last step that is not whole then
-        is left out, as by the reference evaluation (49 frames of 99 with step 2).
+      frame_step: one of so many frames is kept, starting with the first.
+      max_frames: frames of the file that are used, rounded down to a multiple of
+        `frame_step` as in the reference evaluation (49 frames of 99 with step 2); 0:
+        all.
 
     Returns:
       uint8 [n, S, S, 3] of each video.
@@ -241,7 +240,7 @@ def read_group(
     return out
 
 
-def _whole(height: int, width: int) -> tuple[int, int, int, int]:
+def _no_crop(height: int, width: int) -> tuple[int, int, int, int]:
     return 0, 0, height, width
 
 
@@ -258,30 +257,30 @@ def _count_frames(path: pathlib.Path) -> int:
 def _read_frames(
     path: pathlib.Path, total: int, frames: range, size: int
 ) -> np.ndarray:
-    """Read some of the `total` frames of a file, or of a folder: [n, S, S, 3]."""
+    """Read some of the `total` frames of a file or folder: [n, S, S, 3]."""
     if not len(frames):
         return np.empty((0, size, size, 3), np.uint8)
-    how = {"frame_step": 1, "size": size, "crop": _whole}
+    options = {"frame_step": 1, "size": size, "crop": _no_crop}
     if path.is_dir():
         files = _frame_files(path)[frames.start : frames.stop : frames.step]
         return np.concatenate(
-            [reader.read_clip(str(f), num_frames=1, **how) for f in files]
+            [reader.read_clip(str(f), num_frames=1, **options) for f in files]
         )
-    pixels = reader.read_clip(str(path), num_frames=total, **how)
+    pixels = reader.read_clip(str(path), num_frames=total, **options)
     return pixels[frames.start : frames.stop : frames.step]
 
 
 def matched_pairs(group: Group, videos: list[np.ndarray]) -> list[tuple[int, int]]:
-    """Return which possible video is compared with which impossible one.
+    """Match possible and impossible videos.
 
-    Of a quadruplet, those that begin alike the longest.
+    Of a quadruplet, those with the most identical first frames are matched.
 
     Args:
       group: of labelled videos.
       videos: from `read_group`.
 
     Returns:
-      (place of the possible one, place of the impossible one) of each pair.
+      (index of the possible video, index of the impossible one) of each pair.
     """
     possible = [i for i, video in enumerate(group.videos) if video.is_possible]
     impossible = [i for i, video in enumerate(group.videos) if not video.is_possible]
@@ -291,7 +290,7 @@ def matched_pairs(group: Group, videos: list[np.ndarray]) -> list[tuple[int, int
 
 
 def shared_frames(one: np.ndarray, other: np.ndarray) -> int:
-    """Return how many frames two videos have in common from their beginning on."""
+    """Return the number of identical frames at the beginning of two videos."""
     count = min(len(one), len(other))
     differs = np.any(one[:count] != other[:count], axis=(1, 2, 3))
     return int(np.argmax(differs)) if differs.any() else count

@@ -20,20 +20,20 @@ from vjepa_jax.config.defaults import get_config
 from vjepa_jax.evals import frozen, registry
 from vjepa_jax.evals.frozen import FrozenModel
 from vjepa_jax.evals.physics import physics
-from vjepa_jax.evals.physics import videos as physics_data
 from vjepa_jax.evals.physics.physics import (
     Outcome,
     Protocol,
-    summarise,
     surprise,
+    tabulate_outcomes,
     welch_p,
 )
+from vjepa_jax.evals.physics.videos import open_groups, read_group
 from vjepa_jax.models import registry as sizes
 from vjepa_jax.program import build
 
 TUBELET = 2
 BATCH = 16
-CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "probe_physics.py"
+CONFIG = pathlib.Path(__file__).parents[3] / "configs" / "probe_physics.py"
 
 
 @pytest.fixture(scope="module")
@@ -68,9 +68,9 @@ def plain_surprise(model, video, protocol):
     """Cut the windows and take the error of each context, with NumPy.
 
     Args:
-      model: it predicts.
+      model: with a predictor.
       video: uint8 [..., n, S, S, 3].
-      protocol: how.
+      protocol: of the measure.
 
     Returns:
       [..., windows, contexts].
@@ -174,7 +174,7 @@ def make_outcomes(rng, num_pairs=8):
 
 def test_the_table_compares_with_the_null(rng):
     trained, null = make_outcomes(rng), [make_outcomes(rng) for _ in range(10)]
-    table = summarise(trained, null, (4, 8), 8)
+    table = tabulate_outcomes(trained, null, (4, 8), 1)
     share = {
         name: [np.mean(m[name].hits(1)) for m in [trained, *null]] for name in trained
     }
@@ -210,12 +210,12 @@ def test_a_model_that_knows_differs_from_the_null(rng):
     knows = {"x": Outcome([(low, high)] * 20, [(low, True), (high, False)])}
     null = [make_outcomes(rng, 20) for _ in range(10)]
     null = [{"x": m["gravity"]} for m in null]
-    row = summarise(knows, null, (4,), 4)["x"]
+    row = tabulate_outcomes(knows, null, (4,), 0)["x"]
     assert row["accuracy"] == row["auroc"] == 1
     assert row["p_value"] < 1e-6
     assert "best_accuracy" not in row
     reversed_pairs = {"x": Outcome([(high, low)] * 20, [(high, True), (low, False)])}
-    row = summarise(reversed_pairs, [], (4,), 0)["x"]
+    row = tabulate_outcomes(reversed_pairs, [], (4,), None)["x"]
     assert row == {"accuracy": 0.0, "auroc": 0.0}
 
 
@@ -253,8 +253,8 @@ def test_pairs_of_the_world_from_files_to_the_table(model, pairs):
     )
     config.groups_at_once = 7
     table = registry.evaluate(model, config)
-    groups = physics_data.open_groups("world", str(pairs))
-    videos = [physics_data.read_group(g, size=SIZE, frame_step=1) for g in groups]
+    groups = open_groups("world", str(pairs))
+    videos = [read_group(g, size=SIZE, frame_step=1) for g in groups]
     networks = [model, *(frozen.random_init(model, seed) for seed in (1, 2))]
     hits = {}
     for number, network in enumerate(networks):
@@ -287,7 +287,7 @@ def test_a_test_set_without_labels_gives_the_surprise_of_every_video(
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"num_frames": 3}, r"num_frames=3.*multiples of the 2 frames"),
+        ({"num_frames": 3}, r"num_frames=3.*a multiple of the 2 frames"),
         ({"stride": 0}, "stride=0"),
         ({"context_frames": (8,)}, r"context_frames=\(8,\).*below the window's 8"),
         ({"context_frames": (3,)}, "multiples of the 2 frames"),
@@ -298,7 +298,7 @@ def test_a_test_set_without_labels_gives_the_surprise_of_every_video(
         ({"groups_at_once": 0}, "groups_at_once=0 is out of range"),
         ({"frame_step": 0}, "frame_step=0 is out of range"),
         ({"mask_index": 2}, "mask_index=2: the predictor has 2 mask tokens, counted"),
-        ({"num_frames": 14}, "12 frames are less than"),
+        ({"num_frames": 14}, "12 frames are fewer than"),
     ],
 )
 def test_a_protocol_that_does_not_fit_is_named(model, pairs, fields, message):
@@ -317,4 +317,4 @@ def test_variants_are_of_known_data():
         reported = config.reported_context
         assert reported == 0 or reported in config.context_frames
     with pytest.raises(UserError, match="known: world"):
-        physics_data.open_groups(make_evaluation("novel").dataset, ".")
+        open_groups(make_evaluation("novel").dataset, ".")

@@ -1,4 +1,4 @@
-"""Folders of the benchmarks of intuitive physics: what is compared with what."""
+"""Folders of the benchmarks of intuitive physics; which videos are compared."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,6 @@ from physics_files import SIZE, quadruplet, render_pairs, write_intphys
 from video_files import moving_frames, write_video
 
 from vjepa_jax.base.errors import UserError
-from vjepa_jax.evals.physics import videos as physics_data
 from vjepa_jax.evals.physics.videos import (
     Group,
     Video,
@@ -72,7 +71,7 @@ def test_labels_of_some_videos_alone_are_refused(tmp_path, rng):
     for number in (1, 2):  # a pair is left, which is no quadruplet with labels
         (tmp_path / "O1" / "02" / str(number) / "status.json").unlink()
     with pytest.raises(
-        UserError, match=r"2 of the 8 videos .* first being .*/O1/02/1/scene"
+        UserError, match=r"2 of the 8 videos .* first is .*/O1/02/1/scene"
     ):
         open_groups("intphys", str(tmp_path))
 
@@ -147,7 +146,7 @@ def test_inflevel_leaves_the_priming_out_and_aligns_the_ends(tmp_path):
     (tmp_path / "lists" / "gravity.csv").write_text(
         HEADER + rows.replace("impossible", "possible")
     )
-    with pytest.raises(UserError, match=r"a\.mp4 and gravity/b\.mp4 are not one"):
+    with pytest.raises(UserError, match=r"a\.mp4 and gravity/b\.mp4: exactly one"):
         open_groups("inflevel", str(tmp_path), str(tmp_path / "lists"))
     (tmp_path / "lists" / "gravity.csv").write_text("path,label\na,1\n")
     with pytest.raises(UserError, match=r"gravity\.csv: not a list of InfLevel"):
@@ -195,4 +194,4 @@ def test_what_is_not_there_is_named(tmp_path):
         open_groups("world", str(tmp_path / "nowhere"))
     group = Group("x", (Video(tmp_path / "gone.mp4", True),))
     with pytest.raises(UserError, match=r"gone\.mp4: missing"):
-        physics_data.read_group(group, size=SIZE, frame_step=1)
+        read_group(group, size=SIZE, frame_step=1)
