@@ -1,14 +1,14 @@
-# Errors, flags and quoting that tpu.sh and slurm.sh share; for sourcing.
-# Written for bash 3.2 too, which is what macOS has.
+# Errors, flags and quoting, shared by tpu.sh and slurm.sh; for sourcing.
+# Works with bash 3.2 too, the version of macOS.
 # shellcheck shell=bash
 
-# One line on stderr, and the exit code of a user's mistake.
+# Print one line to stderr; exit with the code of a user's mistake.
 die() {
   echo "error: $*" >&2
   exit 2
 }
 
-# Print the words as any POSIX shell reads them back, exactly.
+# Quote the words so that any POSIX shell reads them back unchanged.
 quote() {
   local LC_ALL=C word line="" single="'" escaped="'\\''"
   for word; do
@@ -21,8 +21,8 @@ quote() {
 }
 
 # parse PREFIX "FLAGS WITH VALUE" "SWITCHES" "REPEATED FLAGS" ARGUMENT...
-# Sets PREFIX_FLAG for each flag given, and the arrays `words` (what is no flag),
-# `repeated` (values of repeated flags) and `rest` (what follows --).
+# Set PREFIX_FLAG for each given flag, and the arrays `words` (other arguments), `repeated`
+# (values of repeated flags) and `rest` (arguments after --).
 parse() {
   local prefix=$1 values=" $2 " switches=" $3 " repeats=" $4 " flag variable value
   shift 4
@@ -68,7 +68,7 @@ parse() {
   done
 }
 
-# The value of a trainer's flag among the words: --name=value or --name value.
+# Print the value of a trainer's flag among the words: --name=value or --name value.
 trainer_flag() {
   local name=$1 previous="" word
   shift

@@ -1,8 +1,8 @@
-# The loop of `tpu.sh babysit`: a run is brought to its end whatever happens to the TPU.
+# The loop of `tpu.sh babysit`: restart a run until it is finished, on new TPUs if needed.
 # shellcheck shell=bash disable=SC2154
 
-# Sets `replies` and `running` (numbers of workers), `stopped` (1: on request) and
-# `codes` (exit codes of the workers whose trainer has ended; `lost` where it left none).
+# Set `replies` and `running` (numbers of workers), `stopped` (1: on request) and `codes`
+# (exit codes of the workers whose trainer has ended; `lost` where there is none).
 poll_run() {
   local tag word code
   replies=0 running=0 stopped="" codes=""
@@ -18,41 +18,42 @@ poll_run() {
   done < <(on_all "$(worker_command state)" 2>/dev/null)
 }
 
-# Sets `verdict` when there is one: what judge says, stopped (by tpu.sh stop), preempted,
-# deleted (by somebody else), broken (some workers are out of reach for good) or blind (gcloud is no help).
+# Set `outcome` when the run ends: the result of outcome_of, stopped (by tpu.sh stop),
+# preempted, deleted (by another command), broken (some workers stay unreachable) or
+# unreachable (gcloud or all workers do not answer).
 watch_run() {
   local unreachable=0 straggling_since=""
   while true; do
-    verdict=blind
+    outcome=unreachable
     attempt look || return 0
     case $tpu in
-      gone) verdict=preempted ;;
-      absent | deleting) verdict=deleted ;;
+      gone) outcome=preempted ;;
+      absent | deleting) outcome=deleted ;;
     esac
-    [[ $verdict == blind ]] || return 0
+    [[ $outcome == unreachable ]] || return 0
     if [[ $tpu == ready ]]; then
       poll_run
       if ((replies < num_workers || replies == 0)); then
         unreachable=$((unreachable + 1))
-        say "$replies of $num_workers workers answer"
+        log "$replies of $num_workers workers answer"
         if ((unreachable >= TPU_MAX_ATTEMPTS)); then
-          ((replies == 0)) || verdict=broken
+          ((replies == 0)) || outcome=broken
           return 0
         fi
       else
         unreachable=0
         # shellcheck disable=SC2086
-        verdict=$(judge $codes)
-        [[ -z $stopped ]] || verdict=stopped
+        outcome=$(outcome_of $codes)
+        [[ -z $stopped ]] || outcome=stopped
         ((running > 0)) || return 0
         if ((running == num_workers)); then
           straggling_since=""
         elif [[ -z $straggling_since ]]; then
           straggling_since=$SECONDS
-          say "$running of $num_workers workers still run, the others: exit codes$codes"
+          log "$running of $num_workers workers still run; exit codes of the others:$codes"
         elif ((SECONDS - straggling_since >= TPU_STRAGGLER_SECS)); then
           on_all "$(worker_command stop "$TPU_STOP_SECS")" || true
-          [[ $verdict != finished ]] || verdict=again
+          [[ $outcome != finished ]] || outcome=again
           return 0
         fi
       fi
@@ -61,31 +62,31 @@ watch_run() {
   done
 }
 
-# A failure does not count where it was a preemption that had not shown yet.
-note_failure() { # WHAT
-  say "$1: failure $((failures + 1)), of $TPU_MAX_FAILURES in a row"
+# Count a failure, unless it turns out to be a preemption.
+count_failure() { # WHAT
+  log "$1: failure $((failures + 1)) of $TPU_MAX_FAILURES in a row"
   backoff $((failures + 1))
   attempt look || true
   if [[ $tpu != gone || $detail == FAILED ]]; then failures=$((failures + 1)); fi
 }
 
-make_anew() {
-  say "TPU $name: $1; deleting what is left of it, to make it anew"
+recreate() {
+  log "TPU $name: $1; deleting it, to create it again"
   attempt remove || give_up "the TPU could not be deleted"
   needs_setup=1 was_ready=""
 }
 
 give_up() {
-  say "gave up: $1"
+  log "gave up: $1"
   exit 1
 }
 
 leave_deleted() {
-  say "TPU $name was deleted by somebody else; babysit again to make another"
+  log "TPU $name was deleted by another command; run babysit again to create a new one"
   exit 75
 }
 
-rehearse() {
+print_calls() {
   look
   request
   pack
@@ -96,69 +97,69 @@ rehearse() {
 }
 
 babysit() {
-  local failures=0 needs_setup=1 was_ready="" verdict began
+  local failures=0 needs_setup=1 was_ready="" outcome began
   if [[ -n $TPU_DRY_RUN ]]; then
-    rehearse
+    print_calls
     return
   fi
-  trap 'say "babysit ends; what runs goes on until tpu.sh stop"; exit 130' INT TERM
+  trap 'log "babysit ends; the run continues until tpu.sh stop"; exit 130' INT TERM
   pack
   while true; do
     ((failures < TPU_MAX_FAILURES)) || give_up "$failures failures in a row"
-    attempt look || give_up "gcloud does not tell the state of $name"
+    attempt look || give_up "gcloud does not return the state of $name"
     case $tpu in
-      gone) make_anew "$detail" ;;
+      gone) recreate "$detail" ;;
       absent | deleting) [[ -z $was_ready ]] || leave_deleted ;;
     esac
     if ! bring_up; then
-      note_failure "no TPU"
+      count_failure "no TPU"
       continue
     fi
     was_ready=1
     poll_run
     if ((running == 0)); then
       if [[ -n $needs_setup ]] && ! set_up; then
-        note_failure "set-up"
+        count_failure "set-up"
         continue
       fi
       needs_setup=""
       if ! start_run; then
         needs_setup=1
-        note_failure "start"
+        count_failure "start"
         continue
       fi
-      say "started on $num_workers workers"
+      log "started on $num_workers workers"
     fi
     began=$SECONDS
     watch_run
     if ((SECONDS - began >= TPU_HEALTHY_SECS)); then failures=0; fi
-    case $verdict in
+    case $outcome in
       finished)
-        say "finished"
+        log "finished"
         [[ -z $TPU_DELETE_ON_SUCCESS ]] || attempt remove || exit 1
         exit 0
         ;;
       mistake)
         on_all "$(worker_command logs 20)" >&2 || true
-        say "the trainer refused its config or data: mend it, then run babysit again"
+        log "the trainer rejected its config or data: fix it, then run babysit again"
         exit 2
         ;;
       stopped)
-        say "stopped on request; babysit again to continue"
+        log "stopped on request; run babysit again to continue"
         exit 75
         ;;
       deleted) leave_deleted ;;
-      blind)
-        give_up "$name is out of reach; what runs there goes on, babysit again to watch"
+      unreachable)
+        give_up "$name is unreachable; its run continues; run babysit again to watch it"
         ;;
-      preempted) say "TPU $name: preempted ($detail)" ;;
+      preempted) log "TPU $name: preempted ($detail)" ;;
       broken)
-        note_failure "some workers are out of reach"
-        make_anew "broken"
+        count_failure "some workers are unreachable"
+        recreate "broken"
         ;;
       *)
         on_all "$(worker_command logs 20)" >&2 || true
-        note_failure "run $verdict (exit codes$codes)"
+        count_failure "run: $outcome (exit codes$codes)"
         ;;
     esac
   done

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Render the synthetic world, pretrain a small V-JEPA on its files and look at it as it
-# learns, probe what it learned, and write a page that shows it.
-# Safe to interrupt and to run again: what is complete is kept, training resumes.
+# Render the synthetic world, pretrain a small V-JEPA on it with evaluations during
+# training, probe the result, and write a report page.
+# Safe to interrupt and to run again: complete parts are kept, training resumes.
 #   ./launch/demo.sh [--config.key=value ...]     overrides for the training config
 . "$(dirname "$0")/setup.sh" report
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}

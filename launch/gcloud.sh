@@ -1,10 +1,9 @@
-# Calls of gcloud about one TPU, and what they say of its state; sourced by tpu.sh.
-# Reads `name` and the TPU_ variables of env.sh.
+# Calls of gcloud for one TPU, and its state; sourced by tpu.sh. Reads `name` and the TPU_ variables of env.sh.
 # shellcheck shell=bash disable=SC2154
 
-tpu="" detail="" found="" nodes=() num_workers=0 # what look() sets
+tpu="" detail="" found="" nodes=() num_workers=0 # set by look()
 
-say() { echo "$(date '+%F %T') $*" >&2; }
+log() { echo "$(date '+%F %T') $*" >&2; }
 
 call() {
   if [[ -n $TPU_DRY_RUN ]]; then
@@ -18,7 +17,7 @@ call() {
 backoff() { # FAILURES so far
   local seconds=$((TPU_BACKOFF_SECS << ($1 < 10 ? $1 - 1 : 9)))
   ((seconds <= 600)) || seconds=600
-  say "again in $seconds s"
+  log "next attempt in $seconds s"
   sleep "$seconds"
 }
 
@@ -28,10 +27,10 @@ attempt() {
     code=0
     "$@" || code=$?
     case $code in
-      0 | 2 | 3) return "$code" ;; # done, or refused: the same call is refused again
+      0 | 2 | 3) return "$code" ;; # done, or rejected: the same call would be rejected again
     esac
     if ((tries >= TPU_MAX_ATTEMPTS)); then return "$code"; fi
-    say "attempt $tries of $TPU_MAX_ATTEMPTS failed with exit code $code"
+    log "attempt $tries of $TPU_MAX_ATTEMPTS failed with exit code $code"
     backoff "$tries"
     tries=$((tries + 1))
   done
@@ -57,7 +56,7 @@ tpu_scp() { # NODE FILE TARGET
     ${flags[@]+"${flags[@]}"}
 }
 
-# Run a function for each slice, on all at once; fail if it fails for one.
+# Run a function for all slices in parallel; fail if it fails for one.
 each_slice() { # FUNCTION ARGUMENT...: gets the node's name as first argument
   local function=$1 node pid code=0
   local -a pids=()
@@ -81,7 +80,7 @@ on_all() { each_slice on_node "$1"; }
 
 worker_command() { echo "bash vjepa_jax/launch/worker.sh $(quote "$@")"; }
 
-# ---------------------------------------------------------------- to make, to delete
+# ---------------------------------------------------------------- create and delete
 runtime_version() {
   case $TPU_ACCELERATOR_TYPE in
     v5litepod*) echo v2-alpha-tpuv5-lite ;;
@@ -122,7 +121,7 @@ remove() {
 }
 
 # --------------------------------------------------------------------- state of the TPU
-# Sets `found` (what gcloud says), or fails; an unknown name is found as ABSENT.
+# Set `found` to gcloud's output, or fail; an unknown name sets it to ABSENT.
 describe() { # KIND NAME FORMAT
   local log code=0
   if [[ -n $TPU_DRY_RUN ]]; then
@@ -141,7 +140,7 @@ describe() { # KIND NAME FORMAT
   return "$code"
 }
 
-plan_nodes() { # the names that `create` gives
+plan_nodes() { # the names that `create` will give
   local slice
   nodes=("$name")
   if ((TPU_NUM_SLICES > 1)); then
@@ -152,8 +151,8 @@ plan_nodes() { # the names that `create` gives
   fi
 }
 
-# Sets `tpu` (absent, waiting, ready, gone or deleting), `detail` (gcloud's own words),
-# `nodes` (a name per slice) and `num_workers`.
+# Set `tpu` (absent, waiting, ready, gone or deleting), `detail` (gcloud's name of the
+# state), `nodes` (a name per slice) and `num_workers`.
 look() {
   local node list endpoints
   num_workers=0
@@ -175,7 +174,7 @@ look() {
       if [[ -n $list ]]; then IFS=';' read -ra nodes <<<"$list"; else plan_nodes; fi
     fi
   fi
-  # A slice may be preempted while its queued resource still counts as active.
+  # A slice may be preempted while its queued resource is still active.
   for node in "${nodes[@]}"; do
     describe tpu-vm "$node" 'value(state,networkEndpoints[].ipAddress)' || return 1
     if [[ -n $TPU_DRY_RUN ]]; then continue; fi
@@ -210,6 +209,6 @@ look() {
 
 require_ready() {
   attempt look || exit 1
-  [[ $tpu != absent ]] || die "there is no TPU $name: launch/tpu.sh create makes one"
-  [[ $tpu == ready ]] || die "TPU $name is not ready ($detail): launch/tpu.sh status"
+  [[ $tpu != absent ]] || die "there is no TPU $name: create it with launch/tpu.sh create"
+  [[ $tpu == ready ]] || die "TPU $name is not ready ($detail): see launch/tpu.sh status"
 }

@@ -17,10 +17,10 @@ launch/slurm.sh [--flag=value ...] -- --config=FILE.py --workdir=DIR [...]
   --max-requeues=N --max-crashes=N
   --dry-run                      print the job's script instead of submitting it
 
-The job saves and is queued anew when it is preempted or its time ends, and ends when the
-run is finished. Run it from the folder that --config and --workdir count from; DIR and
-the package must be on a file system that all nodes share.
-Defaults, each also a variable of the environment: launch/env.sh (SLURM_RUN_...).
+The job saves and is requeued when it is preempted or reaches its time limit, and ends
+when the run is finished. Run this from the folder to which --config and --workdir are
+relative; DIR and the package must be on a file system that all nodes share.
+launch/env.sh lists the defaults (SLURM_RUN_...); environment variables override them.
 HELP
 }
 
@@ -40,8 +40,8 @@ python=${PYTHON:-$(dirname "$here")/.venv/bin/python}
 
 num_processes=$((SLURM_RUN_NODES * SLURM_RUN_GPUS_PER_NODE))
 
-# Not --gpus-per-task: each process must see all GPUs of its node, since jax takes the one
-# that SLURM_LOCALID counts.
+# Not --gpus-per-task: each process must see all GPUs of its node, since jax selects one of
+# them by SLURM_LOCALID.
 directives() {
   echo "--job-name=$SLURM_RUN_JOB_NAME"
   echo "--nodes=$SLURM_RUN_NODES"
@@ -74,7 +74,7 @@ max_requeues=$SLURM_RUN_MAX_REQUEUES
 max_crashes=$SLURM_RUN_MAX_CRASHES
 backoff_secs=$SLURM_RUN_BACKOFF_SECS
 SCRIPT
-  cat "$here/judge.sh" "$here/slurm_job.sh"
+  cat "$here/exit_codes.sh" "$here/slurm_job.sh"
 }
 
 if [[ -n $SLURM_RUN_DRY_RUN ]]; then

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Make, use and delete a TPU pod: see launch/README.md, and --help.
+# Create, use and delete a TPU pod: see launch/README.md and --help.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 . "$here/arguments.sh"
 . "$here/env.sh"
-. "$here/judge.sh"
+. "$here/exit_codes.sh"
 . "$here/gcloud.sh"
 . "$here/babysit.sh"
 
@@ -12,26 +12,26 @@ usage() {
   cat <<'HELP'
 launch/tpu.sh COMMAND NAME [--flag=value ...] [-- argument ...]
 
-  create NAME    ask for a TPU, by default in the queue, and wait until it is ready
+  create NAME    request a TPU, by default in the queue, and wait until it is ready
       --accelerator-type=T --runtime-version=V --num-slices=N --spot --reserved
-      --no-queue: a plain TPU VM at once, or not at all
+      --no-queue: a plain TPU VM, which fails at once without capacity
   setup NAME     copy the files that git tracks to all workers and install the package
       --bucket=B: mount the bucket B on each worker, read only, at gcs/B
   run NAME [--env=KEY=VALUE ...] -- --config=... --workdir=gs://...
                  start the trainer on all workers, detached from this machine
-  babysit NAME   create, setup and run, again after each preemption, until it is finished
+  babysit NAME   create, setup and run; repeat after preemptions until it is finished
       the flags of create, setup and run; --delete-on-success
   status NAME    the TPU, and the run on each worker
   logs NAME      [--slice=N] [--worker=N] [--lines=N] [--follow]
   ssh NAME       [--slice=N] [--worker=N] [-- command argument ...]
-  stop NAME      end the run: SIGTERM, so that it saves; SIGKILL after TPU_STOP_SECS
+  stop NAME      stop the run: SIGTERM, on which it saves; SIGKILL after TPU_STOP_SECS
   delete NAME    [--yes] delete the TPU and its disks
 
-  all of them: --project=P --zone=Z --no-queue
+  all commands: --project=P --zone=Z --no-queue
   --dry-run      print the gcloud calls instead of making them
 
-Defaults, each also a variable of the environment: launch/env.sh.
-Exit codes: 0 done; 1 gave up; 2 a mistake in the command or its config; 75 not finished,
+launch/env.sh lists the defaults; environment variables override them.
+Exit codes: 0 done; 1 gave up; 2 mistake in the command or its config; 75 not finished:
 the same command continues.
 HELP
 }
@@ -41,18 +41,18 @@ require_create_flags() {
   [[ -n $TPU_ACCELERATOR_TYPE ]] ||
     die "give --accelerator-type, e.g. --accelerator-type=v5litepod-16"
   if [[ -n $TPU_NO_QUEUE ]] && ((TPU_NUM_SLICES > 1)); then
-    die "--no-queue makes one slice: leave it out for --num-slices=$TPU_NUM_SLICES"
+    die "--no-queue creates one slice: remove it, or --num-slices=$TPU_NUM_SLICES"
   fi
 }
 
-# Leads to a TPU that is ready; fails where it is refused.
+# Wait until the TPU is ready, after requesting it if needed; fail if it is refused.
 bring_up() {
-  local told=""
+  local printed=""
   while true; do
     attempt look || return 1
-    if [[ $detail != "$told" && -z $TPU_DRY_RUN ]]; then
-      say "TPU $name: $detail"
-      told=$detail
+    if [[ $detail != "$printed" && -z $TPU_DRY_RUN ]]; then
+      log "TPU $name: $detail"
+      printed=$detail
     fi
     case $tpu in
       ready) return ;;
@@ -67,12 +67,12 @@ create() {
   require_create_flags
   if [[ -n $TPU_DRY_RUN ]]; then request; fi
   if ! bring_up; then
-    say "TPU $name: gave up${detail:+ ($detail)}; launch/tpu.sh delete $name clears it"
+    log "TPU $name: gave up${detail:+ ($detail)}; fix: launch/tpu.sh delete $name"
     exit 1
   fi
 }
 
-# One archive per command: a recreated TPU gets the files that the first one got.
+# One archive per command, so that a recreated TPU gets the same files as the first one.
 pack() {
   archive=vjepa_jax.tgz
   if [[ -n $TPU_DRY_RUN ]]; then
@@ -106,11 +106,11 @@ require_trainer_flags() {
   ((${#rest[@]})) || die "give the trainer's flags after --: -- --config=... --workdir=..."
   workdir=$(trainer_flag workdir "${rest[@]}")
   [[ $workdir == gs://?* ]] ||
-    die "--workdir=$workdir is lost with the workers: give one on gs://"
+    die "--workdir=$workdir is lost with the workers: give a folder on gs://"
 }
 
-# The id makes a start that is repeated for one worker harmless to the others. The count is
-# for babysit, whose runs may fail within the second in which they were started.
+# With the id, repeating a start for one worker does not affect the others. The count
+# distinguishes the runs of babysit that fail within one second.
 starts=0
 start_run() {
   local id
@@ -205,22 +205,22 @@ case $command in
   *) die "unknown command '$command': see $0 --help" ;;
 esac
 shift
-# Flags of one command: what the environment says of them is no concern of theirs.
+# Flags of one command, which the environment does not set.
 TPU_DRY_RUN="" TPU_YES="" TPU_FOLLOW="" TPU_DELETE_ON_SUCCESS=""
 TPU_SLICE=0 TPU_WORKER="" TPU_LINES=100
 parse TPU "$place_flags $values" "no-queue dry-run $switches" "$repeats" "$@"
 ((${#words[@]})) || die "give the TPU's name: $0 $command NAME"
-((${#words[@]} == 1)) || die "one name only, got '${words[*]}'; the rest goes after --"
+((${#words[@]} == 1)) || die "give one name, not '${words[*]}'; other arguments go after --"
 name=${words[0]}
 [[ $name =~ ^[a-z]([-a-z0-9]*[a-z0-9])?$ ]] ||
-  die "'$name' is no name of a TPU: lower-case letters, digits and -"
+  die "'$name' is not a TPU name: use lower-case letters, digits and -"
 require_number --num-slices "$TPU_NUM_SLICES"
 require_number --slice "$TPU_SLICE"
 require_number --lines "$TPU_LINES"
-[[ $TPU_WORKER =~ ^([0-9]*|all)$ ]] || die "--worker=$TPU_WORKER is no number, nor all"
+[[ $TPU_WORKER =~ ^([0-9]*|all)$ ]] || die "--worker must be a number or all, got '$TPU_WORKER'"
 case $command in
   run | babysit | ssh) ;;
-  *) ((!${#rest[@]})) || die "$command takes nothing after --" ;;
+  *) ((!${#rest[@]})) || die "$command takes no arguments after --" ;;
 esac
 place
 case $command in

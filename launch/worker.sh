@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# What launch/tpu.sh does on each worker of a TPU. One run at a time: it holds the chips.
+# The commands that launch/tpu.sh runs on each worker of a TPU. One run at a time: it holds
+# the chips.
 #   worker.sh setup [BUCKET]        install the package into .venv, mount the bucket
 #   worker.sh start ID [K=V ...] -- ARGUMENT...   train, detached from this shell
 #   worker.sh state                 one line: running, exit CODE, stopped, lost or none
 #   worker.sh logs LINES [follow]
-#   worker.sh stop SECONDS          SIGTERM, and SIGKILL after so many seconds
-#   worker.sh idle                  fail while a run is going on
+#   worker.sh stop SECONDS          SIGTERM, and SIGKILL after SECONDS
+#   worker.sh idle                  fail while a run is active
 set -euo pipefail
 script=$(cd "$(dirname "$0")" && pwd)/worker.sh
 root=$(dirname "$(dirname "$script")")
@@ -19,7 +20,7 @@ fail() {
   exit "$1"
 }
 
-# Sets `session`, the process that leads the last run's, unless that was before a reboot.
+# Set `session`, the leader of the last run's session, unless it started before a reboot.
 read_session() {
   local booted=""
   session=""
@@ -35,14 +36,14 @@ is_running() {
 }
 
 require_idle() {
-  ! is_running || fail 3 "a run is going on: launch/tpu.sh stop ends it"
+  ! is_running || fail 3 "a run is active: end it with launch/tpu.sh stop"
 }
 
-# Processes of an earlier run that outlived it keep the chips, and so does its lock.
+# End processes that an earlier run left, and remove its lock: both hold the chips.
 clear_leftovers() {
   local lock=${LIBTPU_LOCKFILE:-/tmp/libtpu_lockfile}
   read_session
-  # As long as one of them lives, the system gives the session's number to no new process.
+  # While one of them lives, no new process gets the session's number.
   if [[ -n $session && $(ps -o stat= -p "$session") != [!Z]* ]] &&
     pkill -KILL -s "$session"; then
     echo "$host: ended processes of an earlier run" >&2
@@ -68,7 +69,7 @@ make_python() {
   PYTHON=$root/.venv/bin/python
 }
 
-# Files of an earlier setup that the new tree has no longer.
+# Remove files of an earlier setup that are not in the new archive.
 remove_stale_files() {
   tar -tzf "$HOME/vjepa_jax.tgz" | sort >"$run/files.new"
   if [[ -f $run/files ]]; then
@@ -84,8 +85,8 @@ mount_bucket() {
   mkdir -p "$folder"
   if mountpoint -q "$folder"; then return; fi
   command -v gcsfuse >/dev/null ||
-    fail 3 "gcsfuse is missing, which mounts gs://$bucket: install it, see launch/README.md"
-  # The data do not change under a run: look each file up once, never again.
+    fail 3 "gcsfuse, which mounts gs://$bucket, is missing: install it, see launch/README.md"
+  # Files do not change during a run: look each one up only once.
   gcsfuse --implicit-dirs --metadata-cache-ttl-secs=-1 --stat-cache-max-size-mb=-1 \
     --type-cache-max-size-mb=-1 --kernel-list-cache-ttl-secs=-1 -o ro \
     "$bucket" "$folder"
@@ -94,7 +95,7 @@ mount_bucket() {
 setup() {
   require_idle
   remove_stale_files
-  # Without it, logging out may remove the shared memory of processes left behind.
+  # Without it, logging out may remove the shared memory of running processes.
   sudo -n loginctl enable-linger "$(id -un)" 2>/dev/null || true
   make_python
   # shellcheck source=launch/setup.sh
@@ -109,13 +110,13 @@ setup() {
 start() {
   local id=$1
   shift
-  # A start that is repeated since another worker was unreachable changes nothing here.
+  # A start may be repeated because another worker was unreachable.
   if [[ -f $run/id && $(<"$run/id") == "$id" ]]; then
     echo "$host: already started"
     return
   fi
   require_idle
-  [[ -x $root/.venv/bin/python ]] || fail 3 "not set up: launch/tpu.sh setup does it"
+  [[ -x $root/.venv/bin/python ]] || fail 3 "not set up: run launch/tpu.sh setup"
   clear_leftovers
   if [[ -f $run/bucket ]]; then mount_bucket "$(<"$run/bucket")"; fi
   rm -f "$run/exit_code" "$run/stopped" "$run/session"
@@ -132,7 +133,7 @@ start() {
   fail 1 "the run did not start within 60 s"
 }
 
-# Leads the session of the run, and leaves its exit code behind.
+# Lead the session of the run, and write its exit code to a file.
 supervise() {
   trap : TERM HUP # it must outlive the trainer
   echo "$boot $$" >"$run/session.new"
@@ -177,7 +178,7 @@ stop() {
     return
   fi
   touch "$run/stopped"
-  # The trainer alone: its decoding workers go on while it saves.
+  # Only the trainer: its decoding workers continue while it saves.
   pkill -TERM -P "$session" || true
   local end=$((SECONDS + seconds))
   while is_running && ((SECONDS < end)); do sleep 0.2; done
@@ -194,8 +195,8 @@ logs() {
   if [[ ${2-} == follow ]]; then
     exec tail -n "$1" -F "$run/train.log"
   fi
-  # One write per line, so that the lines of several workers do not mix; of a progress
-  # bar its last state.
+  # One write per line, so that lines of several workers do not mix; only the last state
+  # of a progress bar.
   tail -n "$1" "$run/train.log" | sed -u "s/.*\\r//; s/^/[$host] /"
 }
 

@@ -1,14 +1,14 @@
-"""Look at every video before a run does: which give clips, and why others do not.
+"""Examine all videos before a run: which give clips, and why others do not.
 
     python -m vjepa_jax.check --data=LIST_OR_FOLDER [--deep]
         [--output=FILE.jsonl] [--config=configs/vjepa.py]
 
-Reads each video's packets and one clip of it, with --deep every frame. With --config
-the clips are those of the config, and the report says how many host cores its step
-needs. FILE gets one line per video: path, frames, width, height, fps, codec, error.
-An interrupted run leaves FILE.partial, from which the same command continues.
+Reads each video's packets and one clip of it; with --deep every frame. With --config,
+clips are read as that config does, and the report adds how many host cores its training
+step needs. FILE gets a line per video: path, frames, width, height, fps, codec, error.
+An interrupted command leaves FILE.partial; the same command continues from it.
 
-Exit code 1: the share of unreadable videos is above --max_bad_fraction.
+The exit code is 1 if the share of unreadable videos is above --max_bad_fraction.
 """
 
 import contextlib
@@ -35,8 +35,7 @@ from vjepa_jax.run import cli
 EXIT_TOO_MANY_BAD = 1
 EXIT_INTERRUPTED = 130
 
-# The share of a chip's peak that a step is assumed to reach. Few do: whoever feeds this
-# feeds them all.
+# The share of a chip's peak that a step is assumed to reach; few steps reach more.
 ASSUMED_MFU = 0.5
 CHIPS = {"v5e": "TPU v5e", "v5p": "TPU v5p", "H200": "NVIDIA H200"}
 
@@ -44,23 +43,24 @@ _TIMEOUT_SECS, _DEEP_TIMEOUT_SECS = 60.0, 600.0
 
 
 def clips_per_second(flops_per_clip: float, chip: str) -> float:
-    """Clips per second that a chip of `CHIPS` trains on at `ASSUMED_MFU`."""
+    """Return the clips per second that a chip of `CHIPS` trains on at `ASSUMED_MFU`."""
     return ASSUMED_MFU * flops.peak_flops(CHIPS[chip]) / flops_per_clip
 
 
 def flops_per_clip(config: ConfigDict) -> float:
-    """FLOPs of an update per clip of the main stream, those of all streams included.
+    """Return the FLOPs of an update, of all streams, per clip of the main stream.
 
     A teacher is counted as if it had the size of the encoder.
     """
-    # It brings JAX, which the workers, who import this module, do without.
+    # It imports JAX, which the workers, which import this module, do not need.
     from vjepa_jax.program import build
 
     objective = build.make_objective(config)
     return build.step_flops(config, objective) / config.batch_size
 
 
-def _need(config: ConfigDict, rate: float) -> Iterator[str]:
+def _host_cores(config: ConfigDict, rate: float) -> Iterator[str]:
+    """Yield the report of the host cores that feed one chip."""
     per_clip = flops_per_clip(config)
     yield (
         f"\nto keep a chip busy with this config ({per_clip / 1e12:.3g} TFLOP per clip "
@@ -84,25 +84,25 @@ def check(
     output_path: str | None,
     num_workers: int,
     timeout_secs: float,
-    with_need: bool,
+    with_host_cores: bool,
 ) -> float:
-    """Examines the videos of `config.data`; reports on stdout, progress on stderr.
+    """Examine the videos of `config.data`; the report is on stdout, progress on stderr.
 
     Args:
-      config: of a run; its clips are the ones that are read.
+      config: of a run; clips are read as it does.
       deep: decode every frame.
-      output_path: JSON lines file; None for none.
+      output_path: JSON lines file, or None.
       num_workers: processes.
-      timeout_secs: processor time for decoding one video. A worker that gives no answer
-        in twice that is killed.
-      with_need: report what the config's step needs.
+      timeout_secs: processor time for decoding one video. A worker without a result
+        after twice that is killed.
+      with_host_cores: report how many host cores the config's step needs.
 
     Returns:
-      Share of unreadable videos.
+      The share of unreadable videos.
 
     Raises:
-      UserError: the source or the output is not there.
-      KeyboardInterrupt: after a report on what was done by then.
+      UserError: the source is missing, or the output cannot be written.
+      KeyboardInterrupt: after a report of the videos that were examined by then.
     """
     data = config.data
     source = Joined(open_mixture(data.path).sources)
@@ -162,12 +162,12 @@ def check(
         raise
     if output:
         output.finish()
-    _print(_report(source, config, summary, with_need))
+    _print(_report(source, config, summary, with_host_cores))
     return summary.num_bad / summary.num_videos
 
 
 def _report(
-    source: Source, config: ConfigDict, summary: survey.Summary, with_need: bool
+    source: Source, config: ConfigDict, summary: survey.Summary, with_host_cores: bool
 ) -> Iterator[str]:
     yield source.name
     yield from summary.lines()
@@ -184,8 +184,8 @@ def _report(
         f"\n{rate:.1f} clips/s per core ({data.num_frames} frames, {step}, "
         f"{data.resolution} pixels; processor time)"
     )
-    if with_need:
-        yield from _need(config, rate)
+    if with_host_cores:
+        yield from _host_cores(config, rate)
 
 
 def main() -> None:
@@ -207,7 +207,7 @@ def main() -> None:
             output_path=_OUTPUT.value,
             num_workers=_WORKERS.value or os.cpu_count(),
             timeout_secs=_TIMEOUT.value or default_secs,
-            with_need=_CONFIG.value is not None,
+            with_host_cores=_CONFIG.value is not None,
         )
     except UserError as error:
         message = str(error)
@@ -218,8 +218,8 @@ def main() -> None:
         sys.exit(EXIT_INTERRUPTED)
     if share > limit:
         print(
-            f"{share:.1%} of the videos are unreadable, more than {limit:.1%}: mend or "
-            "drop them, or allow more with --max_bad_fraction",
+            f"{share:.1%} of the videos are unreadable, more than {limit:.1%}: fix or "
+            "remove them, or allow more with --max_bad_fraction",
             file=sys.stderr,
         )
         sys.exit(EXIT_TOO_MANY_BAD)
@@ -228,23 +228,26 @@ def main() -> None:
 if __name__ == "__main__":
     _CONFIG = define_config_flag(required=False)
     _DATA = flags.DEFINE_string(
-        "data", None, "Folder of videos or list of `path label` lines; or the config's"
+        "data",
+        None,
+        "Folder or list file (`path label` lines) of videos; default: the config's",
     )
     _DEEP = flags.DEFINE_bool("deep", False, "Decode every frame")
     _OUTPUT = flags.DEFINE_string("output", None, "JSON lines file to write")
     _WORKERS = flags.DEFINE_integer(
-        "workers", None, "Processes; default: one per core", lower_bound=1
+        "workers", None, "Worker processes; default: one per core", lower_bound=1
     )
     _TIMEOUT = flags.DEFINE_float(
         "timeout_secs",
         None,
-        f"Time for one video; default {_TIMEOUT_SECS:g}, deep {_DEEP_TIMEOUT_SECS:g}",
+        f"Processor seconds for one video; default: {_TIMEOUT_SECS:g}, with --deep "
+        f"{_DEEP_TIMEOUT_SECS:g}",
         lower_bound=0.001,
     )
     _MAX_BAD_FRACTION = flags.DEFINE_float(
         "max_bad_fraction",
         None,
-        "Share of unreadable videos that is no failure; default: the config's, 0.05",
+        "Largest share of unreadable videos; default: the config's, 0.05",
         lower_bound=0,
         upper_bound=1,
     )

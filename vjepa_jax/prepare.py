@@ -1,16 +1,16 @@
-"""Make a dataset ready: encode videos into shards, or render a synthetic world.
+r"""Prepare a dataset: encode videos into shards, or render a synthetic world.
 
-python -m vjepa_jax.prepare --data=LIST_OR_FOLDER --output=DIR
-python -m vjepa_jax.prepare --verify --output=DIR
-python -m vjepa_jax.prepare --config=configs/world_tiny.py
+    python -m vjepa_jax.prepare --data=LIST_OR_FOLDER --output=DIR
+    python -m vjepa_jax.prepare --verify --output=DIR
+    python -m vjepa_jax.prepare --config=configs/world_tiny.py
 
-The first runs on Apache Beam (pip install 'vjepa_jax[prepare]'): on the cores of this
-machine, or wherever Beam's options say, which stand behind `--`:
+The first command runs on Apache Beam (pip install 'vjepa_jax[prepare]'): by default on
+the cores of this machine. Options of Beam follow after `--`:
 
-python -m vjepa_jax.prepare --data=... --output=gs://bucket/folder -- \
-    --runner=DataflowRunner --project=... --region=... --temp_location=gs://...
+    python -m vjepa_jax.prepare --data=... --output=gs://bucket/folder -- \
+        --runner=DataflowRunner --project=... --region=... --temp_location=gs://...
 
-The same command again goes on where a run was stopped. See docs/data.md.
+After an interruption the same command continues. See docs/data.md.
 """
 
 import multiprocessing
@@ -65,13 +65,13 @@ def _encode_shards() -> None:
     if "," in path and not is_remote(path) and not os.path.exists(path):
         raise UserError(
             f"--data={path} does not exist; it names one list or folder: prepare "
-            "several one after the other, each with its own --output"
+            "several with one command each, with separate --output"
         )
     source = open_source(path)
     if not isinstance(source, VideoList):
         raise UserError(
             f"--data={_DATA.value} must be a list file or a folder of videos, which "
-            f"{type(source).__name__} is not: what it holds is stored already"
+            f"{type(source).__name__} is not: its videos are stored in records already"
         )
     _end_on_interrupt()
     manifest = encode_shards.prepare(
@@ -94,9 +94,9 @@ def _encode_shards() -> None:
 
 
 def _end_on_interrupt() -> None:
-    """Has Ctrl-C end this process at once, wherever its main thread is.
+    """Make Ctrl-C end this process at once, whatever its main thread does.
 
-    Beam would end after the shards that its threads are at, with a long traceback.
+    Beam would first finish the shards of its threads, then print a long traceback.
     """
     readable, writable = os.pipe()
     os.set_blocking(writable, False)
@@ -108,8 +108,8 @@ def _end_on_interrupt() -> None:
         for child in multiprocessing.active_children():
             child.kill()
         print(
-            "\ninterrupted; the same command goes on (a job that runs elsewhere, such "
-            "as on Dataflow, does so by itself)",
+            "\ninterrupted; the same command continues (a job on another machine, such "
+            "as on Dataflow, keeps running)",
             file=sys.stderr,
             flush=True,
         )
@@ -124,12 +124,12 @@ def _render_world() -> None:
     if not config.world.path:
         raise UserError("config.world.path is empty: this config names no world")
     rendered = render.render_world(config.world)
-    state = "rendered" if rendered else "complete already"
+    state = "rendered" if rendered else "was complete"
     print(f"world in {config.world.path}: {state}", file=sys.stderr)
 
 
 def _take_beam_options(argv: list[str]) -> list[str]:
-    """Removes what stands behind `--` from a command line and returns it."""
+    """Remove the arguments after `--` from a command line and return them."""
     if "--" not in argv:
         return []
     start = argv.index("--")
@@ -140,10 +140,12 @@ def _take_beam_options(argv: list[str]) -> list[str]:
 
 if __name__ == "__main__":
     _CONFIG = define_config_flag(required=False)
-    _DATA = flags.DEFINE_string("data", "", "List file or folder of videos to encode")
+    _DATA = flags.DEFINE_string(
+        "data", "", "List file or folder of the videos to encode"
+    )
     _OUTPUT = flags.DEFINE_string("output", "", "Folder of the shards, local or gs://")
     _SHORT_SIDE = flags.DEFINE_integer(
-        "short_side", _DEFAULTS.short_side, "Pixels; smaller videos keep their size"
+        "short_side", _DEFAULTS.short_side, "Pixels; smaller videos are not enlarged"
     )
     _GOP = flags.DEFINE_integer(
         "gop", _DEFAULTS.gop, "Frames from one key frame to the next"
@@ -152,16 +154,19 @@ if __name__ == "__main__":
         "crf", _DEFAULTS.crf, "x264's quality, 0 (lossless) to 51 (worst)"
     )
     _FPS = flags.DEFINE_float(
-        "fps", _DEFAULTS.fps, "Frames per second kept of faster videos; 0: all"
+        "fps", _DEFAULTS.fps, "Largest number of frames per second; 0: keep all frames"
     )
     _NUM_SHARDS = flags.DEFINE_integer(
-        "num_shards", 0, "Files to write; 0: by the number of videos", lower_bound=0
+        "num_shards",
+        0,
+        "Number of shards; 0: chosen by the number of videos",
+        lower_bound=0,
     )
     _MAX_BAD_FRACTION = flags.DEFINE_float(
-        "max_bad_fraction", 0.05, "Share of the videos that may fail"
+        "max_bad_fraction", 0.05, "Largest share of the videos that may fail"
     )
     _RETRY_FAILURES = flags.DEFINE_bool(
-        "retry_failures", False, "Write shards anew that lack a video"
+        "retry_failures", False, "Write shards with failed videos again"
     )
     _VERIFY = flags.DEFINE_bool(
         "verify", False, "Compare the shards in --output with their checksums"

@@ -1,4 +1,4 @@
-"""`tpu.sh babysit`: whatever happens to a run and its TPU, against a fake gcloud."""
+"""`tpu.sh babysit` against a fake gcloud: failures of runs, workers and TPUs."""
 
 import json
 
@@ -29,7 +29,7 @@ def test_babysit_brings_a_run_through_a_preemption(make_pod):
     assert not state["queued"] and not state["nodes"]
 
 
-def test_a_preempted_slice_of_an_active_resource_is_made_anew(make_pod):
+def test_a_preempted_slice_of_an_active_resource_is_recreated(make_pod):
     pod = make_pod(trainer=["preempt_node", 0])
     _, err = pod("babysit", "pod", *CREATE, "--num-slices=2", "--", *TRAIN)
     assert "preempted (PREEMPTED)" in err
@@ -57,7 +57,7 @@ def test_babysit_gives_up_after_crashes_in_a_row(make_pod):
     assert "[pod-w-0] trainer 0 of pod-w-0" in err
 
 
-def test_a_run_that_lived_long_clears_the_count_of_failures(make_pod):
+def test_a_long_run_resets_the_count_of_failures(make_pod):
     pod = make_pod(trainer=[1, 1, 1, 0])
     limits = {"TPU_MAX_FAILURES": "2", "TPU_HEALTHY_SECS": "0"}
     _, err = pod("babysit", "pod", *CREATE, "--", *TRAIN, **limits)
@@ -75,7 +75,7 @@ def test_babysit_does_not_repeat_a_mistake(make_pod):
     pod = make_pod(workers=2, trainer=[[75, 2]])
     _, err = pod("babysit", "pod", *CREATE, "--", *TRAIN, code=2)
     assert pod.verbs().count("start") == 1
-    assert "mend it" in err
+    assert "fix it" in err
 
 
 def test_workers_that_outlive_the_others_are_stopped(make_pod):
@@ -98,10 +98,10 @@ def test_babysit_ends_when_the_run_is_stopped_or_its_tpu_deleted(make_pod):
         pod(*command)
         _, err = process.communicate(timeout=TIMEOUT_SECS)
         assert process.returncode == 75, err
-    assert "deleted by somebody else" in err
+    assert "deleted by another command" in err
 
 
-def test_babysit_watches_a_run_that_is_going_on(make_pod):
+def test_babysit_watches_an_active_run(make_pod):
     pod = make_pod(trainer=["save"])
     pod("create", "pod", *CREATE)
     pod("setup", "pod")
@@ -123,20 +123,20 @@ def test_babysit_watches_a_run_that_is_going_on(make_pod):
     assert pod.verbs().count("start") == 1
 
 
-def test_no_worker_is_no_success(make_pod):
+def test_a_tpu_without_workers_is_not_a_success(make_pod):
     pod = make_pod(workers=0)
     _, err = pod("babysit", "pod", *CREATE, "--", *TRAIN, code=1, TPU_MAX_ATTEMPTS="2")
-    assert "pod is out of reach" in err and "finished" not in err
+    assert "pod is unreachable" in err and "finished" not in err
 
 
-def test_a_tpu_with_a_worker_out_of_reach_is_made_anew(make_pod):
+def test_a_tpu_with_a_worker_out_of_reach_is_recreated(make_pod):
     pod = make_pod(workers=2, trainer=[["deafen", "hang"], 0])
     _, err = pod("babysit", "pod", *CREATE, "--", *TRAIN, TPU_MAX_ATTEMPTS="2")
     assert "1 of 2 workers answer" in err
     assert pod.verbs().count("delete") == 1 and pod.verbs().count("create") == 2
 
 
-def test_a_refused_tpu_is_not_asked_for_without_end(make_pod):
+def test_a_refused_tpu_is_not_requested_forever(make_pod):
     pod = make_pod(states=["FAILED"] * 9)
     _, err = pod("babysit", "pod", *CREATE, "--", *TRAIN, code=1, TPU_MAX_FAILURES="2")
     assert pod.verbs().count("create") == 2

@@ -1,4 +1,4 @@
-"""The demo's script starts the right commands, which take what it gives them."""
+"""The demo's script starts the right commands with flags that they accept."""
 
 import json
 import pathlib

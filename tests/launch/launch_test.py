@@ -1,6 +1,6 @@
-"""launch/tpu.sh against a fake gcloud, on whose workers the commands really run.
+"""launch/tpu.sh against a fake gcloud, whose workers execute the commands.
 
-`UPDATE_GOLDEN=1 pytest tests/launch_test.py` rewrites `tests/goldens/launch/`.
+`UPDATE_GOLDEN=1 pytest tests/launch/launch_test.py` rewrites `tests/goldens/launch/`.
 """
 
 import json
@@ -74,7 +74,7 @@ def test_printed_calls_are_the_ones_made(make_pod):
         before = len(pod.read("calls.jsonl"))
         pod(*argv)
         made = pod.read("calls.jsonl")[before:]
-        # The archive lies in a temporary folder; slices are asked at the same time.
+        # The archive is in a temporary folder; slices are called in parallel.
         made = [
             ["vjepa_jax.tgz" if w.endswith("/vjepa_jax.tgz") else w for w in call]
             for call in made
@@ -84,7 +84,7 @@ def test_printed_calls_are_the_ones_made(make_pod):
 
 
 @pytest.mark.parametrize("verb", ["create", "describe", "scp"])
-def test_calls_that_fail_are_repeated_but_not_for_ever(make_pod, verb):
+def test_calls_that_fail_are_repeated_a_limited_number_of_times(make_pod, verb):
     pod = make_pod(fail={verb: 2})
     pod("create", "pod", *CREATE)
     _, err = pod("setup", "pod")
@@ -199,7 +199,7 @@ def test_status_logs_and_stop(make_pod):
     assert out.count("already started") == 2 and len(pod.read("trainer.jsonl")) == 2
     for refused in (["run", "pod", "--", *TRAIN], ["setup", "pod"]):
         _, err = pod(*refused, code=1)
-        assert "a run is going on: launch/tpu.sh stop ends it" in err
+        assert "a run is active: end it with launch/tpu.sh stop" in err
         assert "attempt 1" not in err
     out, _ = pod("logs", "pod")
     assert "[pod-w-0] trainer 0 of pod-w-0" in out and "[pod-w-1]" in out
@@ -276,8 +276,8 @@ def test_delete_asks(make_pod):
         ([], "give a command"),
         (["start", "pod"], "unknown command 'start'"),
         (["create", *CREATE], "give the TPU's name"),
-        (["create", "pod", "other"], "one name only, got 'pod other'"),
-        (["create", "Pod_1", *CREATE], "'Pod_1' is no name"),
+        (["create", "pod", "other"], "give one name, not 'pod other'"),
+        (["create", "Pod_1", *CREATE], "'Pod_1' is not a TPU name"),
         (["create", "pod"], "give --accelerator-type"),
         (["create", "pod", "--zone"], "--zone needs a value"),
         (["create", "pod", "--spot=yes"], "--spot takes no value"),
@@ -290,13 +290,16 @@ def test_delete_asks(make_pod):
         (["logs", "pod", "--spot"], "unknown flag --spot"),
         (["logs", "pod", "-n"], "unknown flag -n"),
         (["logs", "pod", "--lines=x"], "--lines must be a whole number"),
-        (["status", "pod", "--", "x"], "status takes nothing after --"),
+        (["status", "pod", "--", "x"], "status takes no arguments after --"),
         (["run", "pod"], "give the trainer's flags after --"),
         (["run", "pod", "--", "--config=x"], "--workdir= is lost"),
         (["run", "pod", "--", "--workdir", "/tmp/x"], "--workdir=/tmp/x is lost"),
         (["run", "pod", "--env=1x", "--", *TRAIN], "--env=1x is not KEY=VALUE"),
         (["babysit", "pod", *CREATE], "give the trainer's flags after --"),
-        (["logs", "pod", "--worker=last"], "--worker=last is no number, nor all"),
+        (
+            ["logs", "pod", "--worker=last"],
+            "--worker must be a number or all, got 'last'",
+        ),
         (["logs", "pod"], "there is no TPU pod"),
     ],
 )

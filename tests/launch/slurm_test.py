@@ -1,6 +1,6 @@
-"""launch/slurm.sh: the submitted script really runs, under a fake srun.
+"""launch/slurm.sh: the submitted script runs under a fake srun.
 
-`UPDATE_GOLDEN=1 pytest tests/slurm_test.py` rewrites `tests/goldens/launch/slurm.txt`.
+`UPDATE_GOLDEN=1 pytest tests/launch/slurm_test.py` rewrites its golden.
 """
 
 import json
@@ -96,13 +96,13 @@ class Cluster:
         return out
 
     def started(self, rank: int) -> list:
-        """Return what each start of a rank noted."""
+        """Return the records of all starts of a rank."""
         path = self.folder / f"started-{rank}.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
         return [json.loads(line) for line in lines]
 
     def requeues(self) -> int:
-        """Return how often the job was queued anew."""
+        """Return how often the job was requeued."""
         path = self.folder / "requeued"
         return len(path.read_text().splitlines()) if path.exists() else 0
 
@@ -141,7 +141,7 @@ def test_a_process_per_gpu_with_a_log_each(cluster):
 
 
 @pytest.mark.parametrize("plan", [[[75, 75, 75, 75]], [[0, 143, 75, 130]]])
-def test_what_was_interrupted_is_queued_anew(cluster, plan):
+def test_an_interrupted_job_is_requeued(cluster, plan):
     cluster.submit(*SIZE, "--max-requeues=3", "--", *TRAIN, plan=plan)
     cluster.run_job(restarts=2)
     assert cluster.requeues() == 1

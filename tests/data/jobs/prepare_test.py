@@ -327,7 +327,7 @@ def test_an_interrupt_ends_the_command_and_its_processes(tmp_path):
         if not are_all_gone():
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 130
-    assert "\ninterrupted; the same command goes on" in f"\n{err}", err
+    assert "\ninterrupted; the same command continues" in f"\n{err}", err
     assert "Traceback" not in err
 
 

@@ -1,9 +1,9 @@
-# What the exit codes of a run's processes say together.
+# One outcome of the exit codes of a run's processes; for sourcing.
 # shellcheck shell=bash
 
-# judge CODE...: finished, again (the same command continues: stopped by a signal or a
-# lost peer), crashed, or mistake (of the user).
-judge() {
+# outcome_of CODE...: finished, again (stopped by a signal or a lost peer: the same command
+# continues), crashed, or mistake (of the user).
+outcome_of() {
   local code result=finished
   for code; do
     case $code in
