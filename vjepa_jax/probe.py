@@ -96,7 +96,9 @@ def probe(config: ConfigDict, path: str) -> dict[str, Any]:
     with workdirs.LocalFiles(path, fetched=metrics.FILE) as files:
         seconds, name = {}, results_file(config)
         if config.evaluation == "world":
-            _draw(model, config.seed, files.folder)
+            rows = metrics.read_metrics(str(files.folder))
+            drawing.draw_curves(rows, files.folder / "curves.png")
+            draw_pictures(model, config.seed, files.folder)
             seconds = _earlier_seconds(model.config, files.folder)
         confusion = results.pop(registry.CONFUSION, None)
         if confusion is not None:  # a line: a matrix of 400 classes has many numbers
@@ -118,10 +120,9 @@ def _earlier_seconds(run: ConfigDict, folder: pathlib.Path) -> dict[str, float]:
     }
 
 
-def _draw(model: FrozenModel, seed: int, folder: pathlib.Path) -> None:
-    """Draw curves, masks and features of one clip of the world into the workdir."""
+def draw_pictures(model: FrozenModel, seed: int, folder: pathlib.Path) -> None:
+    """Draw masks and features of a clip of the world: masks.png and features.png."""
     run = model.config
-    drawing.draw_curves(metrics.read_metrics(str(folder)), folder / "curves.png")
     listed = open_source(str(pathlib.Path(run.world.path) / "hidden_test.csv"))
     reading = streams.make_reading(run.data, run.data)
     clips = next(features.read_clips(listed, reading, count=8))

@@ -52,7 +52,7 @@ def test_rows_of_different_rates_show_the_same_times(clip):
         {"clip": clip, "tokens": tubelets, "hidden": transparent}
     )
     assert picture.mode == "RGB"
-    side, gap, margin, caption = 128, drawing._GAP, drawing._MARGIN, 24
+    side, gap, margin, caption = 128, drawing._GAP, drawing._MARGIN, 32
     assert picture.width == 2 * margin + 2 * side + gap
     for row, frames in enumerate((clip, tubelets)):
         for column in range(2):

@@ -29,7 +29,7 @@ _DIMMED = 20  # opacity, of 255, of tokens outside a mask
 # Of `make_picture`, in pixels.
 _MAX_COLUMNS = 8
 _SIDE = 128  # longer side of a frame
-_GAP, _MARGIN, _CAPTION_HEIGHT, _FONT_SIZE = 2, 8, 24, 15
+_GAP, _MARGIN, _CAPTION_HEIGHT, _FONT_SIZE = 2, 8, 32, 15
 
 
 def draw_curves(metrics: list[dict[str, float]], path: pathlib.Path) -> None:
@@ -129,8 +129,8 @@ def make_picture(rows: Rows) -> Image.Image:
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(_FONT_SIZE)
     top = _MARGIN
     for caption, frames in rows.items():
-        draw.text((_MARGIN, top), caption, "black", font)
         top += _CAPTION_HEIGHT
+        draw.text((_MARGIN, top - 4), caption, "black", font, anchor="ld")
         for column, frame in enumerate(frames[evenly_spaced(len(frames), columns)]):
             image = Image.fromarray(frame)
             is_larger = image.height > height  # then pixels are averaged

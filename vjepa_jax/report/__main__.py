@@ -16,7 +16,8 @@ from absl import flags
 
 from vjepa_jax.base import files
 from vjepa_jax.base.errors import UserError
-from vjepa_jax.report import page, run_files, sections
+from vjepa_jax.base.extras import imports_of
+from vjepa_jax.report import run_files
 from vjepa_jax.run import checkpoint, cli
 
 FILE = "report.html"
@@ -34,8 +35,11 @@ def write_report(workdir: str, compare: str = "", output: str = "") -> str:
       The path of the page.
 
     Raises:
-      UserError: a workdir holds no run, or the page cannot be written.
+      UserError: a workdir holds no run, the page cannot be written, or the packages of
+        the extra `report` are not installed.
     """
+    with imports_of("report"):
+        from vjepa_jax.report import page, sections
     paths = [workdir, compare] if compare else [workdir]
     labels = run_files.make_labels(paths)
     with contextlib.ExitStack() as stack:

@@ -5,9 +5,9 @@ import time
 
 import jax
 import numpy as np
+from sklearn.preprocessing import normalize
 
 from vjepa_jax.base.errors import UserError
-from vjepa_jax.base.extras import imports_of
 from vjepa_jax.config.defaults import MAIN_STREAM, ConfigDict
 from vjepa_jax.data.sources.records import Subset
 from vjepa_jax.data.stream import streams
@@ -195,9 +195,6 @@ def nearest(pooled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     Returns:
       Their indices and cosines, [N, K] each.
     """
-    with imports_of("report"):
-        from sklearn.preprocessing import normalize
-
     unit = normalize(pooled)
     cosines = unit @ unit.T
     np.fill_diagonal(cosines, -np.inf)

@@ -6,9 +6,12 @@ import importlib.resources
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jinja2
+import plotly.offline
+from markupsafe import Markup
+
 import vjepa_jax
 from vjepa_jax.base.errors import UserError
-from vjepa_jax.base.extras import imports_of
 from vjepa_jax.report.run_files import Run
 
 _FOLDER = "templates"
@@ -77,15 +80,7 @@ def render(
 
     The template escapes everything that comes from a run; only the page's own script
     and style, and Plotly's script, are inserted as they are.
-
-    Raises:
-      UserError: jinja2 or plotly is not installed.
     """
-    with imports_of("report"):
-        import jinja2
-        import plotly.offline
-        from markupsafe import Markup
-
     folder = importlib.resources.files("vjepa_jax.report") / _FOLDER
     style, script = (
         Markup((folder / name).read_text(encoding="utf-8"))

@@ -42,7 +42,9 @@ def _make_table(runs: Sequence[Run], name: str) -> Table:
     more = len(measures) - len(rows)
     note = f"{more} more rows are in {name}.json." if more else ""
     heads = ["measure", *map(words, columns)]
-    return Table(f"{name}.json", heads, rows, note, is_prose=False)
+    # The probe of the world writes RESULTS without a name.
+    title = words(name.removeprefix(RESULTS).lstrip("_") or "world").capitalize()
+    return Table(f"{title} ({name}.json)", heads, rows, note, is_prose=False)
 
 
 def _cells(run: Run, name: str) -> dict[str, dict[str, Cell]]:
