@@ -1,11 +1,12 @@
-"""Videos of every codec, and how the tests of reading read them."""
+"""Videos of every codec, and functions that read them."""
 
 import dataclasses
 
 import numpy as np
 import video_files
 
-from vjepa_jax.data.clips import reader
+from vjepa_jax.data.clips.reader import ClipReader
+from vjepa_jax.data.clips.sampling import Sampling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,15 +20,15 @@ def whole_frame(height, width):
     return 0, 0, height, width
 
 
-def read(record, *, num_frames=8, frame_step=1, size=48, crop=whole_frame, **options):
-    return reader.read_clip(
-        record,
-        num_frames=num_frames,
-        frame_step=frame_step,
-        size=size,
-        crop=crop,
-        **options,
-    )
+def read_clips(record, *, sampling, size, crop=whole_frame, rng=None, **options):
+    """Return uint8 [K, T, S, S, 3]; options are fields of `ClipReader`."""
+    return ClipReader(sampling, size, **options).read(record, crop, rng)
+
+
+def read(record, *, num_frames=8, frame_step=1, size=48, **options):
+    """Return one clip by the rule "exact", uint8 [T, S, S, 3]."""
+    sampling = Sampling(num_frames, frame_step)
+    return read_clips(record, sampling=sampling, size=size, **options)[0]
 
 
 VFR_STAMPS = np.cumsum([40, 40, 200, 33, 67, 40, 10, 90] * 5).tolist()
@@ -68,7 +69,7 @@ FILES = {
 
 
 def write_files(folder) -> dict[str, str]:
-    """Writes a video of 40 frames for every entry of `FILES`."""
+    """Write a video of 40 frames for every entry of `FILES`."""
     # x265 writes beyond its memory where frames are smaller than its largest block.
     frames = {side: video_files.moving_frames(40, side, side) for side in (48, 64)}
     return {

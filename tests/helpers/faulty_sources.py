@@ -11,12 +11,11 @@ import time
 from multiprocessing import shared_memory
 
 import numpy as np
+import train_iterators
 
+from vjepa_jax.data.clips.reader import ClipReader
 from vjepa_jax.data.clips.sampling import Sampling
 from vjepa_jax.data.sources.records import Mixture, Record, Source
-from vjepa_jax.data.stream import pipeline
-from vjepa_jax.data.stream.reading import Reading
-from vjepa_jax.data.transforms.transforms import ClipTransform
 
 # By their names a test finds its own segments among those of other programs.
 if "SHM_PREFIX" in os.environ:
@@ -71,24 +70,19 @@ class FaultySource(Source):
 
 
 def make_iterator(source, **overrides):
-    """Returns the training stream of a source, batches of 4 clips of 4x16x16."""
+    """Return the training stream of a source, batches of 4 clips of 4x16x16."""
     settings = {
-        "reading": Reading(Sampling(4, frame_step=1), 16),
-        "transform": ClipTransform(16),
-        "batch_size": 4,
-        "seed": 0,
-        "num_workers": 2,
+        "reader": ClipReader(Sampling(4, frame_step=1), 16),
+        "count": 2,
         "prefetch_megabytes": 0.1,
-        "worker_timeout_secs": 100.0,
-        "max_bad_fraction": 0.5,
+        "timeout_secs": 100.0,
     }
-    return pipeline.make_train_iterator(
-        Mixture([(source, 1.0)]), **settings | overrides
-    )
+    mixture = Mixture([(source, 1.0)])
+    return train_iterators.make_iterator(mixture, **settings | overrides)
 
 
 def take(num_batches, source, **overrides):
-    """Returns uint8 `[num_batches, B, T, S, S, 3]`."""
+    """Return uint8 [num_batches, B, T, S, S, 3]."""
     with make_iterator(source, **overrides) as batches:
         # Copied, so that no shared memory outlives the iterator.
         return np.stack([np.array(next(batches)["video"]) for _ in range(num_batches)])

@@ -4,6 +4,7 @@ import av
 import numpy as np
 import pytest
 
+from vjepa_jax.base.choices import RESIZES
 from vjepa_jax.data.clips import frames
 
 
@@ -129,7 +130,7 @@ def test_boxes_of_turned_frames(turns, box):
     np.testing.assert_array_equal(cut, shown[top : top + height, left : left + width])
 
 
-@pytest.mark.parametrize("resize", frames.RESIZES)
+@pytest.mark.parametrize("resize", RESIZES)
 def test_frames_of_another_size_keep_to_the_first(resize):
     first, second = (
         av.VideoFrame.from_ndarray(smooth_pixels(*shape), format="rgb24")

@@ -7,7 +7,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from vjepa_jax.base.errors import UserError
-from vjepa_jax.data.clips.sampling import ContextSampling, LowFrameRateError, Sampling
+from vjepa_jax.data.clips.sampling import LowFrameRateError, Sampling
 
 spacings = st.one_of(
     st.fixed_dictionaries({"frame_step": st.integers(1, 8)}),
@@ -226,78 +226,3 @@ def test_impossible_samplings_are_refused(fields, match):
 def test_samplings_are_picklable():
     sampling = Sampling(16, fps=4, num_clips=2, rule="official")
     assert pickle.loads(pickle.dumps(sampling)) == sampling
-
-
-def plain_context(times, fps, average_fps, official, moment, ahead_secs, num_frames):
-    """Choose the frames of a context one by one; `moment` is (secs, frame)."""
-    wanted = []
-    if official:
-        step = int(average_fps / fps)
-        stop = int(moment[1] - int(ahead_secs * average_fps))
-        wanted = [
-            max(0, stop - i * step) / average_fps for i in range(1, 1 + num_frames)
-        ]
-    else:
-        wanted = [moment[0] - ahead_secs - i / fps for i in range(1, 1 + num_frames)]
-    numbers = []
-    for instant in reversed(wanted):
-        distances = [abs(t - instant) for t in times]
-        numbers.append(
-            max(n for n, d in enumerate(distances) if d <= min(distances) + 2e-6)
-        )
-    return numbers
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    videos,
-    st.sampled_from([1, 2, 4, 6]),
-    st.integers(1, 8),
-    st.floats(-0.5, 9),
-    st.floats(0, 2),
-    st.booleans(),
-    st.booleans(),
-)
-def test_contexts_end_before_their_moment(
-    video, fps, num_frames, moment_secs, ahead_secs, official, varies
-):
-    num, average_fps = video["num"], video["fps"]
-    times = np.arange(num) / average_fps
-    if varies and not official:
-        times = variable_times(num, average_fps, num)
-        times -= times[0]
-    moment = moment_secs, moment_secs * average_fps
-    sampling = ContextSampling(
-        num_frames,
-        fps=fps,
-        rule="official" if official else "exact",
-        moment_secs=moment[0],
-        moment_frame=moment[1],
-        ahead_secs=ahead_secs,
-    )
-    clip = sampling.frames(times, average_fps)
-    assert clip.shape == (1, num_frames)
-    assert clip[0].tolist() == plain_context(
-        times.tolist(), fps, average_fps, official, moment, ahead_secs, num_frames
-    )
-    first, last = sampling.window(average_fps)
-    inside = (times[clip[0]] > first - 1) & (times[clip[0]] < last + 1)
-    assert inside[(times[clip[0]] > times[0]) & (times[clip[0]] < times[-1])].all()
-    if not varies and moment_secs > ahead_secs:
-        # Nothing is seen of what is to be anticipated, half a frame apart.
-        assert times[clip[0, -1]] < moment_secs - ahead_secs + 0.5 / average_fps
-
-
-def test_known_contexts():
-    """By hand: 8 a second of 50 are steps of 6 (official) or 6.25 frames."""
-    times = np.arange(1000) / 50
-    fields = {"fps": 8, "moment_secs": 10.0, "moment_frame": 500.7, "ahead_secs": 1.01}
-    exact = ContextSampling(4, **fields).frames(times, 50.0)[0]
-    # 449.5 - 25, 18.75, 12.5 and 6.25; half-way counts as the later one.
-    assert exact.tolist() == [425, 431, 437, 443]
-    official = ContextSampling(4, rule="official", **fields).frames(times, 50.0)[0]
-    assert official.tolist() == [426, 432, 438, 444]  # int(500.7 - 50) - 24, ...
-    early = ContextSampling(4, fps=8, moment_secs=1.2, ahead_secs=1.0)
-    assert early.frames(times, 50.0)[0].tolist() == [0, 0, 0, 4]  # 0.2 - 0.125
-    with pytest.raises(LowFrameRateError):
-        ContextSampling(4, fps=8, rule="official").window(7.9)

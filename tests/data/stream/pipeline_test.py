@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import video_files
 from numbered_videos import NUM_VIDEOS, make_list
+from train_iterators import make_iterator, take
 
 from vjepa_jax.base.errors import UserError
+from vjepa_jax.data.clips.reader import ClipReader
 from vjepa_jax.data.clips.sampling import Sampling
 from vjepa_jax.data.sources.open import open_mixture
-from vjepa_jax.data.stream import bad_videos, pipeline
-from vjepa_jax.data.stream.reading import Reading
+from vjepa_jax.data.stream import bad_videos
 from vjepa_jax.data.transforms.transforms import ClipTransform
 
 BATCH_SIZE = 4
@@ -28,30 +29,6 @@ def make_mixture(path, videos):
     make_list(path, videos, bad=(7,), name="b.csv")
     paths = f"{path / 'a.csv'},{path / 'b.csv'}"
     return open_mixture(paths, (0.3, 0.7))
-
-
-READING = Reading(Sampling(4, frame_step=2), resolution=16)
-
-
-def make_iterator(source, **overrides):
-    kwargs = {
-        "reading": READING,
-        "transform": ClipTransform(16),
-        "batch_size": BATCH_SIZE,
-        "seed": 0,
-        "num_workers": 0,
-        "prefetch_megabytes": 1.0,
-        "worker_timeout_secs": 60.0,
-        "max_bad_fraction": 0.5,
-    }
-    return pipeline.make_train_iterator(source, **{**kwargs, **overrides})
-
-
-def take(num_batches, source, **overrides):
-    """Returns uint8 `[num_batches, B, T, H, W, 3]`."""
-    with make_iterator(source, **overrides) as batches:
-        # Copied, so that no shared memory outlives the iterator.
-        return np.stack([np.array(next(batches)["video"]) for _ in range(num_batches)])
 
 
 def test_batches_have_shape_type_and_variety(source):
@@ -78,7 +55,7 @@ def whole_frame_clips(num_batches, source, **overrides):
     return take(
         num_batches,
         source,
-        reading=Reading(Sampling(12, frame_step=1), resolution=32),
+        reader=ClipReader(Sampling(12, frame_step=1), resolution=32),
         transform=ClipTransform(
             32, crop_scale=(1.0, 1.0), crop_aspect_ratio=(1.0, 1.0), flip_probability=0
         ),
@@ -100,11 +77,11 @@ def test_every_video_comes_once_per_epoch_in_new_order(source):
 
 def test_index_names_the_video_that_was_read_in_the_end(tmp_path, videos):
     source = make_list(tmp_path, videos, bad=(2, 5))
-    reading = Reading(Sampling(12, frame_step=1), resolution=32)
+    reader = ClipReader(Sampling(12, frame_step=1), resolution=32)
     whole = {"crop_scale": (1.0, 1.0), "crop_aspect_ratio": (1.0, 1.0)}
     transform = ClipTransform(32, **whole, flip_probability=0)
     seen = set()
-    with make_iterator(source, reading=reading, transform=transform) as batches:
+    with make_iterator(source, reader=reader, transform=transform) as batches:
         for _ in range(6):
             batch = next(batches)
             for clip, index in zip(batch["video"], batch["index"], strict=True):
@@ -120,16 +97,16 @@ def test_fewer_videos_than_a_batch_are_enough(source):
     assert len({clip.tobytes() for clip in batches.reshape(6 * NUM_VIDEOS, -1)}) > 60
 
 
-@pytest.mark.parametrize("num_workers", [0, 2, 3])
+@pytest.mark.parametrize("count", [0, 2, 3])
 def test_restarted_stream_continues_the_unbroken_one(tmp_path, videos, num_workers):
     source = make_list(tmp_path, videos, bad=(2, 5))
     unbroken = take(9, source)
-    restarted = take(4, source, start_step=5, num_workers=num_workers)
+    restarted = take(4, source, start_step=5, count=num_workers)
     np.testing.assert_array_equal(restarted, unbroken[5:])
     assert (restarted != unbroken[4:8]).any()
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("count", [0, 2])
 def test_hosts_share_the_global_batches(tmp_path, videos, num_workers):
     source = make_list(tmp_path, videos, bad=(2,))
     alone = take(4, source)
@@ -140,7 +117,7 @@ def test_hosts_share_the_global_batches(tmp_path, videos, num_workers):
             start_step=1,
             process_index=host,
             process_count=2,
-            num_workers=num_workers,
+            count=num_workers,
         )
         for host in range(2)
     ]
@@ -149,7 +126,7 @@ def test_hosts_share_the_global_batches(tmp_path, videos, num_workers):
 
 
 @pytest.mark.parametrize(
-    ("start", "hosts", "num_workers"), [(0, 4, 0), (3, 1, 3), (5, 2, 2), (6, 4, 1)]
+    ("start", "hosts", "count"), [(0, 4, 0), (3, 1, 3), (5, 2, 2), (6, 4, 1)]
 )
 def test_a_mixture_is_the_same_for_any_hosts_and_workers(
     tmp_path, videos, start, hosts, num_workers
@@ -163,7 +140,7 @@ def test_a_mixture_is_the_same_for_any_hosts_and_workers(
             start_step=start,
             process_index=host,
             process_count=hosts,
-            num_workers=num_workers,
+            count=num_workers,
         )
         for host in range(hosts)
     ]
@@ -187,21 +164,21 @@ def test_a_source_without_a_good_video_is_replaced_by_the_others(tmp_path, video
     make_list(tmp_path, videos, name="b.csv")
     paths = f"{tmp_path / 'a.csv'},{tmp_path / 'b.csv'}"
     mixture = open_mixture(paths, (0.1, 0.9))
-    batches = take(12, mixture, max_bad_fraction=1.0)
+    batches = take(12, mixture, max_fraction=1.0)
     assert batches.reshape(12 * BATCH_SIZE, -1).any(axis=1).all()
 
 
 def test_several_clips_of_a_video_lie_side_by_side(source):
-    reading = Reading(Sampling(4, frame_step=1, num_clips=2), resolution=16)
-    batches = take(4, source, reading=reading)
+    reader = ClipReader(Sampling(4, frame_step=1, num_clips=2), resolution=16)
+    batches = take(4, source, reader=reader)
     assert batches.shape == (4, BATCH_SIZE, 4, 16, 16, 3)
-    with make_iterator(source, reading=reading) as iterator:
+    with make_iterator(source, reader=reader) as iterator:
         for batch in batches:
             raw = next(iterator._batches)
             assert raw["video"].shape == (BATCH_SIZE // 2, 2, 4, 16, 16, 3)
             np.testing.assert_array_equal(raw["video"].reshape(batch.shape), batch)
     with pytest.raises(UserError, match=r"1 processes of 2 clips .*multiple of 2"):
-        make_iterator(source, reading=reading, batch_size=3)
+        make_iterator(source, reader=reader, batch_size=3)
 
 
 def test_a_crop_may_move_during_the_clip(source):
@@ -224,14 +201,14 @@ def read_lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("count", [0, 2])
 def test_bad_videos_are_replaced_and_listed_once(tmp_path, videos, num_workers):
     source = make_list(tmp_path, videos, bad=(2, 5))
     (tmp_path / "bad5.mp4").unlink()
     (tmp_path / "bad5.mp4").touch()
     listing = tmp_path / "workdir" / "bad_videos.jsonl"
     with make_iterator(
-        source, bad_videos_path=str(listing), num_workers=num_workers
+        source, path=str(listing), count=num_workers
     ) as batches:
         for _ in range(9):
             video = next(batches)["video"]
@@ -252,11 +229,11 @@ def test_bad_videos_are_replaced_and_listed_once(tmp_path, videos, num_workers):
 def test_restart_does_not_list_bad_videos_again(tmp_path, videos):
     source = make_list(tmp_path, videos, bad=(2, 5))
     listing = tmp_path / "bad_videos.jsonl"
-    take(9, source, bad_videos_path=str(listing))
+    take(9, source, path=str(listing))
     # A killed run may leave half a line.
     whole = listing.read_text().splitlines(keepends=True)
     listing.write_text(whole[0] + whole[1][:20])
-    with make_iterator(source, bad_videos_path=str(listing), start_step=9) as batches:
+    with make_iterator(source, path=str(listing), start_step=9) as batches:
         assert sum(batches.bad_counts.values()) == 1
         for _ in range(9):
             next(batches)
@@ -268,7 +245,7 @@ def test_restart_does_not_list_bad_videos_again(tmp_path, videos):
 
 
 def test_streams_without_bad_videos_list_nothing(tmp_path, source):
-    take(3, source, bad_videos_path=str(tmp_path / "bad_videos.jsonl"))
+    take(3, source, path=str(tmp_path / "bad_videos.jsonl"))
     assert not list(tmp_path.iterdir())
 
 
@@ -276,7 +253,7 @@ def test_too_many_bad_videos_end_the_run(tmp_path, videos):
     source = make_list(tmp_path, videos, bad=(2, 5))
     listing = tmp_path / "bad_videos.jsonl"
     with make_iterator(
-        source, bad_videos_path=str(listing), max_bad_fraction=0.1
+        source, path=str(listing), max_fraction=0.1
     ) as batches:
         # 100 samples are needed for a judgement.
         for _ in range(24):
@@ -293,7 +270,7 @@ def test_too_many_bad_videos_end_the_run(tmp_path, videos):
 
 def test_allowed_share_of_bad_videos_does_not_end_the_run(tmp_path, videos):
     source = make_list(tmp_path, videos, bad=(2, 5))
-    take(36, source, max_bad_fraction=0.2)
+    take(36, source, max_fraction=0.2)
 
 
 def test_every_kind_of_bad_file_costs_itself_alone(tmp_path):
@@ -304,9 +281,9 @@ def test_every_kind_of_bad_file_costs_itself_alone(tmp_path):
     batches = take(
         num_batches,
         source,
-        num_workers=1,
-        max_bad_fraction=1.0,
-        bad_videos_path=str(listing),
+        count=1,
+        max_fraction=1.0,
+        path=str(listing),
     )
     assert batches.shape == (num_batches, BATCH_SIZE, 4, 16, 16, 3)
     reasons = {entry["path"]: entry["reason"] for entry in read_lines(listing)}
@@ -315,18 +292,18 @@ def test_every_kind_of_bad_file_costs_itself_alone(tmp_path):
         assert reasons.get(path, bad_files.GOOD) in case.outcomes, path
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("count", [0, 1])
 def test_nothing_readable_ends_the_run_at_once(tmp_path, videos, num_workers):
     source = make_list(tmp_path, videos, bad=range(NUM_VIDEOS))
     with (
-        make_iterator(source, num_workers=num_workers) as batches,
+        make_iterator(source, count=num_workers) as batches,
         pytest.raises(UserError, match=r"11 videos of .*list\.csv.* cannot be read"),
     ):
         next(batches)
 
 
 def test_close_ends_the_workers(source):
-    batches = make_iterator(source, num_workers=2)
+    batches = make_iterator(source, count=2)
     next(batches)
     assert len(multiprocessing.active_children()) == 2
     batches.close()

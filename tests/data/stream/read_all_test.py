@@ -5,10 +5,10 @@ import pytest
 import video_files
 from numbered_videos import NUM_VIDEOS, make_list
 
+from vjepa_jax.data.clips.reader import ClipReader
 from vjepa_jax.data.clips.sampling import Sampling
 from vjepa_jax.data.sources.open import open_mixture, open_source
 from vjepa_jax.data.stream import read_all as read_all_module
-from vjepa_jax.data.stream.reading import Reading
 from vjepa_jax.data.transforms.transforms import make_views
 
 BATCH_SIZE = 4
@@ -21,7 +21,7 @@ def source(videos):
 
 def iterate_all(source, **overrides):
     kwargs = {
-        "reading": Reading(Sampling(4, frame_step=2), resolution=32),
+        "reader": ClipReader(Sampling(4, frame_step=2), resolution=32),
         "batch_size": BATCH_SIZE,
         "num_workers": 0,
     }
@@ -75,15 +75,15 @@ def test_read_all_gives_segments_and_views(tmp_path, num_workers):
     video_files.write_video(tmp_path / "good.mp4", frames)
     (tmp_path / "bad.mp4").write_text("not a video")
     source = open_source(str(tmp_path))
-    reading = Reading(Sampling(2, frame_step=1, num_clips=3), resolution=32)
+    reader = ClipReader(Sampling(2, frame_step=1, num_clips=3), resolution=32)
     (batch,) = read_all(
-        source, reading=reading, views=make_views(3), num_workers=num_workers
+        source, reader=reader, views=make_views(3), num_workers=num_workers
     )
     clips = batch["video"]
     assert clips.shape == (2, 9, 2, 32, 32, 3)
     assert batch["valid"].tolist() == [False, True] and not clips[0].any()
     plain = video_files.decode_plainly(source[1].path)
-    segments = reading.sampling.frames(np.arange(12))
+    segments = reader.sampling.frames(np.arange(12))
     views = [slice(0, 32), slice(16, 48), slice(32, 64)]
     for i, clip in enumerate(clips[1]):
         expected = plain[segments[i // 3]][:, :, views[i % 3]]

@@ -21,7 +21,7 @@ from faulty_sources import FaultySource, take
 from vjepa_jax.base.errors import UserError
 from vjepa_jax.data.sources.records import Mixture
 from vjepa_jax.data.stream import pipeline, workers
-from vjepa_jax.data.stream.bad_videos import CODES, BadVideos
+from vjepa_jax.data.stream.bad_videos import CODES, BadVideoLimits, BadVideos
 
 NUM_RECORDS = 12
 
@@ -30,7 +30,7 @@ NUM_RECORDS = 12
 def plain(tmp_path_factory):
     """Six batches of the stream where nothing does harm."""
     source = FaultySource(NUM_RECORDS, {}, tmp_path_factory.mktemp("plain"))
-    return take(6, source, num_workers=0)
+    return take(6, source, count=0)
 
 
 def read_list(path):
@@ -43,7 +43,7 @@ def test_a_process_that_dies_once_costs_no_batch(tmp_path, plain):
     with mock.patch.object(workers.logging, "error") as error:
         # One process: of two, the other may come to the record first, in a batch that
         # nobody asks for.
-        batches = take(6, source, bad_videos_path=str(listing), num_workers=1)
+        batches = take(6, source, path=str(listing), count=1)
     np.testing.assert_array_equal(batches, plain)
     assert (tmp_path / "times-5").read_text() == "x"
     ((message, *arguments),) = (call.args for call in error.call_args_list)
@@ -72,7 +72,7 @@ def test_what_a_process_was_filling_when_it_died_is_removed():
 def test_a_record_that_does_it_again_is_quarantined(tmp_path, plain, fault, reason):
     source = FaultySource(NUM_RECORDS, {5: fault}, tmp_path)
     listing = tmp_path / "bad_videos.jsonl"
-    settings = {"bad_videos_path": str(listing), "worker_timeout_secs": 2.0}
+    settings = {"path": str(listing), "timeout_secs": 2.0}
     batches = take(6, source, **settings)
     # Twice, by as many of the two processes as came to it.
     harm = (tmp_path / "times-5").read_text()
@@ -105,8 +105,8 @@ def test_processes_that_die_again_and_again_end_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(workers, "_MAX_RESTARTS", 1)
     source = FaultySource(NUM_RECORDS, {}, tmp_path, start_fault=True)
     with (
-        faulty_sources.make_iterator(source, num_workers=1) as batches,
-        pytest.raises(UserError, match=r"while it was at no video .*2 times in a row"),
+        faulty_sources.make_iterator(source, count=1) as batches,
+        pytest.raises(UserError, match=r"while it read no video .*2 times in a row"),
     ):
         next(batches)
 
@@ -117,14 +117,14 @@ def test_processes_that_die_again_and_again_end_the_run(tmp_path, monkeypatch):
 def test_an_error_of_the_code_is_not_taken_for_a_crash(tmp_path, fault, error):
     source = FaultySource(NUM_RECORDS, {5: fault}, tmp_path)
     with pytest.raises(error, match="a bug in a reader"):
-        take(6, source, num_workers=1)
+        take(6, source, count=1)
 
 
 def test_closing_does_not_wait_for_a_process_that_hangs(tmp_path, monkeypatch):
     monkeypatch.setattr(workers, "_END_SECS", 2)
     faults = dict.fromkeys(range(NUM_RECORDS), "hang")
     source = FaultySource(NUM_RECORDS, faults, tmp_path)
-    batches = faulty_sources.make_iterator(source, num_workers=1)
+    batches = faulty_sources.make_iterator(source, count=1)
     supervised = batches._batches
     supervised._puller.ask()  # starts the process, as `next` would
     wait_until(lambda: any(work.record >= 0 for work in supervised._log.read()))
@@ -180,7 +180,7 @@ def test_accidents_at_one_record_long_after_each_other_do_not_quarantine_it():
     try:
         for record, steps in ((3, 0), (4, limit), (3, 1), (3, limit), (4, 2)):
             supervised._step += steps
-            supervised._start_again(workers._Failure("crashed", {record}, "died"))
+            supervised._restart_workers(workers._Failure("crashed", {record}, "died"))
     finally:
         supervised.close()
     third = 7 + limit + 1 + limit
@@ -190,9 +190,9 @@ def test_accidents_at_one_record_long_after_each_other_do_not_quarantine_it():
 
 def test_every_process_reads_the_quarantine_of_all(tmp_path):
     source = Mixture([(FaultySource(NUM_RECORDS, {}, tmp_path), 1.0)])
-    path = str(tmp_path / "bad_videos.jsonl")
+    limits = BadVideoLimits(1.0, str(tmp_path / "bad_videos.jsonl"))
     for process in range(3):
-        account = BadVideos(source, path, 1.0, process)
+        account = BadVideos(source, limits, process)
         account.add(process, "missing", 0)
         account.add(process + 3, "hung" if process else "crashed", 0)
         account.add(process, "hung", 4)  # known as missing, but no less dangerous
@@ -203,7 +203,7 @@ def test_every_process_reads_the_quarantine_of_all(tmp_path):
         file.write('{"path": "rec')
     half = (tmp_path / "bad_videos_2.jsonl").read_bytes()
     for process in range(4):
-        quarantined = BadVideos(source, path, 1.0, process).quarantined()
+        quarantined = BadVideos(source, limits, process).quarantined()
         assert set(quarantined) == {0, 1, 2, 3, 4, 5}
         assert quarantined[3] == CODES["crashed"] and quarantined[4] == CODES["hung"]
         mine = (tmp_path / "bad_videos_2.jsonl").read_bytes()

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from vjepa_jax.base.choices import ERASE_MODES
 from vjepa_jax.base.errors import UserError
 from vjepa_jax.data.transforms import augment
 
@@ -291,7 +292,7 @@ def test_erased_boxes_have_the_asked_area_and_aspect():
 
 
 @settings(max_examples=30)
-@given(st.sampled_from(augment.ERASE_MODES), seeds)
+@given(st.sampled_from(ERASE_MODES), seeds)
 def test_erasing_changes_one_box_of_every_frame(mode, seed):
     clip = np.zeros((3, 40, 50, 3), np.uint8)
     erased = augment.erase(clip, mode, np.random.default_rng(seed))

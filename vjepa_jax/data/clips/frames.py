@@ -1,6 +1,5 @@
-"""Decoded frames are turned, cropped, resized and collected as RGB."""
+"""Write decoded frames into a clip: rotated, cropped and resized, as RGB."""
 
-import functools
 from collections.abc import Callable, Iterable
 from fractions import Fraction
 
@@ -10,70 +9,63 @@ from av.video.reformatter import VideoReformatter
 
 Box = tuple[int, int, int, int]
 # From the height and width of the displayed frame to one box inside it for all frames
-# of a clip, or to one for each: int [T, 4].
+# of a clip, or to one for each frame: int [T, 4].
 Crop = Callable[[int, int], Box | np.ndarray]
 
-RESIZES = ("antialias", "official")
-
-# Colours, mostly stored at half the resolution, are brought straight to the size of the
-# output. Without these flags the scaler halves them once more and rounds darker.
+# Colours are mostly stored at half the resolution and are scaled directly to the size
+# of the output. Without these flags the scaler first halves them again and rounds down.
 _SCALER_FLAGS = "bilinear+accurate_rnd+full_chroma_int+full_chroma_inp"
 
 
 class ClipWriter:
-    """Collects the frames of one clip.
+    """Writes the frames of one clip.
 
     Attributes:
-      frames: uint8 `[T, S, S, 3]`, RGB, where they are written.
+      frames: uint8 [T, S, S, 3], RGB, the output.
     """
 
     def __init__(self, frames: np.ndarray, crop: Crop, resize: str):
-        """Takes where to write, and the arguments of `decode.read_clips`."""
+        """Prepare to write to `frames`; see `ClipReader` for the arguments."""
         self.frames = frames
         self._crop = crop
         self._resize = resize
 
-    def put(self, frame: av.VideoFrame, slots: Iterable[int]) -> None:
-        """Writes a decoded frame into the given places of the clip."""
-        width, height, pixel_format = self._layout
-        if (frame.width, frame.height, frame.format.name) != self._layout:
-            # A stream that changes its frames keeps to the first.
-            frame = self._to_layout.reformat(
-                frame, width=width, height=height, format=pixel_format, threads=1
-            )
-        done: dict[Box, int] = {}
-        for slot in slots:
-            box = self._boxes[slot]
-            if box in done:
-                self.frames[slot] = self.frames[done[box]]
-                continue
-            if box not in self._converters:
-                self._converters[box] = self._make_converter(frame, box)
-            self._converters[box](frame, self.frames[slot])
-            done[box] = slot
-
     def start(self, frame: av.VideoFrame) -> None:
-        """Settles boxes and layout by the first frame of any clip."""
+        """Choose the boxes and the layout by the first decoded frame of the clips."""
         self._layout = frame.width, frame.height, frame.format.name
         self._to_layout = VideoReformatter()
+        self._to_rgb = VideoReformatter()
+        self._scalers: dict[Box, av.filter.Graph] = {}
         self._turns = round(frame.rotation / 90) % 4
         shape = frame.height, frame.width
         boxes = self._crop(*shape[:: -1 if self._turns % 2 else 1])
         boxes = np.broadcast_to(boxes, (len(self.frames), 4)).tolist()
         self._boxes = [_stored_box(tuple(b), *shape, self._turns) for b in boxes]
-        self._to_rgb = VideoReformatter()
-        self._converters: dict[Box, Callable[[av.VideoFrame, np.ndarray], None]] = {}
 
-    def _make_converter(self, frame: av.VideoFrame, box: Box):
-        size = self.frames.shape[1]
-        if box[2:] == (size, size) or self._resize == "official":
-            return functools.partial(self._convert_whole, box)
-        return functools.partial(
-            self._convert_cropped, _crop_and_scale(frame, box, size)
-        )
+    def put(self, frame: av.VideoFrame, slots: Iterable[int]) -> None:
+        """Write a decoded frame as the clip's frames with the indices `slots`."""
+        width, height, pixel_format = self._layout
+        if (frame.width, frame.height, frame.format.name) != self._layout:
+            # The layout may change within a stream; that of the first frame is kept.
+            frame = self._to_layout.reformat(
+                frame, width=width, height=height, format=pixel_format, threads=1
+            )
+        written: dict[Box, int] = {}
+        for slot in slots:
+            box, out = self._boxes[slot], self.frames[slot]
+            if box in written:
+                out[:] = self.frames[written[box]]
+                continue
+            written[box] = slot
+            if box[2:] == out.shape[:2] or self._resize == "official":
+                self._convert_then_crop(frame, box, out)
+            else:
+                self._crop_then_scale(frame, box, out)
 
-    def _convert_whole(self, box: Box, frame: av.VideoFrame, out: np.ndarray) -> None:
-        """Cuts the crop out of the RGB frame, pixels being those of a plain decode."""
+    def _convert_then_crop(
+        self, frame: av.VideoFrame, box: Box, out: np.ndarray
+    ) -> None:
+        """Crop the RGB frame, whose pixels are those of a plain decode."""
         # One thread: a pool of them costs more than the conversion of a small frame.
         frame = self._to_rgb.reformat(frame, format="rgb24", threads=1)
         pixels = _plane(frame.planes[0], frame.height, 3 * frame.width)
@@ -84,33 +76,37 @@ class ClipWriter:
             pixels = resize_bilinear(pixels, len(out))
         out[:] = pixels
 
-    def _convert_cropped(
-        self, graph: av.filter.Graph, frame: av.VideoFrame, out: np.ndarray
-    ) -> None:
-        graph.vpush(frame)
-        frame = graph.vpull()
+    def _crop_then_scale(self, frame: av.VideoFrame, box: Box, out: np.ndarray) -> None:
+        """Scale the stored pixels of the box only, with antialiasing."""
+        if box not in self._scalers:
+            self._scalers[box] = _make_scaler(frame, box, len(out))
+        self._scalers[box].vpush(frame)
+        frame = self._scalers[box].vpull()
         for channel, plane in zip((1, 2, 0), frame.planes, strict=True):  # G, B, R
             pixels = _plane(plane, frame.height, frame.width)
             out[..., channel] = np.rot90(pixels, self._turns)
 
 
 def _stored_box(box: Box, height: int, width: int, turns: int) -> Box:
-    """Where a box of the frame as displayed, turned `turns` times, lies as stored."""
+    """Return where a box of the displayed frame lies in the stored frame.
+
+    The displayed frame is the stored one after `turns` quarter turns to the left.
+    """
     for turn in range(turns, 0, -1):
-        # Undoes one turn to the left: rows were columns, counted from the right.
+        # Undo one turn to the left: rows were columns, counted from the right.
         top, left, box_height, box_width = box
         across = width if turn % 2 else height
         box = left, across - top - box_height, box_width, box_height
     return box
 
 
-def _crop_and_scale(frame: av.VideoFrame, box: Box, size: int) -> av.filter.Graph:
-    """Makes the scaler work on the crop alone, from the stored pixels to planes of RGB.
+def _make_scaler(frame: av.VideoFrame, box: Box, size: int) -> av.filter.Graph:
+    """Make the filters that crop stored pixels and scale them to planes of RGB.
 
-    Where colours are stored at half the resolution, a crop at an odd place has its
-    first colours half outside; the scaler is told so. At an odd width or height it
-    stretches them over one pixel more; half a pixel's shift spreads this error over
-    both edges.
+    If colours are stored at half the resolution, the first colours of a crop at an odd
+    position lie half outside of it, which is passed to the scaler. At an odd width or
+    height the scaler stretches the colours over one pixel more; a shift by half a pixel
+    spreads this error over both edges.
     """
     top, left, height, width = box
     layout = frame.format
@@ -131,7 +127,7 @@ def _crop_and_scale(frame: av.VideoFrame, box: Box, size: int) -> av.filter.Grap
     if max(steps) > 1 and (
         len(frame.planes) < 3 or (left % steps[0] and layout.components[0].bits > 8)
     ):
-        # The crop filter counts bytes and would cut colours in the middle.
+        # The crop filter counts bytes and would cut within a colour.
         nodes += [graph.add("scale", f"flags={_SCALER_FLAGS}"), _as_planes(graph)]
         steps = [1, 1]
     nodes += [
@@ -154,10 +150,10 @@ def _as_planes(graph: av.filter.Graph) -> av.filter.context.FilterContext:
 
 
 def _chroma_position(base: int, step: int, start: int, length: int) -> int:
-    """Where the first colour of a crop lies, in 1/256 pixels.
+    """Return where the first colour of a crop lies, in 1/256 pixels.
 
-    `base` is its place in a whole frame with a colour for every two pixels: at the left
-    one, and between the upper and the lower, as H.264 and its kin have it.
+    `base` is its position in a whole frame with one colour per two pixels: at the left
+    pixel, and between the upper and the lower one, as in H.264 and similar codecs.
     """
     if step == 1:
         return 0
@@ -165,38 +161,38 @@ def _chroma_position(base: int, step: int, start: int, length: int) -> int:
 
 
 def _plane(plane: av.video.plane.VideoPlane, height: int, row_bytes: int) -> np.ndarray:
-    """Views a plane as `[height, row_bytes]`; rows may be padded."""
+    """View a plane, whose rows may be padded, as uint8 [height, row_bytes]."""
     rows = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)
     return rows[:height, :row_bytes]
 
 
 def resize_bilinear(pixels: np.ndarray, size: int) -> np.ndarray:
-    """Resizes by bilinear interpolation without antialiasing.
+    """Resize by bilinear interpolation without antialiasing.
 
-    What the official code does (`src/datasets/utils/video/functional.py`), PyTorch's
-    `interpolate(mode="bilinear", align_corners=False)`, but rounded to whole numbers.
+    As in the official code (`src/datasets/utils/video/functional.py`), this is
+    PyTorch's `interpolate(mode="bilinear", align_corners=False)`, rounded to integers.
 
     Args:
-      pixels: uint8 `[H, W, C]`.
+      pixels: uint8 [H, W, C].
       size: side of the output in pixels, S.
 
     Returns:
-      uint8 `[S, S, C]`.
+      uint8 [S, S, C].
     """
     values = pixels.astype(np.float32)
     for axis in (0, 1):
         num = values.shape[axis]
-        place = np.maximum((np.arange(size) + 0.5) * (num / size) - 0.5, 0)
-        low = np.minimum(place.astype(np.int64), num - 1)
+        position = np.maximum((np.arange(size) + 0.5) * (num / size) - 0.5, 0)
+        low = np.minimum(position.astype(np.int64), num - 1)
         high = np.minimum(low + 1, num - 1)
-        share = (place - low).astype(np.float32)
+        share = (position - low).astype(np.float32)
         share = share.reshape((-1, 1, 1) if axis == 0 else (1, -1, 1))
         values = values.take(low, axis) * (1 - share) + values.take(high, axis) * share
     return np.rint(values).astype(np.uint8)
 
 
 def as_frame(pixels: np.ndarray) -> av.VideoFrame:
-    """Wraps a frame that is in memory already: uint8 `[H, W, 3]`, RGB."""
+    """Wrap an RGB frame in memory, uint8 [H, W, 3]."""
     frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
     frame.pts, frame.time_base = 0, Fraction(1)
     return frame

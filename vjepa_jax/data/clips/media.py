@@ -1,13 +1,15 @@
-"""A record becomes an open container, or a reason why not.
+"""An open record, or the reason why it cannot be read.
 
-Everything is read through a Python file object: a local file, a remote one (`gs://`),
-or bytes that the source holds. So an error of the file system is told from a damaged
-file, a file cannot have others opened (as playlists would), and nothing is copied to
-disk.
+All content is read through a Python file object: of a local file, of a remote one
+(`gs://`), or of bytes in memory. Errors of the storage can therefore be distinguished
+from damaged content, a file cannot make FFmpeg open other files (as playlists would),
+and nothing is copied to disk.
 
 PyAV's log level is never set: its log callback can deadlock with codec threads.
 """
 
+import contextlib
+import dataclasses
 import errno
 import io
 import os
@@ -24,14 +26,14 @@ from vjepa_jax.base.files import is_remote
 
 REASONS = (
     "missing",  # no such file
-    "empty",  # a file of no bytes
+    "empty",  # a file without bytes
     "unreadable",  # the file system refuses: permissions, I/O errors
-    "not_a_video",  # no known container
+    "not_a_video",  # not a known container
     "no_video_stream",  # a container without moving pictures, or of an unknown codec
     "no_frames",  # a video stream that yields no frame
-    "undecodable",  # the decoder refuses what the stream holds
-    "not_a_file",  # a folder, or a pipe or device, which could block for ever
-    "too_large",  # frames of more than the pixels allowed
+    "undecodable",  # the decoder refuses the content of the stream
+    "not_a_file",  # a folder, or a pipe or device, which could block forever
+    "too_large",  # frames of more pixels than allowed
     "too_slow",  # decoding took longer than allowed
     "zero_duration",  # several frames, all at the same time
     "low_frame_rate",  # the official sampling rule finds a step of 0
@@ -40,7 +42,7 @@ REASONS = (
 MAX_PIXELS = 1 << 25  # of a frame; 7680 x 4320 is a little less
 TIME_LIMIT_SECS = 60.0  # of processor time, for one record
 
-# What PyAV raises on damaged input; its own base class derives from Exception alone.
+# What PyAV raises for damaged input; its own base class derives from Exception only.
 AV_ERRORS = (
     av.FFmpegError,
     ArithmeticError,
@@ -51,15 +53,15 @@ AV_ERRORS = (
     ValueError,
 )
 
-# What network file systems answer for a moment: worth another try, whereas replacing
-# the video would make the data stream depend on the state of the network.
+# Errors of network file systems that often pass. Such reads are retried: replacing the
+# video would make the data stream depend on the state of the network.
 _TRANSIENT_ERRORS = (errno.EIO, errno.EAGAIN, errno.ESTALE, errno.ETIMEDOUT)
 _RETRY_WAITS_SECS = (0.5, 2.0, 8.0)
 
-# Containers whose header says all that a decoder needs to start. Of others, FFmpeg has
-# to decode the beginning before it knows the streams: for a clip of an H.264 file that
-# would be a tenth of the time.
-_TELLING_FORMATS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
+# Containers whose header holds all that a decoder needs to start. For others, FFmpeg
+# has to decode the beginning before it knows the streams, which would take a tenth of
+# the time of reading a clip of an H.264 file.
+_FORMATS_WITH_FULL_HEADERS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
 
 _READ_BYTES = 1 << 16
 _SIZE = 1 << 16  # FFmpeg's AVSEEK_SIZE
@@ -81,23 +83,67 @@ class DecodeError(Exception):
         self.reason = reason
 
 
-class Deadline:
-    """A limit on the processor time of one record.
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What one record may cost.
 
-    The time of the calling thread is counted, in which all decoding is done: on a busy
-    machine the same files are given up as on an idle one. Time spent waiting for a file
-    system is not counted.
+    Attributes:
+      max_pixels: larger frames are refused before memory is allocated for them.
+      time_limit_secs: limit of processor time; a read that blocks is not noticed.
     """
 
-    def __init__(self, path: str, limit_secs: float):
-        self._path = path
-        self._limit_secs = limit_secs
-        self._end = time.thread_time() + limit_secs
+    max_pixels: int = MAX_PIXELS
+    time_limit_secs: float = TIME_LIMIT_SECS
 
-    def check(self) -> None:
-        """Raises DecodeError once the time is over."""
-        if time.thread_time() > self._end:
-            raise DecodeError(self._path, "too_slow", f"over {self._limit_secs:g} s")
+
+def retried(path: str, read: Callable[[], T]) -> T:
+    """Return `read()`; retry it, after a wait, if the storage fails temporarily.
+
+    Args:
+      path: of the record, for messages.
+      read: raises OSError if the storage fails.
+
+    Raises:
+      DecodeError: the storage fails permanently.
+    """
+    for wait_secs in (*_RETRY_WAITS_SECS, None):
+        try:
+            return read()
+        except OSError as error:
+            is_transient = error.errno is None or error.errno in _TRANSIENT_ERRORS
+            if wait_secs is None or not is_transient:
+                raise DecodeError(path, "unreadable", str(error)) from error
+        time.sleep(wait_secs)
+    raise AssertionError("the last attempt returns or raises")
+
+
+@contextlib.contextmanager
+def open_media(
+    path: str, content: bytes | None, limits: Limits
+) -> Iterator["Media"]:
+    """Open the encoded bytes of a record; use it inside of `retried`.
+
+    Args:
+      path: name of the record; a local or remote file, unless there is `content`.
+      content: the bytes, if the source itself holds them.
+      limits: what decoding may cost.
+
+    Raises:
+      DecodeError: why the record cannot be decoded.
+      OSError: the storage failed, which FFmpeg may have ignored.
+    """
+    with _open_file(path, content) as file:
+        media = Media(path, file, limits)
+        try:
+            yield media
+        except DecodeError:
+            if media.read_error is None:
+                raise
+        except AV_ERRORS as error:
+            if media.read_error is None:
+                raise DecodeError(path, "undecodable", str(error)) from error
+        if media.read_error is not None:
+            raise media.read_error
 
 
 class Media:
@@ -105,88 +151,97 @@ class Media:
 
     Attributes:
       path: the record's.
-      name: what PyAV takes for the file's name: its suffix alone, for in a whole name
-        FFmpeg might find a pattern.
-      deadline: checked between reads, packets and frames.
-      read_error: what the file system said, if it failed; FFmpeg may pass over it.
-      probed: whether `open` has had FFmpeg decode the beginning.
+      name: file name for PyAV: the suffix only, since FFmpeg might take a whole name
+        for a pattern.
+      read_error: error of the storage, if it failed; FFmpeg may ignore it.
+      is_probed: whether `open` has let FFmpeg decode the beginning.
     """
 
-    def __init__(
-        self, path: str, file: io.IOBase, max_pixels: int, time_limit_secs: float
-    ):
+    def __init__(self, path: str, file: io.IOBase, limits: Limits):
         self.path = path
         self.name = "media" + os.path.splitext(path)[1]
-        self.deadline = Deadline(path, time_limit_secs)
-        self.read_error = None
-        self.probed = False
+        self.read_error: OSError | None = None
+        self.is_probed = False
         self._file = file
-        self._max_pixels = max_pixels
+        self._limits = limits
+        # The time of this thread, in which all decoding is done: on a busy machine the
+        # same files are given up as on an idle one.
+        self._end_secs = time.thread_time() + limits.time_limit_secs
         # The decoder counts rows and columns of padding, too.
-        self._codec_options = {"max_pixels": str(2 * max_pixels + (1 << 16))}
+        self._codec_options = {"max_pixels": str(2 * limits.max_pixels + (1 << 16))}
+
+    def check_time(self) -> None:
+        """Raise DecodeError if the time limit is exceeded."""
+        if time.thread_time() > self._end_secs:
+            limit = f"over {self._limits.time_limit_secs:g} s"
+            raise DecodeError(self.path, "too_slow", limit)
 
     def read(self, size: int) -> bytes:
-        """Reads up to `size` bytes."""
-        self.deadline.check()
+        """Read up to `size` bytes."""
+        self.check_time()
         try:
             return self._file.read(size)
-        except Exception as error:
+        except Exception as error:  # the clients' errors have no common base
             self.read_error = _as_os_error(error)
             raise self.read_error from error
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Moves to a place and returns it; `_SIZE` asks for the size instead."""
+        """Move to a position and return it; `_SIZE` returns the size instead."""
         if whence == _SIZE:
-            place = self.tell()
+            position = self.tell()
             size = self.seek(0, os.SEEK_END)
-            self.seek(place)
+            self.seek(position)
             return size
         return self._file.seek(offset, whence)
 
     def tell(self) -> int:
-        """Returns the place."""
+        """Return the position."""
         return self._file.tell()
 
-    def open(self, *, probe: bool = False) -> av.container.InputContainer:
-        """Opens the container from its start.
+    def open(self, *, probe: bool = False) -> "VideoStream":
+        """Open the video stream, at the start.
 
         Args:
-          probe: have FFmpeg decode the beginning, as it does by default, to learn what
-            the header does not tell; done without being asked where that must be.
+          probe: let FFmpeg decode the beginning, as it does by default, to find what
+            the header does not tell; done in any case if the header is insufficient.
 
         Raises:
-          DecodeError: this is no container, or one of hostile size.
+          DecodeError: this is not a container, has no video stream, or its frames are
+            too large.
         """
+        container = self._open_container(probe)
+        if not probe and not _has_full_header(container):
+            container.close()
+            return self.open(probe=True)
+        self.is_probed = probe
+        try:
+            return VideoStream(self, container, self._open_stream(container))
+        except BaseException:
+            container.close()
+            raise
+
+    def _open_container(self, probe: bool) -> av.container.InputContainer:
         options = dict(self._codec_options)
         if not probe:
             options |= {"probesize": "32", "skip_frame": "all"}
         self.seek(0)
         try:
-            container = av.open(
+            return av.open(
                 self,
                 options=options,
-                # Metadata is of no interest, least of all in a broken encoding.
+                # Metadata is not used, and its encoding may be broken.
                 metadata_errors="ignore",
                 buffer_size=_READ_BYTES,
                 io_open=_refuse_to_open,
             )
         except AV_ERRORS as error:
-            self.deadline.check()
+            self.check_time()
             if not self.seek(0, _SIZE):
                 raise DecodeError(self.path, "empty") from error
             raise DecodeError(self.path, "not_a_video", str(error)) from error
-        self.probed = probe
-        if not probe and not _is_understood(container):
-            container.close()
-            return self.open(probe=True)
-        return container
 
-    def video_stream(self, container: av.container.InputContainer) -> av.VideoStream:
-        """Chooses the stream to decode and turns the others off.
-
-        Raises:
-          DecodeError: there is none, or its frames are too large.
-        """
+    def _open_stream(self, container: av.container.InputContainer) -> av.VideoStream:
+        """Open the decoder of the video stream and turn the other streams off."""
         stream = container.streams.best("video")
         if (
             stream is None
@@ -195,7 +250,7 @@ class Media:
         ):
             raise DecodeError(self.path, "no_video_stream")
         context = stream.codec_context
-        if context.width * context.height > self._max_pixels:
+        if context.width * context.height > self._limits.max_pixels:
             raise DecodeError(
                 self.path, "too_large", f"{context.width} x {context.height}"
             )
@@ -204,72 +259,43 @@ class Media:
                 other.discard = av.stream.Discard.all
         # The header may lie: the decoder refuses larger frames before it allocates.
         context.options = self._codec_options
-        # Threads cost more than they give while each core has its own clip to decode.
+        # Threads cost more than they gain while each core decodes a clip of its own.
         context.thread_type = "NONE"
         context.thread_count = 1
-        # Before anything is told to be skipped: libdav1d would take that for good.
+        # Before `skip_frame` is set for the first time: libdav1d would keep it forever.
         context.open()
         return stream
 
-    def packets(
-        self, container: av.container.InputContainer, stream: av.VideoStream
-    ) -> Iterator[av.Packet]:
-        """Yields the packets to decode and, last, the one that flushes the decoder."""
-        for packet in container.demux(stream):
-            self.deadline.check()
+
+@dataclasses.dataclass(frozen=True)
+class VideoStream:
+    """The video stream of an open container; a context manager that closes it."""
+
+    media: Media
+    container: av.container.InputContainer
+    stream: av.VideoStream
+
+    def __enter__(self) -> "VideoStream":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.container.close()
+
+    @property
+    def stated_fps(self) -> float | None:
+        """Mean frame rate in frames per second as the container states it, if it does."""
+        return float(self.stream.average_rate or self.stream.guessed_rate or 0) or None
+
+    def packets(self) -> Iterator[av.Packet]:
+        """Yield the packets to decode and, last, the one that flushes the decoder."""
+        for packet in self.container.demux(self.stream):
+            self.media.check_time()
             if not packet.size:
                 # In the middle of a stream it would flush too early.
                 flush = packet
             elif not packet.is_corrupt:  # such as the half packet where a file ends
                 yield packet
         yield flush
-
-
-def read_media(
-    path: str,
-    content: bytes | None,
-    work: Callable[[Media], T],
-    *,
-    max_pixels: int,
-    time_limit_secs: float,
-) -> T:
-    """Does some work on the encoded bytes of a record.
-
-    Args:
-      path: names the record; of a local or remote file, unless there is `content`.
-      content: the bytes, where the source itself holds them.
-      work: called with the media; called again, after a wait, where the file system
-        failed in a way that may pass.
-      max_pixels: frames larger than this are refused.
-      time_limit_secs: limit of processor time for each call of `work`.
-
-    Returns:
-      What `work` returns.
-
-    Raises:
-      DecodeError: why the record cannot be read.
-    """
-    waits_secs = [*_RETRY_WAITS_SECS]
-    while True:
-        media = None
-        try:
-            with _open_file(path, content) as file:
-                media = Media(path, file, max_pixels, time_limit_secs)
-                result = work(media)
-            read_error = media.read_error
-        except DecodeError:
-            read_error = media and media.read_error
-            if read_error is None:
-                raise
-        except AV_ERRORS as error:
-            read_error = media.read_error if media else error
-            if read_error is None:
-                raise DecodeError(path, "undecodable", str(error)) from error
-        if read_error is None:
-            return result
-        if read_error.errno not in _TRANSIENT_ERRORS or not waits_secs:
-            raise DecodeError(path, "unreadable", str(read_error)) from read_error
-        time.sleep(waits_secs.pop(0))
 
 
 def _open_file(path: str, content: bytes | None) -> io.IOBase:
@@ -285,8 +311,11 @@ def _open_file(path: str, content: bytes | None) -> io.IOBase:
     except IsADirectoryError as error:
         raise DecodeError(path, "not_a_file") from error
     except ImportError as error:
-        raise UserError(f"{path}: {error}") from error
-    except Exception as error:
+        raise UserError(
+            f"{path} needs a client of its store ({error}); for gs:// run pip install "
+            "'vjepa_jax[gcs]'"
+        ) from error
+    except Exception as error:  # the clients' errors have no common base
         if isinstance(error, OSError) and error.errno == errno.ENXIO:  # a socket
             raise DecodeError(path, "not_a_file") from error
         raise _as_os_error(error) from error
@@ -297,7 +326,7 @@ def _open_file(path: str, content: bytes | None) -> io.IOBase:
 
 
 def _as_os_error(error: Exception) -> OSError:
-    """Libraries for remote files have errors of their own, mostly of the network's."""
+    """Return an OSError for the errors of remote stores' clients, mostly network's."""
     if isinstance(error, OSError) and error.errno is not None:
         return error
     return OSError(errno.EIO, f"{type(error).__name__}: {error}")
@@ -308,11 +337,11 @@ def _refuse_to_open(url: str, flags: int, options: dict) -> None:
     raise PermissionError(errno.EACCES, "a video may not refer to other files", url)
 
 
-def _is_understood(container: av.container.InputContainer) -> bool:
-    """Whether the header told what a decoder needs and the official sampling uses."""
+def _has_full_header(container: av.container.InputContainer) -> bool:
+    """Whether the header has all that the decoder and the official sampling need."""
     stream = container.streams.best("video")
     return (
-        container.format.name in _TELLING_FORMATS
+        container.format.name in _FORMATS_WITH_FULL_HEADERS
         and stream is not None
         and stream.codec_context is not None
         and stream.codec_context.width > 0

@@ -1,48 +1,47 @@
-"""Which frames of a video make its clips; numbers only, nothing is read here."""
+"""Choose the frames of a video's clips, by their times only; nothing is read here."""
 
 import dataclasses
 import math
 
 import numpy as np
 
+from vjepa_jax.base.choices import SAMPLINGS
 from vjepa_jax.base.errors import UserError
 from vjepa_jax.config.defaults import ConfigDict
 
-RULES = ("exact", "official")
+_CLIP_KEYS = ("num_frames", "frame_step", "fps", "duration_secs")
 
-_OF_CLIP = ("num_frames", "frame_step", "fps", "duration_secs")
-
-# Frames half-way between two others are decided by this and not by rounding.
-_TIE_SECS = 1e-6
+# Decides between two frames that are equally near to a time, instead of rounding.
+TIE_SECS = 1e-6
 
 
 class LowFrameRateError(ValueError):
-    """The official rule's whole step is 0: the video has too few frames a second."""
+    """The integer step of the official rule is 0: the frame rate is too low."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How clips are cut out of a video in time; picklable.
+    """How clips are chosen from a video in time; picklable.
 
-    Exactly one of `frame_step`, `fps` and `duration_secs` says how far apart the frames
-    of a clip are; the others are 0.
+    Exactly one of `frame_step`, `fps` and `duration_secs` gives the distance between
+    the frames of a clip; the others are 0.
 
-    The rule "exact": with `frame_step`, frames are exactly that far apart. Otherwise
-    frame `i` of a clip is the one shown nearest to `i / fps` seconds after the first,
-    the later of two equally near, by the video's own time stamps, so that 30 frames per
-    second to 4 takes steps of 7 and 8, and a variable frame rate does no harm. A clip
-    may start at every frame from which it fits; clip `k` of `num_clips` draws from the
-    `k`-th equal part of these starts, or takes the middle one. Only a video shorter
-    than a clip is padded, with its last frame.
+    Rule "exact": with `frame_step`, the frames are exactly that far apart. Otherwise
+    frame `i` of a clip is the frame shown nearest to `i / fps` seconds after the first,
+    by the video's own time stamps; of two equally near frames, the later one. Reducing
+    30 frames per second to 4 thus takes steps of 7 and 8, and variable frame rates are
+    handled correctly. A clip may start at every frame from which it fits. Clip `k` of
+    `num_clips` draws from the `k`-th equal part of these starts, or takes the middle
+    one. Only a video shorter than a clip is padded, with its last frame.
 
-    The rule "official" is that of the official code (`src/datasets/video_dataset.py`):
-    the step is whole, `ceil(average fps) // fps` or `int(duration_secs * ceil(average
-    fps) / num_frames)`; the video is split into `num_clips` parts of equal length and
-    one clip comes from each, at the part's start or at random; its frames are
-    `linspace(start, start + num_frames * step, num_frames)` rounded down, whose mean
-    step is a little larger: 4.27 for 16 frames with step 4. A part shorter than a clip
-    is sampled from its start and padded with its last frame; with `allow_clip_overlap`,
-    clips then reach over into each other's parts instead.
+    Rule "official", of the official code (`src/datasets/video_dataset.py`): the step is
+    an integer, `ceil(average fps) // fps` or `int(duration_secs * ceil(average fps) /
+    num_frames)`. The video is split into `num_clips` parts of equal length, and one
+    clip is taken from each, at the part's start or at random. Its frames are
+    `linspace(start, start + num_frames * step, num_frames)` rounded down, with a
+    slightly larger mean step: 4.27 for 16 frames with step 4. A part shorter than a
+    clip is sampled from its start and padded with its last frame; with
+    `allow_clip_overlap`, clips then extend into the other parts instead.
 
     Attributes:
       num_frames: frames per clip, T.
@@ -50,8 +49,8 @@ class Sampling:
       fps: frames of a clip per second of video.
       duration_secs: seconds of video in a clip; `fps = num_frames / duration_secs`.
       num_clips: clips per video, K.
-      rule: one of `RULES`.
-      allow_clip_overlap: of the official rule alone.
+      rule: one of `choices.SAMPLINGS`.
+      allow_clip_overlap: only for the official rule.
     """
 
     num_frames: int
@@ -63,7 +62,7 @@ class Sampling:
     allow_clip_overlap: bool = False
 
     def __post_init__(self):
-        """Refuses values out of range; the UserError names the config key."""
+        """Refuse values out of range; the UserError names the config key."""
         for name in ("num_frames", "num_clips"):
             if getattr(self, name) < 1:
                 raise UserError(
@@ -72,7 +71,7 @@ class Sampling:
         spacing = {
             name: getattr(self, name) for name in ("frame_step", "fps", "duration_secs")
         }
-        # Written so that a value that is not a number is refused as well.
+        # Written so that NaN is refused as well.
         if not (
             all(0 <= value < math.inf for value in spacing.values())
             and sum(value > 0 for value in spacing.values()) == 1
@@ -82,9 +81,9 @@ class Sampling:
                 "positive and the others 0, not "
                 + ", ".join(f"{value:g}" for value in spacing.values())
             )
-        if self.rule not in RULES:
+        if self.rule not in SAMPLINGS:
             raise UserError(
-                f"data.sampling must be one of {', '.join(RULES)}, not {self.rule!r}"
+                f"data.sampling must be one of {', '.join(SAMPLINGS)}, not {self.rule!r}"
             )
         if self.allow_clip_overlap and self.rule != "official":
             raise UserError(
@@ -94,18 +93,22 @@ class Sampling:
 
     @property
     def spacing_secs(self) -> float | None:
-        """Seconds between a clip's frames; None if they are a step apart."""
+        """Seconds between a clip's frames; None with `frame_step`."""
         if self.frame_step:
             return None
         return 1 / self.fps if self.fps else self.duration_secs / self.num_frames
 
     def window(self, average_fps: float | None) -> tuple[float, float] | None:
-        """Returns the seconds (from, to) that its frames lie in, where that is known.
+        """Return the seconds (from, to) of the video that hold all clips, if known.
+
+        A subclass whose clips lie at known times returns them, so that only this part
+        of a long video is read. Here clips may lie anywhere.
 
         Args:
           average_fps: see `frames`.
         """
         del average_fps
+        return None
 
     def frames(
         self,
@@ -113,23 +116,23 @@ class Sampling:
         average_fps: float | None = None,
         rng: np.random.Generator | None = None,
     ) -> np.ndarray:
-        """Chooses the frames of every clip.
+        """Choose the frames of every clip.
 
         Args:
-          times: float `[n]`, when each frame is shown, in seconds and increasing; n is
+          times: float [n], when each frame is shown, in seconds and increasing; n is
             at least 1.
-          average_fps: frame rate by which the official rule steps, as the container
+          average_fps: frame rate for the step of the official rule, as the container
             states it; None if unknown.
-          rng: draws the starts; None takes the middle ones, or by the official rule
-            each part's first.
+          rng: draws the starts; None takes the middle ones, or the first of each part
+            by the official rule.
 
         Returns:
-          int64 `[K, T]`, not decreasing along T, in `[0, n)`.
+          int64 [K, T], in [0, n), not decreasing along T.
 
         Raises:
           LowFrameRateError: the official rule finds a step of 0.
         """
-        if len(times) == 1:  # a still image is shown all the time
+        if len(times) == 1:  # a still image
             return np.zeros((self.num_clips, self.num_frames), np.int64)
         if self.rule == "official":
             return self._official_frames(len(times), average_fps, rng)
@@ -139,21 +142,21 @@ class Sampling:
         self, times: np.ndarray, rng: np.random.Generator | None
     ) -> np.ndarray:
         if self.frame_step:
-            # Every frame counts for one, whenever it is shown.
+            # Frames are counted, whenever they are shown.
             times = np.arange(len(times), dtype=np.float64)
         spacing = self.frame_step or self.spacing_secs
         offsets = np.arange(self.num_frames) * spacing
         between = (times[1:] + times[:-1]) / 2
-        # The last frame stays as long as the others do on average.
+        # The last frame is shown as long as the others are on average.
         end = times[-1] + (times[-1] - times[0]) / (len(times) - 1) / 2
-        num_starts = np.searchsorted(times, end - offsets[-1] - _TIE_SECS)
+        num_starts = np.searchsorted(times, end - offsets[-1] - TIE_SECS)
         num_starts = max(1, int(num_starts))
         clips = []
         for k in range(self.num_clips):
             low = min(k * num_starts // self.num_clips, num_starts - 1)
             high = max((k + 1) * num_starts // self.num_clips, low + 1)
             start = (low + high - 1) // 2 if rng is None else rng.integers(low, high)
-            wanted = times[start] + offsets + _TIE_SECS
+            wanted = times[start] + offsets + TIE_SECS
             clips.append(np.searchsorted(between, wanted, side="right"))
         return np.array(clips, np.int64)
 
@@ -177,8 +180,8 @@ class Sampling:
                     shift = (num - clip_len) // (self.num_clips - 1)
                 frames = self._official_padded(min(clip_len, num) - 1, step) + k * shift
             clips.append(frames)
-        # With fewer frames than clips, parts are empty and their frames are at -1,
-        # which decord takes for the last.
+        # With fewer frames than clips, parts are empty and their frame is -1, which
+        # decord reads as the last one.
         return np.array(clips) % num
 
     def _official_padded(self, length: int, step: int) -> np.ndarray:
@@ -197,65 +200,9 @@ class Sampling:
             step = int(self.duration_secs * video_fps / self.num_frames)
         if step < 1:
             raise LowFrameRateError(
-                f"{video_fps} frames per second are too few for steps of whole frames"
+                f"{video_fps} frames per second are too few for a step of one frame"
             )
         return step
-
-
-@dataclasses.dataclass(frozen=True)
-class ContextSampling(Sampling):
-    """One clip that ends some time before a moment of the video; nothing is drawn.
-
-    Where the video begins later than the clip, its first frame is repeated.
-
-    The rule "exact": the frames are those shown nearest to `T / fps`, ..., `2 / fps`,
-    `1 / fps` seconds before the clip's end, by the video's own time stamps.
-
-    The rule "official" is that of V-JEPA 2's action anticipation
-    (`evals/action_anticipation_frozen/epickitchens.py`): the step is `int(average fps /
-    fps)` frames, the clip ends before frame `int(moment_frame - int(ahead_secs *
-    average fps))`, and a frame is where the average rate puts it.
-
-    Attributes:
-      moment_secs: seconds from the video's first frame to the moment.
-      moment_frame: the same in frames, of the official rule alone.
-      ahead_secs: seconds from the clip's end to the moment.
-    """
-
-    moment_secs: float = 0.0
-    moment_frame: float = 0.0
-    ahead_secs: float = 0.0
-
-    def window(self, average_fps: float | None) -> tuple[float, float]:
-        """Returns the seconds that its frames lie in."""
-        wanted = self._wanted_secs(average_fps)
-        return float(wanted[0]), float(wanted[-1])
-
-    def frames(
-        self,
-        times: np.ndarray,
-        average_fps: float | None = None,
-        rng: np.random.Generator | None = None,
-    ) -> np.ndarray:
-        """Chooses the frames, see `Sampling.frames`; `rng` is not used."""
-        del rng
-        between = (times[1:] + times[:-1]) / 2
-        wanted = self._wanted_secs(average_fps) + _TIE_SECS
-        return np.searchsorted(between, wanted, side="right")[None]
-
-    def _wanted_secs(self, average_fps: float | None) -> np.ndarray:
-        if self.rule == "exact":
-            before_end = np.arange(self.num_frames, 0, -1) / self.fps
-            return self.moment_secs - self.ahead_secs - before_end
-        step = int((average_fps or 0) / self.fps)
-        if step < 1:
-            raise LowFrameRateError(
-                f"{average_fps or 0:g} frames per second are too few for steps of "
-                "whole frames"
-            )
-        stop = int(self.moment_frame - int(self.ahead_secs * average_fps))
-        frames = np.arange(stop - self.num_frames * step, stop, step)
-        return np.maximum(frames, 0) / average_fps
 
 
 def make_sampling(data: ConfigDict, clip: ConfigDict) -> Sampling:
@@ -269,7 +216,7 @@ def make_sampling(data: ConfigDict, clip: ConfigDict) -> Sampling:
       UserError: a value is out of range.
     """
     return Sampling(
-        **{key: clip[key] for key in _OF_CLIP},
+        **{key: clip[key] for key in _CLIP_KEYS},
         num_clips=data.num_clips,
         rule=data.sampling,
         allow_clip_overlap=data.allow_clip_overlap,

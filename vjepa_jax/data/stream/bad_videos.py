@@ -1,5 +1,6 @@
-"""The account of videos that gave no clip: counted, listed, and judged."""
+"""Count and list unreadable videos; end the run if there are too many."""
 
+import dataclasses
 import glob
 import json
 import os
@@ -9,51 +10,53 @@ import numpy as np
 from absl import logging
 
 from vjepa_jax.base.errors import UserError
-from vjepa_jax.data.clips import reader
-from vjepa_jax.data.jobs.worker_pool import CRASHED
+from vjepa_jax.data.clips import media
 from vjepa_jax.data.sources.records import Mixture
 
-# Why a video is quarantined: processes died of it, or never came back from it.
-HUNG = "hung"
-REASONS = (*reader.REASONS, CRASHED, HUNG)
+# Why a video is quarantined: workers died while they read it, or took too long.
+CRASHED, HUNG = "crashed", "hung"
+REASONS = (*media.REASONS, CRASHED, HUNG)
 CODES = {reason: code for code, reason in enumerate(REASONS)}
 
-# A share of bad files means something only after this many samples.
-_MIN_SAMPLES_TO_JUDGE = 100
+# The share of bad videos is compared with its limit after this many samples.
+_MIN_SAMPLES = 100
+
+
+@dataclasses.dataclass(frozen=True)
+class BadVideoLimits:
+    """How many unreadable videos a run accepts, and where it lists them.
+
+    Attributes:
+      max_fraction: largest share of the videos drawn that may be unreadable.
+      path: file of JSON lines `{"path", "reason", "step"}`, in a folder that is made if
+        needed. The n-th process of a run writes `STEM_n.SUFFIX` beside it. None: no
+        list.
+    """
+
+    max_fraction: float
+    path: str | None = None
 
 
 class BadVideos:
-    """Takes note of what was drawn and what of it could not be read.
+    """Records which videos were drawn and which of them are unreadable.
 
-    The list is a file of JSON lines, `{"path", "reason", "step"}`; a restart reads it,
-    so that no video is listed twice.
+    A restarted run reads its list again, so that no video is listed twice.
 
     Attributes:
-      counts: unreadable videos known so far, by reason, those of earlier runs included.
+      counts: unreadable videos known so far, by reason, including earlier runs.
     """
 
     def __init__(
-        self,
-        source: Mixture,
-        path: str | None,
-        max_fraction: float,
-        process_index: int = 0,
+        self, source: Mixture, limits: BadVideoLimits, process_index: int = 0
     ):
-        """Reads this process's list, if there is one.
-
-        Args:
-          source: what is drawn from.
-          path: the list of the first process, in a folder that may yet have to be made;
-            the n-th process has `STEM_n.SUFFIX`. None: no list.
-          max_fraction: share of the videos drawn that may be unreadable.
-          process_index: this process.
-        """
+        """Read this process's list, if there is one."""
+        path = limits.path
         self._source = source
         self._first_path = self._path = path
         if path and process_index:
             stem, suffix = os.path.splitext(path)
             self._path = f"{stem}_{process_index}{suffix}"
-        self._max_fraction = max_fraction
+        self._max_fraction = limits.max_fraction
         self._drawn = np.zeros(len(source), bool)
         self._bad = np.zeros(len(source), bool)
         self._num_samples = 0
@@ -62,10 +65,10 @@ class BadVideos:
         self.counts = Counter(self._listed.values())
 
     def quarantined(self) -> dict[int, int]:
-        """Returns what earlier runs quarantined: {record: its reason's code}.
+        """Return the records that earlier runs quarantined: {record: reason's code}.
 
-        The lists of all processes of the run count, since another number of processes
-        deals the records out differently.
+        The lists of all processes are read, since the records of a process change with
+        the number of processes.
         """
         lists = [self._listed, _read_list(self._first_path)]
         if self._first_path:
@@ -84,12 +87,12 @@ class BadVideos:
         return {i: CODES[reasons[path]] for i, path in paths if path in reasons}
 
     def add(self, record: int, reason: str, step: int) -> None:
-        """Lists one record, unless it is listed."""
+        """List a record, unless it is listed already."""
         path = self._source.path_of(record)
         listed = self._listed.get(path)
         if listed in (CRASHED, HUNG) or (listed and reason not in (CRASHED, HUNG)):
             return
-        # A quarantine is listed in any case: the next start has to know.
+        # A quarantine is always listed: the next start has to know it.
         self.counts[listed] -= listed is not None
         self._listed[path] = reason
         self.counts[reason] += 1
@@ -100,18 +103,18 @@ class BadVideos:
             with open(self._path, "a") as file:
                 file.write(json.dumps(entry) + "\n")
 
-    def account(self, tried: np.ndarray, reasons: np.ndarray, step: int) -> None:
-        """Takes note of a batch.
+    def add_batch(self, tried: np.ndarray, reasons: np.ndarray, step: int) -> None:
+        """Count the records of a batch, and list the unreadable ones.
 
         Args:
-          tried: int64 `[B, tries]`, records in the order in which they were tried for
-            each place of the batch; -1 for none. Where all failed, the place is empty.
-          reasons: int8 of the same shape, the code of why each gave no clip; -1 for
-            none and for the one that did.
-          step: the batch's.
+          tried: int64 [B, tries], records in the order in which they were tried for
+            each position of the batch; -1 for none.
+          reasons: int8 [B, tries], code of the reason why each gave no clip; -1 for no
+            record and for the one that gave the clip. If all failed, there is no clip.
+          step: of the batch.
 
         Raises:
-          UserError: too large a share is unreadable.
+          UserError: too many videos are unreadable.
         """
         self._num_samples += len(tried)
         self._drawn[tried[tried >= 0]] = True
@@ -122,31 +125,31 @@ class BadVideos:
         for record, code in zip(tried[is_bad], reasons[is_bad], strict=True):
             self.add(int(record), REASONS[code], step)
         num_tries = (tried >= 0).sum(1)
-        self._judge(int(num_tries[num_tries == is_bad.sum(1)].max(initial=0)))
+        self._check(int(num_tries[num_tries == is_bad.sum(1)].max(initial=0)))
 
-    def _judge(self, num_in_row: int) -> None:
+    def _check(self, num_in_row: int) -> None:
         num_bad, num_drawn = int(self._bad.sum()), int(self._drawn.sum())
         where = f"of {self._source.name!r}" + (
             f" (listed in {self._path!r})" if self._path else ""
         )
         if num_in_row:
             raise UserError(
-                f"{num_in_row} videos {where} in a row cannot be read: mend or drop "
+                f"{num_in_row} videos {where} in a row cannot be read: fix or remove "
                 "them"
             )
         if (
-            self._num_samples >= _MIN_SAMPLES_TO_JUDGE
+            self._num_samples >= _MIN_SAMPLES
             and num_bad > self._max_fraction * num_drawn
         ):
             raise UserError(
                 f"{num_bad} of the {num_drawn} videos {where} drawn so far cannot be "
                 f"read, more than data.max_bad_fraction={self._max_fraction:g} allows: "
-                "mend or drop them, or allow more"
+                "fix or remove them, or allow more"
             )
 
 
 def _read_list(path: str | None) -> dict[str, str]:
-    """Returns {path: reason}, without lines that are not whole."""
+    """Return {path: reason}, without incomplete lines."""
     if not path or not os.path.exists(path):
         return {}
     listed = {}
@@ -161,7 +164,7 @@ def _read_list(path: str | None) -> dict[str, str]:
 
 
 def _end_last_line(path: str | None) -> None:
-    """Ends a line that a killed run left unfinished."""
+    """End a line that a killed run left incomplete."""
     if path and os.path.exists(path):
         with open(path, "rb+") as file:
             size = file.seek(0, os.SEEK_END)

@@ -1,4 +1,4 @@
-"""Every video once, in order, as evaluations read them: nothing is drawn."""
+"""Read every video once, in order, for evaluations: nothing is drawn."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -7,112 +7,109 @@ import grain
 import numpy as np
 from absl import logging
 
-from vjepa_jax.data.clips import reader
 from vjepa_jax.data.clips.frames import Crop
+from vjepa_jax.data.clips.media import DecodeError
+from vjepa_jax.data.clips.reader import ClipReader, take_record
 from vjepa_jax.data.sources.records import Source
 from vjepa_jax.data.stream.bad_videos import CODES, REASONS
-from vjepa_jax.data.stream.reading import (
-    Batch,
-    Reading,
-    decoded_ahead,
-    shared_bytes,
-    take,
-)
 from vjepa_jax.data.stream.workers import (
+    Batch,
     SupervisedBatches,
     WorkLog,
+    decoded_ahead,
     require_shared_memory,
+    shared_bytes,
 )
 from vjepa_jax.data.transforms.transforms import central_box
 
+# Batches that each worker decodes ahead.
+_BATCHES_AHEAD = 2
+
 
 class _ReadEvalClips(grain.transforms.Map):
-    """Record indices -> clips of an evaluation; zeros, marked invalid, of bad files."""
+    """From record indices to clips; those of bad files are zeros with a reason."""
 
     def __init__(
         self,
         source: Source,
-        reading: Reading,
+        reader: ClipReader,
         views: Sequence[Crop],
         quarantined: Mapping[int, str],
         work_log: WorkLog,
     ):
         self._source = source
-        self._reading = reading
+        self._reader = reader
         self._views = views
         self._quarantined = quarantined
         self._work_log = work_log
 
     def map(self, elements: np.ndarray) -> Batch:
-        shape = self._reading.shape(len(self._views))
+        shape = self._reader.shape(len(self._views))
         video = np.empty((len(elements), *shape), np.uint8)
         label = np.zeros(len(elements), np.int64)
         reason = np.full(len(elements), -1, np.int8)
-        for place, index in enumerate(elements.tolist()):
-            reason[place] = CODES.get(self._quarantined.get(index, ""), -1)
-            if reason[place] < 0:
+        for i, index in enumerate(elements.tolist()):
+            reason[i] = CODES.get(self._quarantined.get(index, ""), -1)
+            if reason[i] < 0:
                 try:
                     with self._work_log.at(index):
-                        record = take(self._source, index)
-                        label[place] = record.label
-                        self._reading.read(record, self._views, out=video[place])
-                except reader.DecodeError as error:
-                    reason[place] = CODES[error.reason]
-            if reason[place] >= 0:
-                video[place] = 0
+                        record = take_record(self._source, index)
+                        label[i] = record.label
+                        self._reader.read(record, self._views, out=video[i])
+                except DecodeError as error:
+                    reason[i] = CODES[error.reason]
+            if reason[i] >= 0:
+                video[i] = 0
         return {"video": video, "label": label, "index": elements, "reason": reason}
 
 
 def read_all(
     source: Source,
     *,
-    reading: Reading,
+    reader: ClipReader,
     batch_size: int,
     num_workers: int,
-    batches_ahead: int = 2,
     worker_timeout_secs: float = 300.0,
     views: Sequence[Crop] = (central_box,),
     padded: bool = False,
     order: np.ndarray | None = None,
 ) -> Iterator[Batch]:
-    """Reads every video once, in order, as an evaluation does: nothing is drawn.
+    """Read every video once, in order; nothing is drawn.
 
     Args:
       source: the videos.
-      reading: how they are decoded.
+      reader: how they are decoded.
       batch_size: videos per batch, B.
       num_workers: decoding processes; 0 decodes in a thread of this process.
-      batches_ahead: batches decoded ahead by each worker, at least 1.
-      worker_timeout_secs: longest time that a worker may be at one record.
-      views: crops of every clip, see `decode.read_clips`; picklable.
+      worker_timeout_secs: longest time that a worker may take for one record.
+      views: crops of every clip, see `ClipReader.read`; picklable.
       padded: fill the last batch up to `batch_size` with invalid rows, for compiled
         functions of one shape; otherwise the last batch may be smaller.
-      order: int `[n]`, the videos to read, as often and in the order as they stand
-        there, such as epochs of a training; None: every video once, in order.
+      order: int [n], the videos to read in this order, with repetitions, such as the
+        epochs of a training; None: every video once.
 
     Yields:
-      `{"video": uint8 [B, K, T, H, W, 3], "label": int64 [B], "index": int64
-      [B], "valid": bool [B]}`, K being the clips of a video times their views; there is
-      no axis K where it is 1. Rows of unreadable videos, which are logged, and of
-      padding are zeros with `valid` False; the padding's index is -1.
+      `{"video": uint8 [B, K, T, H, W, 3], "label": int64 [B], "index": int64 [B],
+      "valid": bool [B]}`. K counts the clips of a video and their views; if it is 1,
+      there is no axis K. Rows of unreadable videos, which are logged, and of padding
+      are zeros with `valid` False; the index of padding is -1.
     """
     if order is None:
         numbers = grain.MapDataset.range(len(source))
     else:
         numbers = grain.MapDataset.source(np.asarray(order, np.int64))
-    # A worker without a batch would take seconds to start all the same.
+    # Starting a worker takes seconds, even if it gets no batch.
     num_workers = min(num_workers, math.ceil(len(numbers) / batch_size))
     work_log = WorkLog(has_workers=num_workers > 0)
 
     def open_batches(step: int, quarantined: Mapping[int, str]) -> Iterator:
-        read_clips = _ReadEvalClips(source, reading, views, quarantined, work_log)
-        indices = numbers.batch(batch_size)
-        dataset = indices.map(read_clips)[step:]
-        return iter(decoded_ahead(dataset, num_workers, batches_ahead, work_log))
+        read_clips = _ReadEvalClips(source, reader, views, quarantined, work_log)
+        dataset = numbers.batch(batch_size).map(read_clips)[step:]
+        return decoded_ahead(dataset, num_workers, _BATCHES_AHEAD, work_log)
 
     if num_workers:
-        batch_bytes = batch_size * math.prod(reading.shape(len(views)))
-        require_shared_memory(shared_bytes(num_workers, batches_ahead, batch_bytes))
+        batch_bytes = batch_size * math.prod(reader.shape(len(views)))
+        require_shared_memory(shared_bytes(num_workers, _BATCHES_AHEAD, batch_bytes))
         batches = SupervisedBatches(
             open_batches,
             work_log,
@@ -126,7 +123,7 @@ def read_all(
     try:
         for batch in batches:
             video = batch["video"]
-            # Copies: who keeps these must not keep a worker's shared memory.
+            # Copies: to keep these must not keep a worker's shared memory.
             label, index = np.array(batch["label"]), np.array(batch["index"])
             valid = batch["reason"] < 0
             for i in np.flatnonzero(~valid):

@@ -1,4 +1,4 @@
-"""The streams of a config: what they read, opened at a step and drawn together."""
+"""The streams of a config: their sources, and an iterator over all of them."""
 
 import contextlib
 import os
@@ -7,14 +7,16 @@ from collections.abc import Iterator, Mapping
 
 from vjepa_jax.config import saved
 from vjepa_jax.config.defaults import MAIN_STREAM, ConfigDict
+from vjepa_jax.data.clips.media import Limits
+from vjepa_jax.data.clips.reader import ClipReader
 from vjepa_jax.data.clips.sampling import make_sampling
 from vjepa_jax.data.sources.open import open_mixture
 from vjepa_jax.data.sources.records import Mixture, digest_of
-from vjepa_jax.data.stream import pipeline
-from vjepa_jax.data.stream.pipeline import TrainIterator
-from vjepa_jax.data.stream.reading import Batch, Reading
-from vjepa_jax.data.stream.workers import require_shared_memory
+from vjepa_jax.data.stream.bad_videos import BadVideoLimits
+from vjepa_jax.data.stream.pipeline import Batching, TrainIterator
+from vjepa_jax.data.stream.workers import Batch, Workers, require_shared_memory
 from vjepa_jax.data.transforms.transforms import ClipTransform
+from vjepa_jax.parallel import distributed
 
 _TRANSFORM_KEYS = (
     "crop_scale",
@@ -29,14 +31,13 @@ _TRANSFORM_KEYS = (
 )
 
 
-def make_reading(data: ConfigDict, clip: ConfigDict) -> Reading:
-    """Make how clips are decoded; see `sampling.make_sampling`."""
-    return Reading(
+def make_reader(data: ConfigDict, clip: ConfigDict) -> ClipReader:
+    """Make the reader of a stream's clips; see `sampling.make_sampling`."""
+    return ClipReader(
         make_sampling(data, clip),
         clip.resolution,
         data.resize,
-        data.max_pixels,
-        data.time_limit_secs,
+        Limits(data.max_pixels, data.time_limit_secs),
     )
 
 
@@ -48,7 +49,7 @@ def open_sources(config: ConfigDict) -> dict[str, Mixture]:
     """Open the videos of every stream, the main one first.
 
     Raises:
-      UserError: a source cannot be opened, or has nothing in it.
+      UserError: a source cannot be opened, or is empty.
     """
     return {
         name: open_mixture(clip.path, clip.mix_weights)
@@ -57,7 +58,7 @@ def open_sources(config: ConfigDict) -> dict[str, Mixture]:
 
 
 def fingerprint(config: ConfigDict, opened: Mapping[str, Mixture]) -> str:
-    """Identify what the streams will deliver, for a resumed run to notice a change.
+    """Return a hash by which a resumed run notices that its data has changed.
 
     Args:
       config: of the run.
@@ -76,7 +77,7 @@ def fingerprint(config: ConfigDict, opened: Mapping[str, Mixture]) -> str:
 
 
 def _sampling_settings(data: ConfigDict) -> dict[str, object]:
-    """Return the settings that decide which clips a step sees."""
+    """Return the settings that the clips of a step depend on."""
     operational = saved.OPERATIONAL
     return {k: v for k, v in data.items() if not f"data.{k}".startswith(operational)}
 
@@ -87,45 +88,44 @@ def open_streams(
     batch_sizes: Mapping[str, int],
     start_step: int,
     workdir: str,
-    process_index: int,
-    process_count: int,
 ) -> "StreamIterator":
-    """Open the streams at a step.
+    """Open this process's share of all streams.
 
     Args:
       config: of the run.
       opened: from `open_sources`.
       batch_sizes: clips per global batch, by stream.
       start_step: step of the first batch.
-      workdir: folder of the run, for the lists of bad videos.
-      process_index: this process, in `[0, process_count)`.
-      process_count: processes that share each global batch.
+      workdir: local folder of the run, for the lists of bad videos.
 
     Raises:
-      UserError: see `pipeline.make_train_iterator`.
+      UserError: see `TrainIterator`.
     """
-    data, clips, iterators = config.data, _clips(config), {}
+    data, clips = config.data, _clips(config)
     augmentation = {key: data[key] for key in _TRANSFORM_KEYS}
-    with contextlib.ExitStack() as stack:  # what is open must not outlive a failure
+    workers = Workers(
+        data.num_workers, data.worker_timeout_secs, data.prefetch_megabytes
+    )
+    iterators = {}
+    with contextlib.ExitStack() as stack:  # closes the open streams if one fails
         for number, (name, source) in enumerate(opened.items()):
-            reading = make_reading(data, clips[name])
-            iterators[name] = pipeline.make_train_iterator(
+            reader = make_reader(data, clips[name])
+            iterators[name] = TrainIterator(
                 source,
-                reading=reading,
-                transform=ClipTransform(reading.resolution, **augmentation),
-                batch_size=batch_sizes[name],
-                seed=config.seed + number,
-                start_step=start_step,
-                num_workers=data.num_workers,
-                prefetch_megabytes=data.prefetch_megabytes,
-                worker_timeout_secs=data.worker_timeout_secs,
-                max_bad_fraction=data.max_bad_fraction,
-                bad_videos_path=_bad_videos_path(workdir, name),
-                process_index=process_index,
-                process_count=process_count,
+                reader,
+                ClipTransform(reader.resolution, **augmentation),
+                Batching(
+                    batch_sizes[name],
+                    config.seed + number,
+                    start_step,
+                    distributed.process_index(),
+                    distributed.process_count(),
+                ),
+                workers,
+                BadVideoLimits(data.max_bad_fraction, _bad_videos_path(workdir, name)),
             )
             stack.callback(iterators[name].close)
-        # Each has looked for itself, and found what all of them share.
+        # Each stream has checked the memory that it needs, but all of them share it.
         require_shared_memory(sum(it.shared_bytes for it in iterators.values()))
         stack.pop_all()
     return StreamIterator(iterators)
@@ -136,17 +136,17 @@ def _bad_videos_path(workdir: str, stream: str) -> str:
     return os.path.join(workdir, f"bad_videos{of_stream}.jsonl")
 
 
-class StreamIterator(Iterator):
+class StreamIterator(Iterator[Batch]):
     """Yields `{stream: uint8 [B, T, H, W, 3]}`, one batch of each stream.
 
-    Use it as a context manager, to end the workers of all streams.
+    Use it as a context manager, which ends the workers of all streams.
 
     Attributes:
       bad_counts: unreadable videos known so far, by reason, over all streams.
     """
 
     def __init__(self, streams: Mapping[str, TrainIterator]):
-        """Takes the streams by name."""
+        """Take the streams by name."""
         self._streams = dict(streams)
 
     @property
@@ -160,7 +160,7 @@ class StreamIterator(Iterator):
     def __enter__(self) -> "StreamIterator":
         return self
 
-    def __exit__(self, *_) -> None:
-        with contextlib.ExitStack() as stack:  # one that fails must not spare the rest
+    def __exit__(self, *_: object) -> None:
+        with contextlib.ExitStack() as stack:  # closes all, even if one fails
             for stream in self._streams.values():
                 stack.callback(stream.close)

@@ -1,16 +1,22 @@
-"""Decoding processes that may hang or die without ending the run.
+"""Worker processes that decode, and may hang or die without ending the run.
 
-Every process notes which record it works on. When one dies or takes too long, the note
-names the record; the processes are started again at the step that is due, which gives
-the same batches, since the stream is a pure function of (seed, step). A record that
-does it again soon is quarantined.
+Every worker notes the record that it reads. If one dies or takes too long, the note
+names the record, and all workers are restarted at the step that is due. They give the
+same batches, since the stream is a pure function of (seed, step). A record at which
+workers fail again soon is quarantined.
+
+Workers are spawned, so a program that asks for them needs the usual
+`if __name__ == "__main__"`.
 """
 
 import atexit
 import contextlib
+import dataclasses
+import functools
 import gc
 import math
 import multiprocessing
+import multiprocessing.connection
 import multiprocessing.util
 import os
 import queue
@@ -24,37 +30,58 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from multiprocessing.shared_memory import SharedMemory
 from typing import Any, NamedTuple
 
+import grain
 import numpy as np
-from absl import logging
+from absl import flags, logging
 from grain.multiprocessing import SharedMemoryArray
 
 from vjepa_jax.base.errors import UserError
+from vjepa_jax.base.host_memory import keep_freed_memory
 
-# How often a wait for a batch looks after the processes.
+Batch = dict[str, Any]
+
+# How often the workers are checked while a batch is waited for.
 _POLL_SECS = 0.5
-# Processes that do not end by themselves within this time are killed.
+# Workers that do not end by themselves within this time are killed.
 _END_SECS = 10
-# Importing everything takes a new process seconds, minutes on a very busy machine.
+# A new process imports everything in seconds, or minutes on a very busy machine.
 _START_SECS = 120
-# Restarts without a batch in between that end the run.
+# Restarts in a row, without a batch in between, after which the run ends.
 _MAX_RESTARTS = 6
-# A record may fail once for reasons of the machine, such as another program that took
-# the memory. One that is to blame fails again at once, its batch being due still; what
-# comes after more steps than are decoded ahead is another accident.
+# A worker may die at a record for another reason, such as memory that another program
+# took. If the record is the reason, workers fail again as soon as its batch is due. A
+# failure after more steps than are decoded ahead is another accident.
 _FAILS_AGAIN_WITHIN_STEPS = 1000
 
-# What a process writes of itself; `array` is the name of shared memory.
+# The note of a worker; `array` is the name of the shared memory that it fills.
 _NOTE = np.dtype([("record", "i8"), ("began", "i8"), ("array", "S64")])
 
 
+@dataclasses.dataclass(frozen=True)
+class Workers:
+    """How batches are decoded ahead.
+
+    Attributes:
+      count: worker processes; 0 decodes in a thread of this process, where a decode
+        that hangs or crashes cannot be handled.
+      timeout_secs: longest time that a worker may take for one record.
+      prefetch_megabytes: memory for batches decoded ahead, of all workers together;
+        each has at least 2 batches and at most 16.
+    """
+
+    count: int
+    timeout_secs: float
+    prefetch_megabytes: float
+
+
 class Work(NamedTuple):
-    """What a process is at.
+    """State of a worker.
 
     Attributes:
       pid: of the process.
-      record: -1 for none.
-      secs: for how long.
-      array: name of the shared memory that it fills, empty for none.
+      record: that it reads; -1 for none.
+      secs: time since it began.
+      array: name of the shared memory that it fills; "" for none.
     """
 
     pid: int
@@ -64,30 +91,31 @@ class Work(NamedTuple):
 
 
 class WorkLog:
-    """A folder in which every process keeps one note, in memory that outlives it.
+    """A folder in which every worker keeps a note of its state.
 
-    Picklable: a process that gets a copy keeps its own note.
+    Notes are memory maps, which are still there after a worker has died. Picklable:
+    each worker writes its own note.
     """
 
     def __init__(self, has_workers: bool):
-        """Makes the folder."""
+        """Make the folder."""
         self._has_workers = has_workers
         self._folder = tempfile.mkdtemp(prefix="vjepa_workers_")
         self._notes: dict[int, np.ndarray] = {}
-        # At the latest when this process ends; a copy in another one does not remove.
+        # Removed when this process ends at the latest, but not by copies in workers.
         self._remove = weakref.finalize(self, shutil.rmtree, self._folder, True)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leaves out the notes, which belong to this process."""
+        """Leave out the notes, which belong to this process."""
         return self.__dict__ | {"_notes": {}, "_remove": None}
 
     def begin(self) -> None:
-        """Makes this process known, at no record."""
+        """Write the first note of this process, without a record."""
         self._note(-1)
 
     @contextlib.contextmanager
     def at(self, record: int) -> Iterator[None]:
-        """Notes that this process is at a record; one at a time."""
+        """Note the record that this process reads in the context."""
         self._note(record)
         try:
             yield
@@ -103,16 +131,16 @@ class WorkLog:
 
     def _note(self, record: int) -> None:
         note = self._own_note()
-        # The time first: a reader in between must not find the record with an old one.
+        # The time first: a new record must never be seen with an old time.
         note["began"] = time.monotonic_ns()
         note["record"] = record
 
     @contextlib.contextmanager
     def array(self, shape: Sequence[int]) -> Iterator[np.ndarray]:
-        """Gives a uint8 array to fill, from which nothing is copied on the way.
+        """Yield a uint8 array to fill, which reaches the main process uncopied.
 
-        That of a worker is shared memory, removed by whoever gets it from the queue;
-        of a worker that dies while it fills one, `remove_arrays` does.
+        In a worker it is shared memory, which the process that receives it removes. If
+        the worker dies while it fills the array, `remove_arrays` removes it.
         """
         if not self._has_workers:
             yield np.empty(shape, np.uint8)
@@ -124,9 +152,9 @@ class WorkLog:
         note["array"] = ""
 
     def read(self) -> list[Work]:
-        """Returns what every process is at."""
+        """Return the state of every worker."""
         works = []
-        # At the end of the program the folder may be gone before the processes are.
+        # At the end of the program the folder may be removed before the workers end.
         names = os.listdir(self._folder) if os.path.isdir(self._folder) else []
         for name in names:
             notes = np.fromfile(os.path.join(self._folder, name), _NOTE)
@@ -136,7 +164,7 @@ class WorkLog:
         return works
 
     def remove_arrays(self) -> None:
-        """Removes what processes that have ended left half filled."""
+        """Remove the shared memory that dead workers have left half filled."""
         for work in self.read():
             with contextlib.suppress(FileNotFoundError):
                 if work.array:
@@ -145,17 +173,17 @@ class WorkLog:
                     left.unlink()
 
     def clear(self) -> None:
-        """Forgets the processes, which have ended."""
+        """Remove the notes of workers that have ended."""
         for name in os.listdir(self._folder):
             os.remove(os.path.join(self._folder, name))
 
     def remove(self) -> None:
-        """Removes the folder."""
+        """Remove the folder."""
         self._remove()
 
 
 class _Failure(Exception):
-    """Processes died or hung: `how`, while at `records`."""
+    """Workers failed (`how`: crashed or hung) while they read `records`."""
 
     def __init__(self, how: str, records: set[int], detail: str):
         super().__init__(detail)
@@ -163,20 +191,20 @@ class _Failure(Exception):
 
 
 class _Puller:
-    """Draws from an iterator in a thread, so that a wait for it can end."""
+    """Draws from an iterator in a thread, so that waiting for it can time out."""
 
     def __init__(self, batches: Iterator):
         self._batches = batches
         self._wanted, self._drawn = queue.SimpleQueue(), queue.SimpleQueue()
-        # A daemon: a thread that waits for a process that hangs must not keep the
-        # program from ending.
+        # A daemon: a thread that waits for a hanging worker must not prevent the program
+        # from ending.
         threading.Thread(target=self._serve, daemon=True).start()
 
     def _serve(self) -> None:
         while self._wanted.get():
             try:
                 self._drawn.put((next(self._batches), None))
-            except BaseException as error:
+            except BaseException as error:  # raised again by `wait`
                 self._drawn.put((None, error))
 
     def ask(self) -> None:
@@ -192,16 +220,16 @@ class _Puller:
         self._wanted.put(False)
 
 
-# Those not closed yet. Their threads must not run on while the interpreter ends, even
-# where the program has forgotten them.
+# Iterators that are not closed yet. Their threads must not run while the interpreter
+# ends, even if the program has dropped them.
 _open: set["SupervisedBatches"] = set()
 
 
 class SupervisedBatches(Iterator):
-    """The batches of processes, which are started again when one of them fails.
+    """The batches of workers, which are restarted when one of them fails.
 
     Raises (from `next`):
-      UserError: they fail again and again, and no single record is to blame.
+      UserError: they fail again and again, and no single record is the cause.
     """
 
     def __init__(
@@ -214,16 +242,17 @@ class SupervisedBatches(Iterator):
         name_of: Callable[[int], str],
         on_quarantine: Callable[[int, str, int], None],
     ):
-        """Starts the processes.
+        """Start the workers.
 
         Args:
-          open_batches: from a step and the records quarantined, with the reason, to the
-            iterator of batches from that step on, which has a method `close`.
-          work_log: in which the processes note their records.
+          open_batches: from a step and {quarantined record: reason} to the iterator of
+            batches from that step on, which has a method `close`.
+          work_log: in which the workers note their records.
           start_step: of the first batch.
-          timeout_secs: longest time that a process may be at one record.
-          name_of: a record's name, for messages.
-          on_quarantine: told the record, the reason (`crashed` or `hung`) and the step.
+          timeout_secs: longest time that a worker may take for one record.
+          name_of: gives a record's name, for messages.
+          on_quarantine: called with the record, the reason (`crashed` or `hung`) and
+            the step.
         """
         self._open_batches = open_batches
         self._log = work_log
@@ -243,19 +272,19 @@ class SupervisedBatches(Iterator):
             try:
                 batch = self._draw()
             except _Failure as failure:
-                self._start_again(failure)
+                self._restart_workers(failure)
             else:
                 self._step += 1
                 self._restarts = 0
                 return batch
 
     def close(self) -> None:
-        """Ends the processes."""
+        """End the workers."""
         _open.discard(self)
         self._close()
         self._log.remove()
-        # Grain's iterator, once at its end, is a circle of an exception and the frames
-        # that it went through, which hold the last batch and its shared memory.
+        # At its end, Grain's iterator is a reference cycle of an exception and its
+        # frames, which hold the last batch and its shared memory.
         gc.collect()
 
     def _open(self) -> None:
@@ -263,15 +292,15 @@ class SupervisedBatches(Iterator):
         self._puller = _Puller(self._batches)
 
     def _close(self, avoid: Collection[int] = (), at_once: bool = False) -> None:
-        """Ends the processes; those that are at a record to avoid, or all, at once."""
+        """End the workers; kill those at a record to avoid, or all, at once."""
         if self._batches is not None:
             self._puller.end()
-            # The others end by themselves and leave no shared memory behind.
+            # The others end by themselves and remove their shared memory.
             for work in self._log.read():
                 is_stuck = work.secs > self._timeout_secs or work.record in avoid
                 if at_once or (work.record >= 0 and is_stuck):
                     _kill(work.pid)
-            # Grain waits for a process that hangs for as long as it does.
+            # Grain would wait for a hanging worker forever.
             ending = threading.Thread(target=self._batches.close, daemon=True)
             ending.start()
             ending.join(_END_SECS)
@@ -293,7 +322,7 @@ class SupervisedBatches(Iterator):
                 records = {w.record for w in works if w.secs > limit} - {-1}
                 if records:
                     if 1 < len(works) == len(records):
-                        # All of them at once: the file system, rather than any record.
+                        # All at once: the cause is the file system, not a record.
                         records = set()
                     detail = f"took more than {limit:g} s"
                     raise _Failure("hung", records, detail) from None
@@ -303,7 +332,7 @@ class SupervisedBatches(Iterator):
                     detail = f"nothing happened for {waited:.0f} s"
                     raise _Failure("hung", set(), detail) from None
             except RuntimeError as error:
-                if "terminated unexpectedly" not in str(error):  # in Grain's words
+                if "terminated unexpectedly" not in str(error):  # Grain's text
                     raise
                 living = {child.pid for child in multiprocessing.active_children()}
                 dead = [work for work in self._log.read() if work.pid not in living]
@@ -311,11 +340,11 @@ class SupervisedBatches(Iterator):
                 detail = str(error).partition(". Search")[0]
                 raise _Failure("crashed", records, detail) from None
 
-    def _start_again(self, failure: _Failure) -> None:
+    def _restart_workers(self, failure: _Failure) -> None:
         names = ", ".join(repr(self._name_of(r)) for r in sorted(failure.records))
         what = (
             f"a decoding process {failure.how} "
-            f"{f'on {names}' if names else 'while it was at no video'} ({failure})"
+            f"{f'on {names}' if names else 'while it read no video'} ({failure})"
         )
         self._restarts += 1
         for record in failure.records:
@@ -328,9 +357,9 @@ class SupervisedBatches(Iterator):
             raise UserError(
                 f"{what}, {self._restarts} times in a row: if memory or /dev/shm "
                 "ran out, lower data.num_workers or data.prefetch_megabytes or enlarge "
-                "them; otherwise drop the videos named"
+                "them; otherwise remove the videos named"
             )
-        logging.error("%s: starting the processes again at step %d", what, self._step)
+        logging.error("%s: restarting the processes at step %d", what, self._step)
         self._close(failure.records, at_once=not failure.records)
         self._log.clear()
         self._open()
@@ -338,10 +367,10 @@ class SupervisedBatches(Iterator):
 
 @atexit.register
 def _end_children() -> None:
-    """Ends the processes that nobody closed, before multiprocessing does.
+    """End the workers that were not closed, before multiprocessing does.
 
-    It would send SIGTERM, to which they are deaf, and wait. Functions that were
-    registered later are called earlier, hence the import of `util` above.
+    It would send SIGTERM, which they ignore, and wait. Functions that were registered
+    later are called earlier, hence the import of `util` above.
     """
     for batches in list(_open):
         batches.close()
@@ -356,18 +385,73 @@ def _kill(pid: int) -> None:
 
 
 def require_shared_memory(num_bytes: int, folder: str = "/dev/shm") -> None:
-    """Refuses to start what would die of a full `folder`, where there is one.
-
-    Raises:
-      UserError: less than `num_bytes` are free.
-    """
+    """Raise UserError if `folder` exists and has less than `num_bytes` free."""
     if not os.path.isdir(folder):
         return
     free = shutil.disk_usage(folder).free
     if free < num_bytes:
         raise UserError(
             f"{folder} has {free / 1e6:.0f} MB free and the batches of the decoding "
-            f"processes take {num_bytes / 1e6:.0f} MB: enlarge it (docker run "
+            f"processes need {num_bytes / 1e6:.0f} MB: enlarge it (docker run "
             "--shm-size), or lower data.num_workers or, in pretraining, "
             "data.prefetch_megabytes"
         )
+
+
+def shared_bytes(num_workers: int, batches_ahead: int, batch_bytes: int) -> int:
+    """Return the size of the workers' batches in /dev/shm.
+
+    Each worker's queue, and the thread that empties it, hold one batch more than they
+    buffer; the caller holds another one.
+    """
+    if not num_workers:
+        return 0
+    return (2 * num_workers * (batches_ahead + 1) + 1) * batch_bytes
+
+
+def decoded_ahead(
+    dataset: grain.MapDataset, num_workers: int, batches_ahead: int, work_log: WorkLog
+) -> grain.DatasetIterator:
+    """Return an iterator of `dataset` that is computed ahead of its use.
+
+    Args:
+      dataset: of batches, picklable.
+      num_workers: processes; 0 computes in a thread.
+      batches_ahead: batches that each worker computes ahead.
+      work_log: in which the workers note their records.
+    """
+    if not flags.FLAGS.is_parsed():
+        # Grain reads its own flags when it starts workers; tests and notebooks have no
+        # command line.
+        flags.FLAGS.mark_as_parsed()
+    # A worker needs no thread: its batches wait in the queue to this process.
+    threads, ahead = (0, 0) if num_workers else (1, batches_ahead)
+    dataset = dataset.to_iter_dataset(grain.ReadOptions(threads, ahead))
+    if num_workers:
+        dataset = dataset.mp_prefetch(
+            grain.MultiprocessingOptions(
+                num_workers=num_workers, per_worker_buffer_size=batches_ahead
+            ),
+            worker_init_fn=functools.partial(_start_worker, work_log),
+        )
+    return iter(dataset)
+
+
+def _start_worker(work_log: WorkLog, worker_index: int, worker_count: int) -> None:
+    """Write the first note, ignore Ctrl-C and SIGTERM, and end with the parent.
+
+    A terminal or a scheduler sends these signals to every process of the job. A worker
+    that died of them would end the run before the state is saved. A parent that is
+    killed cannot end its workers, which then would wait forever.
+    """
+    del worker_index, worker_count
+    keep_freed_memory()
+    work_log.begin()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)

@@ -25,8 +25,6 @@ from vjepa_jax.base.pixels import IMAGENET_MEAN, IMAGENET_STD
 
 Operation = Callable[[Image.Image], Image.Image]
 
-ERASE_MODES = ("pixel", "const")
-
 _MEAN = 255 * np.array(IMAGENET_MEAN, np.float32)
 _STD = 255 * np.array(IMAGENET_STD, np.float32)
 

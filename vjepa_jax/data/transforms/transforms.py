@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from vjepa_jax.base.choices import ERASE_MODES
 from vjepa_jax.base.errors import UserError
 from vjepa_jax.data.transforms import augment
 
@@ -166,7 +167,7 @@ class ClipTransform:
         `augment.RandAugment`.
       flip_probability: probability of mirroring a clip, in [0, 1].
       erase_probability: probability of erasing a rectangle, in [0, 1].
-      erase_mode: what the rectangle is filled with, one of `augment.ERASE_MODES`.
+      erase_mode: what the rectangle is filled with, one of `choices.ERASE_MODES`.
     """
 
     resolution: int
@@ -205,9 +206,9 @@ class ClipTransform:
         augment.check_color_jitter(self.color_jitter)
         if self.rand_augment:
             augment.RandAugment.parse(self.rand_augment)
-        if self.erase_mode not in augment.ERASE_MODES:
+        if self.erase_mode not in ERASE_MODES:
             raise UserError(
-                f"data.erase_mode must be one of {', '.join(augment.ERASE_MODES)}, not "
+                f"data.erase_mode must be one of {', '.join(ERASE_MODES)}, not "
                 f"{self.erase_mode!r}"
             )
 

@@ -14,10 +14,11 @@ from etils import epath
 
 from vjepa_jax.base.errors import UserError
 from vjepa_jax.data.clips.frames import Crop
-from vjepa_jax.data.clips.sampling import ContextSampling, Sampling
+from vjepa_jax.data.clips.reader import ClipReader
+from vjepa_jax.data.clips.sampling import Sampling
 from vjepa_jax.data.sources.file_lists import VideoList
 from vjepa_jax.data.sources.records import Record, Source, digest_of
-from vjepa_jax.data.stream.reading import Reading
+from vjepa_jax.evals.anticipation.context_sampling import ContextSampling
 
 # Where the moment to anticipate is, as a share of the way from the action's start to
 # its end. The paper counts `anticipation_point` from the start; the released code takes
@@ -162,7 +163,7 @@ class Context(Record):
     """What is to be seen before an action, in a video that may be hours long.
 
     Attributes:
-      moment_secs, moment_frame, ahead_secs: see `sampling.ContextSampling`.
+      moment_secs, moment_frame, ahead_secs: see `ContextSampling`.
     """
 
     moment_secs: float = 0.0
@@ -179,8 +180,8 @@ class Context(Record):
         )
 
 
-class ContextReading(Reading):
-    """How contexts are decoded; `sampling` holds what is common to all of them."""
+class ContextReader(ClipReader):
+    """Reads contexts; `sampling` holds what is common to all of them."""
 
     def read(
         self,
@@ -189,9 +190,9 @@ class ContextReading(Reading):
         rng: np.random.Generator | None = None,
         out: np.ndarray | None = None,
     ) -> np.ndarray:
-        """Reads uint8 `[1, T, S, S, 3]`; see `decode.read_clips`."""
+        """Read the clip of a context, uint8 [1, T, S, S, 3]; see `ClipReader.read`."""
         placed = dataclasses.replace(self, sampling=record.sampling(self.sampling))
-        return Reading.read(placed, record, crop, rng, out)
+        return ClipReader.read(placed, record, crop, rng, out)
 
 
 class Contexts(Source):
