@@ -29,15 +29,17 @@ from video_sets import FPS, HD, KINETICS, SETS, VideoSet, make_set
 
 from vjepa_jax import check
 from vjepa_jax.config import defaults
-from vjepa_jax.data.clips import reader as decode
+from vjepa_jax.data.clips.reader import ClipReader, inspect
 from vjepa_jax.data.clips.sampling import Sampling
 from vjepa_jax.data.sources.open import open_mixture, open_source
-from vjepa_jax.data.stream import pipeline
-from vjepa_jax.data.stream.reading import Reading
+from vjepa_jax.data.stream.bad_videos import BadVideoLimits
+from vjepa_jax.data.stream.pipeline import Batching, TrainIterator
+from vjepa_jax.data.stream.workers import Workers
 from vjepa_jax.data.transforms.transforms import ClipTransform
 
 NUM_FRAMES, FRAME_STEP, SIZE = 16, 4, 224
 SAMPLING, TRANSFORM = Sampling(NUM_FRAMES, FRAME_STEP), ClipTransform(SIZE)
+READER = ClipReader(SAMPLING, SIZE)
 # Crops of the same sizes, at places of its own.
 OTHER_CROPS = "torchcodec, its transforms"
 
@@ -57,13 +59,8 @@ def _draw(seed: int, num_frames: int, height: int, width: int):
 
 def _read_ours(videos: Sequence, video: int, seed: int) -> np.ndarray:
     rng = np.random.default_rng(seed)
-    (clip,) = decode.read_clips(
-        videos[video],
-        sampling=SAMPLING,
-        rng=rng,
-        size=SIZE,
-        crop=lambda height, width: TRANSFORM.crop_box(height, width, rng),
-    )
+    crop = functools.partial(TRANSFORM.crop_box, rng=rng)
+    (clip,) = READER.read(videos[video], crop, rng)
     return clip
 
 
@@ -94,7 +91,7 @@ def _read_decord(paths: Sequence[str], video: int, seed: int) -> np.ndarray:
 
 @functools.cache
 def _shape_of(path: str) -> tuple[int, int, int]:
-    info = decode.inspect(path)
+    info = inspect(path)
     return info.frames, info.height, info.width
 
 
@@ -258,16 +255,13 @@ def compare_workers(paths: list[str], num_rounds: int, num_batches: int) -> None
             elapsed = time.perf_counter() - start
         rates["one core"].append(num_batches * batch_size / elapsed)
         for num_workers in (1, 2):
-            with pipeline.make_train_iterator(
+            with TrainIterator(
                 source,
-                reading=Reading(SAMPLING, SIZE),
-                transform=TRANSFORM,
-                batch_size=batch_size,
-                seed=i,
-                num_workers=num_workers,
-                prefetch_megabytes=1.0,
-                worker_timeout_secs=60.0,
-                max_bad_fraction=0.0,
+                READER,
+                TRANSFORM,
+                Batching(batch_size, seed=i),
+                Workers(num_workers, timeout_secs=60.0, prefetch_megabytes=1.0),
+                BadVideoLimits(max_fraction=0.0),
             ) as batches:
                 for _ in range(4):  # buffers fill while workers start
                     next(batches)

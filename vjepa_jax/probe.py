@@ -124,8 +124,8 @@ def draw_pictures(model: FrozenModel, seed: int, folder: pathlib.Path) -> None:
     """Draw masks and features of a clip of the world: masks.png and features.png."""
     run = model.config
     listed = open_source(str(pathlib.Path(run.world.path) / "hidden_test.csv"))
-    reading = streams.make_reading(run.data, run.data)
-    clips = next(features.read_clips(listed, reading, count=8))
+    reader = streams.make_reader(run.data, run.data)
+    clips = next(features.read_clips(listed, reader, count=8))
     grid = model.grid(clips.shape)
     masks = build.make_masks(run.masks, grid)
     rows = drawing.mask_rows(clips[0], grid, masks, jax.random.key(0))

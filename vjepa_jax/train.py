@@ -93,8 +93,6 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> int | None:
                 program.batch_sizes,
                 first,
                 str(files.folder),
-                distributed.process_index(),
-                distributed.process_count(),
             ) as batches,
             metrics.MetricWriter(
                 files.folder, total_steps=config.total_steps, start_step=first

@@ -31,8 +31,8 @@ def main():
     print(counts[-1] - counts[1])
 
 def decoding_worker():
-    from vjepa_jax.data.stream import reading
-    reading._start_worker(types.SimpleNamespace(begin=lambda: None), 0, 1)
+    from vjepa_jax.data.stream import workers
+    workers._start_worker(types.SimpleNamespace(begin=lambda: None), 0, 1)
     main()
 
 who = sys.argv.pop(1)

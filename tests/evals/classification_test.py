@@ -91,15 +91,18 @@ def test_tokens_of_clips_stand_together_and_views_apart(
 @pytest.mark.parametrize("is_augmented", [False, True])
 def test_batches_are_read_in_parts(frozen, config, monkeypatch, is_augmented):
     """Of `clips_per_call`, or of one video; in any case the same batches."""
-    owner = clip_tokens.pipeline if is_augmented else clip_tokens
-    name = "make_train_iterator" if is_augmented else "read_all"
-    read, sizes = getattr(owner, name), []
+    read_all, iterator, sizes = clip_tokens.read_all, clip_tokens.TrainIterator, []
 
     def recorded(*args, batch_size, **options):
         sizes.append(batch_size)
-        return read(*args, batch_size=batch_size, **options)
+        return read_all(*args, batch_size=batch_size, **options)
 
-    monkeypatch.setattr(owner, name, recorded)
+    def recorded_iterator(source, reader, transform, batching, *args):
+        sizes.append(batching.batch_size)
+        return iterator(source, reader, transform, batching, *args)
+
+    monkeypatch.setattr(clip_tokens, "read_all", recorded)
+    monkeypatch.setattr(clip_tokens, "TrainIterator", recorded_iterator)
     config.data.num_clips = 2
     source = Subset(clip_tokens.open_source(config, "test_path"), np.arange(10))
     found = []

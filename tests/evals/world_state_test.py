@@ -49,10 +49,10 @@ def told(tmp_path_factory):
 
 def test_state_is_that_of_the_frames_that_are_seen(told):
     config, split, truth = told
-    reading = streams.make_reading(config.data, config.data)
-    (frames,) = reading.sampling.frames(np.arange(16))
+    reader = streams.make_reader(config.data, config.data)
+    (frames,) = reader.sampling.frames(np.arange(16))
     index = np.arange(NUM_CLIPS)[::STRIDE]
-    state = read_state(config.world, split, index, reading, TIME_STEPS)
+    state = read_state(config.world, split, index, reader, TIME_STEPS)
     for step in range(TIME_STEPS):
         seen = frames[2 * step : 2 * step + 2]
         for name in ("position", "velocity", "visibility"):

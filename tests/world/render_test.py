@@ -4,12 +4,12 @@ import json
 
 import numpy as np
 import pytest
+from clip_files import read
 from video_files import used_memory
 
 from vjepa_jax.base.errors import UserError
 from vjepa_jax.config.defaults import get_config
 from vjepa_jax.config.rules import validate
-from vjepa_jax.data.clips.reader import read_clip
 from vjepa_jax.data.sources.open import open_source
 from vjepa_jax.data.transforms.transforms import central_box
 from vjepa_jax.world import motion, play, render, violations
@@ -41,9 +41,7 @@ def test_lists_truth_and_files_agree(rendered):
         truth = np.load(rendered / f"{split.name}.npz")
         assert len(source) == len(truth["label"]) == split.num_videos
         np.testing.assert_array_equal(source.labels, truth["label"])
-        video = read_clip(
-            source[0].path, num_frames=8, frame_step=1, size=16, crop=central_box
-        )
+        video = read(source[0].path, num_frames=8, size=16, crop=central_box)
         assert video.shape == (8, 16, 16, 3)
         assert truth["position"].shape == (split.num_videos, 8, 2, 2)
 
@@ -149,9 +147,7 @@ def with_pairs(tmp_path_factory):
 
 
 def frames_of(path):
-    return read_clip(
-        str(path), num_frames=12, frame_step=1, size=16, crop=central_box
-    ).astype(int)
+    return read(path, num_frames=12, size=16, crop=central_box).astype(int)
 
 
 def test_pairs_are_listed_with_their_ground_truth(with_pairs):

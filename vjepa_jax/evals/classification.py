@@ -217,7 +217,7 @@ class Preparation:
             fields = {key: data[key] for key in _AUGMENTATION}
             batches = clip_tokens.augmented_batches(
                 videos,
-                ClipTransform(videos.reading.resolution, **fields),
+                ClipTransform(videos.reader.resolution, **fields),
                 batch_size=size,
                 seed=seed,
                 prefetch_megabytes=data.prefetch_megabytes,

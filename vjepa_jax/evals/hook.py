@@ -244,9 +244,9 @@ def _read_clips(run: ConfigDict, source: Source, count: int) -> np.ndarray:
     data = run.data.copy_and_resolve_references()
     data.num_clips = 1
     order = np.unique(np.linspace(0, len(source) - 1, count).astype(np.int64))
-    reading = streams.make_reading(data, data)
+    reader = streams.make_reader(data, data)
     batches = read_all(
-        source, reading=reading, batch_size=len(order), num_workers=0, order=order
+        source, reader=reader, batch_size=len(order), num_workers=0, order=order
     )
     (batch,) = batches
     clips = np.asarray(batch["video"])[batch["valid"]]

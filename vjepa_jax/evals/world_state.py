@@ -13,9 +13,9 @@ from sklearn.metrics import confusion_matrix
 
 from vjepa_jax.base.errors import UserError
 from vjepa_jax.config.defaults import ConfigDict
+from vjepa_jax.data.clips.reader import ClipReader
 from vjepa_jax.data.sources.open import open_source
 from vjepa_jax.data.stream import streams
-from vjepa_jax.data.stream.reading import Reading
 from vjepa_jax.evals import settings
 from vjepa_jax.evals.frozen import FrozenModel, random_init
 from vjepa_jax.evals.heads import probes
@@ -62,7 +62,7 @@ def read_state(
     world: ConfigDict,
     split: render.Split,
     index: np.ndarray,
-    reading: Reading,
+    reader: ClipReader,
     time_steps: int,
 ) -> State:
     """Read the ground truth of the clips that `extract` cut, from a split's `.npz`.
@@ -72,7 +72,7 @@ def read_state(
     looks = render.looks_of(world)
     with np.load(_truth_file(world, split.name)) as file:
         truth = {name: file[name][index] for name in file}
-    (frames,) = reading.sampling.frames(np.arange(looks.num_frames))
+    (frames,) = reader.sampling.frames(np.arange(looks.num_frames))
 
     def per_step(name):
         main = truth[name][:, frames, 0]
@@ -100,7 +100,7 @@ def _truth_file(world: ConfigDict, split: str) -> pathlib.Path:
 def read_features(
     encodes: dict[str, Encode],
     world: ConfigDict,
-    reading: Reading,
+    reader: ClipReader,
     batch_size: int,
     num_workers: int,
 ) -> dict[str, dict[str, tuple[Features, State]]]:
@@ -109,7 +109,7 @@ def read_features(
     Raises:
       UserError: the world is not there.
     """
-    if not reading.sampling.frame_step:
+    if not reader.sampling.frame_step:
         raise UserError("the world's probes need data.frame_step, not data.fps")
     out: dict[str, dict[str, tuple[Features, State]]] = {name: {} for name in encodes}
     splits = {split.name: split for split in render.splits(world)}
@@ -121,10 +121,10 @@ def read_features(
                 "vjepa_jax.prepare --config=...)"
             )
         source = open_source(str(truth.with_suffix(".csv")))
-        parts = extract(encodes, source, reading, batch_size, num_workers)
+        parts = extract(encodes, source, reader, batch_size, num_workers)
         first = next(iter(parts.values()))  # all are of the same clips and time steps
         time_steps = first.tokens.shape[1]
-        state = read_state(world, splits[split], first.index, reading, time_steps)
+        state = read_state(world, splits[split], first.index, reader, time_steps)
         for name, features in parts.items():
             out[name][split] = features, state
     return out
@@ -250,7 +250,7 @@ def evaluate(frozen: FrozenModel, config: ConfigDict) -> dict[str, dict[str, Any
     splits = read_features(
         encodes,
         run.world,
-        streams.make_reading(run.data, run.data),
+        streams.make_reader(run.data, run.data),
         config.batch_size,
         config.num_workers,
     )

@@ -59,9 +59,9 @@ def read_clips(
     """
     source = streams.open_sources(config)[stream]
     clip = config.data if stream == MAIN_STREAM else config.streams[stream]
-    reading = streams.make_reading(config.data, clip)
-    sampling = dataclasses.replace(reading.sampling, num_clips=1)
-    reading = dataclasses.replace(reading, sampling=sampling)
+    reader = streams.make_reader(config.data, clip)
+    sampling = dataclasses.replace(reader.sampling, num_clips=1)
+    reader = dataclasses.replace(reader, sampling=sampling)
     classes = (*CLASSES, "play") if config.world.path else ()
     count = min(count, len(source))
     chosen = Subset(source, np.arange(count) * len(source) // count)
@@ -70,7 +70,7 @@ def read_clips(
     order = np.random.default_rng(0).permutation(len(chosen))
     video, indices, labels, began = [], [], [], time.perf_counter()
     batches = read_all(
-        chosen, reading=reading, batch_size=_BATCH_SIZE, num_workers=0, order=order
+        chosen, reader=reader, batch_size=_BATCH_SIZE, num_workers=0, order=order
     )
     for batch in batches:
         valid = batch["valid"]

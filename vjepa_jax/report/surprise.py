@@ -6,7 +6,8 @@ import numpy as np
 
 from vjepa_jax.base.errors import UserError
 from vjepa_jax.config.defaults import ConfigDict
-from vjepa_jax.data.clips import reader
+from vjepa_jax.data.clips.reader import ClipReader
+from vjepa_jax.data.clips.sampling import Sampling
 from vjepa_jax.data.sources.records import Record
 from vjepa_jax.data.transforms import transforms
 from vjepa_jax.evals.frozen import FrozenModel
@@ -77,17 +78,14 @@ def make_pairs(config: ConfigDict) -> list[VideoPair]:
             f"{violations.MIN_FRAMES} or more, and data.frame_step"
         )
     looks = World(size=world.size, num_frames=world.num_frames)
+    reader = ClipReader(
+        Sampling(world.num_frames // step, frame_step=step), data.resolution
+    )
     pairs = []
     for name in violations.PROPERTIES:
         made = violations.make_pair(looks, (world.seed, PHYSICS_STREAM), name, 0)
         videos = [
-            reader.read_clip(
-                Record(name, 0, clip.video, FPS),
-                num_frames=world.num_frames // step,
-                frame_step=step,
-                size=data.resolution,
-                crop=transforms.central_box,
-            )
+            reader.read(Record(name, 0, clip.video, FPS), transforms.central_box)[0]
             for clip in (made.possible, made.impossible)
         ]
         pairs.append(VideoPair(name, *videos, made.onset // step))

@@ -4,7 +4,15 @@ import numpy as np
 import PIL.Image
 import pytest
 import video_files
-from clip_files import FILES, VFR_STAMPS, Record, read, read_clips, whole_frame, write_files
+from clip_files import (
+    FILES,
+    VFR_STAMPS,
+    Record,
+    read,
+    read_clips,
+    whole_frame,
+    write_files,
+)
 
 from vjepa_jax.data.clips import media, packets, reader
 from vjepa_jax.data.clips.sampling import Sampling
@@ -84,9 +92,7 @@ def test_frames_are_chosen_by_their_time(files):
     plain = video_files.decode_plainly(files["vfr.mp4"])
     times = (np.array(VFR_STAMPS) - VFR_STAMPS[0]) / 1000
     sampling = Sampling(6, fps=5.0)
-    clip = read_clips(
-        files["vfr.mp4"], sampling=sampling, size=48, crop=whole_frame
-    )
+    clip = read_clips(files["vfr.mp4"], sampling=sampling, size=48, crop=whole_frame)
     wanted = sampling.frames(times)
     np.testing.assert_array_equal(clip, plain[wanted])
     assert (np.abs(np.diff(times[wanted[0]]) - 0.2) < 0.2).all()

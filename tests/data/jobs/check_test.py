@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from vjepa_jax import check
 from vjepa_jax.base.errors import UserError
 from vjepa_jax.config import defaults
-from vjepa_jax.data.clips import reader
+from vjepa_jax.data.clips import media
 from vjepa_jax.data.clips.sampling import Sampling
 from vjepa_jax.data.jobs import survey
 from vjepa_jax.data.jobs.survey import Output, Summary
@@ -290,7 +290,7 @@ def test_interrupted_command_loses_nothing_and_continues(tmp_path):
 
 def some_finding(rng):
     if rng.random() < 0.3:
-        error = rng.choice([*reader.REASONS, CRASHED, TIMED_OUT])
+        error = rng.choice([*media.REASONS, CRASHED, TIMED_OUT])
         return survey.Finding("caf\udce9\n.mp4", error=error, detail="some")
     return survey.Finding(
         f"/{rng.random()}",
@@ -371,7 +371,7 @@ def test_summary_counts(rng, in_frames):
 
 def test_rows_of_the_summary_stand_in_columns():
     summary = Summary(Sampling(16, 4))
-    reasons = (*reader.REASONS, CRASHED, TIMED_OUT)
+    reasons = (*media.REASONS, CRASHED, TIMED_OUT)
     for reason in reasons:
         summary.add(survey.Finding(f"/videos/{reason}.mp4", error=reason))
     lines = list(summary.lines())

@@ -97,7 +97,7 @@ def test_fewer_videos_than_a_batch_are_enough(source):
     assert len({clip.tobytes() for clip in batches.reshape(6 * NUM_VIDEOS, -1)}) > 60
 
 
-@pytest.mark.parametrize("count", [0, 2, 3])
+@pytest.mark.parametrize("num_workers", [0, 2, 3])
 def test_restarted_stream_continues_the_unbroken_one(tmp_path, videos, num_workers):
     source = make_list(tmp_path, videos, bad=(2, 5))
     unbroken = take(9, source)
@@ -106,7 +106,7 @@ def test_restarted_stream_continues_the_unbroken_one(tmp_path, videos, num_worke
     assert (restarted != unbroken[4:8]).any()
 
 
-@pytest.mark.parametrize("count", [0, 2])
+@pytest.mark.parametrize("num_workers", [0, 2])
 def test_hosts_share_the_global_batches(tmp_path, videos, num_workers):
     source = make_list(tmp_path, videos, bad=(2,))
     alone = take(4, source)
@@ -126,7 +126,7 @@ def test_hosts_share_the_global_batches(tmp_path, videos, num_workers):
 
 
 @pytest.mark.parametrize(
-    ("start", "hosts", "count"), [(0, 4, 0), (3, 1, 3), (5, 2, 2), (6, 4, 1)]
+    ("start", "hosts", "num_workers"), [(0, 4, 0), (3, 1, 3), (5, 2, 2), (6, 4, 1)]
 )
 def test_a_mixture_is_the_same_for_any_hosts_and_workers(
     tmp_path, videos, start, hosts, num_workers
@@ -201,15 +201,13 @@ def read_lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-@pytest.mark.parametrize("count", [0, 2])
+@pytest.mark.parametrize("num_workers", [0, 2])
 def test_bad_videos_are_replaced_and_listed_once(tmp_path, videos, num_workers):
     source = make_list(tmp_path, videos, bad=(2, 5))
     (tmp_path / "bad5.mp4").unlink()
     (tmp_path / "bad5.mp4").touch()
     listing = tmp_path / "workdir" / "bad_videos.jsonl"
-    with make_iterator(
-        source, path=str(listing), count=num_workers
-    ) as batches:
+    with make_iterator(source, path=str(listing), count=num_workers) as batches:
         for _ in range(9):
             video = next(batches)["video"]
             assert video.shape[0] == BATCH_SIZE
@@ -252,9 +250,7 @@ def test_streams_without_bad_videos_list_nothing(tmp_path, source):
 def test_too_many_bad_videos_end_the_run(tmp_path, videos):
     source = make_list(tmp_path, videos, bad=(2, 5))
     listing = tmp_path / "bad_videos.jsonl"
-    with make_iterator(
-        source, path=str(listing), max_fraction=0.1
-    ) as batches:
+    with make_iterator(source, path=str(listing), max_fraction=0.1) as batches:
         # 100 samples are needed for a judgement.
         for _ in range(24):
             next(batches)
@@ -292,7 +288,7 @@ def test_every_kind_of_bad_file_costs_itself_alone(tmp_path):
         assert reasons.get(path, bad_files.GOOD) in case.outcomes, path
 
 
-@pytest.mark.parametrize("count", [0, 1])
+@pytest.mark.parametrize("num_workers", [0, 1])
 def test_nothing_readable_ends_the_run_at_once(tmp_path, videos, num_workers):
     source = make_list(tmp_path, videos, bad=range(NUM_VIDEOS))
     with (

@@ -10,7 +10,7 @@ from vjepa_jax.data.clips.sampling import Sampling
 from vjepa_jax.data.sources.records import Record
 from vjepa_jax.evals.anticipation.epic_kitchens import (
     Classes,
-    ContextReading,
+    ContextReader,
     Contexts,
     read_actions,
 )
@@ -108,7 +108,7 @@ def test_contexts_end_before_the_moment(rng, actions, kitchen, anchor, rule):
     """Also before the moment of the training, and where they begin too early."""
     actions = actions.take(actions.video == "P01_01")
     rows = [row for row in ROWS if row[0] == "P01_01"]
-    reading = ContextReading(Sampling(6, fps=5, rule=rule), SIDE)
+    reader = ContextReader(Sampling(6, fps=5, rule=rule), SIDE)
     frames = video_files.decode_plainly(f"{kitchen}/P01/P01_01.MP4")
     assert len(np.unique(frames[:, 0, 0, 0])) == 100
     for point, ahead_secs in (
@@ -118,7 +118,7 @@ def test_contexts_end_before_the_moment(rng, actions, kitchen, anchor, rule):
         contexts = contexts_of(actions, kitchen, anchor, point, ahead_secs)
         points, aheads = np.broadcast_to(point, 4), np.broadcast_to(ahead_secs, 4)
         for i, row in enumerate(rows):
-            clip = reading.read(contexts[i], lambda h, w: (0, 0, h, w))
+            clip = reader.read(contexts[i], lambda h, w: (0, 0, h, w))
             assert clip.shape == (1, 6, SIDE, SIDE, 3)
             wanted = plain_frames(row, anchor, rule, points[i], aheads[i], 6, 5)
             np.testing.assert_array_equal(clip[0], frames[wanted])

@@ -118,9 +118,7 @@ def retried(path: str, read: Callable[[], T]) -> T:
 
 
 @contextlib.contextmanager
-def open_media(
-    path: str, content: bytes | None, limits: Limits
-) -> Iterator["Media"]:
+def open_media(path: str, content: bytes | None, limits: Limits) -> Iterator["Media"]:
     """Open the encoded bytes of a record; use it inside of `retried`.
 
     Args:
@@ -283,7 +281,7 @@ class VideoStream:
 
     @property
     def stated_fps(self) -> float | None:
-        """Mean frame rate in frames per second as the container states it, if it does."""
+        """Mean frames per second as the container states it; None if it does not."""
         return float(self.stream.average_rate or self.stream.guessed_rate or 0) or None
 
     def packets(self) -> Iterator[av.Packet]:

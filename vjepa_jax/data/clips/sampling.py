@@ -83,7 +83,8 @@ class Sampling:
             )
         if self.rule not in SAMPLINGS:
             raise UserError(
-                f"data.sampling must be one of {', '.join(SAMPLINGS)}, not {self.rule!r}"
+                f"data.sampling must be one of {', '.join(SAMPLINGS)}, not "
+                f"{self.rule!r}"
             )
         if self.allow_clip_overlap and self.rule != "official":
             raise UserError(

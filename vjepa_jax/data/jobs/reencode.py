@@ -9,6 +9,7 @@ PSNR.
 """
 
 import dataclasses
+import functools
 import io
 import math
 from collections.abc import Iterable, Iterator
@@ -24,7 +25,13 @@ from av.video.reformatter import (
 )
 
 from vjepa_jax.base.errors import UserError
-from vjepa_jax.data.clips.media import DecodeError, Media, read_media
+from vjepa_jax.data.clips.media import (
+    DecodeError,
+    Limits,
+    VideoStream,
+    open_media,
+    retried,
+)
 
 # x264's macroblock tree, which looks ahead, reads memory that nobody wrote: with it the
 # same frames become another file now and then.
@@ -87,22 +94,21 @@ def reencode(path: str, encoding: Encoding) -> EncodedVideo:
     side is too long. Of a damaged stream, packets that the decoder refuses and frames
     that come out too late for their time are left out. Odd sides lose a row or a
     column. Colours keep their matrix and become 8-bit, limited-range 4:2:0. The pixel
-    aspect ratio is dropped, since `decode` applies none.
+    aspect ratio is dropped, since `ClipReader` applies none.
 
     Raises:
       DecodeError: the source gives no frame, or all at the same time.
     """
+    return retried(path, functools.partial(_reencode, path, encoding))
 
-    def work(media: Media) -> EncodedVideo:
-        with media.open(probe=True) as container:
-            stream = media.video_stream(container)
-            interval = 1 / (stream.average_rate or stream.guessed_rate or _DEFAULT_FPS)
-            frames = _timed(_frames(media, container, stream), interval, media.path)
-            return _encode(_thinned(frames, encoding.fps), encoding)
 
-    return read_media(
-        path, None, work, max_pixels=_MAX_PIXELS, time_limit_secs=TIME_LIMIT_SECS
-    )
+def _reencode(path: str, encoding: Encoding) -> EncodedVideo:
+    limits = Limits(_MAX_PIXELS, TIME_LIMIT_SECS)
+    with open_media(path, None, limits) as media, media.open(probe=True) as video:
+        stream = video.stream
+        interval = 1 / (stream.average_rate or stream.guessed_rate or _DEFAULT_FPS)
+        frames = _timed(_frames(video), interval, path)
+        return _encode(_thinned(frames, encoding.fps), encoding)
 
 
 def output_size(height: int, width: int, short_side: int) -> tuple[int, int]:
@@ -116,12 +122,10 @@ def output_size(height: int, width: int, short_side: int) -> tuple[int, int]:
     return (short, long) if height <= width else (long, short)
 
 
-def _frames(
-    media: Media, container: av.container.InputContainer, stream: av.VideoStream
-) -> Iterator[av.VideoFrame]:
+def _frames(video: VideoStream) -> Iterator[av.VideoFrame]:
     """Yields what the decoder gives; packets that it refuses are passed over."""
     refused, is_empty = None, True
-    for packet in media.packets(container, stream):
+    for packet in video.packets():
         try:
             frames = packet.decode()
         except av.FFmpegError as error:
@@ -130,9 +134,9 @@ def _frames(
         is_empty = is_empty and not frames
         yield from frames
     if is_empty and refused is not None:
-        raise DecodeError(media.path, "undecodable", str(refused)) from refused
+        raise DecodeError(video.media.path, "undecodable", str(refused)) from refused
     if is_empty:
-        raise DecodeError(media.path, "no_frames")
+        raise DecodeError(video.media.path, "no_frames")
 
 
 def _timed(

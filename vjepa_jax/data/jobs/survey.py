@@ -8,6 +8,7 @@ report.
 import collections
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -18,7 +19,8 @@ import numpy as np
 
 from vjepa_jax.base import files
 from vjepa_jax.base.errors import UserError
-from vjepa_jax.data.clips import reader
+from vjepa_jax.data.clips.media import MAX_PIXELS, DecodeError, Limits
+from vjepa_jax.data.clips.reader import ClipReader, inspect
 from vjepa_jax.data.clips.sampling import Sampling
 from vjepa_jax.data.jobs.worker_pool import CRASHED, Failure, WorkerPool
 from vjepa_jax.data.sources.records import Record, Source
@@ -41,7 +43,7 @@ class Finding:
     Attributes:
       path: names the video.
       frames, width, height, fps, codec: see `reader.VideoInfo`.
-      error: None if it is readable, else one of `reader.REASONS`, CRASHED, TIMED_OUT.
+      error: None if it is readable, else one of `media.REASONS`, CRASHED, TIMED_OUT.
       detail: more about the error, in words.
       clip_secs: processor time that reading one clip took.
     """
@@ -69,7 +71,8 @@ class Examination:
       transform: crop and size of the clip.
       deep: decode every frame as well.
       time_limit_secs: processor time that decoding may take.
-      resize, max_pixels: see `reader.read_clips`.
+      resize: see `ClipReader`.
+      max_pixels: see `Limits`.
     """
 
     sampling: Sampling
@@ -77,29 +80,22 @@ class Examination:
     deep: bool
     time_limit_secs: float
     resize: str = "antialias"
-    max_pixels: int = reader.MAX_PIXELS
+    max_pixels: int = MAX_PIXELS
 
     def __call__(self, record: Record) -> Finding:
         """Examine one video; the finding of one that gives no clip has the reason."""
         # The same clip in every run, so that its outcome can be reproduced.
         rng = np.random.default_rng(0)
-        limits = {
-            "max_pixels": self.max_pixels,
-            "time_limit_secs": self.time_limit_secs,
-        }
+        limits = Limits(self.max_pixels, self.time_limit_secs)
+        reader = ClipReader(
+            self.sampling, self.transform.resolution, self.resize, limits
+        )
+        crop = functools.partial(self.transform.crop_box, rng=rng)
         try:
-            info = reader.inspect(record, deep=self.deep, **limits)
+            info = inspect(record, deep=self.deep, limits=limits)
             start_secs = time.process_time()
-            clips = reader.read_clips(
-                record,
-                sampling=self.sampling,
-                rng=rng,
-                size=self.transform.resolution,
-                crop=lambda height, width: self.transform.crop_box(height, width, rng),
-                resize=self.resize,
-                **limits,
-            )
-        except reader.DecodeError as error:
+            clips = reader.read(record, crop, rng)
+        except DecodeError as error:
             # Without the path, which the finding has already.
             detail = getattr(error.__cause__, "strerror", None) or ""
             return Finding(record.path, error=error.reason, detail=detail)

@@ -46,9 +46,7 @@ class BadVideos:
       counts: unreadable videos known so far, by reason, including earlier runs.
     """
 
-    def __init__(
-        self, source: Mixture, limits: BadVideoLimits, process_index: int = 0
-    ):
+    def __init__(self, source: Mixture, limits: BadVideoLimits, process_index: int = 0):
         """Read this process's list, if there is one."""
         path = limits.path
         self._source = source

@@ -196,7 +196,7 @@ class _Puller:
     def __init__(self, batches: Iterator):
         self._batches = batches
         self._wanted, self._drawn = queue.SimpleQueue(), queue.SimpleQueue()
-        # A daemon: a thread that waits for a hanging worker must not prevent the program
+        # A daemon: a thread that waits for a hanging worker must not keep the program
         # from ending.
         threading.Thread(target=self._serve, daemon=True).start()
 

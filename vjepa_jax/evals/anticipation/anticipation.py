@@ -21,6 +21,7 @@ from sklearn.metrics import accuracy_score, recall_score
 
 from vjepa_jax.base.errors import UserError
 from vjepa_jax.config.defaults import ConfigDict
+from vjepa_jax.data.clips.media import Limits
 from vjepa_jax.data.clips.sampling import Sampling
 from vjepa_jax.data.sources.records import hold_out
 from vjepa_jax.evals import classification, settings
@@ -28,7 +29,7 @@ from vjepa_jax.evals.anticipation.epic_kitchens import (
     ANCHORS,
     Actions,
     Classes,
-    ContextReading,
+    ContextReader,
     Contexts,
     read_actions,
 )
@@ -274,7 +275,7 @@ def _make_videos(
     frozen: FrozenModel, config: ConfigDict, source: Contexts
 ) -> ContextVideos:
     data = config.data
-    reading = ContextReading(
+    reader = ContextReader(
         Sampling(
             data.num_frames or frozen.video_shape[0],
             fps=data.fps,
@@ -282,10 +283,9 @@ def _make_videos(
         ),
         data.resolution or frozen.video_shape[1],
         data.resize,
-        data.max_pixels,
-        data.time_limit_secs,
+        Limits(data.max_pixels, data.time_limit_secs),
     )
-    frozen.grid(reading.shape()[1:])
+    frozen.grid(reader.shape()[1:])
     anticipator = Anticipator(
         frozen,
         config.clips_per_call,
@@ -295,7 +295,7 @@ def _make_videos(
         config.use_predictor,
     )
     return ContextVideos(
-        source, reading, anticipator, 1, data.num_workers, data.worker_timeout_secs
+        source, reader, anticipator, 1, data.num_workers, data.worker_timeout_secs
     )
 
 

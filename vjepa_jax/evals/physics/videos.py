@@ -14,7 +14,9 @@ import pathlib
 import numpy as np
 
 from vjepa_jax.base.errors import UserError
-from vjepa_jax.data.clips import reader
+from vjepa_jax.data.clips.media import DecodeError
+from vjepa_jax.data.clips.reader import ClipReader, inspect
+from vjepa_jax.data.clips.sampling import Sampling
 from vjepa_jax.data.sources.open import open_source
 from vjepa_jax.world import render
 
@@ -235,7 +237,7 @@ def read_group(
                 count = min(count, max_frames // frame_step * frame_step)
             frames = range(first, first + count, frame_step)
             out.append(_read_frames(video.path, total, frames, size))
-    except reader.DecodeError as error:
+    except DecodeError as error:
         raise UserError(f"{error}: repair it, or leave its group out") from None
     return out
 
@@ -251,7 +253,7 @@ def _frame_files(folder: pathlib.Path) -> list[pathlib.Path]:
 def _count_frames(path: pathlib.Path) -> int:
     if path.is_dir():
         return len(_frame_files(path))
-    return reader.inspect(str(path)).frames
+    return inspect(path).frames
 
 
 def _read_frames(
@@ -260,13 +262,11 @@ def _read_frames(
     """Read some of the `total` frames of a file or folder: [n, S, S, 3]."""
     if not len(frames):
         return np.empty((0, size, size, 3), np.uint8)
-    options = {"frame_step": 1, "size": size, "crop": _no_crop}
     if path.is_dir():
         files = _frame_files(path)[frames.start : frames.stop : frames.step]
-        return np.concatenate(
-            [reader.read_clip(str(f), num_frames=1, **options) for f in files]
-        )
-    pixels = reader.read_clip(str(path), num_frames=total, **options)
+        of_image = ClipReader(Sampling(1, frame_step=1), size)
+        return np.concatenate([of_image.read(f, _no_crop)[0] for f in files])
+    (pixels,) = ClipReader(Sampling(total, frame_step=1), size).read(path, _no_crop)
     return pixels[frames.start : frames.stop : frames.step]
 
 

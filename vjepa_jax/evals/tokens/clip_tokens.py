@@ -11,11 +11,14 @@ import numpy as np
 
 from vjepa_jax.base.errors import UserError
 from vjepa_jax.config.defaults import ConfigDict
+from vjepa_jax.data.clips.reader import ClipReader
 from vjepa_jax.data.sources.open import open_mixture
 from vjepa_jax.data.sources.records import Joined, Mixture, Source
-from vjepa_jax.data.stream import pipeline, streams
+from vjepa_jax.data.stream import streams
+from vjepa_jax.data.stream.bad_videos import BadVideoLimits
+from vjepa_jax.data.stream.pipeline import Batching, TrainIterator
 from vjepa_jax.data.stream.read_all import read_all
-from vjepa_jax.data.stream.reading import Reading
+from vjepa_jax.data.stream.workers import Workers
 from vjepa_jax.data.transforms.transforms import ClipTransform, make_views
 from vjepa_jax.evals.frozen import FrozenModel
 
@@ -94,7 +97,7 @@ class Videos:
 
     Attributes:
       source: the videos.
-      reading: how their clips are cut.
+      reader: how their clips are cut.
       encoder: of the clips.
       num_views: crops of every clip, see `transforms.spatial_views`.
       num_workers: decoding processes.
@@ -102,7 +105,7 @@ class Videos:
     """
 
     source: Source
-    reading: Reading
+    reader: ClipReader
     encoder: Encoder
     num_views: int
     num_workers: int
@@ -143,7 +146,7 @@ class Videos:
     def _parts(self, batch_size: int, order: np.ndarray | None) -> Iterator[TokenBatch]:
         for batch in read_all(
             self.source,
-            reading=self.reading,
+            reader=self.reader,
             batch_size=batch_size,
             num_workers=self.num_workers,
             worker_timeout_secs=self.worker_timeout_secs,
@@ -152,7 +155,7 @@ class Videos:
             order=order,
         ):
             video = np.asarray(batch["video"])
-            if self.reading.sampling.num_clips * self.num_views == 1:
+            if self.reader.sampling.num_clips * self.num_views == 1:
                 video = video[:, None]
             tokens = self.encode(video, batch["index"])
             rows = (batch[key] for key in ("label", "index", "valid"))
@@ -177,7 +180,8 @@ def augmented_batches(
       transform: how each clip is cropped and augmented.
       batch_size: videos per batch.
       seed: of order, windows and augmentation.
-      prefetch_megabytes, max_bad_fraction: see `pipeline.make_train_iterator`.
+      prefetch_megabytes: see `Workers`.
+      max_bad_fraction: see `BadVideoLimits`.
 
     Raises:
       UserError: too many of the videos are unreadable.
@@ -186,27 +190,25 @@ def augmented_batches(
     parts = _augmented_parts(
         videos,
         transform,
-        size,
-        seed=seed,
-        prefetch_megabytes=prefetch_megabytes,
-        max_bad_fraction=max_bad_fraction,
+        Batching(size * videos.reader.sampling.num_clips, seed),
+        Workers(videos.num_workers, videos.worker_timeout_secs, prefetch_megabytes),
+        BadVideoLimits(max_bad_fraction),
     )
     return _joined(parts, batch_size)
 
 
 def _augmented_parts(
-    videos: Videos, transform: ClipTransform, batch_size: int, **options
+    videos: Videos,
+    transform: ClipTransform,
+    batching: Batching,
+    workers: Workers,
+    bad_videos: BadVideoLimits,
 ) -> Iterator[TokenBatch]:
-    num_clips = videos.reading.sampling.num_clips
+    num_clips = videos.reader.sampling.num_clips
     labels = np.asarray(videos.source.labels)
-    with pipeline.make_train_iterator(
-        Mixture([(videos.source, 1.0)]),
-        reading=videos.reading,
-        transform=transform,
-        batch_size=batch_size * num_clips,
-        num_workers=videos.num_workers,
-        worker_timeout_secs=videos.worker_timeout_secs,
-        **options,
+    source = Mixture([(videos.source, 1.0)])
+    with TrainIterator(
+        source, videos.reader, transform, batching, workers, bad_videos
     ) as iterator:
         for batch in iterator:
             clips, index = np.asarray(batch["video"]), batch["index"]
@@ -284,8 +286,8 @@ def make_videos(
     with data.unlocked():
         data.num_frames = data.num_frames or frozen.video_shape[0]
         data.resolution = data.resolution or frozen.video_shape[1]
-    reading = streams.make_reading(data, data)
-    frozen.grid(reading.shape()[1:])
+    reader = streams.make_reader(data, data)
+    frozen.grid(reader.shape()[1:])
     encoder = Encoder(
         frozen,
         data.num_clips,
@@ -295,7 +297,7 @@ def make_videos(
     )
     return Videos(
         source,
-        reading,
+        reader,
         encoder,
         num_views or data.num_views,
         data.num_workers,

@@ -5,9 +5,9 @@ from collections.abc import Callable
 
 import numpy as np
 
+from vjepa_jax.data.clips.reader import ClipReader
 from vjepa_jax.data.sources.records import Source
 from vjepa_jax.data.stream.read_all import read_all
-from vjepa_jax.data.stream.reading import Reading
 from vjepa_jax.models.encoder import token_grid
 
 # uint8 video [B, T, H, W, 3] -> tokens float32 [B, T', S, D]
@@ -65,7 +65,7 @@ def make_pixel_encode(patch_size: int, tubelet_size: int, cell: int = 2) -> Enco
 def extract(
     encodes: dict[str, Encode],
     source: Source,
-    reading: Reading,
+    reader: ClipReader,
     batch_size: int,
     num_workers: int,
 ) -> dict[str, Features]:
@@ -76,7 +76,7 @@ def extract(
     Args:
       encodes: by name.
       source: the videos.
-      reading: how to cut the clips.
+      reader: how to cut the clips.
       batch_size: clips per call of an encode.
       num_workers: decoding processes.
     """
@@ -84,7 +84,7 @@ def extract(
     labels, index = [], []
     batches = read_all(
         source,
-        reading=reading,
+        reader=reader,
         batch_size=batch_size,
         num_workers=num_workers,
         padded=True,
@@ -104,7 +104,7 @@ def extract(
     }
 
 
-def read_clips(source: Source, reading: Reading, count: int):
+def read_clips(source: Source, reader: ClipReader, count: int):
     """Yield uint8 batches [count, T, H, W, 3] of a list's clips, in order."""
-    for batch in read_all(source, reading=reading, batch_size=count, num_workers=0):
+    for batch in read_all(source, reader=reader, batch_size=count, num_workers=0):
         yield np.array(batch["video"])

@@ -128,7 +128,7 @@ def cached(
         model_digest,
         videos.source.digest(),
         videos.source.path_of(0),  # copies of a list may be of other pixels
-        repr(videos.reading),
+        repr(videos.reader),
         repr((*videos.encoder.settings(), videos.num_views, dtype)),
     )
     key = digest_of(part.encode() for part in parts)[:32]
