@@ -1,10 +1,13 @@
-"""Test set-up: eight devices on any machine.
+"""Test set-up: eight devices on any machine, one cache of compiled programs.
 
 The variables must be set before jax is first imported, hence the imports' order.
 """
 
+import atexit
 import os
+import shutil
 import signal
+import tempfile
 
 # A job in the background of a shell ignores Ctrl-C; the programs that tests interrupt
 # must not inherit that.
@@ -16,8 +19,14 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 ).strip()
 
+# Both workers, and the processes that tests start, share what they compile.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _compiled = tempfile.mkdtemp(prefix="vjepa_jax_compiled_")
+    atexit.register(shutil.rmtree, _compiled, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+
 import fsspec
-import jax
 import numbered_videos
 import numpy as np
 import pytest
@@ -64,21 +73,6 @@ def bucket(monkeypatch):
 
     yield fill
     backend.fsspec_backend._get_filesystem.cache_clear()
-
-
-@pytest.fixture(scope="module")
-def compile_cache(tmp_path_factory):
-    """Runs of a module's tests that differ in what is not compiled share what is."""
-    values = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.1,
-    }
-    old = {name: getattr(jax.config, name) for name in values}
-    for name, value in values.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in old.items():
-        jax.config.update(name, value)
 
 
 @pytest.fixture

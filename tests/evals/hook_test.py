@@ -34,18 +34,11 @@ HEALTH = "num_videos=5 data.num_clips=1 data.num_workers=0"
 
 
 @pytest.fixture(scope="module", autouse=True)
-def surroundings(tmp_path_factory):
-    """What runs of this process compile in common, and an own list of evaluations."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    values = (str(tmp_path_factory.mktemp("compiled")), 0.1)
-    old = {name: getattr(jax.config, name) for name in names}
-    for name, value in zip(names, values, strict=True):
-        jax.config.update(name, value)
+def evaluations():
+    """A list of evaluations of this module's own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(registry, "EVALUATIONS", dict(registry.EVALUATIONS))
         yield
-    for name, value in old.items():
-        jax.config.update(name, value)
 
 
 @pytest.fixture(scope="module")

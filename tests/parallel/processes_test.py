@@ -101,7 +101,7 @@ def make_config(folder, **values):
 
 
 @pytest.fixture(scope="module")
-def last(folder, two, compile_cache):
+def last(folder, two):
     """One process, which brings the run to its end."""
     assert train_and_evaluate(make_config(folder), str(folder / "run")) is None
     return read(folder / "run")
@@ -111,7 +111,7 @@ PROFILE = {"profile.start_step": 3, "profile.num_steps": 2}
 
 
 @pytest.fixture(scope="module")
-def alone(folder, compile_cache):
+def alone(folder):
     """The same from beginning to end in one process, with a profile.
 
     The trace of steps 3 and 4 is not written before the watchdog has told of that.

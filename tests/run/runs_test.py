@@ -64,7 +64,7 @@ def adam_of(fields):
 
 
 @pytest.fixture(scope="module")
-def first(folder, sizes, compile_cache):
+def first(folder, sizes):
     """A run of two updates, its config and last state."""
     config = make_config(folder, total_steps=2)
     assert train_and_evaluate(config, str(folder / "first")) is None
