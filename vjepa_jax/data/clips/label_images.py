@@ -9,9 +9,9 @@ from vjepa_jax.base import files
 from vjepa_jax.base.errors import UserError
 from vjepa_jax.data.transforms.transforms import Box
 
-IGNORED = 255  # label of pixels that count nowhere
+IGNORED = 255  # label of pixels that are not counted
 
-# What Pillow raises on damaged files; a broken PNG is a SyntaxError.
+# Pillow raises these for damaged files; a broken PNG is a SyntaxError.
 _ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
@@ -30,7 +30,7 @@ def read_image(
     Args:
       path: of the file.
       size: (height, width) of the output.
-      box: (top, left, height, width) of what is seen; None: the whole image.
+      box: (top, left, height, width) to crop; None: the whole image.
       shape: (height, width) that the file must have, its mask's; None: any.
 
     Returns:
@@ -60,15 +60,6 @@ def read_image(
         raise _unreadable(path, error) from None
 
 
-def image_shape(path: pathlib.Path) -> tuple[int, int]:
-    """Return the (height, width) of an image file, or raise UserError."""
-    try:
-        with Image.open(path) as image:
-            return image.size[::-1]
-    except _ERRORS as error:
-        raise _unreadable(path, error) from None
-
-
 def read_mask(path: pathlib.Path) -> np.ndarray:
     """Read a mask of one channel, with or without a palette: uint8 [H, W].
 
@@ -92,7 +83,7 @@ def read_mask(path: pathlib.Path) -> np.ndarray:
 def resize_mask(
     mask: np.ndarray, size: tuple[int, int], box: Box | None = None
 ) -> np.ndarray:
-    """Crop and resize a mask, every pixel taking the nearest one's number.
+    """Crop and resize a mask; each pixel takes the number of the nearest one.
 
     Args:
       mask: uint8 [H, W].
@@ -112,10 +103,10 @@ def patch_shares(
     """Return the share of each label in every patch: float32 [h, w, num_labels].
 
     Args:
-      mask: uint8 [H, W]; what is not below `num_labels` counts nowhere.
-      size: (height, width) to which it is resized before, in pixels.
-      grid: (h, w), patches.
-      num_labels: labels are below it.
+      mask: uint8 [H, W]; labels of `num_labels` and above are not counted.
+      size: (height, width) in pixels to which the mask is resized first.
+      grid: (h, w) of the patches.
+      num_labels: number of labels.
     """
     mask = resize_mask(mask, size)
     patch = [pixels // count for pixels, count in zip(size, grid, strict=True)]
@@ -138,7 +129,7 @@ def write_image(path: pathlib.Path, pixels: np.ndarray) -> None:
 
 
 def _palette() -> list[int]:
-    """Return 256 colours of the VOC and DAVIS scheme, in which near numbers differ.
+    """Return the 256 colours of VOC and DAVIS, which differ for close numbers.
 
     Bit 3j + c of a number becomes bit 7 - j of the channel c.
     """

@@ -201,7 +201,7 @@ class Media:
 
         Args:
           probe: let FFmpeg decode the beginning, as it does by default, to find what
-            the header does not tell; done in any case if the header is insufficient.
+            the header does not hold; always done if the header is insufficient.
 
         Raises:
           DecodeError: this is not a container, has no video stream, or its frames are
@@ -324,7 +324,7 @@ def _open_file(path: str, content: bytes | None) -> io.IOBase:
 
 
 def _as_os_error(error: Exception) -> OSError:
-    """Return an OSError for the errors of remote stores' clients, mostly network's."""
+    """Return an OSError for an error of a store's client, mostly of the network."""
     if isinstance(error, OSError) and error.errno is not None:
         return error
     return OSError(errno.EIO, f"{type(error).__name__}: {error}")

@@ -31,7 +31,7 @@ class Index:
     """The packets of a video stream, in decoding order.
 
     Attributes:
-      num_frames: packets that stand for a frame to show.
+      num_frames: packets of frames that are shown.
       order: int64 [num_frames], time stamps of the frames in order of presentation;
         None if packets have none, or share one.
       times: float64 [num_frames], `order` in seconds from the video's first frame.

@@ -19,7 +19,7 @@ class MaskedVideo:
 
     Attributes:
       name: of the folders.
-      frames, masks: files, as many of one as of the other.
+      frames, masks: files, as many frames as masks.
     """
 
     name: str
@@ -36,7 +36,7 @@ def list_videos(path: str, split: str, quality: str) -> list[MaskedVideo]:
       quality: folder of frames and masks, such as `480p`.
 
     Raises:
-      UserError: something is missing, or frames and masks do not match.
+      UserError: a file is missing, or frames and masks do not match.
     """
     root = pathlib.Path(path)
     names = root / LISTS / f"{split}.txt"
@@ -59,7 +59,7 @@ def list_videos(path: str, split: str, quality: str) -> list[MaskedVideo]:
         if len(frames) < 3:
             raise UserError(
                 f"{name} has {len(frames)} frames; the first and the last are not "
-                f"judged: take it out of {names}"
+                f"evaluated: remove it from {names}"
             )
         videos.append(MaskedVideo(name, frames, masks))
     if not videos:
@@ -70,7 +70,7 @@ def list_videos(path: str, split: str, quality: str) -> list[MaskedVideo]:
 def _files(folder: pathlib.Path) -> list[pathlib.Path]:
     if not folder.is_dir():
         raise UserError(f"{folder} is missing, and config.split names it")
-    # Other files, such as what a file manager leaves, are no frames.
+    # A folder may have other files, such as those of a file manager.
     files = [
         f for f in folder.iterdir() if f.suffix.lower() in (".jpg", ".jpeg", ".png")
     ]

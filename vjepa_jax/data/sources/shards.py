@@ -4,12 +4,12 @@
     index.npz                              labels, ids and frame counts of all records
     failures.jsonl                         videos that could not be prepared, and why
     shard-00000-of-00064.arrayrecord       the records, one video each
-    shard-00000-of-00064.json              what `prepare` noted of the shard
+    shard-00000-of-00064.json              counts and checksum of the shard
 
 A record is a MessagePack map with the keys `video` (an encoded file, MP4 with H.264),
 `label`, `id` (the path as listed), `path` (of the original), `fps`, `num_frames`,
-`width` and `height`, so that any language reads it. ArrayRecord keeps a checksum of
-every record; those of whole files stand in the manifest.
+`width` and `height`, which any language can read. ArrayRecord keeps a checksum of every
+record; the checksums of whole files stand in the manifest.
 """
 
 import collections
@@ -19,7 +19,7 @@ import io
 import json
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import msgpack
 import numpy as np
@@ -40,17 +40,17 @@ INDEX = "index.npz"
 FAILURES = "failures.jsonl"
 SUFFIX = ".arrayrecord"
 
-# H.264 does not shrink any further, and a record is read on its own.
+# H.264 cannot be compressed further, and records are read one by one.
 _WRITER_OPTIONS = "group_size:1,uncompressed"
 _READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
 
-# A file descriptor each, of which a process commonly has 1024; opening takes 0.1 ms.
+# Each needs a file descriptor, and processes commonly have 1024; opening takes 0.1 ms.
 _MAX_OPEN_SHARDS = 128
 
 
 @dataclasses.dataclass(frozen=True)
 class VideoRecord:
-    """What a shard holds of one video.
+    """One video in a shard.
 
     Attributes:
       video: an encoded file, MP4 with H.264.
@@ -73,23 +73,23 @@ class VideoRecord:
     height: int
 
     def pack(self) -> bytes:
-        """Returns the record as a MessagePack map."""
+        """Return the record as a MessagePack map."""
         return msgpack.packb(dataclasses.asdict(self), unicode_errors="surrogateescape")
 
     @classmethod
     def unpack(cls, content: bytes) -> "VideoRecord":
-        """Reads `pack`'s bytes; keys that a later version may add are passed over."""
+        """Read the bytes of `pack`; keys that a later version adds are ignored."""
         fields = msgpack.unpackb(content, unicode_errors="surrogateescape")
         return cls(**{f.name: fields[f.name] for f in dataclasses.fields(cls)})
 
 
 def shard_name(index: int, count: int) -> str:
-    """Returns the name of a shard without its suffix."""
+    """Return the name of a shard without its suffix."""
     return f"shard-{index:05d}-of-{count:05d}"
 
 
 def write_shard(path: str, records: Iterable[VideoRecord]) -> None:
-    """Writes an ArrayRecord file of local name `path`."""
+    """Write an ArrayRecord file with the local name `path`."""
     writer = ArrayRecordWriter(path, _WRITER_OPTIONS)
     try:
         for record in records:
@@ -99,7 +99,7 @@ def write_shard(path: str, records: Iterable[VideoRecord]) -> None:
 
 
 def checksum(path: str) -> str:
-    """Returns the SHA-256 of a file, local or remote, in hexadecimal digits."""
+    """Return the SHA-256 of a local or remote file, in hexadecimal."""
     digest = hashlib.sha256()
     with epath.Path(path).open("rb") as file:
         while block := file.read(1 << 22):
@@ -110,10 +110,10 @@ def checksum(path: str) -> str:
 def write_index(
     folder: str, records: Iterable[tuple[str, int, int]]
 ) -> dict[str, object]:
-    """Writes the index of `(id, label, num_frames)` of all records.
+    """Write the index of `(id, label, num_frames)` of all records.
 
     Returns:
-      What the manifest says of it: its checksum and the digest of the content.
+      Entry of the index in the manifest: checksum of the file, digest of the content.
     """
     ids, labels, num_frames = [], [], []
     for name, label, frames in records:
@@ -144,15 +144,15 @@ def is_shard_folder(path: str) -> bool:
         if _parse(folder / MANIFEST)["format"].startswith(_FORMAT_NAME):
             return True
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        pass  # none, a damaged one, or somebody else's
+        pass  # no manifest, a damaged one, or one of another program
     return any(folder.glob(f"shard-*{SUFFIX}"))
 
 
 def read_manifest(path: str) -> dict:
-    """Reads the manifest of a folder of shards.
+    """Read the manifest of a folder of shards.
 
     Raises:
-      UserError: there is none, or one of another version.
+      UserError: it is missing, damaged, or of another version.
     """
     if not epath.Path(path).exists():
         raise UserError(f"{path!r} does not exist")
@@ -184,20 +184,20 @@ def _parse(path: epath.Path) -> dict:
 class ShardSource(Source):
     """The records of a folder of shards.
 
-    Opened by its manifest and index alone; every process opens the shards for itself,
-    when it first reads from them.
+    Only manifest and index are read at first; each process opens the shards when it
+    reads from them.
 
     Attributes:
       name: the folder.
-      labels: int64 `[len(self)]`.
-      num_frames: int32 `[len(self)]`, frames of each video.
+      labels: int64 [len(self)].
+      num_frames: int32 [len(self)], frames of each video.
     """
 
     def __init__(self, path: str):
-        """Opens a folder and compares what lies there with its manifest.
+        """Open a folder and compare its files with the manifest.
 
         Raises:
-          UserError: a shard or the index is missing or not the one of the manifest.
+          UserError: a shard or the index is missing or differs from the manifest.
         """
         if files.is_remote(path):
             raise UserError(
@@ -229,21 +229,21 @@ class ShardSource(Source):
         self._pid = os.getpid()
 
     def __getstate__(self) -> dict:
-        """Leaves out what belongs to this process."""
+        """Leave out what belongs to this process."""
         own = ("_readers", "_lock", "_pid")
         return {k: v for k, v in self.__dict__.items() if k not in own}
 
     def __setstate__(self, state: dict) -> None:
-        """Restores what `__getstate__` gave."""
+        """Restore the result of `__getstate__`."""
         self.__dict__.update(state)
         self._open_no_shard()
 
     def __len__(self) -> int:
-        """Returns the number of records."""
+        """Return the number of records."""
         return len(self.labels)
 
     def __getitem__(self, index: int) -> Record:
-        """Reads the record at `index`, which may count from the end.
+        """Read the record at `index`, which may count from the end.
 
         Raises:
           OSError: the shard is damaged or gone; names it.
@@ -253,7 +253,7 @@ class ShardSource(Source):
         return Record(self.path_of(index), video.label, video.video)
 
     def read(self, index: int) -> VideoRecord:
-        """Reads all that is stored at `index`; see `__getitem__`."""
+        """Read all fields of the record at `index`; see `__getitem__`."""
         name, position = self._locate(index)
         try:
             (content,) = self._reader(name).read([position])
@@ -264,12 +264,12 @@ class ShardSource(Source):
             raise OSError(f"{self.path_of(index)}: {error}") from error
 
     def path_of(self, index: int) -> str:
-        """Returns `SHARD#POSITION`, without reading."""
+        """Return `SHARD#POSITION`, without reading."""
         name, position = self._locate(range(len(self))[index])
         return f"{os.path.join(self.name, name)}#{position}"
 
     def digest(self) -> str:
-        """Identifies ids, labels, frame counts and how the videos were encoded."""
+        """Return a hash of ids, labels, frame counts and the encoding settings."""
         settings = json.dumps(self._settings, sort_keys=True)
         return digest_of((self._digest.encode(), settings.encode()))
 
@@ -295,14 +295,14 @@ class ShardSource(Source):
 
 
 def _check_size(path: str, num_bytes: int) -> None:
-    mend = "restore it, or remove it and its .json and run vjepa_jax.prepare again"
+    fix = "restore it, or remove it and its .json and run vjepa_jax.prepare again"
     try:
         found = os.path.getsize(path)
     except OSError:
-        raise UserError(f"shard {path!r} is missing: {mend}") from None
+        raise UserError(f"shard {path!r} is missing: {fix}") from None
     if found != num_bytes:
         raise UserError(
-            f"shard {path!r} has {found} bytes, but {num_bytes} by the manifest: {mend}"
+            f"shard {path!r} has {found} bytes, but {num_bytes} by the manifest: {fix}"
         )
 
 
@@ -320,8 +320,8 @@ def _read_index(path: str, sha256: str) -> dict[str, np.ndarray]:
         return dict(arrays)
 
 
-def verify(path: str, progress=lambda shards: shards) -> int:
-    """Compares every byte of the shards with the manifest's checksums.
+def verify(path: str, progress: Callable[[list], Iterable] = iter) -> int:
+    """Compare every byte of the shards with the manifest's checksums.
 
     Args:
       path: a folder of shards.

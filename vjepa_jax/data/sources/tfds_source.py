@@ -1,9 +1,9 @@
 """Videos and images of a prepared TFDS dataset, read without TensorFlow.
 
-The dataset must lie prepared as ArrayRecord files (`file_format="array_record"`); it is
-neither downloaded nor prepared here. Features of the type `Video` need TensorFlow to be
-so much as opened; such a dataset stores its frames as `Sequence(Image)` instead, or its
-files as `Text` or as scalars of the type object.
+The dataset must be prepared as ArrayRecord files (`file_format="array_record"`); it is
+neither downloaded nor prepared here. Features of the type `Video` cannot be opened
+without TensorFlow. Datasets store frames as `Sequence(Image)` instead, or files as
+`Text` or as scalars of the type object.
 """
 
 import functools
@@ -22,18 +22,17 @@ _SPEC = re.compile(
     r"tfds:(?P<name>[^:@]+(?::\d[\w.*]*)?):(?P<split>[A-Za-z][^@]*)(?:@(?P<folder>.+))?"
 )
 
-# Texts and byte strings hold anything: only one of these names is taken for a video.
+# Texts and byte strings can hold anything: only these names are read as videos.
 _ENCODED_NAMES = ("video", "clip", "media", "mp4", "video_bytes")
-_MEDIA_NAMES = ("video", "image")  # settle the choice among several
+_MEDIA_NAMES = ("video", "image")  # preferred among several, in this order
 
 
 def open_tfds(path: str) -> "TfdsSource":
-    """Opens `tfds:NAME:SPLIT` or `tfds:NAME:SPLIT@DIR`.
+    """Open `tfds:NAME:SPLIT` or `tfds:NAME:SPLIT@DIR`.
 
     Args:
-      path: `NAME` as TFDS takes it, config and version included; `SPLIT` such as
-        `train` or `train[:90%]`; `DIR` in place of `~/tensorflow_datasets`, local or
-        remote.
+      path: `NAME` as in TFDS, with config and version; `SPLIT` such as `train` or
+        `train[:90%]`; `DIR` instead of `~/tensorflow_datasets`, local or remote.
 
     Raises:
       UserError: the dataset or its media cannot be found.
@@ -77,18 +76,18 @@ def open_tfds(path: str) -> "TfdsSource":
 class TfdsSource(Source):
     """The records of one split.
 
-    The medium is the one feature of a type `Image` or `Sequence(Image)`, or, named
-    video, clip, media, mp4 or video_bytes, a `Text` or a scalar of bytes which holds a
-    file; of several, the one named video, else image. The label is the feature named
-    label or the only `ClassLabel`, the frame rate the number named fps; both may be
-    missing.
+    The video is the only feature of type `Image` or `Sequence(Image)`, or a `Text` or
+    scalar of bytes that holds a file and is named video, clip, media, mp4 or
+    video_bytes. Of several, it is the one named video, else image. The label is the
+    feature named label or the only `ClassLabel`, and the frame rate is the number named
+    fps; both may be missing.
 
     Attributes:
       name: `tfds:NAME:SPLIT[@DIR]`.
     """
 
     def __init__(self, name: str, data):
-        """Takes a data source of TFDS that gives bytes as stored."""
+        """Wrap a data source of TFDS that gives bytes as stored."""
         import tensorflow_datasets as tfds
 
         self.name = name
@@ -99,19 +98,19 @@ class TfdsSource(Source):
         rate = features.get("fps")
         self._fps = "fps" if isinstance(rate, tfds.features.Scalar) else None
         wanted = {self._media, self._label, self._fps} - {None}
-        # The others are not even decoded.
+        # The other features are not decoded.
         self._features = tfds.features.FeaturesDict({k: features[k] for k in wanted})
-        # An encoded image may be cropped while it is decoded, which is cheaper.
+        # Encoded images are cropped while they are decoded, which is cheaper.
         self._decoders = (
             {self._media: tfds.decode.SkipDecoding()} if self._kind == "image" else None
         )
 
     def __len__(self) -> int:
-        """Returns the number of records."""
+        """Return the number of records."""
         return len(self._data)
 
     def __getitem__(self, index: int) -> Record:
-        """Reads the record at `index`, which may count from the end.
+        """Read the record at `index`, which may count from the end.
 
         Raises:
           OSError: the files are damaged or gone.
@@ -121,7 +120,7 @@ class TfdsSource(Source):
             example = self._features.deserialize_example_np(
                 self._data[index], decoders=self._decoders
             )
-        # What Riegeli, protocol buffers and decoders raise on damaged files.
+        # Riegeli, protocol buffers and decoders raise these for damaged files.
         except (RuntimeError, ValueError, LookupError, TypeError) as error:
             raise OSError(f"{self.path_of(index)}: {error}") from error
         media = example[self._media]
@@ -137,15 +136,15 @@ class TfdsSource(Source):
         )
 
     def path_of(self, index: int) -> str:
-        """Returns `tfds:NAME:SPLIT[@DIR]#INDEX`."""
+        """Return `tfds:NAME:SPLIT[@DIR]#INDEX`."""
         return f"{self.name}#{range(len(self))[index]}"
 
     @functools.cached_property
     def labels(self) -> np.ndarray:
-        """Labels of all records, int64 `[len(self)]`.
+        """Labels of all records, int64 [len(self)].
 
-        TFDS keeps no index of them: the first use reads the whole split, though it
-        decodes nothing but the labels.
+        TFDS has no index of labels: the first use reads the whole split, but decodes
+        only the labels.
         """
         import tensorflow_datasets as tfds
 
@@ -161,7 +160,7 @@ class TfdsSource(Source):
         )
 
     def digest(self) -> str:
-        """Identifies dataset, version, split and the features in use."""
+        """Return a hash of dataset, version, split and the features in use."""
         info = self._data.dataset_info
         splits = {
             name: (split.num_examples, split.num_bytes, list(split.shard_lengths))
@@ -173,7 +172,7 @@ class TfdsSource(Source):
 
 
 def _choose_media(name: str, features) -> tuple[str, str]:
-    """Returns the feature's name and whether it holds frames, an image or a file."""
+    """Return the feature's name and whether it holds frames, an image or a file."""
     kinds = {key: _kind_of(key, feature) for key, feature in features.items()}
     found = [key for key, kind in kinds.items() if kind]
     for key in _MEDIA_NAMES:

@@ -1,14 +1,14 @@
-"""Colours, RandAugment and random erasing of clips; off by default in pretraining.
+"""Colour jitter, RandAugment and random erasing of clips; off by default.
 
-What happens to a clip is drawn once and then done to each of its frames, so that an
-augmentation never makes a still video move or flicker. All draws come from the
-generator that is passed in: the record's own seed determines its clip.
+An augmentation is drawn once per clip and applied to each of its frames, so that it
+never makes a still video move or flicker. All draws come from the generator that is
+passed in: the record's own seed determines its clip.
 
-The pixel operations are Pillow's, which are the ones that the official code (through
-timm's RandAugment) and torchvision's colour jitter call: equal parameters give equal
-pixels. Libraries with a random state of their own (albumentations, imgaug) or that
-build on PyTorch (kornia, timm, torchvision) would have to be reseeded for every clip or
-bring PyTorch into the data workers, and none but timm has this RandAugment.
+The pixel operations are Pillow's, which the official code (through timm's RandAugment)
+and torchvision's colour jitter call: equal parameters give equal pixels. Other
+libraries would have to be reseeded for every clip (albumentations, imgaug) or bring
+PyTorch into the workers (kornia, timm, torchvision), and only timm has this
+RandAugment.
 """
 
 import dataclasses
@@ -28,21 +28,21 @@ Operation = Callable[[Image.Image], Image.Image]
 _MEAN = 255 * np.array(IMAGENET_MEAN, np.float32)
 _STD = 255 * np.array(IMAGENET_STD, np.float32)
 
-_FILL = (128, 128, 128)  # what an operation moves in from outside the frame
+_FILL = (128, 128, 128)  # colour outside of the frame
 _ERASE_ATTEMPTS = 100
 _ERASE_AREA = (0.02, 1 / 3)
 _ERASE_ASPECT_RATIO = (0.3, 1 / 0.3)
 
 
 def apply(video: np.ndarray, operations: list[Operation]) -> np.ndarray:
-    """Does the operations, one after the other, to each frame.
+    """Apply the operations, in order, to each frame.
 
     Args:
-      video: uint8 `[T, H, W, 3]`, RGB.
+      video: uint8 [T, H, W, 3], RGB.
       operations: from an RGB image to one of the same size.
 
     Returns:
-      uint8 `[T, H, W, 3]`; `video` itself if there is nothing to do.
+      uint8 [T, H, W, 3]; `video` itself if there are no operations.
     """
     if not operations:
         return video
@@ -56,12 +56,12 @@ def apply(video: np.ndarray, operations: list[Operation]) -> np.ndarray:
 
 
 def grayscale(image: Image.Image) -> Image.Image:
-    """Takes the colour away; the luma of ITU-R BT.601 in all three channels."""
+    """Remove the colour: the luma of ITU-R BT.601 in all three channels."""
     return image.convert("L").convert("RGB")
 
 
 def check_color_jitter(strengths: tuple[float, float, float, float]) -> None:
-    """Raises UserError unless `draw_color_jitter` can use the strengths."""
+    """Raise UserError unless `draw_color_jitter` can use the strengths."""
     if (
         len(strengths) != 4
         or not all(0 <= strength < math.inf for strength in strengths)
@@ -76,12 +76,12 @@ def check_color_jitter(strengths: tuple[float, float, float, float]) -> None:
 def draw_color_jitter(
     strengths: tuple[float, float, float, float], rng: np.random.Generator
 ) -> list[Operation]:
-    """Draws a colour jitter, the one of torchvision.
+    """Draw a colour jitter, that of torchvision.
 
     Args:
-      strengths: of brightness, contrast and saturation, b: their factors are drawn from
-        [max(0, 1 - b), 1 + b]; of hue, h: the share of the colour circle by which hues
-        turn is drawn from [-h, h]. Those of zero are left out.
+      strengths: b of brightness, contrast and saturation, whose factors are drawn from
+        [max(0, 1 - b), 1 + b], and h of hue, whose rotation is drawn from [-h, h] of
+        the colour circle. Operations of strength zero are left out.
       rng: draws the factors and the order of the operations.
     """
     operations = []
@@ -100,7 +100,7 @@ def draw_color_jitter(
 
 @dataclasses.dataclass(frozen=True)
 class RandAugment:
-    """RandAugment of video, as timm and the official code have it.
+    """RandAugment of video, as in timm and the official code.
 
     Operations are drawn with replacement from `OPERATIONS`, the "increasing" set, and
     each of them is skipped with probability 0.5. Magnitudes are on a scale of 0 to 10.
@@ -117,7 +117,7 @@ class RandAugment:
 
     @classmethod
     def parse(cls, text: str) -> "RandAugment":
-        """Reads timm's notation, `rand-m7-n4-mstd0.5-inc1`; UserError if it is not."""
+        """Parse timm's notation, `rand-m7-n4-mstd0.5-inc1`, or raise UserError."""
         match = re.fullmatch(
             r"rand-m(10|\d)-n([1-9]\d?)-mstd(\d+(?:\.\d+)?)-inc1", text
         )
@@ -131,7 +131,7 @@ class RandAugment:
         return cls(float(magnitude), int(num_operations), float(magnitude_std))
 
     def draw(self, rng: np.random.Generator) -> list[Operation]:
-        """Draws the operations of one clip, at most `num_operations`."""
+        """Draw the operations of one clip, at most `num_operations`."""
         names, operations = list(OPERATIONS), []
         for index in rng.integers(len(names), size=self.num_operations):
             if rng.random() < 0.5:
@@ -145,20 +145,21 @@ class RandAugment:
 
 
 def erase(video: np.ndarray, mode: str, rng: np.random.Generator) -> np.ndarray:
-    """Erases a rectangle, the same in every frame.
+    """Erase a rectangle, the same in every frame.
 
-    Its area is 2 to 33 % of the frame's and its height / width 0.3 to 3.3,
-    log-uniformly. The official code fills normalised frames; the same values in pixels
-    are rounded here and, as pixels end at 0 and 255, cut off there (2 sigma).
+    Its area is 2 to 33 % of the frame's, and its height / width 0.3 to 3.3,
+    log-uniformly. The official code fills normalised frames. Here the same values are
+    rounded to pixels and clipped to [0, 255], about 2 sigma.
 
     Args:
-      video: uint8 `[T, H, W, 3]`, left as it is.
-      mode: `"pixel"` fills with normal noise of ImageNet's mean and standard deviation,
-        fresh for every pixel of every frame; `"const"` with ImageNet's mean.
+      video: uint8 [T, H, W, 3], not changed.
+      mode: one of `choices.ERASE_MODES`. "pixel" fills with normal noise of ImageNet's
+        mean and standard deviation, independent for every pixel of every frame;
+        "const" fills with ImageNet's mean.
       rng: draws the rectangle and the noise.
 
     Returns:
-      uint8 `[T, H, W, 3]`; `video` itself if no rectangle that was drawn fits.
+      uint8 [T, H, W, 3]; `video` itself if no drawn rectangle fits.
     """
     num_frames, height, width, channels = video.shape
     box = erase_box(height, width, rng)
@@ -181,7 +182,7 @@ def erase(video: np.ndarray, mode: str, rng: np.random.Generator) -> np.ndarray:
 def erase_box(
     height: int, width: int, rng: np.random.Generator
 ) -> tuple[int, int, int, int] | None:
-    """Draws the rectangle of `erase`, smaller than the frame both ways.
+    """Draw the rectangle of `erase`, smaller than the frame both ways.
 
     Returns:
       `(top, left, height, width)` in pixels; None if none of 100 attempts fits.
@@ -217,7 +218,7 @@ def _sharpness(image: Image.Image, amount: float) -> Image.Image:
 
 def _turn_hue(image: Image.Image, amount: float) -> Image.Image:
     hue, saturation, value = image.convert("HSV").split()
-    # Hues are a circle of 256 steps; a turn is rounded towards none, as torchvision's.
+    # Hues are a circle of 256 steps; a rotation is rounded to zero, as in torchvision.
     turn = int(amount * 255)
     hue = hue.point([(step + turn) % 256 for step in range(256)])
     return Image.merge("HSV", (hue, saturation, value)).convert("RGB")
@@ -255,7 +256,7 @@ def _rotate(image: Image.Image, level: float) -> Image.Image:
 
 
 def _posterize(image: Image.Image, level: float) -> Image.Image:
-    # From 4 bits down to none at all, which Pillow 13's own function refuses.
+    # From 4 bits down to 0, which Pillow 13's own function refuses.
     step = 2 ** (4 + int(4 * abs(level)))
     return image.point(3 * [value - value % step for value in range(256)])
 
@@ -286,9 +287,9 @@ def _translate_y(image: Image.Image, level: float) -> Image.Image:
     return _affine(image, (1, 0, 0, 0, 1, 0.45 * level * image.height))
 
 
-# What RandAugment chooses from, under timm's names. Each takes an image and a level in
-# [-1, 1], the signed magnitude / 10, and changes the image the more the further the
-# level is from 0; those without a direction pay no heed to the sign.
+# Operations of RandAugment, by timm's names. Each takes an image and a level in
+# [-1, 1], the signed magnitude / 10. The change grows with the absolute level;
+# operations without a direction ignore the sign.
 OPERATIONS = {
     "AutoContrast": _auto_contrast,
     "Equalize": _equalize,

@@ -1,8 +1,7 @@
-"""How clips are cropped and augmented; no pixel is resampled here.
+"""Boxes by which clips are cropped, and the augmentation of clips.
 
-Boxes are `(top, left, height, width)` in pixels of the displayed frame; the decoder
-cuts them out and resizes them. What changes colours or shapes afterwards is in
-`augment`.
+Boxes are `(top, left, height, width)` in pixels of the displayed frame. The decoder
+crops and resizes (`clips.frames`); `augment` changes colours and shapes afterwards.
 """
 
 import dataclasses
@@ -31,7 +30,7 @@ def random_resized_crop_box(
     aspect_ratio: tuple[float, float],
     rng: np.random.Generator,
 ) -> Box:
-    """Draws the box of a random resized crop.
+    """Draw the box of a random resized crop.
 
     The rule of torchvision and of the official V-JEPA code
     (`src/datasets/utils/video/transforms.py`): ten attempts, then a central crop.
@@ -65,11 +64,11 @@ def random_resized_crop_box(
 
 
 def motion_shift_boxes(first: Box, last: Box, num_frames: int) -> np.ndarray:
-    """Moves one box into another over the frames of a clip.
+    """Interpolate between two boxes over the frames of a clip.
 
-    Every number of the box goes linearly from the first frame to the last and is
-    rounded down, as in the official code (`random_resized_crop_with_shift`). Boxes
-    between two that lie inside the frame lie inside it.
+    Every number of the box is linear in the frame and rounded down, as in the official
+    code (`random_resized_crop_with_shift`). If both boxes lie inside of the frame, all
+    boxes between them do.
 
     Args:
       first: box of the first frame.
@@ -77,29 +76,29 @@ def motion_shift_boxes(first: Box, last: Box, num_frames: int) -> np.ndarray:
       num_frames: frames in the clip, T.
 
     Returns:
-      int64 `[T, 4]`.
+      int64 [T, 4].
     """
     steps = np.arange(num_frames)[:, None]
     spans = max(1, num_frames - 1)
-    # In whole numbers: floats would round some exact values down to the pixel before.
+    # In integers: floats would round some exact values down to the previous pixel.
     return (np.array(first) * (spans - steps) + np.array(last) * steps) // spans
 
 
 def central_box(height: int, width: int) -> Box:
-    """Returns the largest centred square: all of a square frame."""
+    """Return the largest centred square: all of a square frame."""
     side = min(height, width)
     return _centred(height, width, side, side)
 
 
 def spatial_views(height: int, width: int, num_views: int) -> list[Box]:
-    """Returns the square crops of an evaluation, the same for every frame.
+    """Return the square crops of an evaluation, the same for every frame.
 
-    One view is that of a short side resized to 256/224 of the resolution and a central
-    crop. The official code rounds the resized side down to whole pixels, so that at
-    256 it shows 256/292 of the short side where this box shows 256/292.6. Several views
-    are squares as large as the short side, equally spaced along the long one from its
-    very start (left or top) to its end, which they miss by less than `num_views - 1`
-    pixels; the official rule (`EvalVideoTransform`), in pixels of the frame.
+    One view is the central crop after the short side is resized to 256/224 of the
+    resolution. The official code rounds the resized side down to whole pixels: at 256
+    it shows 256/292 of the short side, and this box shows 256/292.6. Several views are
+    squares as large as the short side, equally spaced along the long side from its
+    start (left or top). They miss its end by less than `num_views - 1` pixels, by the
+    official rule (`EvalVideoTransform`), in pixels of the frame.
 
     Args:
       height: frame height in pixels.
@@ -118,7 +117,7 @@ def spatial_views(height: int, width: int, num_views: int) -> list[Box]:
 
 
 def make_views(num_views: int) -> tuple[Callable[[int, int], Box], ...]:
-    """Returns a crop for each of `spatial_views`, as `data.read_all` takes them."""
+    """Return a picklable crop for each of `spatial_views`; see `read_all`."""
     return tuple(
         functools.partial(_view, num_views=num_views, view=view)
         for view in range(num_views)
@@ -135,9 +134,8 @@ def _centred(height: int, width: int, crop_height: int, crop_width: int) -> Box:
 
 
 def flip(video: np.ndarray) -> np.ndarray:
-    """Mirrors `[..., H, W, C]` left to right; returns a new array."""
-    # Channel by channel is four times as fast as copying the reversed view, which is
-    # what batching would otherwise do.
+    """Return a copy of [..., H, W, C], mirrored left to right."""
+    # Channel by channel is four times as fast as copying the reversed view.
     flipped = np.empty_like(video)
     for channel in range(video.shape[-1]):
         flipped[..., channel] = video[..., ::-1, channel]
@@ -152,8 +150,8 @@ class ClipTransform:
     `crop_scale=(0.08, 1)`, `crop_aspect_ratio=(3/4, 4/3)`, `flip_probability=0`,
     `rand_augment="rand-m7-n4-mstd0.5-inc1"` and `erase_probability=0.25`.
 
-    All draws of a clip come from the generator that is passed in, and what is off draws
-    nothing.
+    All draws of a clip come from the generator that is passed in. An augmentation that
+    is off draws nothing.
 
     Attributes:
       resolution: side of the square output in pixels, S.
@@ -182,7 +180,7 @@ class ClipTransform:
     erase_mode: str = "pixel"
 
     def __post_init__(self):
-        """Refuses values out of range; the UserError names the config key."""
+        """Refuse values out of range; the UserError names the config key."""
         if self.resolution < 1:
             raise UserError(
                 f"data.resolution must be at least 1, not {self.resolution}"
@@ -213,7 +211,7 @@ class ClipTransform:
             )
 
     def crop_box(self, height: int, width: int, rng: np.random.Generator) -> Box:
-        """Draws one box; see `random_resized_crop_box`."""
+        """Draw one box; see `random_resized_crop_box`."""
         return random_resized_crop_box(
             height, width, self.crop_scale, self.crop_aspect_ratio, rng
         )
@@ -221,7 +219,7 @@ class ClipTransform:
     def crop_boxes(
         self, height: int, width: int, num_frames: int, rng: np.random.Generator
     ) -> np.ndarray:
-        """Draws the boxes of one clip.
+        """Draw the boxes of one clip.
 
         Args:
           height: frame height in pixels.
@@ -230,29 +228,29 @@ class ClipTransform:
           rng: draws one box, or two with `motion_shift`.
 
         Returns:
-          int64 `[T, 4]`: a box for each frame, all the same without `motion_shift`.
+          int64 [T, 4]: a box for each frame, all the same without `motion_shift`.
         """
         first = self.crop_box(height, width, rng)
         last = self.crop_box(height, width, rng) if self.motion_shift else first
         return motion_shift_boxes(first, last, num_frames)
 
     def maybe_flip(self, video: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Mirrors `[T, H, W, 3]` with `flip_probability`; else returns `video`."""
+        """Mirror [T, H, W, 3] with `flip_probability`, else return `video` itself."""
         return flip(video) if rng.random() < self.flip_probability else video
 
     def augment(self, video: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Changes a cropped clip: colours, RandAugment, flip, erasing, in this order.
+        """Augment a cropped clip: colours, RandAugment, flip, erasing, in this order.
 
         The official code applies RandAugment to the whole frame before the crop. Here
         the crop is part of decoding, so that shares of the width and the statistics of
         `AutoContrast`, `Equalize` and `Contrast` are those of the crop.
 
         Args:
-          video: uint8 `[T, S, S, 3]`, left as it is.
-          rng: draws what happens to the clip; every frame gets the same.
+          video: uint8 [T, S, S, 3], not changed.
+          rng: draws the augmentation, the same for every frame.
 
         Returns:
-          uint8 `[T, S, S, 3]`; `video` itself where nothing happens to it.
+          uint8 [T, S, S, 3]; `video` itself if nothing changes.
         """
         operations = augment.draw_color_jitter(self.color_jitter, rng)
         if self.grayscale_probability and rng.random() < self.grayscale_probability:
