@@ -61,7 +61,7 @@ def _case(name: str, *outcomes: str, deep: tuple[str, ...] = (), is_found=True):
 
 
 def make_all(folder: str | os.PathLike) -> dict[str, Case]:
-    """Makes all files that this system and this user can have.
+    """Make all files that this system and this user can have.
 
     Returns:
       The case of each path, in the order of `list.csv`.
@@ -87,7 +87,7 @@ def make_all(folder: str | os.PathLike) -> dict[str, Case]:
 
 
 def _write(path, num_frames=40, height=48, width=64, **options) -> bytes:
-    """Writes a video of 12 frames per second and returns its bytes."""
+    """Write a video of 12 frames per second and return its bytes."""
     frames = video_files.moving_frames(num_frames, height, width)
     # A key frame twice a second: clips from the middle do not need the start.
     options = {"codec_options": {"g": "6"}} | options
@@ -216,7 +216,7 @@ def _noise(size: int) -> bytes:
 
 
 def _media(content: bytes) -> tuple[int, int]:
-    """Returns start and end of the coded frames in an MP4 with `moov` at its end."""
+    """Return start and end of the coded frames in an MP4 with `moov` at its end."""
     return content.index(b"mdat") + 4, content.index(b"moov") - 4
 
 
@@ -369,7 +369,7 @@ def _bomb_gif(path):
 
 
 def _write_baseline(path) -> bytes:
-    """Writes H.264 whose parameters have none of the later profiles' fields."""
+    """Write H.264 whose parameters have none of the later profiles' fields."""
     return _write(path, codec_options={"profile": "baseline", "g": "6"})
 
 

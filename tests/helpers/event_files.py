@@ -1,4 +1,4 @@
-"""Reads TensorBoard's files back."""
+"""Read TensorBoard's files back."""
 
 import io
 import struct

@@ -23,11 +23,11 @@ if "SHM_PREFIX" in os.environ:
 
 
 class FaultySource(Source):
-    """Frames from memory; some records do harm, the first `times` times.
+    """Frames from memory; some records fail, the first `times` times.
 
     Attributes:
       faults: {record: "kill", "hang", "error" or "runtime"}.
-      times: how often a record does harm, over all processes.
+      times: how often a record fails, over all processes.
       folder: where the times are counted.
       start_fault: whether processes die before they read a record.
     """
@@ -89,14 +89,14 @@ def take(num_batches, source, **overrides):
 
 
 def die_filling(log):
-    """Dies with an array of 1000 bytes half filled."""
+    """Die with an array of 1000 bytes half filled."""
     with log.array((1000,)) as array:
         array[:500] = 1
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 def main():
-    """Draws batches and ends as `sys.argv` says: well, by an error, or waiting."""
+    """Draw batches; then end normally, by an error, or wait, as `sys.argv` says."""
     ending, folder = sys.argv[1:]
     batches = make_iterator(FaultySource(12, {}, folder))
     for _ in range(3):

@@ -5,7 +5,7 @@ import zlib
 
 
 def png(side: int) -> bytes:
-    """Returns a small PNG of a huge black square, one bit per pixel."""
+    """Return a small PNG of a huge black square, one bit per pixel."""
     header = struct.pack(">2I5B", side, side, 1, 0, 0, 0, 0)
     rows = zlib.compress(bytes((1 + side // 8) * side), 9)
     content = b"\x89PNG\r\n\x1a\n"
@@ -16,7 +16,7 @@ def png(side: int) -> bytes:
 
 
 def sample_entry(content: bytes) -> int:
-    """Returns where it starts; the file's first box has the same word in it."""
+    """Return where it starts; the first box of the file contains the same word."""
     return content.index(b"avc1", content.index(b"stsd"))
 
 

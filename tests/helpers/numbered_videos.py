@@ -1,4 +1,4 @@
-"""Short videos whose frames tell which they are, in a folder and in lists."""
+"""Short videos with a number in their frames, in a folder and in lists."""
 
 import video_files
 
@@ -8,7 +8,7 @@ NUM_VIDEOS = 11
 
 
 def write_folder(folder):
-    """Writes videos of two classes; returns the folder."""
+    """Write videos of two classes; return the folder."""
     for i in range(NUM_VIDEOS):
         (folder / "ab"[i % 2]).mkdir(exist_ok=True)
         video_files.write_video(

@@ -16,7 +16,7 @@ _CLOCKWISE = struct.pack(">9i", 0, 1 << 16, 0, -(1 << 16), 0, 0, 0, 0, 1 << 30)
 def moving_frames(
     num_frames: int, height: int = 48, width: int = 48, seed: int = 0
 ) -> np.ndarray:
-    """Returns uint8 `[T, H, W, 3]`, no two frames alike: a square on waves."""
+    """Return uint8 `[T, H, W, 3]`, no two frames alike: a square on waves."""
     rng = np.random.default_rng(seed)
     rows, columns = np.mgrid[:height, :width]
     frequencies = rng.uniform(1, 3, (2, 3, 1, 1))
@@ -35,7 +35,7 @@ def moving_frames(
 
 
 def write_small_videos(folder, count: int) -> list[str]:
-    """Writes videos of 8 frames of 16 x 16, no two alike; returns their names."""
+    """Write videos of 8 frames of 16 x 16, no two alike; return their names."""
     names = [f"small{i}.mp4" for i in range(count)]
     for i, name in enumerate(names):
         write_video(folder / name, moving_frames(8, height=16, width=16, seed=i))
@@ -98,7 +98,7 @@ def write_trimmed_video(path, frames: np.ndarray, num_hidden: int) -> str:
 
 
 def write_sound(path) -> str:
-    """Writes a WAV file, whatever the path's suffix: a container without pictures."""
+    """Write a WAV file, whatever the path's suffix: a container without pictures."""
     with av.open(str(path), "w", format="wav") as container:
         stream = container.add_stream("pcm_s16le", rate=8000, layout="mono")
         frame = av.AudioFrame.from_ndarray(
@@ -131,6 +131,6 @@ def used_memory(times: int) -> Iterator[None]:
 
 
 def psnr(pixels: np.ndarray, others: np.ndarray) -> float:
-    """Returns the peak signal-to-noise ratio of bytes in dB; infinite where equal."""
+    """Return the peak signal-to-noise ratio of bytes in dB; infinite where equal."""
     error = np.mean((pixels.astype(np.float64) - others) ** 2)
     return 10 * np.log10(255**2 / error) if error else np.inf

@@ -31,11 +31,11 @@ def renamed_when_complete(path: str | os.PathLike) -> Iterator[epath.Path]:
     Args:
       path: local or remote file, or local folder; its parent folder exists.
     """
-    path = epath.Path(path)
-    part = path.parent / f".{path.name}-{uuid.uuid4().hex}.part"
+    target = epath.Path(path)
+    part = target.parent / f".{target.name}-{uuid.uuid4().hex}.part"
     try:
         yield part
-        part.replace(path)
+        part.replace(target)
     except BaseException:
         remove(part)
         raise
@@ -54,8 +54,8 @@ def write_whole(path: str | os.PathLike, content: bytes | str) -> None:
 
 def remove(path: str | os.PathLike) -> None:
     """Remove a file or a local folder with all that is in it, if it exists."""
-    path = epath.Path(path)
-    if is_remote(path) or not path.is_dir():
-        path.unlink(missing_ok=True)
+    target = epath.Path(path)
+    if is_remote(path) or not target.is_dir():
+        target.unlink(missing_ok=True)
     else:
-        shutil.rmtree(path)
+        shutil.rmtree(target)

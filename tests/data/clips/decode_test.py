@@ -58,7 +58,7 @@ def test_files_whose_index_fails_are_counted(files, name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", sorted(set(FILES) - {"mpeg4.avi", "vp8.webm"}))
-def test_no_file_is_decoded_from_the_start_without_need(files, name, monkeypatch):
+def test_no_file_is_decoded_from_the_start_needlessly(files, name, monkeypatch):
     monkeypatch.setattr(packets, "decode_counted", None)
     assert_clips_match_plain_decode(files[name])
 
@@ -257,7 +257,7 @@ def test_an_image_is_a_clip_of_equal_frames(tmp_path, kind, error):
 
 @pytest.mark.parametrize("name", [*FILES])
 @pytest.mark.parametrize("deep", [False, True])
-def test_inspect_tells_what_a_file_is(files, name, deep):
+def test_inspect_returns_the_properties(files, name, deep):
     info = reader.inspect(files[name], deep=deep)
     side = 64 if "hevc" in name else 48
     assert (info.frames, info.height, info.width) == (40, side, side)

@@ -71,7 +71,7 @@ def make_bad_file(path, kind, good_bytes):
         ("noise", "undecodable"),
     ],
 )
-def test_bad_files_say_why(tmp_path, good_bytes, kind, reason):
+def test_bad_files_have_a_reason(tmp_path, good_bytes, kind, reason):
     path = tmp_path / "bad.mp4"
     make_bad_file(path, kind, good_bytes)
     with pytest.raises(media.DecodeError, match=r"bad\.mp4") as caught:
@@ -109,7 +109,7 @@ def test_damage_in_the_middle_gives_a_clip(tmp_path, good_bytes):
 
 
 def damaged(content, rng):
-    """Flips bytes, cuts off the end, makes holes or doubles a part."""
+    """Flip bytes, cut off the end, zero a part, or double a part."""
     content = bytearray(content)
     start, stop = sorted(rng.integers(len(content), size=2).tolist())
     kind = rng.integers(4)
@@ -192,7 +192,7 @@ def test_a_picture_that_is_too_large_is_refused():
         read(Record("x.png", bytes(png)))
 
 
-def test_decoding_that_takes_too_long_is_given_up(files):
+def test_slow_decoding_is_stopped(files):
     for look in (reader.inspect, read):
         with pytest.raises(media.DecodeError, match=r"over 0 s") as caught:
             look(files["h264.mp4"], limits=Limits(time_limit_secs=0))
@@ -251,7 +251,7 @@ class Failing(io.BytesIO):
 
 
 def fail_with(monkeypatch, content, errors):
-    """Makes reading fail once with each error; returns how long was waited."""
+    """Make reading fail once with each error; return the waits in seconds."""
     waits = []
     monkeypatch.setattr(
         media,
@@ -263,7 +263,7 @@ def fail_with(monkeypatch, content, errors):
     return waits
 
 
-def test_passing_io_errors_do_not_change_the_clip(monkeypatch, good_bytes):
+def test_transient_io_errors_do_not_change_the_clip(monkeypatch, good_bytes):
     record = Record("x.mp4", good_bytes)
     options = {"sampling": Sampling(8, frame_step=1), "size": 48, "crop": whole_frame}
     expected = read_clips(record, rng=np.random.default_rng(3), **options)
@@ -275,7 +275,7 @@ def test_passing_io_errors_do_not_change_the_clip(monkeypatch, good_bytes):
 
 
 @pytest.mark.parametrize("code, num_waits", [(errno.EIO, 3), (errno.EACCES, 0)])
-def test_lasting_io_errors_make_a_bad_file(monkeypatch, good_bytes, code, num_waits):
+def test_permanent_io_errors_make_a_bad_file(monkeypatch, good_bytes, code, num_waits):
     waits = fail_with(monkeypatch, good_bytes, [OSError(code, "no")] * 99)
     with pytest.raises(media.DecodeError) as caught:
         read("x.mp4")

@@ -19,7 +19,7 @@ NAME = "shard-00001-of-00003"
 
 
 def write_folder(folder, counts=(3, 4, 2), settings=None):
-    """Writes shards of made-up bytes as `prepare` does; returns the records."""
+    """Write shards of made-up bytes as `prepare` does; return the records."""
     rng, records, described = random.Random(), [], []
     for number, count in enumerate(counts):
         written = []
@@ -229,7 +229,7 @@ def test_damaged_bytes_cost_a_record_and_are_found_by_verify(tmp_path):
         shards.verify(str(tmp_path))
     content[start] ^= 1
     path.write_bytes(content)
-    assert source[1].media == written[1].video  # mended under an open source
+    assert source[1].media == written[1].video  # repaired under an open source
 
 
 def test_other_folders_with_a_manifest_are_no_shards(tmp_path):

@@ -21,7 +21,7 @@ CLASSES = {"label": features.ClassLabel(names=["a", "b", "c"])}
 
 
 def prepare(name, kinds, examples, folder):
-    """Writes a dataset of one split, train, as ArrayRecord files."""
+    """Write a dataset of one split, train, as ArrayRecord files."""
 
     def body(namespace):
         namespace.update(
@@ -182,7 +182,7 @@ def test_video_features_are_refused_with_the_mend(tmp_path):
         ("tfds:there:test@{}", "Unknown split 'test'"),
     ],
 )
-def test_wrong_names_are_told_in_a_line(tmp_path, path, message):
+def test_wrong_names_are_one_line(tmp_path, path, message):
     prepare("there", {"video": features.Text()}, [{"video": b"v"}], tmp_path)
     with pytest.raises(UserError, match=message) as caught:
         open_source(path.format(tmp_path))

@@ -251,7 +251,7 @@ def test_too_many_bad_videos_end_the_run(tmp_path, videos):
     source = make_list(tmp_path, videos, bad=(2, 5))
     listing = tmp_path / "bad_videos.jsonl"
     with make_iterator(source, path=str(listing), max_fraction=0.1) as batches:
-        # 100 samples are needed for a judgement.
+        # The share is checked after 100 samples.
         for _ in range(24):
             next(batches)
         with pytest.raises(UserError) as caught:

@@ -51,7 +51,7 @@ def test_read_all_gives_each_video_once_in_order(tmp_path, videos, num_workers):
         np.testing.assert_array_equal(clip, plain[2:9:2])
 
 
-def test_read_all_lets_go_of_the_workers_memory(tmp_path, videos):
+def test_read_all_frees_the_workers_memory(tmp_path, videos):
     kept, memory = [], []
     for batch in iterate_all(make_list(tmp_path, videos), num_workers=1):
         kept.append((batch["label"], batch["index"], batch["valid"]))

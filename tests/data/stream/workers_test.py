@@ -28,7 +28,7 @@ NUM_RECORDS = 12
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    """Six batches of the stream where nothing does harm."""
+    """Six batches of the stream without faults."""
     source = FaultySource(NUM_RECORDS, {}, tmp_path_factory.mktemp("plain"))
     return take(6, source, count=0)
 
@@ -52,7 +52,7 @@ def test_a_process_that_dies_once_costs_no_batch(tmp_path, plain):
     assert not listing.exists()
 
 
-def test_what_a_process_was_filling_when_it_died_is_removed():
+def test_shared_memory_of_a_dead_process_is_removed():
     log = workers.WorkLog(has_workers=True)
     process = multiprocessing.get_context("spawn").Process(
         target=faulty_sources.die_filling, args=(log,)
@@ -69,7 +69,7 @@ def test_what_a_process_was_filling_when_it_died_is_removed():
 
 
 @pytest.mark.parametrize(("fault", "reason"), [("kill", "crashed"), ("hang", "hung")])
-def test_a_record_that_does_it_again_is_quarantined(tmp_path, plain, fault, reason):
+def test_record_that_fails_again_is_quarantined(tmp_path, plain, fault, reason):
     source = FaultySource(NUM_RECORDS, {5: fault}, tmp_path)
     listing = tmp_path / "bad_videos.jsonl"
     settings = {"path": str(listing), "timeout_secs": 2.0}
@@ -114,7 +114,7 @@ def test_processes_that_die_again_and_again_end_the_run(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("fault", "error"), [("error", ZeroDivisionError), ("runtime", NotImplementedError)]
 )
-def test_an_error_of_the_code_is_not_taken_for_a_crash(tmp_path, fault, error):
+def test_an_error_in_the_code_is_not_a_crash(tmp_path, fault, error):
     source = FaultySource(NUM_RECORDS, {5: fault}, tmp_path)
     with pytest.raises(error, match="a bug in a reader"):
         take(6, source, count=1)
@@ -134,7 +134,7 @@ def test_closing_does_not_wait_for_a_process_that_hangs(tmp_path, monkeypatch):
     wait_until(lambda: not multiprocessing.active_children())
 
 
-def test_all_processes_hanging_at_once_is_no_records_fault(tmp_path, plain):
+def test_no_record_is_blamed_if_all_processes_hang(tmp_path, plain):
     source = FaultySource(NUM_RECORDS, dict.fromkeys((1, 4), "hang"), tmp_path)
     log = workers.WorkLog(has_workers=True)
     works = [workers.Work(1, 1, 9.0), workers.Work(2, 4, 9.0)]
@@ -161,7 +161,7 @@ def test_all_processes_hanging_at_once_is_no_records_fault(tmp_path, plain):
     supervised.close()
 
 
-def test_accidents_at_one_record_long_after_each_other_do_not_quarantine_it():
+def test_rare_failures_at_one_record_do_not_quarantine_it():
     opened, quarantined = [], []
 
     def open_batches(step, since):
@@ -210,7 +210,7 @@ def test_every_process_reads_the_quarantine_of_all(tmp_path):
         assert mine == (half if process < 2 else half + b"\n")
 
 
-def test_little_shared_memory_is_named_before_the_start(tmp_path, monkeypatch):
+def test_too_little_shared_memory_is_reported_before_the_start(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"MB free .*--shm-size.*prefetch_megabytes"):
         workers.require_shared_memory(1 << 60, str(tmp_path))
     workers.require_shared_memory(1 << 60, str(tmp_path / "a system without it"))
@@ -232,7 +232,7 @@ def wait_until(condition, timeout_secs=60.0):
 
 
 def members(group):
-    """Returns the processes of a process group that still run."""
+    """Return the processes of a process group that still run."""
     found = []
     for stat in pathlib.Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -245,7 +245,7 @@ def members(group):
 
 
 def start_program(folder, ending):
-    """Returns a process that draws batches, and the prefix of its shared memory."""
+    """Return a process that draws batches, and the prefix of its shared memory."""
     prefix = f"vj{uuid.uuid4().hex[:6]}"
     paths = [str(pathlib.Path(faulty_sources.__file__).parent), *sys.path]
     process = subprocess.Popen(
@@ -264,7 +264,7 @@ def start_program(folder, ending):
     return process, prefix
 
 
-def test_batches_take_the_memory_that_was_asked_for(tmp_path):
+def test_batches_take_the_expected_memory(tmp_path):
     process, _ = start_program(tmp_path, "full")
     stdout, stderr = process.communicate(timeout=100)
     assert process.returncode == 0, stderr

@@ -69,7 +69,8 @@ def read_index(video: VideoStream, window: tuple[float, float] | None = None) ->
       DecodeError: there is no frame, or all are at the same time.
     """
     stamps, positions, key_stamps, key_positions = [], [], [], []
-    packets, num_bytes = [], 0
+    packets: list[av.Packet] | None = []
+    num_bytes = 0
     origin = last = None
     time_base = video.stream.time_base
     remaining = video.packets()
@@ -189,6 +190,7 @@ def decode_indexed(
     number_of = {int(index.order[number]): number for number in wanted.tolist()}
     context = video.stream.codec_context
     is_fresh = True
+    packets: Iterable[av.Packet]
     for span in _spans(index, wanted):
         if not is_fresh:
             context.flush_buffers()

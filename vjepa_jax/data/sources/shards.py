@@ -224,6 +224,7 @@ class ShardSource(Source):
         self._open_no_shard()
 
     def _open_no_shard(self) -> None:
+        self._readers: collections.OrderedDict[str, ArrayRecordReader]
         self._readers = collections.OrderedDict()
         self._lock = threading.Lock()
         self._pid = os.getpid()

@@ -9,6 +9,8 @@ without TensorFlow. Datasets store frames as `Sequence(Image)` instead, or files
 import functools
 import json
 import re
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -86,7 +88,7 @@ class TfdsSource(Source):
       name: `tfds:NAME:SPLIT[@DIR]`.
     """
 
-    def __init__(self, name: str, data):
+    def __init__(self, name: str, data: Any):
         """Wrap a data source of TFDS that gives bytes as stored."""
         import tensorflow_datasets as tfds
 
@@ -171,10 +173,14 @@ class TfdsSource(Source):
         return digest_of([json.dumps(parts, sort_keys=True).encode()])
 
 
-def _choose_media(name: str, features) -> tuple[str, str]:
+def _choose_media(name: str, features: Mapping[str, Any]) -> tuple[str, str]:
     """Return the feature's name and whether it holds frames, an image or a file."""
-    kinds = {key: _kind_of(key, feature) for key, feature in features.items()}
-    found = [key for key, kind in kinds.items() if kind]
+    kinds = {
+        key: kind
+        for key, feature in features.items()
+        if (kind := _kind_of(key, feature))
+    }
+    found = list(kinds)
     for key in _MEDIA_NAMES:
         if len(found) > 1 and key in found:
             found = [key]
@@ -188,7 +194,7 @@ def _choose_media(name: str, features) -> tuple[str, str]:
     )
 
 
-def _kind_of(key: str, feature) -> str | None:
+def _kind_of(key: str, feature: Any) -> str | None:
     import tensorflow_datasets as tfds
 
     if isinstance(feature, tfds.features.Image):
@@ -199,7 +205,7 @@ def _kind_of(key: str, feature) -> str | None:
     return "file" if is_bytes and key in _ENCODED_NAMES else None
 
 
-def _choose_label(name: str, features) -> str | None:
+def _choose_label(name: str, features: Mapping[str, Any]) -> str | None:
     import tensorflow_datasets as tfds
 
     label = features.get("label")

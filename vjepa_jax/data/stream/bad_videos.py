@@ -91,7 +91,8 @@ class BadVideos:
         if listed in (CRASHED, HUNG) or (listed and reason not in (CRASHED, HUNG)):
             return
         # A quarantine is always listed: the next start has to know it.
-        self.counts[listed] -= listed is not None
+        if listed:
+            self.counts[listed] -= 1
         self._listed[path] = reason
         self.counts[reason] += 1
         logging.warning("Replaced unreadable video %r: %s", path, reason)

@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import grain
 import numpy as np
@@ -227,7 +228,7 @@ class TrainIterator(Iterator[Batch]):
         self._bad_videos = BadVideos(source, bad_videos, batching.process_index)
         self._quarantined = self._bad_videos.quarantined()
         self._work_log = WorkLog(has_workers=workers.count > 0)
-        self._batches: SupervisedBatches | grain.DatasetIterator | None
+        self._batches: Any  # SupervisedBatches, or Grain's iterator
         if workers.count:
             self._batches = SupervisedBatches(
                 self._open_batches,

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import grain
 import numpy as np
@@ -107,6 +108,7 @@ def read_all(
         dataset = numbers.batch(batch_size).map(read_clips)[step:]
         return decoded_ahead(dataset, num_workers, _BATCHES_AHEAD, work_log)
 
+    batches: Any
     if num_workers:
         batch_bytes = batch_size * math.prod(reader.shape(len(views)))
         require_shared_memory(shared_bytes(num_workers, _BATCHES_AHEAD, batch_bytes))

@@ -195,7 +195,9 @@ class _Puller:
 
     def __init__(self, batches: Iterator):
         self._batches = batches
-        self._wanted, self._drawn = queue.SimpleQueue(), queue.SimpleQueue()
+        self._wanted: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        self._drawn: queue.SimpleQueue[tuple[Any, BaseException | None]]
+        self._drawn = queue.SimpleQueue()
         # A daemon: a thread that waits for a hanging worker must not keep the program
         # from ending.
         threading.Thread(target=self._serve, daemon=True).start()
@@ -263,7 +265,8 @@ class SupervisedBatches(Iterator):
         self._quarantined: dict[int, str] = {}
         self._failed_at: dict[int, int] = {}
         self._restarts = 0
-        self._batches = self._puller = None
+        self._batches: Any = None
+        self._puller: Any = None
         _open.add(self)
         self._open()
 
@@ -453,5 +456,7 @@ def _start_worker(work_log: WorkLog, worker_index: int, worker_count: int) -> No
 
 
 def _end_with_parent() -> None:
-    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        multiprocessing.connection.wait([parent.sentinel])
     os._exit(1)

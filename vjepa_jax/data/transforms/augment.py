@@ -84,7 +84,7 @@ def draw_color_jitter(
         the colour circle. Operations of strength zero are left out.
       rng: draws the factors and the order of the operations.
     """
-    operations = []
+    operations: list[Operation] = []
     for change, strength in zip(
         (_brightness, _contrast, _color, _turn_hue), strengths, strict=True
     ):
@@ -132,7 +132,8 @@ class RandAugment:
 
     def draw(self, rng: np.random.Generator) -> list[Operation]:
         """Draw the operations of one clip, at most `num_operations`."""
-        names, operations = list(OPERATIONS), []
+        names = list(OPERATIONS)
+        operations: list[Operation] = []
         for index in rng.integers(len(names), size=self.num_operations):
             if rng.random() < 0.5:
                 continue
