@@ -2,25 +2,25 @@
 
 The clips of a pair are the same, pixel by pixel, up to the frame before the violation.
 
-What is to be measured is whether the end follows from the beginning, not whether one
-end is easier to predict than another. For most properties pairs therefore come as
-twins, after the quadruplets of IntPhys (Riochet et al.): of two possible clips, Aa and
-Bb, pair 2k is Aa against Ab, pair 2k + 1 is Bb against Ba. Both ends stand once on
-either side, and a score that depends on the end alone is right in just one of the two.
-There is no clip in which gravity is turned or a wall is open; the twins of `gravity`
-and `solidity` are mirror images instead, so that the ends are alike on average.
+Pairs measure whether the end follows from the beginning, not whether one end is easier
+to predict than another. For most properties they therefore come as twins, after the
+quadruplets of IntPhys (Riochet et al.): of two possible clips, Aa and Bb, pair 2k is Aa
+against Ab, pair 2k + 1 is Bb against Ba. Each end is possible in one twin and
+impossible in the other, so a score of the end alone is right in only one of them. No
+possible clip has inverted gravity or an open wall: the twins of `gravity` and
+`solidity` are mirror images instead, so that the ends are alike on average.
 
 Properties:
 
-- `permanence`: an object that goes behind the occluder is gone, or one comes out that
-  never went in;
-- `continuity`: an object is somewhere else at once;
-- `shape`, `colour`: an object becomes another one;
+- `permanence`: an object vanishes behind the occluder, or one that never went in comes
+  out;
+- `continuity`: an object jumps to another place;
+- `shape`, `colour`: an object changes its shape or colours;
 - `solidity`: an object leaves through a wall and comes in through the opposite one;
 - `gravity`: a falling object falls upwards;
-- `inertia`: an object turns for no cause;
+- `inertia`: an object turns without a cause;
 - `launch`: the motion of an object passes to another one that it does not touch;
-- `contact`: an object strikes another, which stays where it is.
+- `contact`: an object strikes another, which does not move.
 """
 
 import copy
@@ -34,16 +34,15 @@ from vjepa_jax.world.motion import CORNER, draw_scene
 from vjepa_jax.world.painting import paint
 from vjepa_jax.world.scenes import SHAPES, Clip, Scene, Track, World
 
-MIN_FRAMES = 12  # of a clip; in fewer a law cannot be seen both kept and broken
-# Frames from the violation to the end, at least: what is there must be seen.
-_AFTER = 4
+MIN_FRAMES = 12  # of a clip, to show a law first obeyed and then broken
+_AFTER = 4  # least number of frames from the violation to the end
 _ATTEMPTS = 5000
-_GAP = 0.02  # least distance of objects that have nothing to do with each other
+_GAP = 0.02  # least distance of objects that do not interact
 
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """Two clips of one past.
+    """Two clips with the same beginning.
 
     Attributes:
       possible, impossible: the clips; their label is the property's number.
@@ -55,8 +54,12 @@ class Pair:
     onset: int
 
 
+# Position and velocity, each float [T, 2], of an object.
+Flight = tuple[np.ndarray, np.ndarray]
+
+
 class _DrawAgainError(Exception):
-    """What was drawn does not make a pair."""
+    """The drawn numbers do not make a pair."""
 
 
 @dataclasses.dataclass
@@ -64,10 +67,10 @@ class _Draft:
     """A pair before it is painted.
 
     Attributes:
-      scene: what does not move, and the looks.
+      scene: background, occluder and look of the objects.
       kept: track of the possible clip.
-      broken: whose end, from `onset` on, is that of the impossible clip.
-      onset: the first frame of the ends.
+      broken: track of the impossible clip from `onset` on.
+      onset: the first frame that differs.
       behind: bool [K], the objects that are behind the occluder.
     """
 
@@ -79,7 +82,7 @@ class _Draft:
 
 
 class _Stage:
-    """A scene in which companions drift and the main object is yet to be moved.
+    """A scene whose companions drift; the main object has no motion yet.
 
     Attributes:
       scene: the scene.
@@ -96,11 +99,17 @@ class _Stage:
             drift = _heading(rng) * rng.uniform(0, 0.004)
             self._companions.append(self.fly(start, drift, self.frames / 2, pull))
 
-    def fly(self, place, velocity, moment: float = 0.0, pull: float = 0.0):
-        """Return (position, velocity) [T, 2] of an object in free flight.
+    def fly(
+        self,
+        place: np.ndarray,
+        velocity: np.ndarray,
+        moment: float = 0.0,
+        pull: float = 0.0,
+    ) -> Flight:
+        """Return the positions and velocities of an object in free flight.
 
         Args:
-          place, velocity: [2], where it is at a moment.
+          place, velocity: [2], its state at `moment`.
           moment: in frames.
           pull: gravity, downwards, sides per frame squared.
         """
@@ -109,10 +118,11 @@ class _Stage:
         position = place + velocity * time + acceleration * time**2 / 2
         return position, velocity + acceleration * time
 
-    def track(self, *objects) -> Track:
+    def track(self, *objects: Flight) -> Track:
         """Return the track of these objects, the main one first, and the companions.
 
-        Refuses what leaves the frame and companions that come near to another object.
+        Raises:
+          _DrawAgainError: an object leaves the frame, or a companion nears another one.
         """
         companions = self._companions[len(objects) - 1 :]
         position, velocity = (
@@ -145,14 +155,14 @@ def _heading(rng: np.random.Generator) -> np.ndarray:
 
 
 def _draw_onset(world: World, rng: np.random.Generator, early: bool = False) -> int:
-    """Draw a frame of the second half, of its first quarter where `early`."""
+    """Draw a frame of the second half; if `early`, of the first half of that."""
     half = world.num_frames // 2
     latest = half + half // 4 if early else world.num_frames - _AFTER
     return int(rng.integers(half, latest + 1))
 
 
-def _straight(stage: _Stage, onset: int, rng: np.random.Generator):
-    """Draw a place at the frame before the onset, and a velocity."""
+def _straight(stage: _Stage, onset: int, rng: np.random.Generator) -> Flight:
+    """Draw a flight by its place at the frame before the onset and its velocity."""
     velocity = _heading(rng) * rng.uniform(0.4, 0.75) / stage.frames
     place = rng.uniform(0.25, 0.75, 2)
     return stage.fly(place, velocity, onset - 1)
@@ -205,7 +215,7 @@ def _shape(world: World, rng: np.random.Generator, is_odd: bool) -> _Draft:
 def _colour(world: World, rng: np.random.Generator, is_odd: bool) -> _Draft:
     stage, onset = _Stage(world, rng), _draw_onset(world, rng)
     track = stage.track(_straight(stage, onset, rng))
-    # Those of another scene, which are drawn alike.
+    # The colours of another scene have the same distribution.
     colours = draw_scene(world, rng).colours[0]
     _require(np.abs(colours - stage.scene.colours[0]).mean() > 0.15)
     other = copy.deepcopy(track)
@@ -266,7 +276,9 @@ def _solidity(world: World, rng: np.random.Generator, is_odd: bool) -> _Draft:
     return drafts[is_odd]
 
 
-def _through_the_wall(stage, bounces: Track, through, axis: int, onset: int) -> _Draft:
+def _through_the_wall(
+    stage: _Stage, bounces: Track, through: Flight, axis: int, onset: int
+) -> _Draft:
     """Draft an object that leaves by a wall while its copy comes in by the other."""
     draft = stage.draft(_with_copy(bounces), _with_copy(bounces), onset)
     scene, broken = copy.deepcopy(stage.scene), draft.broken
@@ -286,7 +298,7 @@ def _through_the_wall(stage, bounces: Track, through, axis: int, onset: int) -> 
 
 
 def _with_copy(track: Track) -> Track:
-    """Add an object that looks and moves like the main one and cannot be seen."""
+    """Add an invisible copy of the main object."""
     fields = {
         field.name: np.concatenate([value, value[:, :1]], axis=1)
         for field in dataclasses.fields(Track)
@@ -296,7 +308,9 @@ def _with_copy(track: Track) -> Track:
     return Track(**fields)
 
 
-def _draw_line(stage: _Stage, rng: np.random.Generator):
+def _draw_line(
+    stage: _Stage, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray, float, float]:
     """Draw two objects of one size on a line: (centre, heading, radius, speed)."""
     radius = rng.uniform(0.07, 0.1)
     stage.scene.radius[:2] = radius
@@ -327,8 +341,8 @@ def _contact(world: World, rng: np.random.Generator, is_odd: bool) -> _Draft:
     before = (stage.time < moment)[:, None]
     places = [centre + s * heading * r for s in (-1, 1)]
 
-    def struck(striker):
-        """One comes, and stops where it meets the other, which leaves."""
+    def struck(striker: int) -> Track:
+        """Return the track in which one object stops as it strikes the other."""
         velocity = heading * (speed if striker == 0 else -speed)
         comes, rests = (stage.fly(p, velocity, moment) for p in places), np.zeros(2)
         objects = []
@@ -343,7 +357,7 @@ def _contact(world: World, rng: np.random.Generator, is_odd: bool) -> _Draft:
 
 
 def _exchanged(draft: _Draft, is_odd: bool) -> _Draft:
-    """Turn a draft of two possible tracks into that of its twin, where `is_odd`."""
+    """Return a draft of two possible tracks, or if `is_odd` its twin."""
     if is_odd:
         draft.kept, draft.broken = draft.broken, draft.kept
     return draft
@@ -364,7 +378,7 @@ PROPERTIES = tuple(_DRAFTS)
 
 
 def _spliced(draft: _Draft, end: Track) -> Track:
-    """Return the track that is the possible one up to the frame before the onset."""
+    """Return the possible track before the onset, continued by `end`."""
     fields, onset = {}, draft.onset
     for name in (field.name for field in dataclasses.fields(Track)):
         start, rest = getattr(draft.kept, name)[:onset], getattr(end, name)[onset:]
@@ -373,10 +387,10 @@ def _spliced(draft: _Draft, end: Track) -> Track:
 
 
 def make_pair(world: World, seed: int | tuple[int, ...], name: str, index: int) -> Pair:
-    """Make pair `index` of a property; seed, property and index determine every pixel.
+    """Make pair `index` of a property; seed, property and index fix every pixel.
 
     Args:
-      world: the looks; at least `MIN_FRAMES` frames.
+      world: of at least `MIN_FRAMES` frames.
       seed: of all pairs.
       name: one of `PROPERTIES`.
       index: of the pair; 2k and 2k + 1 are twins.

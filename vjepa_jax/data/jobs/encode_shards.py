@@ -473,24 +473,24 @@ def run_on_beam(
     Raises:
       UserError: Beam is not installed, or rejects the options.
     """
-    with _log_level(logging.getLogger("apache_beam"), logging.ERROR):
-        try:
-            with _no_warnings():  # about Google's clients, which few need
-                import apache_beam as beam
-        except ImportError as error:
-            raise UserError(
-                f"preparing shards needs Apache Beam ({error}): pip install "
-                "'vjepa_jax[prepare]'"
-            ) from error
-        parsed = _parse_options(options)
-        try:
-            pipeline = beam.Pipeline(options=parsed)
-        except (ValueError, ImportError) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"Beam rejects the options after --: {reason}") from error
-        with pipeline:
-            created = pipeline | beam.Create(numbers, reshuffle=True)
-            _ = created | beam.Map(work)
+    logging.getLogger("apache_beam").setLevel(logging.ERROR)  # no log of its stages
+    try:
+        with _no_warnings():  # about Google's clients, which few need
+            import apache_beam as beam
+    except ImportError as error:
+        raise UserError(
+            f"preparing shards needs Apache Beam ({error}): pip install "
+            "'vjepa_jax[prepare]'"
+        ) from error
+    parsed = _parse_options(options)
+    try:
+        pipeline = beam.Pipeline(options=parsed)
+    except (ValueError, ImportError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"Beam rejects the options after --: {reason}") from error
+    with pipeline:
+        created = pipeline | beam.Create(numbers, reshuffle=True)
+        _ = created | beam.Map(work)
 
 
 def _parse_options(options: Sequence[str]) -> "PipelineOptions":
@@ -522,16 +522,6 @@ def _parse_options(options: Sequence[str]) -> "PipelineOptions":
             "encoded in its own process anyway, --direct_num_workers at a time"
         )
     return PipelineOptions([*_LOCAL_DEFAULTS, *options, f"--runner={_LOCAL_RUNNER}"])
-
-
-@contextlib.contextmanager
-def _log_level(logger: logging.Logger, level: int) -> Iterator[None]:
-    before = logger.level
-    logger.setLevel(level)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
 
 
 @contextlib.contextmanager

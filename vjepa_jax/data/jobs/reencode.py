@@ -1,11 +1,10 @@
-"""One video encoded anew: small, H.264, and cheap to enter anywhere.
+"""Re-encode a video: small, H.264, and cheap to decode from any frame.
 
-Measured on 320x320 at 12 frames per second, one core: leaving out B-frames, CABAC and
-the deblocking filter (x264's `fastdecode`) halves the time to decode and costs 5 % of
-bytes beside plain H.264 of the same short groups of pictures, at an equal PSNR. The
-preset `medium` takes four times as long as `veryfast` for as many bytes and 0.4 dB.
-Without x264's macroblock tree (`REPRODUCIBLE`) files are 2 to 3 % larger at an equal
-PSNR.
+Measured on 320x320 at 12 frames per second on one core: without B-frames, CABAC and the
+deblocking filter (x264's `fastdecode`) decoding takes half the time, and files of equal
+PSNR are 5 % larger than plain H.264 with the same short groups of pictures. The preset
+`medium` takes four times as long as `veryfast` and gains 0.4 dB at equal size. Without
+x264's macroblock tree (`REPRODUCIBLE`) files are 2 to 3 % larger at equal PSNR.
 """
 
 import dataclasses
@@ -33,17 +32,17 @@ from vjepa_jax.data.clips.media import (
     retried,
 )
 
-# x264's macroblock tree, which looks ahead, reads memory that nobody wrote: with it the
-# same frames become another file now and then.
+# x264's macroblock tree reads uninitialised memory: with it the same frames may make
+# different files.
 REPRODUCIBLE = {"x264-params": "mbtree=0"}
 
 TIME_LIMIT_SECS = 3600.0  # for one video, of processor time
 
 _MAX_PIXELS = 1 << 26  # of a source's frame: 8192 x 8192
-_DEFAULT_FPS = 25  # given to a video of one frame, which has no rate
-_TIME_BASE = Fraction(1, 90000)  # of stored times; whole for all common rates
+_DEFAULT_FPS = 25  # of a video of one frame, which has no rate
+_TIME_BASE = Fraction(1, 90000)  # of stored times; all common rates divide it
 
-# More than an H.264 decoder holds back to put frames in order.
+# More than the frames that an H.264 decoder holds back to reorder them.
 _MAX_LATE_FRAMES = 16
 
 
@@ -64,7 +63,7 @@ class Encoding:
     fps: float = 0.0
 
     def __post_init__(self):
-        """Refuses values out of range; the UserError names the flag."""
+        """Raise a UserError that names the flag of a value out of range."""
         if self.short_side < 2:
             raise UserError(f"--short_side must be at least 2, not {self.short_side}")
         if self.gop < 1:
@@ -87,17 +86,17 @@ class EncodedVideo:
 
 
 def reencode(path: str, encoding: Encoding) -> EncodedVideo:
-    """Encodes a local or remote video or image anew, without sound.
+    """Re-encode a local or remote video or image, without sound.
 
-    Frames keep their times (with `encoding.fps`, those nearest to whole multiples of
-    its inverse are kept), are turned as the container says, and scaled where the short
-    side is too long. Of a damaged stream, packets that the decoder refuses and frames
-    that come out too late for their time are left out. Odd sides lose a row or a
-    column. Colours keep their matrix and become 8-bit, limited-range 4:2:0. The pixel
-    aspect ratio is dropped, since `ClipReader` applies none.
+    Frames keep their times; with `encoding.fps`, only the frames nearest to multiples
+    of its inverse are kept. They are rotated as the container states, and scaled down
+    to the short side. In a damaged stream, packets that the decoder rejects and frames
+    that are late for their time are skipped. Odd sides lose a row or a column. Colours
+    keep their matrix and become 8-bit, limited-range 4:2:0. The pixel aspect ratio is
+    dropped, since `ClipReader` ignores it.
 
     Raises:
-      DecodeError: the source gives no frame, or all at the same time.
+      DecodeError: the source has no frame, or several that all have the same time.
     """
     return retried(path, functools.partial(_reencode, path, encoding))
 
@@ -112,7 +111,7 @@ def _reencode(path: str, encoding: Encoding) -> EncodedVideo:
 
 
 def output_size(height: int, width: int, short_side: int) -> tuple[int, int]:
-    """Returns `(height, width)` after scaling, both even and at least 2."""
+    """Return `(height, width)` after scaling, both even and at least 2."""
     short, long = sorted((height, width))
     if short <= short_side:
         short, long = max(2, short // 2 * 2), max(2, long // 2 * 2)
@@ -123,18 +122,19 @@ def output_size(height: int, width: int, short_side: int) -> tuple[int, int]:
 
 
 def _frames(video: VideoStream) -> Iterator[av.VideoFrame]:
-    """Yields what the decoder gives; packets that it refuses are passed over."""
-    refused, is_empty = None, True
+    """Yield the decoded frames; skip packets that the decoder rejects."""
+    rejection, is_empty = None, True
     for packet in video.packets():
         try:
             frames = packet.decode()
         except av.FFmpegError as error:
-            refused = error
+            rejection = error
             continue
         is_empty = is_empty and not frames
         yield from frames
-    if is_empty and refused is not None:
-        raise DecodeError(video.media.path, "undecodable", str(refused)) from refused
+    if is_empty and rejection is not None:
+        path = video.media.path
+        raise DecodeError(path, "undecodable", str(rejection)) from rejection
     if is_empty:
         raise DecodeError(video.media.path, "no_frames")
 
@@ -142,11 +142,11 @@ def _frames(video: VideoStream) -> Iterator[av.VideoFrame]:
 def _timed(
     frames: Iterable[av.VideoFrame], interval: Fraction, path: str
 ) -> Iterator[tuple[Fraction, av.VideoFrame]]:
-    """Pairs frames with their times in seconds from the first, always increasing.
+    """Pair frames with their strictly increasing times in seconds from the first.
 
-    Frames without a time come `interval` after the one before. Those whose time is past
-    already are left out, unless they go on for so long that the clock has been set
-    back, as where recordings were joined.
+    A frame without a time comes `interval` after the one before. A frame that does not
+    come after the one before is skipped. After many of them in a row, the clock was set
+    back, as in joined recordings, and the times restart from there.
 
     Raises:
       DecodeError: there are several frames, all at the same time.
@@ -177,10 +177,10 @@ def _timed(
 def _thinned(
     timed: Iterable[tuple[Fraction, av.VideoFrame]], fps: float
 ) -> Iterator[tuple[Fraction, av.VideoFrame]]:
-    """Keeps the frames nearest to whole multiples of `1 / fps`; 0 keeps all.
+    """Keep the frames nearest to multiples of `1 / fps`; 0 keeps all.
 
-    A frame is nearest to the times from half-way after the frame before it to half-way
-    to the next. It is kept if a multiple is among them, and once if several are.
+    A frame is nearest to the times between the midpoints to its two neighbours. It is
+    kept, once, if they include a multiple.
     """
     if not fps:
         yield from timed
@@ -214,7 +214,7 @@ def _encode(
             convert = convert or _Converter(frame, encoding.short_side)
             converted = convert(frame)
             stream = stream or _add_stream(container, converted, encoding)
-            # The encoder would make a key frame of what was one in the original.
+            # Otherwise key frames of the original would become key frames.
             converted.pict_type = PictureType.NONE
             converted.time_base = _TIME_BASE
             converted.pts = round(at / _TIME_BASE)
@@ -240,7 +240,7 @@ def _add_stream(
         "bf": "0",
         "crf": str(encoding.crf),
         "g": str(encoding.gop),
-        "sc_threshold": "0",  # key frames at the gop's pace alone
+        "sc_threshold": "0",  # key frames only every `gop` frames
         **REPRODUCIBLE,
     }
     stream = container.add_stream("libx264", rate=30, options=options)
@@ -249,22 +249,22 @@ def _add_stream(
     context = stream.codec_context
     context.time_base = _TIME_BASE
     context.thread_count = 1
-    # A reader turns the pixels into RGB by these, as it would have the original's.
+    # Readers convert to RGB by these, as they would for the original.
     context.color_range = ColorRange.MPEG
-    if frame.colorspace:  # 0 is that of frames which were RGB
+    if frame.colorspace:  # 0: the frames were RGB
         context.colorspace = frame.colorspace
     return stream
 
 
 class _Converter:
-    """Scales frames, in 8-bit 4:2:0, cuts them to even sides and turns them."""
+    """Scales frames in 8-bit 4:2:0, crops them to even sides and rotates them."""
 
     def __init__(self, first: av.VideoFrame, short_side: int):
-        # A stream that changes its frame size or turn keeps to those of its first.
+        # Size and rotation of the first frame hold for all, even if the stream changes.
         stored = first.height, first.width
         self._turns = round(first.rotation / 90) % 4
         self._size = output_size(*stored, short_side)
-        # Cut, not scaled by a percent, which would blur.
+        # Cropped: scaling by a percent would blur.
         is_kept = min(stored) <= short_side and min(stored) > 1
         self._scaled_to = stored if is_kept else self._size
         self._reformatter = VideoReformatter()
