@@ -123,7 +123,7 @@ def check(
         output = survey.Output(output_path, source.fingerprint(**asked_for))
     done = output.done if output else {}
     summary = survey.Summary(sampling)
-    if done:
+    if output and done:
         print(
             f"{output.partial_path} has {len(done)} of {len(source)} videos already",
             file=sys.stderr,
@@ -205,7 +205,7 @@ def main() -> None:
             config,
             deep=_DEEP.value,
             output_path=_OUTPUT.value,
-            num_workers=_WORKERS.value or os.cpu_count(),
+            num_workers=_WORKERS.value or os.cpu_count() or 1,
             timeout_secs=_TIMEOUT.value or default_secs,
             with_host_cores=_CONFIG.value is not None,
         )

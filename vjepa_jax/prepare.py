@@ -103,7 +103,7 @@ def _end_on_interrupt() -> None:
     signal.set_wakeup_fd(writable)
     signal.signal(signal.SIGINT, lambda signum, frame: None)
 
-    def end():
+    def end() -> None:
         os.read(readable, 1)
         for child in multiprocessing.active_children():
             child.kill()

@@ -99,10 +99,11 @@ def _parse_flags(argv: list[str]) -> list[str]:
         rest = flags.FLAGS(argv)
         for name in ("config", "teacher"):
             if name in flags.FLAGS and flags.FLAGS[name].present:
-                flags.FLAGS[name].value.keys()  # a file that failed to load shows here
+                config: Any = flags.FLAGS[name].value
+                config.keys()  # raises if the file failed to load
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as e:
         # Mistakes in the config file and unknown keys arrive as these.
-        cause = e
+        cause: BaseException = e
         while cause.args and isinstance(cause.args[0], Exception):
             cause = cause.args[0]
         message = " ".join(str(cause.args[0] if cause.args else cause).split())

@@ -115,7 +115,7 @@ def paint(
     video = _paint_background(world, scene)
     objects = np.zeros((frames, size, size), np.uint8)
     area = np.ones((frames, count))
-    visible = {}  # {object: its visible coverage [T, S, S]}
+    visible: dict[int, np.ndarray] = {}  # {object: its visible coverage [T, S, S]}
     layers = [k for k in range(count) if behind[k]] + [count]
     layers += [k for k in reversed(range(count)) if not behind[k]]
     for k in layers:

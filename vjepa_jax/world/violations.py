@@ -26,7 +26,7 @@ Properties:
 import copy
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -55,7 +55,7 @@ class Pair:
 
 
 # Position and velocity, each float [T, 2], of an object.
-Flight = tuple[np.ndarray, np.ndarray]
+Flight = Sequence[np.ndarray]
 
 
 class _DrawAgainError(Exception):
@@ -144,7 +144,7 @@ class _Stage:
         return _Draft(self.scene, kept, broken, onset, behind)
 
 
-def _require(is_met: bool) -> None:
+def _require(is_met: bool | np.bool) -> None:
     if not is_met:
         raise _DrawAgainError
 
@@ -244,7 +244,8 @@ def _gravity(world: World, rng: np.random.Generator, is_odd: bool) -> _Draft:
     drafts = []
     for is_flipped in (False, True):
         if is_flipped:
-            place, velocity = np.array([0, 1]) + [1, -1] * place, [1, -1] * velocity
+            place = np.array([0, 1]) + np.array([1, -1]) * place
+            velocity = np.array([1, -1]) * velocity
         falls, rises = (
             stage.track(stage.fly(place, velocity, onset - 1, sign * pull))
             for sign in (1, -1)

@@ -94,8 +94,8 @@ class Job:
     def from_json(cls, content: dict) -> "Job":
         """Read `to_json`'s fields; raise KeyError or TypeError if there are none."""
         names = "source", "inputs", "num_inputs", "num_shards"
-        encoding = Encoding(**content["settings"])
-        return cls(*(content[name] for name in names), encoding)
+        fields = {name: content[name] for name in names}
+        return cls(**fields, encoding=Encoding(**content["settings"]))
 
     @property
     def key(self) -> str:
@@ -151,12 +151,11 @@ def prepare(
     except OSError as error:
         raise UserError(f"--output={output} cannot be made: {error}") from None
     previous = _previous_job(folder)
-    if not num_shards:
-        is_known = previous is not None
-        existing = previous.num_shards if is_known else _num_shards_of_notes(folder)
-        num_shards = existing or default_num_shards(len(source))
-    # A shard without a video would be a useless file.
-    num_shards = min(num_shards, len(source))
+    if not num_shards and previous is not None:
+        num_shards = previous.num_shards
+    num_shards = num_shards or _num_shards_of_notes(folder)
+    num_shards = num_shards or default_num_shards(len(source))
+    num_shards = min(num_shards, len(source))  # no shard is empty
     job = Job(source.name, source.digest(), len(source), num_shards, encoding)
     if previous is not None:
         _check_same(output, previous, job)
@@ -332,10 +331,11 @@ def _progress(job: Job, output: str) -> Iterator[None]:
 
 def _finish(job: Job, folder: epath.Path, max_bad_fraction: float) -> dict:
     """Write failures, index and, last, the manifest."""
-    names, notes = job.shard_names(), _read_notes(folder, job)
-    missing = [name for name, note in zip(names, notes, strict=True) if note is None]
-    if missing:
-        raise RuntimeError(f"the pipeline ended without the shard {missing[0]}")
+    names, notes = job.shard_names(), []
+    for name, note in zip(names, _read_notes(folder, job), strict=True):
+        if note is None:
+            raise RuntimeError(f"the pipeline ended without the shard {name}")
+        notes.append(note)
     failures = [failure for note in notes for failure in note["failures"]]
     lines = "".join(json.dumps(failure) + "\n" for failure in failures)
     files.write_whole(folder / shards.FAILURES, lines.encode())

@@ -62,7 +62,7 @@ class Encoding:
     crf: int = 20
     fps: float = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         """Raise a UserError that names the flag of a value out of range."""
         if self.short_side < 2:
             raise UserError(f"--short_side must be at least 2, not {self.short_side}")

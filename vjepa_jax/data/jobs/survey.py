@@ -13,7 +13,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -117,7 +117,7 @@ def survey(
     *,
     num_workers: int,
     timeout_secs: float,
-) -> Iterator[tuple[int, Finding]]:
+) -> Generator[tuple[int, Finding]]:
     """Examine videos in parallel; close the iterator to end the workers.
 
     Args:
@@ -174,7 +174,7 @@ class Output:
             fingerprint.
         """
         self.partial_path = path + ".partial"
-        self.done = {}
+        self.done: dict[int, Finding] = {}
         self._path = path
         try:
             os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
@@ -245,9 +245,11 @@ class Summary:
         self._window_frames = 1 + steps * sampling.frame_step
         self._window_secs = None if spacing_secs is None else steps * spacing_secs
         self._num_short = 0
-        self._counts = collections.defaultdict(collections.Counter)
-        self._bad = []
-        self._clip_secs = []
+        self._counts: dict[str, collections.Counter] = collections.defaultdict(
+            collections.Counter
+        )
+        self._bad: list[Finding] = []
+        self._clip_secs: list[float] = []
 
     @property
     def clips_per_second(self) -> float | None:

@@ -15,7 +15,7 @@ import multiprocessing
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from multiprocessing import connection as connections
 from multiprocessing import resource_tracker
 from typing import Any
@@ -95,7 +95,7 @@ class WorkerPool:
 
     def call_each(
         self, items: Iterable[Any], num_workers: int
-    ) -> Iterator[tuple[Any, Any]]:
+    ) -> Generator[tuple[Any, Any]]:
         """Call the function with all items in parallel, then close the pool.
 
         Args:
@@ -114,9 +114,12 @@ class WorkerPool:
             contextlib.closing(self),
         ):
 
+            def call(item: Any) -> tuple[Any, Any]:
+                return item, self.call(item)
+
             def submitted(count: int) -> set[concurrent.futures.Future]:
                 return {
-                    threads.submit(lambda item=item: (item, self.call(item)))
+                    threads.submit(call, item)
                     for item in itertools.islice(items, count)
                 }
 
@@ -213,7 +216,9 @@ class _Worker:
             return "it was killed"
         if code is None:
             return "it hung while ending"
-        return signal.strsignal(-code) if code < 0 else f"exit code {code}"
+        if code < 0:
+            return signal.strsignal(-code) or f"signal {-code}"
+        return f"exit code {code}"
 
 
 def _work(connection: connections.Connection, function: Callable, state: tuple) -> None:
