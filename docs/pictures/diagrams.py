@@ -175,8 +175,8 @@ def host() -> Picture:
         64,
         174,
         56,
-        "thread: batches",
-        "takes batches in order;\nrestarts dead workers",
+        "thread: puller",
+        "draws batches in order;\nits wait can time out",
         "blue",
     )
     p.label(
@@ -185,7 +185,7 @@ def host() -> Picture:
         174,
         120,
         "main thread",
-        "next batch -> device\nstart the step\nread the last metrics\n"
+        "start the step\nnext batch -> device\nread the last metrics\n"
         "checkpoint, evaluate",
         "green",
     )
