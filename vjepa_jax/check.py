@@ -24,6 +24,8 @@ from vjepa_jax.base.errors import UserError
 from vjepa_jax.config import defaults, rules
 from vjepa_jax.config.defaults import ConfigDict
 from vjepa_jax.config.flags import define_config_flag
+from vjepa_jax.data.clips.media import Limits
+from vjepa_jax.data.clips.reader import ClipReader
 from vjepa_jax.data.clips.sampling import make_sampling
 from vjepa_jax.data.jobs import survey
 from vjepa_jax.data.sources.open import open_mixture
@@ -106,16 +108,11 @@ def check(
     """
     data = config.data
     source = Joined(open_mixture(data.path).sources)
-    transform = ClipTransform(
-        data.resolution,
-        data.crop_scale,
-        data.crop_aspect_ratio,
-        data.flip_probability,
-    )
+    crop = data.resolution, data.crop_scale, data.crop_aspect_ratio
     sampling = make_sampling(data, data)
-    examine = survey.Examination(
-        sampling, transform, deep, timeout_secs, data.resize, data.max_pixels
-    )
+    limits = Limits(data.max_pixels, timeout_secs)
+    reader = ClipReader(sampling, data.resolution, data.resize, limits)
+    examine = survey.Examination(reader, ClipTransform(*crop), deep)
     output = None
     if output_path:
         asked_for = {"deep": deep, "max_pixels": data.max_pixels}

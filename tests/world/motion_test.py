@@ -1,4 +1,4 @@
-"""The world obeys its physics, its truth fits its pixels, its labels hide in time."""
+"""Clips obey the physics, match their ground truth, and hide the label in time."""
 
 import dataclasses
 import math
@@ -173,7 +173,7 @@ def test_the_middle_frame_is_the_same_under_every_class(seed, touching):
         frames = []
         for label in range(len(CLASSES)):
             scene, motion = scene_and_motion(seed, index, label=label)
-            # The companions' order does not depend on the class: not at issue.
+            # The companions' order does not depend on the class.
             motion.behind[1:] = index % 2
             frames.append(laws.render(WORLD, scene, motion, label).video[MIDDLE])
         different += [
@@ -202,7 +202,7 @@ def probe_accuracy(clips, frames):
     return probe.score(features[half:], labels[half:])
 
 
-def test_one_frame_tells_nothing_and_three_tell_much(clips):
+def test_one_frame_reveals_nothing_and_three_reveal_much(clips):
     chance = 1 / len(CLASSES)
     sigma = math.sqrt(chance * (1 - chance) / (len(clips) / 2))
     single = probe_accuracy(clips, [MIDDLE])
@@ -218,11 +218,11 @@ def test_the_main_object_hides_in_its_class_only(clips):
     lowest = {name: [] for name in CLASSES}
     for clip in clips:
         lowest[CLASSES[clip.label]].append(clip.visibility[:, 0].min())
-        # Before the class shows, the object does too.
+        # The object is visible before the class is.
         assert clip.visibility[MIDDLE, 0] > 0.95
     hidden = np.array(lowest.pop("hide"))
     assert (hidden < 0.2).mean() > 0.8
-    # In all other classes the main object is before everything else.
+    # In all other classes the main object is in front of everything else.
     assert min(map(min, lowest.values())) > 0.999
 
 
@@ -239,7 +239,7 @@ def areas(shape, radius):
     )
 
 
-def test_masks_visibility_and_position_tell_the_same(seed):
+def test_object_maps_visibility_and_position_agree(seed):
     looks = World(size=64)
     places = (np.arange(64) + 0.5) / 64
     seen = set()
@@ -258,7 +258,7 @@ def test_masks_visibility_and_position_tell_the_same(seed):
                     continue  # its corners may be outside of the frame
                 visible = clip.visibility[frame, k]
                 wanted = visible * areas(name, r)
-                # The border's pixels are in or out: half of them, generously.
+                # Each border pixel is in or out: half of them, generously.
                 assert abs(mask.mean() - wanted) < 0.5 * 2 * math.pi * r / 64
                 if visible < 0.999:
                     continue
@@ -269,7 +269,7 @@ def test_masks_visibility_and_position_tell_the_same(seed):
     assert len(seen) >= 3
 
 
-def test_masks_number_the_occluder_last(seed):
+def test_object_maps_number_the_occluder_last(seed):
     scene, motion = scene_and_motion(seed, 0)
     clip = laws.render(WORLD, scene, motion, 0)
     x, y, half_width, half_height = scene.occluder

@@ -1,4 +1,4 @@
-"""Clips of play obey the laws and show in their second half what pairs ask about."""
+"""Clips of play obey the laws; their second half has the events of the pairs."""
 
 import dataclasses
 

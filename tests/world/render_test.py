@@ -1,4 +1,4 @@
-"""Rendering a world: complete, restartable, refused over another one's files."""
+"""Rendering a world: complete, restartable, never over another world's files."""
 
 import json
 

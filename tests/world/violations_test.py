@@ -1,4 +1,4 @@
-"""Matched pairs: one past, a law that one clip keeps and the other one breaks."""
+"""Matched pairs: one beginning, and a law that only one of the clips obeys."""
 
 import dataclasses
 
@@ -23,7 +23,7 @@ def seed():
 
 @dataclasses.dataclass
 class Drawn:
-    """A pair and what it was painted from."""
+    """A pair and the draft that it was painted from."""
 
     pair: violations.Pair
     scene: motion.Scene
@@ -60,11 +60,11 @@ def pairs(draw, name):
 
 
 def deviation(scene, track):
-    """How far a track leaves the way that the world's laws continue its first frame.
+    """Return how far a track deviates from the physics of its first frame.
 
     Returns:
-      The largest distance in lengths of an object's fastest step; infinite where it
-      changes its looks, or whether it is there.
+      The largest distance in lengths of an object's fastest step; infinite if an object
+      changes its look, or appears or vanishes.
     """
     for looks in (track.shape, track.colours, track.present, track.radius):
         if np.any(looks != looks[0]):
@@ -104,7 +104,7 @@ def test_pairs_part_at_the_onset(seed, name, num_frames):
 
 @pytest.mark.parametrize("name", EXCHANGED)
 def test_twins_exchange_their_ends(draw, name):
-    """What is scored by its end alone is right in exactly one of the two."""
+    """A score of the end alone is right in exactly one of the two."""
     for even, odd in twins(draw, name):
         assert even.pair.onset == odd.pair.onset
         end = slice(even.pair.onset, None)
@@ -161,7 +161,7 @@ def test_permanence_what_is_hidden_comes_out_or_was_never_there(draw):
             seen = (clip.objects == 1).any((1, 2))
             assert seen[:2].all() == before and seen[:2].any() == before
             assert seen[-2:].all() == after and seen[-2:].any() == after
-            # Wherever it is, nobody sees it happen; soft corners reach a little far.
+            # It happens out of sight; soft corners extend a little further.
             assert not seen[onset - 1]
             assert clip.visibility[onset - 1, 0] < 1e-3
 
@@ -204,7 +204,7 @@ def test_solidity_goes_through_the_wall_in_one_piece(draw):
         assert max(through.max() - (1 - r), r - through.min()) > r
         apart = np.abs(through - copy)[drawn.pair.onset :]
         np.testing.assert_allclose(np.sort(apart, axis=1), [[0, 1]] * len(apart))
-        # What leaves and what comes in are one object's area together.
+        # The parts that leave and come in have one object's area together.
         area = [
             (np.isin(c.objects, (1, 3))).sum((1, 2)).astype(float)
             for c in (drawn.pair.possible, drawn.pair.impossible)
@@ -250,6 +250,6 @@ def test_contact_without_effect_breaks_momentum(draw):
         )
         np.testing.assert_allclose(kept, np.tile(kept[0], (len(kept), 1)))
         np.testing.assert_allclose(broken[-1], -broken[0])
-        # What is struck stays.
+        # The struck object does not move.
         still = np.all(drawn.impossible.velocity[:, :2] == 0, axis=(0, 2))
         assert still.sum() == 1

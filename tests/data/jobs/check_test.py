@@ -1,4 +1,4 @@
-"""The doctor: every readable file gives clips, every other a reason, none stops it."""
+"""`check`: a readable file gives clips, any other gives a reason, none stops it."""
 
 import collections
 import json
@@ -21,6 +21,8 @@ from vjepa_jax import check
 from vjepa_jax.base.errors import UserError
 from vjepa_jax.config import defaults
 from vjepa_jax.data.clips import media
+from vjepa_jax.data.clips.media import Limits
+from vjepa_jax.data.clips.reader import ClipReader
 from vjepa_jax.data.clips.sampling import Sampling
 from vjepa_jax.data.jobs import survey
 from vjepa_jax.data.jobs.survey import Output, Summary
@@ -51,7 +53,8 @@ def bad_folder(tmp_path_factory):
 def test_every_kind_of_file_has_its_outcome(bad_folder, deep):
     folder, cases = bad_folder
     source = open_source(str(folder / "list.csv"))
-    examine = survey.Examination(Sampling(16, 4), ClipTransform(32), deep, 30)
+    reader = ClipReader(Sampling(16, 4), 32, limits=Limits(time_limit_secs=30))
+    examine = survey.Examination(reader, ClipTransform(32), deep)
     findings = dict(
         survey.survey(
             source, examine, range(len(source)), num_workers=2, timeout_secs=60
@@ -141,7 +144,7 @@ def test_mistakes_get_one_line(tmp_path, arguments, message):
 
 
 class Names(list):
-    """A source whose paths say what is to happen."""
+    """A source whose paths name what happens."""
 
     name = "names"
 
@@ -162,7 +165,7 @@ class BrokenNames(Names):
 
 
 def act(record):
-    """Does as the path says; for workers."""
+    """Do what the path names; for workers."""
     action, _, marker = record.path.partition(":")
     if action == "raise":
         raise KeyError("unforeseen")
@@ -213,7 +216,7 @@ def test_lost_workers_cost_one_video_each(tmp_path, num_workers):
     assert not multiprocessing.active_children()
 
 
-def test_records_that_cannot_be_had_are_named():
+def test_unavailable_records_are_named():
     found = dict(
         survey.survey(
             BrokenNames(["good"] * 3), act, range(3), num_workers=1, timeout_secs=60
@@ -268,7 +271,7 @@ def test_interrupted_command_loses_nothing_and_continues(tmp_path):
     )
     while process.poll() is None:
         if partial.exists() and partial.read_text().count("\n") > 3:
-            # As a terminal does: to all processes.
+            # To all processes, as a terminal does.
             os.killpg(process.pid, signal.SIGINT)
             break
         time.sleep(0.002)
@@ -305,7 +308,7 @@ def some_finding(rng):
 
 @settings(max_examples=30, deadline=None)
 @given(rng=st.randoms(use_true_random=False), cut=st.integers(0, 400))
-def test_output_cut_anywhere_becomes_whole(tmp_path_factory, rng, cut):
+def test_output_cut_anywhere_is_completed(tmp_path_factory, rng, cut):
     path = tmp_path_factory.mktemp("output") / "findings.jsonl"
     findings = [some_finding(rng) for _ in range(8)]
     order = rng.sample(range(8), 8)
@@ -357,8 +360,8 @@ def test_summary_counts(rng, in_frames):
         for f in good
         if (f.frames < 61 if in_frames else f.fps and f.frames / f.fps < 2)
     ]
-    says = "1 video is" if len(short) == 1 else f"{len(short)} videos are"
-    assert (f"\n\n{says} shorter than a clip" in text) == bool(short)
+    subject = "1 video is" if len(short) == 1 else f"{len(short)} videos are"
+    assert (f"\n\n{subject} shorter than a clip" in text) == bool(short)
     lengths = text.partition("\nlength")[2].partition("\n\nunreadable")[0]
     counts = [int(line[18:29]) for line in lengths.splitlines()[1:] if line[:2] == "  "]
     assert sum(counts) == len(good)
@@ -387,7 +390,7 @@ def test_a_summary_of_one_video():
     assert lines[-1] == "\n1 video is shorter than a clip: its last frame is repeated"
 
 
-def test_unreadable_videos_are_listed_with_what_the_reason_does_not_tell():
+def test_unreadable_videos_are_listed_with_details_that_their_reason_lacks():
     summary = Summary(Sampling(16, 4))
     for reason, detail in [
         ("empty", "Invalid argument"),
@@ -408,7 +411,7 @@ def test_unreadable_videos_are_listed_with_what_the_reason_does_not_tell():
     assert "\nunreadable, the first 20 of 34" in list(summary.lines())
 
 
-def test_need_grows_with_the_model_and_the_chip():
+def test_host_cores_grow_with_the_model_and_the_chip():
     config = defaults.get_config()
     config.model.encoder.size = "base"
     base = check.flops_per_clip(config)
@@ -420,7 +423,7 @@ def test_need_grows_with_the_model_and_the_chip():
     assert check.clips_per_second(base, "v5e") * base == pytest.approx(197e12 / 2)
 
 
-def test_several_sources_are_looked_at_together(tmp_path):
+def test_several_sources_are_examined_together(tmp_path):
     paths = []
     for i, names in enumerate([("a", "b"), ("c",), ("d", "e", "f")]):
         paths.append(tmp_path / f"{i}.csv")

@@ -1,4 +1,4 @@
-"""Shards: made on Apache Beam, stopped and continued, refused over others."""
+"""Shards: encoded on Apache Beam, stopped and continued, never mixed with others."""
 
 import functools
 import json
@@ -39,7 +39,7 @@ def test_every_input_has_one_shard():
 
 @pytest.fixture
 def folder(tmp_path):
-    """Six videos in two classes, and a file that is none."""
+    """Six videos in two classes, and a file that is not a video."""
     for i in range(6):
         (tmp_path / "in" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
         path = tmp_path / "in" / "ab"[i % 2] / f"{i}.mp4"
@@ -91,7 +91,7 @@ def test_a_folder_becomes_shards(folder):
 
 
 @pytest.mark.beam
-def test_a_stopped_run_goes_on_with_what_is_missing(folder, monkeypatch):
+def test_a_stopped_run_continues_with_the_missing_shards(folder, monkeypatch):
     begun, reencode_apart = [], encode_shards.reencode_apart
 
     def stopped(path, encoding):
@@ -156,7 +156,7 @@ def test_the_same_names_elsewhere_are_other_videos(folder):
     with pytest.raises(UserError, match=r"in'; its list equals that of .*in2"):
         encode_shards.prepare(source, str(folder / "out"), reencode.Encoding())
     assert contents(folder) == before
-    # Nor where only the notes are left to tell.
+    # Nor where only the notes are left.
     (folder / "out" / shards.MANIFEST).unlink()
     with pytest.raises(UserError, match=r"shard-.*\.json' belongs to other shards"):
         encode_shards.prepare(source, str(folder / "out"), reencode.Encoding())
@@ -164,7 +164,7 @@ def test_the_same_names_elsewhere_are_other_videos(folder):
 
 @pytest.mark.beam
 def test_a_damaged_manifest_is_written_again(folder):
-    """Whatever says that it is damaged gives the mend that helps."""
+    """Each message about the damage names the fix."""
     prepare(folder)
     before, path = contents(folder), folder / "out" / shards.MANIFEST
     for damage in (before[shards.MANIFEST][:40], b"[]", None):
@@ -190,7 +190,7 @@ def test_damaged_notes_have_their_shards_written_again(folder):
 
 
 @pytest.mark.beam
-def test_mended_failures_are_tried_again(folder):
+def test_fixed_failures_are_retried(folder):
     prepare(folder)
     write_video(folder / "in/b/bad.mp4", moving_frames(5))
     assert prepare(folder)["num_failures"] == 1
@@ -212,7 +212,7 @@ def test_too_many_failures_end_the_run_but_lose_nothing(folder):
     for name, content in contents(folder).items():
         if name.endswith(shards.SUFFIX):
             assert content == kept[name]
-    # A folder that was finished is so no more.
+    # A finished folder is then incomplete again.
     with pytest.raises(UserError, match="1 of 7 videos failed"):
         prepare(folder, max_bad_fraction=0.1)
     assert shards.MANIFEST not in contents(folder)
@@ -243,7 +243,7 @@ def test_foreign_folders_are_left_alone(folder):
         (["--runner=DataflowRunner"], "rejects .* temp_location"),
     ],
 )
-def test_wrong_beam_options_are_told_in_a_line(options, message, capfd):
+def test_wrong_beam_options_get_one_line(options, message, capfd):
     pytest.importorskip("apache_beam", reason="Beam is missing")
     with pytest.raises(UserError, match=message) as caught:
         encode_shards.run_on_beam(print, range(3), options)
@@ -269,7 +269,7 @@ def command(*arguments):
 
 
 @pytest.mark.beam
-def test_the_command_says_little(folder):
+def test_the_command_prints_little(folder):
     pytest.importorskip("apache_beam", reason="Beam is missing")
     arguments = [f"--data={folder / 'in'}", f"--output={folder / 'out'}"]
     arguments += ["--num_shards=2", "--max_bad_fraction=0.5"]
@@ -344,7 +344,7 @@ def test_an_interrupt_ends_the_command_and_its_processes(tmp_path):
         (["--data=x", "--output=y", "--crf=90"], "--crf must lie in 0..51"),
     ],
 )
-def test_wrong_commands_are_told_in_a_line(arguments, message):
+def test_wrong_commands_get_one_line(arguments, message):
     ended = subprocess.run(
         command(*arguments), capture_output=True, text=True, timeout=60
     )

@@ -1,4 +1,4 @@
-"""Encoding anew: pixels and times survive, and what cannot be read says why."""
+"""Re-encoding: pixels and times survive; unreadable files give a reason."""
 
 import errno
 import io
@@ -59,7 +59,7 @@ def test_colours_survive(tmp_path, pix_fmt, colours):
 
 
 def test_the_same_video_makes_the_same_bytes(videos):
-    """Whatever the memory held before, which the encoder is given."""
+    """Uninitialised memory does not reach the encoder."""
     path = min(videos.rglob("*.mp4"))
     assert len({encode(path).content for _ in used_memory(150)}) == 1
 
@@ -174,7 +174,7 @@ def test_why_a_video_fails(tmp_path):
             outcome = error.reason
         else:
             outcome = bad_files.GOOD
-            # All of them last 3.3 seconds at most, but for one with an uneven rate.
+            # All last 3.3 seconds at most, except one with an uneven rate.
             assert video.num_frames == 1 or video.fps > 5
             assert len(decode_content(video.content)) == video.num_frames
         assert outcome in case.outcomes, path
@@ -197,7 +197,7 @@ def test_hostile_sizes_take_no_memory(tmp_path):
     assert int(kilobytes) < 200_000
 
 
-def test_a_file_system_that_fails_for_a_moment_is_asked_again(tmp_path, monkeypatch):
+def test_a_file_system_that_fails_temporarily_is_retried(tmp_path, monkeypatch):
     path = write_video(tmp_path / "a.mp4", moving_frames(4))
     monkeypatch.setattr(media, "_RETRY_WAITS_SECS", (0.0,))
     answers = [OSError(errno.ESTALE, "stale"), path]

@@ -1,4 +1,4 @@
-"""A video that crashes or holds its process costs that video only."""
+"""A video that crashes or blocks its process costs only that video."""
 
 import concurrent.futures
 import multiprocessing
@@ -35,7 +35,7 @@ def act_by_name(arguments):
     return word
 
 
-def test_deaths_and_hangs_are_failures_of_their_video(tmp_path, monkeypatch):
+def test_a_crash_or_hang_is_a_failure_of_its_video(tmp_path, monkeypatch):
     monkeypatch.setattr(encode_shards, "_encode", act_by_name)
     monkeypatch.setattr(encode_shards, "_TIMEOUT_SECS", 2.0)
 

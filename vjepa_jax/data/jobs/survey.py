@@ -19,7 +19,7 @@ import numpy as np
 
 from vjepa_jax.base import files
 from vjepa_jax.base.errors import UserError
-from vjepa_jax.data.clips.media import MAX_PIXELS, DecodeError, Limits
+from vjepa_jax.data.clips.media import DecodeError
 from vjepa_jax.data.clips.reader import ClipReader, inspect
 from vjepa_jax.data.clips.sampling import Sampling
 from vjepa_jax.data.jobs.worker_pool import CRASHED, Failure, WorkerPool
@@ -67,34 +67,24 @@ class Examination:
     """Inspect a video's packets, then read one clip of it as in training; picklable.
 
     Attributes:
-      sampling: of the clip, or clips.
-      transform: crop and size of the clip.
+      reader: of the clip, or clips.
+      transform: its crop is that of the clip.
       deep: decode every frame as well.
-      time_limit_secs: processor time that decoding may take.
-      resize: see `ClipReader`.
-      max_pixels: see `Limits`.
     """
 
-    sampling: Sampling
+    reader: ClipReader
     transform: ClipTransform
     deep: bool
-    time_limit_secs: float
-    resize: str = "antialias"
-    max_pixels: int = MAX_PIXELS
 
     def __call__(self, record: Record) -> Finding:
         """Examine one video; the finding of one that gives no clip has the reason."""
         # The same clip in every run, so that its outcome can be reproduced.
         rng = np.random.default_rng(0)
-        limits = Limits(self.max_pixels, self.time_limit_secs)
-        reader = ClipReader(
-            self.sampling, self.transform.resolution, self.resize, limits
-        )
         crop = functools.partial(self.transform.crop_box, rng=rng)
         try:
-            info = inspect(record, deep=self.deep, limits=limits)
+            info = inspect(record, deep=self.deep, limits=self.reader.limits)
             start_secs = time.process_time()
-            clips = reader.read(record, crop, rng)
+            clips = self.reader.read(record, crop, rng)
         except DecodeError as error:
             # Without the path, which the finding has already.
             detail = getattr(error.__cause__, "strerror", None) or ""
