@@ -1,12 +1,12 @@
-"""Change one thing of the demo's recipe at a time, on the synthetic world.
+"""Change one setting of the demo's recipe at a time, on the synthetic world.
 
     python benchmarks/ablation.py --out=runs/ablation
     python benchmarks/ablation.py --rows=recipe,pixels --seeds=1
 
-A row is a short run of `configs/world_tiny.py` with `STEPS` updates and other values,
-read out by `configs/probe_world.py` and, where features are predicted, by
-`configs/probe_physics.py`; `NAME/seedN` of the output folder holds each. What is
-complete is kept. Prints a Markdown table: mean over the seeds, lowest to highest.
+A row is a run of `configs/world_tiny.py` with `STEPS` updates and changed values. It is
+evaluated by `configs/probe_world.py` and, if it predicts features, by
+`configs/probe_physics.py`. Runs are in `NAME/seedN` of the output folder; complete ones
+are kept. Prints a Markdown table: mean over the seeds, lowest to highest.
 """
 
 import argparse
@@ -14,15 +14,16 @@ import json
 import pathlib
 from collections.abc import Sequence
 
+import markdown
 import world
 
 STEPS = 800
 CONFIG = "configs/world_tiny.py"
 _PIXELS = "objective.target=pixels"
 _BLOCKS = "masks.future.num_blocks=8", "masks.future.max_temporal_keep=1.0"
-# Name: what it is, and what it changes. The recipe's objective is that of V-JEPA and of
-# V-JEPA 2. The future has no boxes whose budgets could differ, so official and unbiased
-# masks are compared for boxes alone.
+# {name: (description, changed values)}. The recipe's objective is that of V-JEPA and
+# V-JEPA 2. Only masks with boxes have different official and unbiased budgets, so these
+# two are compared with boxes.
 ROWS = {
     "recipe": ("the demo's recipe", ()),
     "no_play": (
@@ -87,17 +88,19 @@ _MEASURES = {
 
 
 def run(folder: pathlib.Path, seed: int, changes: tuple[str, ...]) -> dict:
-    """Train and read out one seed of a row, unless that is done; return the results."""
+    """Train and evaluate one seed of a row, unless that is done; return the results."""
     workdir = folder / f"seed{seed}"
     values = f"total_steps={STEPS}", *changes
     world.train(CONFIG, workdir, seed, [f"--config.{value}" for value in values])
     if not (workdir / "results.json").exists():
-        # Only the linear read-outs are shown: the others get one epoch.
+        # The table shows linear probes only: the others get one epoch.
         probe = "random_init=False", "attentive.epochs=1", "regression.epochs=1"
         _evaluate("world", workdir, seed, probe)
     results = json.loads((workdir / "results.json").read_text())
     surprise = workdir / "results_physics_world.json"
-    if _PIXELS in changes:  # nothing to compare the prediction with
+    if (
+        _PIXELS in changes
+    ):  # no target features that a prediction could be compared with
         return results | {"physics_accuracy": {}}
     if not surprise.exists():
         _evaluate("physics", workdir, seed, ["null_seeds=0"])
@@ -115,7 +118,7 @@ def _evaluate(
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", default=",".join(ROWS), help="with commas between")
+    parser.add_argument("--rows", default=",".join(ROWS), help="separated by commas")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=pathlib.Path, default="runs/ablation")
     options = parser.parse_args()
@@ -123,13 +126,13 @@ def main() -> None:
     unknown = [name for name in names if name not in ROWS]
     if unknown:
         parser.error(f"unknown rows {', '.join(unknown)}; known: {', '.join(ROWS)}")
-    print("| row | change | " + " | ".join(_MEASURES.values()) + " |")
-    print("|---" * (len(_MEASURES) + 2) + "|", flush=True)
-    for name in names:
+
+    def row(name: str) -> list[str]:
         text, changes = ROWS[name]
         runs = [run(options.out / name, seed, changes) for seed in range(options.seeds)]
-        cells = [world.cell(measure, "pretrained", runs) for measure in _MEASURES]
-        print(f"| {name} | {text} | " + " | ".join(cells) + " |", flush=True)
+        return [name, text, *(world.cell(m, "pretrained", runs) for m in _MEASURES)]
+
+    markdown.print_table(["row", "change", *_MEASURES.values()], map(row, names))
 
 
 if __name__ == "__main__":

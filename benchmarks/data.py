@@ -1,13 +1,13 @@
-"""Measure the way from video files to clips, beside decord and torchcodec.
+"""Measure the speed of reading clips from video files, beside decord and torchcodec.
 
-    pip install -e '.[bench,prepare]'   # torchcodec also wants FFmpeg's libraries
+    pip install -e '.[bench,prepare]'   # torchcodec also needs FFmpeg's libraries
     python benchmarks/data.py [--quick] [--folder=runs/data_bench]
 
-Makes its videos: textures with the spectrum of photographs, moving over each other,
-with grain. A clip is 16 frames with step 4 from a random start, a random resized crop
-of 224 pixels, uint8. Decoders run on one core, with one thread, and take turns on the
-same clips. Their time is processor time; a ratio is the median over rounds, each of
-which reads every video once. Prints Markdown tables.
+The videos are generated: moving textures with the spectrum of photographs, and grain.
+A clip is 16 frames with step 4 from a random start, a random resized crop of 224
+pixels, uint8. Decoders run on one core, with one thread, and take turns on the same
+clips. Their time is processor time; a ratio is the median over rounds, each of which
+reads every video once. Prints Markdown tables.
 """
 
 import argparse
@@ -24,6 +24,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 
+import markdown
 import numpy as np
 from video_sets import FPS, HD, KINETICS, SETS, VideoSet, make_set
 
@@ -40,10 +41,10 @@ from vjepa_jax.data.transforms.transforms import ClipTransform
 NUM_FRAMES, FRAME_STEP, SIZE = 16, 4, 224
 SAMPLING, TRANSFORM = Sampling(NUM_FRAMES, FRAME_STEP), ClipTransform(SIZE)
 READER = ClipReader(SAMPLING, SIZE)
-# Crops of the same sizes, at places of its own.
+# Its crops have the same sizes as the others', at other positions.
 OTHER_CROPS = "torchcodec, its transforms"
 
-# A method reads the clip of (video, seed): uint8 [T, S, S, 3].
+# Read the clip of (video, seed): uint8 [T, S, S, 3].
 Read = Callable[[int, int], np.ndarray]
 
 
@@ -51,7 +52,7 @@ Read = Callable[[int, int], np.ndarray]
 
 
 def _draw(seed: int, num_frames: int, height: int, width: int):
-    """Returns the clip that all decoders read: frame numbers and crop box."""
+    """Draw the clip that all decoders read: frame indices and crop box."""
     rng = np.random.default_rng(seed)
     (indices,) = SAMPLING.frames(np.arange(num_frames) / FPS, FPS, rng)
     return indices.tolist(), TRANSFORM.crop_box(height, width, rng)
@@ -65,9 +66,9 @@ def _read_ours(videos: Sequence, video: int, seed: int) -> np.ndarray:
 
 
 def _resized(frames, box) -> np.ndarray:
-    """Crops and resizes a torch tensor, uint8 `[T, 3, H, W]`, channels last in memory.
+    """Crop and resize a torch tensor, uint8 [T, 3, H, W], channels last in memory.
 
-    PyTorch's antialiased bilinear filter for uint8 works on bytes, with AVX2.
+    PyTorch's antialiased bilinear filter for uint8 computes in integers, with AVX2.
     """
     import torch
 
@@ -108,7 +109,7 @@ def _read_torchcodec(
 def _read_torchcodec_transformed(
     paths: Sequence[str], video: int, seed: int
 ) -> np.ndarray:
-    """Crops and resizes inside the decoder, which draws the crop's place itself."""
+    """Crop and resize in the decoder, which draws the position of the crop itself."""
     from torchcodec import transforms
     from torchcodec.decoders import VideoDecoder
 
@@ -121,7 +122,7 @@ def _read_torchcodec_transformed(
 
 
 def make_readers(paths: Sequence[str]) -> dict[str, Read]:
-    """Returns what reads clips of the files, by name; ours first."""
+    """Return functions that read clips of the files, by name; ours first."""
     readers = {
         "ours": _read_ours,
         "decord": _read_decord,
@@ -133,7 +134,7 @@ def make_readers(paths: Sequence[str]) -> dict[str, Read]:
 
 
 def check_agreement(readers: dict[str, Read]) -> None:
-    """Raises unless all read the same frames; filters and colours differ a little."""
+    """Raise unless all read the same frames; filters and colours differ a little."""
     ours = readers["ours"](0, 5).astype(int)
     for name, read in readers.items():
         if name == OTHER_CROPS:
@@ -141,12 +142,14 @@ def check_agreement(readers: dict[str, Read]) -> None:
         difference = np.abs(read(0, 5) - ours)
         others = np.abs(read(0, 6) - ours)
         if difference.mean() > 6 or difference.mean() > 0.5 * others.mean():
-            raise RuntimeError(f"{name} reads other pixels: {difference.mean():.1f}")
+            raise RuntimeError(
+                f"{name} reads other pixels: they differ by {difference.mean():.1f}"
+            )
 
 
 @contextlib.contextmanager
 def one_core() -> Iterator[None]:
-    """Keeps this process, and the threads that it starts, on one core."""
+    """Keep this process, and the threads that it starts, on one core."""
     cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {max(cores)})
     try:
@@ -158,7 +161,7 @@ def one_core() -> Iterator[None]:
 def take_turns(
     readers: dict[str, Read], num_videos: int, num_rounds: int
 ) -> dict[str, list[float]]:
-    """Returns clips per second of processor time, for each reader in each round."""
+    """Return clips per second of processor time, for each reader and round."""
     rates = {name: [] for name in readers}
     with one_core():
         for read in readers.values():
@@ -167,7 +170,7 @@ def take_turns(
             secs = dict.fromkeys(readers, 0.0)
             for video in range(num_videos):
                 seed = i * num_videos + video
-                # Whoever is first finds the file cold in the processor's caches.
+                # The first reader finds the file cold in the processor's caches.
                 turn = seed % len(readers)
                 names = [*readers]
                 for name in names[turn:] + names[:turn]:
@@ -185,18 +188,10 @@ def _ratio(rates: dict[str, list[float]], name: str, other: str) -> str:
     return f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
 
 
-def _print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    print("| " + " | ".join(head) + " |")
-    print("|---" * len(head) + "|")
-    for row in rows:
-        print("| " + " | ".join(row) + " |", flush=True)
-    print(flush=True)
-
-
 def compare_decoders(
     paths_of: dict[VideoSet, list[str]], num_rounds: int
 ) -> dict[str, float]:
-    """Prints the table of decoders; returns our clips per second of each set."""
+    """Print the table of decoders; return our clips per second for each set."""
     ours, rows, head = {}, [], []
     for of, paths in paths_of.items():
         readers = make_readers(paths)
@@ -212,12 +207,12 @@ def compare_decoders(
             + [_ratio(rates, "ours", name) for name in peers]
         )
     print("Clips per second and core:\n")
-    _print_table(head, rows)
+    markdown.print_table(head, rows)
     return ours
 
 
 def compare_shards(folder: pathlib.Path, paths: list[str], num_rounds: int) -> float:
-    """Compares prepared shards with their 720p originals; returns their clips/s."""
+    """Compare prepared shards with their 720p originals; return the shards' clips/s."""
     originals = pathlib.Path(paths[0]).parent
     prepared = folder / "shards" / originals.name
     command = [sys.executable, "-m", "vjepa_jax.prepare"]
@@ -231,7 +226,7 @@ def compare_shards(folder: pathlib.Path, paths: list[str], num_rounds: int) -> f
     rates = take_turns(readers, len(paths), num_rounds)
     print("Prepared shards (short side 320, GOP 12) beside their originals at 720p:\n")
     medians = [statistics.median(rates[name]) for name in readers]
-    _print_table(
+    markdown.print_table(
         [*readers, "shards / originals"],
         [[*(f"{m:.1f}" for m in medians), _ratio(rates, "shards", "originals")]],
     )
@@ -239,9 +234,9 @@ def compare_shards(folder: pathlib.Path, paths: list[str], num_rounds: int) -> f
 
 
 def compare_workers(paths: list[str], num_rounds: int, num_batches: int) -> None:
-    """Compares the pipeline, by the clock, with a core that decodes."""
-    # As many records as a data set has: to shuffle a handful, Grain's cipher walks
-    # through thousands of numbers that are none of theirs.
+    """Compare the pipeline, in wall time, with decoding on one core."""
+    # As many records as in a data set: Grain's shuffle of a few records is slow, as its
+    # cipher steps through thousands of indices that are out of range.
     listed = pathlib.Path(paths[0]).parent / "repeated.csv"
     listed.write_text("".join(f"{path} 0\n" for path in paths * 10_000))
     source = open_mixture(str(listed))
@@ -271,11 +266,11 @@ def compare_workers(paths: list[str], num_rounds: int, num_batches: int) -> None
                 elapsed = time.perf_counter() - start
             name = f"{num_workers} worker{'s' * (num_workers > 1)}"
             rates[name].append(num_batches * batch_size / elapsed)
-    print(f"The pipeline on {KINETICS.name}, clips per second by the clock:\n")
+    print(f"The pipeline on {KINETICS.name}, clips per second in wall time:\n")
     medians = [f"{statistics.median(rate):.1f}" for rate in rates.values()]
     ratios = [_ratio(rates, name, "one core") for name in [*rates][1:]]
     names = [f"{name} / one core" for name in [*rates][1:]]
-    _print_table([*rates, *names], [medians + ratios])
+    markdown.print_table([*rates, *names], [medians + ratios])
 
 
 def _resident_megabytes() -> float:
@@ -284,7 +279,7 @@ def _resident_megabytes() -> float:
 
 
 def _measure_memory(paths: list[str], num_clips: int, connection) -> None:
-    """Sends the memory after a tenth, half and all of the clips, in MB."""
+    """Send the memory after a tenth, half and all of the clips, in MB."""
     marks = []
     for i in range(num_clips):
         _read_ours(paths, i % len(paths), i)
@@ -295,7 +290,7 @@ def _measure_memory(paths: list[str], num_clips: int, connection) -> None:
 
 
 def print_memory(paths: list[str], num_clips: int) -> None:
-    """Reads many clips in a process of its own and prints what memory it takes."""
+    """Read many clips in a new process and print its memory."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_measure_memory, args=(paths, num_clips, theirs))
@@ -304,11 +299,13 @@ def print_memory(paths: list[str], num_clips: int) -> None:
     marks = ours.recv()
     process.join()
     print(f"Resident memory over {num_clips} clips, MB:\n")
-    _print_table(["a tenth", "half", "all"], [[f"{mark:.0f}" for mark in marks]])
+    markdown.print_table(
+        ["a tenth", "half", "all"], [[f"{mark:.0f}" for mark in marks]]
+    )
 
 
 def print_cores(rates: dict[str, float]) -> None:
-    """Prints how many host cores keep a chip busy."""
+    """Print how many host cores keep a chip busy."""
     rows = []
     for label, size in (("ViT-B", "base"), ("ViT-L", "large"), ("ViT-g", "giant")):
         config = defaults.get_config()
@@ -325,7 +322,7 @@ def print_cores(rates: dict[str, float]) -> None:
         "Host cores that keep a chip busy, 16 frames of 256 pixels, at "
         f"{check.ASSUMED_MFU:.0%} of its peak:\n"
     )
-    _print_table(["model", "TFLOP per clip", "chip", "clips/s", *rates], rows)
+    markdown.print_table(["model", "TFLOP per clip", "chip", "clips/s", *rates], rows)
 
 
 def main() -> None:

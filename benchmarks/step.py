@@ -1,38 +1,41 @@
-"""Time the update of V-JEPA by model size, alone or beside the same in PyTorch.
+"""Time V-JEPA's update by model size, alone or beside the same update in PyTorch.
 
     python benchmarks/step.py --sizes=tiny,small,base --batch_size=2
     python benchmarks/step.py --sizes=small --batch_size=2 --peer
 
 Clips of 16 x 224 x 224, V-JEPA 2's rotary positions and predictor, both mask types with
 their usual token counts; bf16 on accelerators, fp32 on CPUs. The steps of both programs
-alternate, each in a process of its own: in one, on a CPU, ours took a third longer than
-alone. Prints a Markdown table of medians, and the fastest step in brackets; `ratio` is
-the median of PyTorch's time over ours, pair by pair.
+alternate, each in its own process: in a common process, on a CPU, ours took a third
+longer than alone. Prints a Markdown table of medians, the fastest step in brackets;
+`ratio` is the median over pairs of steps of PyTorch's time / ours.
 """
 
 import argparse
 import dataclasses
 import multiprocessing
+import multiprocessing.connection
 import os
 import statistics
 import time
 import types
 
-# PyTorch needs the memory, too.
+# PyTorch needs device memory, too.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import flax.linen as nn
 import jax
+import markdown
 import numpy as np
 
 from vjepa_jax.base.host_memory import keep_freed_memory
 from vjepa_jax.config import defaults, rules
+from vjepa_jax.config.defaults import ConfigDict
 from vjepa_jax.parallel import sharding
 from vjepa_jax.program import build, compilation, flops
 
 
-def make_config(options: argparse.Namespace, size: str):
-    """Return the config of a size: V-JEPA 2's at 16 x 224 x 224."""
+def make_config(options: argparse.Namespace, size: str) -> ConfigDict:
+    """Return the config of V-JEPA 2 with an encoder size, at 16 x 224 x 224."""
     config = defaults.get_config()
     config.data.path = "none"
     config.batch_size = options.batch_size
@@ -50,10 +53,10 @@ def make_config(options: argparse.Namespace, size: str):
 
 
 class Ours:
-    """The compiled step and its state: call it for one step."""
+    """The compiled step and its state; a call runs one step."""
 
-    def __init__(self, config):
-        """Compiles."""
+    def __init__(self, config: ConfigDict):
+        """Compile the step."""
         self.mesh = sharding.make_mesh(**config.mesh)
         self.program = build.make_program(config, self.mesh)
         with sharding.use(self.mesh):
@@ -67,62 +70,62 @@ class Ours:
         self.batch = sharding.shard_batch({"video": video}, self.mesh)
 
     def __call__(self) -> float:
-        """Run one update; return its loss, so that it has ended."""
+        """Run one update and wait for its loss."""
         self.state, metrics = self.step(self.state, self.batch)
         return float(metrics["train/loss"])
 
     def peak_gib(self) -> float:
-        """Memory of a step on one device, as the compiler plans it."""
+        """Return the memory of a step on one device, as planned by the compiler."""
         return compilation.memory_of(self.step).peak / compilation.GIB
 
 
 class Peer:
-    """The same step in PyTorch, in another process: call it for one step."""
+    """The same step in PyTorch, in another process; a call runs one step."""
 
     def __init__(self, ours: Ours):
-        """Starts the process."""
+        """Start the process."""
         program, config = ours.program, ours.program.config
         shape = program.video_shapes[defaults.MAIN_STREAM]
         masks = program.objective.streams[defaults.MAIN_STREAM].masks.values()
-        arguments = (
-            _size(program.objective.encoder),
-            _size(program.objective.predictor),
-            shape[:3],
-            program.grids[defaults.MAIN_STREAM],
-            [(m.num_context, m.num_target) for m in masks],
-            config.batch_size,
-            config.model.dtype,
-            "cuda" if jax.default_backend() == "gpu" else "cpu",
+        sizes = types.SimpleNamespace(
+            encoder=_size(program.objective.encoder),
+            predictor=_size(program.objective.predictor),
+            clip=shape[:3],
+            grid=program.grids[defaults.MAIN_STREAM],
+            masks=[(m.num_context, m.num_target) for m in masks],
+            batch_size=config.batch_size,
         )
+        device = "cuda" if jax.default_backend() == "gpu" else "cpu"
+        arguments = sizes, config.model.dtype, device
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         context.Process(target=_serve, args=(theirs, arguments), daemon=True).start()
-        theirs.close()  # ours of their end: else their death would not be seen
+        theirs.close()  # our copy: while it is open, a dead process causes no EOFError
 
     def __call__(self) -> float:
-        """Run one update; return its loss."""
+        """Run one update and wait for its loss."""
         try:
             self._pipe.send(True)
             return self._pipe.recv()
         except (EOFError, OSError):
             raise SystemExit(
-                "error: PyTorch's process ended, see above; or leave out --peer"
+                "error: PyTorch's process ended, see its output above; or omit --peer"
             ) from None
 
     def close(self) -> None:
-        """Ends the process."""
+        """End the process."""
         self._pipe.send(False)
 
 
 def _size(module: nn.Module) -> types.SimpleNamespace:
-    """Return the numbers of a module, which itself cannot go to another process."""
+    """Return a module's integer fields; the module itself cannot be pickled."""
     fields = dataclasses.asdict(module)
     return types.SimpleNamespace(
         **{k: v for k, v in fields.items() if isinstance(v, int)}
     )
 
 
-def _serve(pipe, arguments: tuple) -> None:
+def _serve(pipe: multiprocessing.connection.Connection, arguments: tuple) -> None:
     import step_peer
 
     keep_freed_memory()
@@ -132,7 +135,7 @@ def _serve(pipe, arguments: tuple) -> None:
 
 
 def measure(steps: list, warmup: int, count: int) -> list[list[float]]:
-    """Time steps in alternation: seconds of each call of each step."""
+    """Time steps in turns; return the seconds of each step's calls after warm-up."""
     times: list[list[float]] = [[] for _ in steps]
     for i in range(warmup + count):
         for step, of_step in zip(steps, times, strict=True):
@@ -157,18 +160,17 @@ def main() -> None:
     )
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--peer", action="store_true", help="PyTorch beside it")
+    parser.add_argument("--peer", action="store_true", help="time PyTorch, too")
     options = parser.parse_args()
     keep_freed_memory()
     device = jax.devices()[0]
     peak = flops.peak_flops(device.device_kind)
     print(
         f"{jax.device_count()} x {device.device_kind}, batch {options.batch_size}, "
-        f"{options.dtype}\n"
-        "| size | s/step | clips/s | model TFLOP/s | MFU | peak GiB | compile s "
-        "| PyTorch s/step | ratio |\n" + "|---" * 9 + "|"
+        f"{options.dtype}"
     )
-    for size in options.sizes.split(","):
+
+    def row(size: str) -> list[str]:
         ours = Ours(make_config(options, size))
         peers = [Peer(ours)] if options.peer else []
         times = measure([ours, *peers], options.warmup, options.steps)
@@ -184,15 +186,16 @@ def main() -> None:
             f"{rate / peak / jax.device_count():.1%}" if peak else "-",
             f"{ours.peak_gib():.2f}",
             f"{ours.compile_secs:.0f}",
-            "-",
-            "-",
         ]
-        if options.peer:
-            ratio = statistics.median(b / a for a, b in zip(*times, strict=True))
-            theirs = times[1]
-            cells[-2] = f"{statistics.median(theirs):.3f} ({min(theirs):.3f})"
-            cells[-1] = f"{ratio:.2f}"
-        print("| " + " | ".join(cells) + " |", flush=True)
+        if not peers:
+            return [*cells, "-", "-"]
+        ratio = statistics.median(b / a for a, b in zip(*times, strict=True))
+        seconds = statistics.median(times[1])
+        return [*cells, f"{seconds:.3f} ({min(times[1]):.3f})", f"{ratio:.2f}"]
+
+    columns = ["size", "s/step", "clips/s", "model TFLOP/s", "MFU", "peak GiB"]
+    columns += ["compile s", "PyTorch s/step", "ratio"]
+    markdown.print_table(columns, map(row, options.sizes.split(",")))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""V-JEPA's update in PyTorch, of public layers: what `step.py` compares with.
+"""V-JEPA's update in PyTorch, from its public layers, for `step.py`.
 
-Written as a careful user would: fused attention and optimiser, rotations prepared once
-a step, no gradient for the target, no statistics. Sizes and token counts are ours.
+It is written with care: fused attention and optimiser, rotations computed once a step,
+no gradient of the target, no statistics. Sizes and token counts are ours.
 """
 
 import math
+import types
 
 import torch
 import torch.nn.functional as F
@@ -14,14 +15,14 @@ _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def _rotation(idx, grid, head_dim, dtype):
-    """Return cos and sin [B, 1, N, head_dim] of tokens' places in a (T, H, W) grid."""
+    """Return cos and sin [B, 1, N, head_dim] of token indices in a (T, H, W) grid."""
     _, height, width = grid
-    places = idx // (height * width), idx // width % height, idx % width
+    positions = idx // (height * width), idx // width % height, idx % width
     axis = 2 * (head_dim // 3 // 2)
     power = torch.arange(axis // 2, device=idx.device) / (axis / 2)
     frequency = (10000.0**-power).repeat_interleave(2)
     rest = torch.zeros(*idx.shape, head_dim - 3 * axis, device=idx.device)
-    angle = torch.cat([*(p[..., None] * frequency for p in places), rest], -1)
+    angle = torch.cat([*(p[..., None] * frequency for p in positions), rest], -1)
     return angle.cos()[:, None].to(dtype), angle.sin()[:, None].to(dtype)
 
 
@@ -98,31 +99,33 @@ class _Predictor(nn.Module):
 
 
 class Peer:
-    """The update and its state: call it for one step on random clips.
+    """The update and its state; a call runs one step on random clips.
 
     Args:
-      encoder, predictor: their sizes, with the fields of our modules.
-      clip: (T, H, W) in pixels.
-      grid: (T, H, W) in tokens.
-      masks: (context, target) token counts of each mask.
-      batch_size: clips per step.
+      sizes: `encoder` and `predictor`, with the integer fields of our modules; `clip`,
+        (T, H, W) in pixels; `grid`, (T, H, W) in tokens; `masks`, the (context, target)
+        token counts of each mask type; `batch_size`.
       dtype: `float32`, or `bfloat16` by autocast.
       device: `cpu` or `cuda`; the latter compiles by `torch.compile`.
     """
 
-    def __init__(
-        self, encoder, predictor, clip, grid, masks, batch_size, dtype, device
-    ):
-        self.grid, self.masks, self.batch_size = grid, masks, batch_size
+    def __init__(self, sizes: types.SimpleNamespace, dtype: str, device: str):
+        self.grid, self.masks, self.batch_size = (
+            sizes.grid,
+            sizes.masks,
+            sizes.batch_size,
+        )
         self.device, self.dtype = device, getattr(torch, dtype)
+        encoder = sizes.encoder
         self.encoder = _Encoder(encoder).to(device)
         self.target = _Encoder(encoder).to(device).requires_grad_(False)
         self.target.load_state_dict(self.encoder.state_dict())
-        self.predictor = _Predictor(predictor, encoder.width, len(masks)).to(device)
+        self.predictor = _Predictor(sizes.predictor, encoder.width, len(sizes.masks))
+        self.predictor.to(device)
         parameters = [*self.encoder.parameters(), *self.predictor.parameters()]
         self.optimiser = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
         self.video = torch.randint(
-            0, 256, (batch_size, *clip, 3), dtype=torch.uint8, device=device
+            0, 256, (sizes.batch_size, *sizes.clip, 3), dtype=torch.uint8, device=device
         )
         self.mean = torch.tensor(_MEAN, device=device)
         self.std = torch.tensor(_STD, device=device)
@@ -152,7 +155,7 @@ class Peer:
             yield order[:, :context], order[:, context : context + target]
 
     def __call__(self) -> float:
-        """Run one update; return its loss, so that it has ended."""
+        """Run one update and wait for its loss."""
         is_half = self.dtype != torch.float32
         with torch.autocast(self.device, self.dtype, enabled=is_half):
             loss = self.loss(self.video, list(self._draw()))

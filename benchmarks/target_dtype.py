@@ -1,17 +1,18 @@
-"""How far a target encoder in 8 bits moves the loss of a run of the synthetic world.
+"""Measure how much 8-bit matmuls in the target encoder change the loss of a run.
 
     python benchmarks/target_dtype.py --workdir=runs/demo [--batches=20]
 
-The checkpoint's weights predict the same hidden tokens of the same clips of classes,
-drawn for the purpose, with the target encoder's matmuls as they are and in each 8-bit
-type. On a machine without such units the types are imitated: the numbers hold, no speed
-does. Prints a Markdown table: the mean loss, and the relative difference of a batch's
-loss, its mean, with its sign, and its largest size.
+The run is of the synthetic world. Its weights predict the same hidden tokens of the
+same new clips with the target encoder's matmuls unchanged and in each 8-bit type.
+Hardware without 8-bit units emulates them: the losses are right, the speed is not.
+Prints a Markdown table: the mean loss, and the relative difference of a batch's loss
+(its signed mean, and its largest absolute value).
 """
 
 import argparse
 
 import jax
+import markdown
 import numpy as np
 
 from vjepa_jax.evals import frozen
@@ -22,7 +23,7 @@ from vjepa_jax.world.scenes import World
 
 TYPES = "", "int8", "float8_e4m3fn"
 BATCH = 32
-SEED = 2024  # of clips; no split of a world has it
+SEED = 2024  # of the clips; no split of a world uses it
 
 
 def losses(model: frozen.FrozenModel, batches: int) -> dict[str, np.ndarray]:
@@ -63,14 +64,13 @@ def main() -> None:
     if model.config.streams:
         parser.error(f"{options.workdir} has other streams than clips of the world")
     found = losses(model, options.batches)
-    print("| target encoder | loss | difference, mean | largest |\n|---|---|---|---|")
+    rows = []
     for name, values in found.items():
-        difference = values / found[""] - 1
-        largest = np.abs(difference).max()
-        print(
-            f"| {name or 'as it is'} | {values.mean():.4f} | {difference.mean():+.2%} "
-            f"| {largest:.2%} |"
-        )
+        change = values / found[""] - 1
+        shares = f"{change.mean():+.2%}", f"{np.abs(change).max():.2%}"
+        rows.append([name or "unchanged", f"{values.mean():.4f}", *shares])
+    columns = ["target encoder", "loss", "difference, mean", "largest"]
+    markdown.print_table(columns, rows)
 
 
 if __name__ == "__main__":

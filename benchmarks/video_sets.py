@@ -1,4 +1,4 @@
-"""Videos to decode: textures that move over each other, with grain."""
+"""Generated videos for `data.py`: moving textures with grain."""
 
 import dataclasses
 import pathlib
@@ -10,21 +10,21 @@ import numpy as np
 
 FPS = 30
 
-# Amplitudes fall with this power of the frequency, which makes files as large as those
-# of Kinetics, 0.7 to 0.9 MB; photographs have 1 to 1.3, before cameras and codecs.
+# Amplitudes fall with this power of the frequency. Files are then as large as those of
+# Kinetics, 0.7 to 0.9 MB; photographs have 1 to 1.3, before cameras and codecs.
 SLOPE = 1.4
 
 
 @dataclasses.dataclass(frozen=True)
 class VideoSet:
-    """Videos that are alike.
+    """A set of similar videos.
 
     Attributes:
       name: for tables.
       width, height: in pixels.
       codec: FFmpeg's name of the encoder.
-      options: of the encoder.
-      num_videos: how many.
+      options: options of the encoder.
+      num_videos: number of videos.
     """
 
     name: str
@@ -36,7 +36,7 @@ class VideoSet:
 
     @property
     def suffix(self) -> str:
-        """Container by codec."""
+        """Return the file name extension of the codec's container."""
         return ".webm" if "vp9" in self.codec else ".mp4"
 
 
@@ -53,10 +53,10 @@ SETS = (KINETICS, LONG_GOP, VP9, HD)
 
 
 def _texture(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """Draws a periodic texture whose amplitudes fall with frequency, as in photographs.
+    """Return a random periodic texture with amplitudes like those of photographs.
 
     Returns:
-      float32 `[height, width, 3]`, mean 120, standard deviation 50.
+      float32 [height, width, 3], mean 120, standard deviation 50.
     """
     rows, columns = np.fft.fftfreq(height), np.fft.rfftfreq(width)
     frequency = np.hypot(rows[:, None], columns)
@@ -72,7 +72,7 @@ def _texture(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
 def _moving_frames(
     num_frames: int, height: int, width: int, seed: int
 ) -> Iterator[np.ndarray]:
-    """Yields uint8 `[height, width, 3]`: a pan, things that move over it, and grain."""
+    """Yield uint8 [height, width, 3]: a pan, islands that move over it, and grain."""
     rng = np.random.default_rng(seed)
     back, front = (_texture(rng, 2 * height, 2 * width) for _ in range(2))
     shape = _texture(rng, 2 * height, 2 * width)[..., :1]
@@ -82,10 +82,10 @@ def _moving_frames(
     grain = rng.normal(0, 1, (4, height, width, 1)).astype(np.float32)
 
     def view(texture, layer, i):
-        place = i * speeds[layer] + 0.03 * width * np.sin(i / 25 + phases[layer])
-        whole = np.floor(place).astype(int)
+        position = i * speeds[layer] + 0.03 * width * np.sin(i / 25 + phases[layer])
+        whole = np.floor(position).astype(int)
         top, left = whole % (height, width)
-        part = np.float32(place - whole)
+        part = np.float32(position - whole)
         area = texture[top : top + height + 1, left : left + width + 1]
         area = area[:-1] * (1 - part[0]) + area[1:] * part[0]
         return area[:, :-1] * (1 - part[1]) + area[:, 1:] * part[1]
@@ -110,7 +110,7 @@ def _make_video(path: pathlib.Path, of: VideoSet, seed: int, num_frames: int) ->
 
 
 def make_set(folder: pathlib.Path, of: VideoSet, secs: float) -> list[str]:
-    """Makes the videos that are not there yet and returns their paths."""
+    """Make the videos that do not exist yet; return the paths of all."""
     name = f"{of.codec}_{of.width}x{of.height}_g{dict(of.options).get('g', '')}"
     paths = []
     for i in range(of.num_videos):

@@ -7,10 +7,10 @@
         --config.world.action_clips=1600 --config.world.segmentation_videos=200
 
 Runs the demo's commands, without its evaluations during training, in `runs/bench_NAME`
-for a config NAME: what is complete is kept, and refused if it was trained otherwise;
-other clips to evaluate on want another `--out`. An evaluation NAME:VARIANT is
+for a config NAME. Complete runs and results are kept; a run with other settings is an
+error, and other evaluation clips need another `--out`. An evaluation NAME:VARIANT is
 `configs/probe_NAME.py:VARIANT`, on the files of the run's own world. Prints a Markdown
-table for each: mean over the seeds, and lowest to highest.
+table for each: mean over the seeds, lowest to highest.
 """
 
 import argparse
@@ -21,11 +21,12 @@ import runpy
 import subprocess
 import sys
 
+import markdown
 import numpy as np
 
 from vjepa_jax import probe
 
-# What evaluations must be told of a world in the folder {}.
+# Overrides of evaluations, for a world in the folder {}.
 _OVERRIDES = {
     "neighbours": (
         "data.train_path={}/probe_train.csv",
@@ -52,13 +53,13 @@ def _run(module: str, *arguments: str) -> None:
     print("+", " ".join(command), file=sys.stderr, flush=True)
     done = subprocess.run(command, env={"JAX_PLATFORMS": "cpu", **os.environ})
     if done.returncode:
-        sys.exit(done.returncode)  # it has said why
+        sys.exit(done.returncode)  # the command has printed the reason
 
 
 def train(config: str, workdir: pathlib.Path, seed: int, overrides: list[str]) -> None:
     """Render the world and train one seed, unless that is done.
 
-    A workdir of other settings ends the program.
+    A workdir with other settings ends the program.
     """
     flag = f"--config={config}"
     _run("vjepa_jax.prepare", flag, *overrides)
@@ -73,7 +74,7 @@ def evaluate(file: str, workdir: pathlib.Path, seed: int, overrides: list[str]) 
 
 
 def cell(measure: str, column: str, runs: list[dict]) -> str:
-    """Return mean, and lowest to highest, of a measure over runs' results."""
+    """Return the mean, and lowest to highest, of a measure over the results of runs."""
     found = [run[measure].get(column) for run in runs]
     values = [value for value in found if value is not None]
     if not values:
@@ -84,22 +85,17 @@ def cell(measure: str, column: str, runs: list[dict]) -> str:
     return "{} ({} to {})".format(*shown)
 
 
-def table(runs: list[dict]) -> str:
-    """Return a Markdown table: a row per measure, a column per features."""
+def print_results(runs: list[dict]) -> None:
+    """Print the results of runs: a row per measure, a column per kind of features."""
     measures = [name for name in runs[0] if name not in ("seconds", "videos_tested")]
     columns = list(dict.fromkeys(c for name in measures for c in runs[0][name]))
-    lines = ["| measure | " + " | ".join(columns) + " |"]
-    lines.append("|---" * (len(columns) + 1) + "|")
-    for measure in measures:
-        cells = [cell(measure, column, runs) for column in columns]
-        lines.append(f"| {measure} | " + " | ".join(cells) + " |")
-    seconds = {k: np.mean([r["seconds"][k] for r in runs]) for k in runs[0]["seconds"]}
-    lines.append("")
-    lines.append(
-        f"{len(runs)} seeds; mean seconds: "
-        + ", ".join(f"{k} {v:.0f}" for k, v in seconds.items())
+    rows = (
+        [name, *(cell(name, column, runs) for column in columns)] for name in measures
     )
-    return "\n".join(lines)
+    markdown.print_table(["measure", *columns], rows)
+    seconds = {k: np.mean([r["seconds"][k] for r in runs]) for k in runs[0]["seconds"]}
+    means = ", ".join(f"{k} {v:.0f}" for k, v in seconds.items())
+    print(f"{len(runs)} seeds; mean seconds: {means}\n")
 
 
 def main() -> None:
@@ -107,14 +103,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="configs/world_tiny.py")
     parser.add_argument("--out", type=pathlib.Path, help="runs/bench_NAME by default")
-    parser.add_argument("--evaluations", default="world", help="with commas between")
+    parser.add_argument("--evaluations", default="world", help="separated by commas")
     parser.add_argument("--seeds", type=int, default=3)
     options, overrides = parser.parse_known_args()
-    results = {}  # of an evaluation, the file in a workdir
+    results = {}  # {evaluation: name of its file in a workdir}
     for evaluation in options.evaluations.split(","):
         file, *variant = _config(evaluation).split(":")
         if not pathlib.Path(file).exists():
-            parser.error(f"there is no {file}; run it where configs/ lies")
+            parser.error(
+                f"there is no {file}: run this in the folder that contains configs/"
+            )
         config = runpy.run_path(file)["get_config"](*variant)
         results[evaluation] = probe.results_file(config)
     stem = pathlib.Path(options.config.split(":")[0]).stem
@@ -131,7 +129,8 @@ def main() -> None:
             evaluate(_config(evaluation), workdir, seed, values)
     for evaluation, name in results.items():
         runs = [json.loads((workdir / name).read_text()) for workdir in workdirs]
-        print(f"{evaluation}\n\n{table(runs)}\n")
+        print(f"{evaluation}\n")
+        print_results(runs)
 
 
 if __name__ == "__main__":
