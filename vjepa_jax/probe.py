@@ -144,7 +144,7 @@ def main() -> None:
         raise UserError(
             "give either the --workdir of a run or a converted --checkpoint"
         )
-    if cluster.describe(os.environ) is not None:
+    if cluster.detect(os.environ) is not None:
         raise UserError(
             "an evaluation is one process, and the environment says that this is one "
             "of several: start it once, outside of their job, or with "

@@ -199,7 +199,7 @@ def main() -> None:
     """Run the command line."""
     checkpoint.quiet_orbax()
     distributed.initialize(**_CLUSTER())
-    with distributed.ending_together(cli.EXIT_USER_ERROR):
+    with distributed.exit_on_error(cli.EXIT_USER_ERROR):
         exit_code = train_and_evaluate(_CONFIG.value, _WORKDIR.value)
     if exit_code is not None:
         sys.exit(exit_code)

@@ -238,7 +238,7 @@ def test_long_clips_are_attended_to_without_all_scores_in_memory(rng, monkeypatc
             mesh=mesh,
         )
         batch = grid._placed(tokens, labels, weights)
-        with grid._on_mesh():
+        with sharding.use(mesh):
             return grid, batch, grid._update.lower(grid.state, *batch).compile()
 
     grid, batch, update = compiled()

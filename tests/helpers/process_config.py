@@ -1,11 +1,19 @@
 """A config file of runs in several processes: a smaller model than any with a name.
 
-Its argument is the folder with the videos.
+Its argument is the folder with the videos. A process can be made to wait in a step, so
+that what happens to it does not depend on the speed of the machine.
 """
+
+import os
+import pathlib
+import time
 
 from vjepa_jax.config.defaults import get_config as get_default
 from vjepa_jax.config.defaults import mask
 from vjepa_jax.models import registry
+from vjepa_jax.parallel import distributed
+
+_HOLD = "PROCESS_CONFIG_HOLD"  # environment variable: step and file
 
 registry.SIZES["process_test"] = registry.Size(1, 16, 2, 32)
 
@@ -42,3 +50,27 @@ def get_config(folder):
     config.optim.start_learning_rate = 1e-3
     config.checkpoint.every_steps, config.checkpoint.keep = 5, 2
     return config
+
+
+def hold(step: int, file: pathlib.Path) -> dict[str, str]:
+    """Return the environment of a process that waits in a step for a file.
+
+    It has started to compute this step, and has logged the steps up to two before.
+    """
+    return {_HOLD: f"{step} {file}"}
+
+
+def _hold(step: int, file: str) -> None:
+    is_agreed = distributed.StopRequest.is_agreed
+
+    def wait_and_ask(self, current):
+        while current == step and not os.path.exists(file):
+            time.sleep(0.01)
+        return is_agreed(self, current)
+
+    distributed.StopRequest.is_agreed = wait_and_ask
+
+
+if _HOLD in os.environ:
+    _step, _file = os.environ[_HOLD].split(" ", 1)
+    _hold(int(_step), _file)

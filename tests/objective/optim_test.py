@@ -122,7 +122,7 @@ def test_all_parameters_decay_but_biases_and_norm_scales():
     predictor = Predictor(2, 12, 2, 24, out_dim=24)
     init = make_init_of(encoder, predictor, optax.identity(), (4, 8, 8, 3))
     params = nn.unbox(jax.eval_shape(init, jax.random.key(0))).params
-    marked = jax.tree_util.tree_leaves_with_path(optim.decay_mask(params))
+    marked = jax.tree_util.tree_leaves_with_path(optim.is_decayed(params))
     shapes = [leaf.shape for leaf in jax.tree.leaves(params)]
     decayed = set()
     for (path, decays), shape in zip(marked, shapes, strict=True):

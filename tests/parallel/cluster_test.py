@@ -1,4 +1,4 @@
-"""Every way in which processes may be told of each other is recognised, or refused."""
+"""Every description of the processes of a run is recognised or refused."""
 
 import http.server
 import importlib.util
@@ -18,34 +18,35 @@ POD = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "3"}
 
 @pytest.fixture(autouse=True)
 def no_chips(monkeypatch, tmp_path):
-    """Whatever this machine has."""
+    """Hide this machine's chips; give a busy machine time to answer."""
     monkeypatch.setattr(cluster, "_TPU_CHIPS", (str(tmp_path / "accel*"),))
+    monkeypatch.setattr(cluster, "_METADATA_TIMEOUT_SECS", 600)
 
 
 def test_nothing_is_one_process():
-    assert cluster.describe({}) is None
-    assert cluster.describe({"JAX_NUM_PROCESSES": "1"}) is None
-    assert cluster.describe({"JAX_COORDINATOR_ADDRESS": ADDRESS}, None, 1) is None
+    assert cluster.detect({}) is None
+    assert cluster.detect({"JAX_NUM_PROCESSES": "1"}) is None
+    assert cluster.detect({"JAX_COORDINATOR_ADDRESS": ADDRESS}, None, 1) is None
     # An interactive shell inside an allocation, and a step of one task.
-    assert cluster.describe({"SLURM_NTASKS": "4"}) is None
-    assert cluster.describe(SLURM | {"SLURM_NTASKS": "1"}) is None
+    assert cluster.detect({"SLURM_NTASKS": "4"}) is None
+    assert cluster.detect(SLURM | {"SLURM_NTASKS": "1"}) is None
 
 
-def test_flags_go_before_the_environment():
+def test_flags_take_precedence_over_the_environment():
     env = {
         "JAX_COORDINATOR_ADDRESS": ADDRESS,
         "JAX_NUM_PROCESSES": "4",
         "JAX_PROCESS_ID": "3",
     }
     of_env = {"coordinator_address": ADDRESS, "num_processes": 4, "process_id": 3}
-    assert cluster.describe(env) == of_env
+    assert cluster.detect(env) == of_env
     of_flags = {"coordinator_address": "h:1", "num_processes": 2, "process_id": 0}
-    assert cluster.describe(env, **of_flags) == of_flags
-    assert cluster.describe(env, process_id=0) == of_env | {"process_id": 0}
+    assert cluster.detect(env, **of_flags) == of_flags
+    assert cluster.detect(env, process_id=0) == of_env | {"process_id": 0}
 
 
 def test_a_pod_of_an_indexed_job_knows_its_index():
-    found = cluster.describe(POD, ADDRESS, 8)
+    found = cluster.detect(POD, ADDRESS, 8)
     assert found == {
         "coordinator_address": ADDRESS,
         "num_processes": 8,
@@ -54,15 +55,15 @@ def test_a_pod_of_an_indexed_job_knows_its_index():
 
 
 @pytest.mark.parametrize("is_installed", [True, False])
-def test_a_kubernetes_job_is_asked_where_that_is_possible(monkeypatch, is_installed):
+def test_a_kubernetes_job_needs_the_package_kubernetes(monkeypatch, is_installed):
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: is_installed or None)
     if is_installed:
-        assert cluster.describe(POD) == {}
+        assert cluster.detect(POD) == {}
     else:
         with pytest.raises(UserError, match=r"pod 3 .*JAX_NUM_PROCESSES"):
-            cluster.describe(POD)
-        assert cluster.describe(POD | {"JOB_COMPLETION_INDEX": "0"}) is None
-        assert cluster.describe(POD | {"JAX_NUM_PROCESSES": "1"}) is None
+            cluster.detect(POD)
+        assert cluster.detect(POD | {"JOB_COMPLETION_INDEX": "0"}) is None
+        assert cluster.detect(POD | {"JAX_NUM_PROCESSES": "1"}) is None
 
 
 @pytest.mark.parametrize(
@@ -76,18 +77,18 @@ def test_a_kubernetes_job_is_asked_where_that_is_possible(monkeypatch, is_instal
         ((ADDRESS, None, 0), {"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES=two"),
     ],
 )
-def test_half_a_description_is_refused(arguments, env, message):
+def test_an_incomplete_description_is_refused(arguments, env, message):
     with pytest.raises(UserError, match=message):
-        cluster.describe(env, *arguments)
+        cluster.detect(env, *arguments)
 
 
-def test_slurm_is_left_to_jax_but_for_what_is_given():
-    assert cluster.describe(SLURM) == {}
-    assert cluster.describe(SLURM, ADDRESS) == {"coordinator_address": ADDRESS}
+def test_slurm_is_detected_by_jax_except_for_given_values():
+    assert cluster.detect(SLURM) == {}
+    assert cluster.detect(SLURM, ADDRESS) == {"coordinator_address": ADDRESS}
 
 
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(2, 3))
-def test_tasks_of_a_node_share_its_gpus_out(tasks, each, nodes):
+def test_the_gpus_of_a_node_are_divided_among_its_tasks(tasks, each, nodes):
     env = SLURM | {
         "SLURM_GPUS_ON_NODE": str(tasks * each),
         "SLURM_STEP_NUM_NODES": str(nodes),
@@ -95,7 +96,7 @@ def test_tasks_of_a_node_share_its_gpus_out(tasks, each, nodes):
     }
     taken = []
     for local in range(tasks):
-        found = cluster.describe(env | {"SLURM_LOCALID": str(local)})
+        found = cluster.detect(env | {"SLURM_LOCALID": str(local)})
         taken += found["local_device_ids"]
     assert taken == [*range(tasks * each)]
 
@@ -103,8 +104,8 @@ def test_tasks_of_a_node_share_its_gpus_out(tasks, each, nodes):
 def test_a_task_bound_to_gpus_takes_all_it_sees():
     env = SLURM | {"SLURM_GPUS_ON_NODE": "8", "SLURM_LOCALID": "3"}
     env |= {"SLURM_STEP_NUM_NODES": "1", "CUDA_VISIBLE_DEVICES": "6,7"}
-    assert cluster.describe(env) == {"local_device_ids": [0, 1]}
-    assert cluster.describe(env | {"JAX_LOCAL_DEVICE_IDS": "0"}) == {}
+    assert cluster.detect(env) == {"local_device_ids": [0, 1]}
+    assert cluster.detect(env | {"JAX_LOCAL_DEVICE_IDS": "0"}) == {}
 
 
 @pytest.mark.parametrize(
@@ -118,12 +119,12 @@ def test_a_task_bound_to_gpus_takes_all_it_sees():
     ],
 )
 def test_tpu_workers_in_the_environment(env, is_pod):
-    assert cluster.describe(env) == ({} if is_pod else None)
+    assert cluster.detect(env) == ({} if is_pod else None)
 
 
 @pytest.fixture
 def metadata_server():
-    """A metadata server of one's own: (its address, what it answers)."""
+    """Serve metadata: (address, answers)."""
     answers = {}
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -160,20 +161,20 @@ def test_a_tpu_machine_asks_its_metadata_server(
     address, given_answers = metadata_server
     given_answers |= answers
     env = {"GCE_METADATA_IP": address}
-    assert cluster.describe(env) is None  # no chips: nobody is asked
+    assert cluster.detect(env) is None  # no chips: no request
     (tmp_path / "accel0").touch()
-    assert cluster.describe(env) == ({} if is_pod else None)
-    assert cluster.describe(env | {"TPU_SKIP_MDS_QUERY": "1"}) is None
+    assert cluster.detect(env) == ({} if is_pod else None)
+    assert cluster.detect(env | {"TPU_SKIP_MDS_QUERY": "1"}) is None
     assert not caplog.text
 
 
 @pytest.mark.parametrize("is_there", [True, False])
-def test_a_tpu_machine_without_metadata_is_alone_and_says_so(
+def test_a_tpu_machine_without_metadata_is_alone_and_warns(
     metadata_server, tmp_path, caplog, is_there
 ):
     address, answers = metadata_server
     answers["status"] = 503
     (tmp_path / "accel0").touch()
     env = {"GCE_METADATA_IP": address if is_there else "localhost:9"}
-    assert cluster.describe(env) is None
-    assert "taken for the only one of its run" in caplog.text
+    assert cluster.detect(env) is None
+    assert "is the only one of its run" in caplog.text

@@ -1,8 +1,8 @@
 """Several real processes on this machine: they train, stop and fail as one run.
 
-Processes are dear, so that all tests share one story. A run is begun by four processes
-and loses one; two processes continue it and are told to stop; one process, this one,
-brings it to its end. Beside it stands a run of this process alone.
+Processes are expensive, so all tests share one story. Four processes begin a run, and
+one of them is killed; two processes continue it, and one of them gets a SIGTERM; one
+process, this one, finishes it. This process also does the whole run alone.
 """
 
 import json
@@ -26,6 +26,7 @@ from vjepa_jax.train import train_and_evaluate
 NUM_VIDEOS = 800  # the first epoch is the last
 BROKEN = range(0, NUM_VIDEOS, 20)
 CHECKPOINT_STEPS = process_config.get_config("").checkpoint.every_steps
+HELD_STEP = 19  # in which a process waits until it gets a signal
 
 
 class Part(NamedTuple):
@@ -35,7 +36,6 @@ class Part(NamedTuple):
     texts: list[str]
     rows: list[dict[str, float]]
     saved_step: int
-    secs: float  # from the signal to the end of the last process
 
 
 @pytest.fixture(scope="module")
@@ -61,23 +61,26 @@ def saved_steps(workdir):
     return sorted(int(name) for name in names if name.isdecimal())
 
 
-def signalled(group, workdir, rank, number):
-    """Send a signal to one process of a group and wait for the end of all."""
-    began = time.monotonic()
-    group.processes[rank].send_signal(number)
+def end(group, workdir):
+    """Wait for the end of a group."""
     codes, texts = group.end()
-    secs = time.monotonic() - began
-    return Part(codes, texts, read(workdir), saved_steps(workdir)[-1], secs)
+    return Part(codes, texts, read(workdir), saved_steps(workdir)[-1])
 
 
 @pytest.fixture(scope="module")
 def four(folder):
-    """Four processes, parameters spread over two of them; the third is killed."""
+    """Four processes, parameters sharded over two of them; the third is killed."""
     workdir = folder / "run"
-    group = Group(folder, workdir, 4, "--config.mesh.fsdp=4")
-    told = (folder / "run_4_0.stderr").read_text
-    group.wait_until(lambda: "step 13/" in told() and len(saved_steps(workdir)) > 1)
-    part = signalled(group, workdir, 2, signal.SIGKILL)
+    hold = 2, HELD_STEP, folder / "never"
+    group = Group(folder, workdir, 4, "--config.mesh.fsdp=4", hold=hold)
+    group.wait_until(
+        lambda: (
+            f"step {HELD_STEP - 2}/" in group.text(0)
+            and HELD_STEP // CHECKPOINT_STEPS * CHECKPOINT_STEPS in saved_steps(workdir)
+        )
+    )
+    group.processes[2].kill()
+    part = end(group, workdir)
     for file in workdir.glob("bad_videos*"):
         shutil.copy(file, folder)
     return part
@@ -86,11 +89,16 @@ def four(folder):
 @pytest.fixture(scope="module")
 def two(folder, four):
     """Two processes, which continue; the second gets a SIGTERM."""
-    workdir = folder / "run"
-    group = Group(folder, workdir, 2, "--config.mesh.fsdp=2")
-    resumed = (folder / "run_2_0.stderr").read_text
-    group.wait_until(lambda: f"step {four.saved_step + 2}/" in resumed())
-    return signalled(group, workdir, 1, signal.SIGTERM)
+    workdir, released = folder / "run", folder / "released"
+    hold = 1, HELD_STEP, released
+    group = Group(folder, workdir, 2, "--config.mesh.fsdp=2", hold=hold)
+    group.wait_until(lambda: f"step {HELD_STEP - 2}/" in group.text(0))
+    assert four.saved_step < HELD_STEP - 2
+    group.processes[1].terminate()
+    # jax looks for the signal once a second: more steps than there are may fit in.
+    group.wait_until(lambda: "SIGTERM caught" in group.text(1))
+    released.touch()
+    return end(group, workdir)
 
 
 def make_config(folder, **values):
@@ -102,7 +110,7 @@ def make_config(folder, **values):
 
 @pytest.fixture(scope="module")
 def last(folder, two):
-    """One process, which brings the run to its end."""
+    """One process, which finishes the run."""
     assert train_and_evaluate(make_config(folder), str(folder / "run")) is None
     return read(folder / "run")
 
@@ -114,7 +122,7 @@ PROFILE = {"profile.start_step": 3, "profile.num_steps": 2}
 def alone(folder):
     """The same from beginning to end in one process, with a profile.
 
-    The trace of steps 3 and 4 is not written before the watchdog has told of that.
+    The trace of steps 3 and 4 is written only after the watchdog has reported the wait.
     """
     stacks = folder / "alone/stacks_0.txt"
     write_trace = jax.profiler.stop_trace
@@ -122,7 +130,7 @@ def alone(folder):
     def write_late():
         deadline = time.monotonic() + TIMEOUT_SECS
         while not (stacks.exists() and "in write_late" in stacks.read_text()):
-            assert time.monotonic() < deadline, "the watchdog is silent"
+            assert time.monotonic() < deadline, "the watchdog reports nothing"
             time.sleep(0.01)
         write_trace()
 
@@ -133,21 +141,20 @@ def alone(folder):
     return read(folder / "alone")
 
 
-def test_a_killed_process_ends_the_others_in_time(four):
-    assert four.codes.pop(2) == -signal.SIGKILL
-    assert four.codes == [distributed.EXIT_TRY_AGAIN] * 3
-    # The rest is for a busy machine; what jax waits for by itself is 100 s.
-    assert four.secs < HEARTBEAT_SECS + 40
+def test_a_killed_process_ends_the_others(four):
+    again = distributed.EXIT_TRY_AGAIN
+    assert four.codes == [again, again, -signal.SIGKILL, again]
     for text in four.texts[:2] + four.texts[3:]:
-        assert "error: another process of this run has ended" in text
-        assert "the same command" in text.splitlines()[-1]
+        last = [line for line in text.splitlines() if line.strip()][-1]
+        assert last.startswith("error: another process of this run has ended"), text
+        assert f"no heartbeat for {HEARTBEAT_SECS} s" in last
+        assert "the same command" in last
 
 
 def test_a_restart_loses_little(four, two):
     assert f"resumed from step {four.saved_step}" in two.texts[0]
     assert four.saved_step >= 2 * CHECKPOINT_STEPS
-    # One interval, and the steps taken while the next checkpoint was being written,
-    # which is waited for before the one after it.
+    # One interval, and the steps during the next save, which ends before the one after.
     assert four.rows[-1]["step"] - four.saved_step <= 2 * CHECKPOINT_STEPS
 
 
@@ -160,7 +167,7 @@ def test_a_signal_to_one_makes_all_save_the_same_step_and_end(two, alone):
     assert "Traceback" not in "".join(two.texts)
 
 
-def test_only_the_first_process_tells(four, two):
+def test_only_the_first_process_logs(four, two):
     for part in (four, two):
         assert "compiled the step" in part.texts[0]
         for text in part.texts[1:]:
@@ -170,7 +177,7 @@ def test_only_the_first_process_tells(four, two):
 def test_any_number_of_processes_has_the_losses_of_one(four, two, last, alone):
     of_one = {row["step"]: row for row in alone}
     assert [row["step"] for row in last] == list(of_one)
-    # The four's own rows too: those behind their checkpoint have been written anew.
+    # Also the rows of the four, since those after their checkpoint were replaced.
     for row in four.rows + last:
         for key in ("train/loss", "train/total_loss"):
             expected = of_one[row["step"]][key]
@@ -185,7 +192,7 @@ def bad_paths(file, before):
 
 
 def test_each_process_reads_its_share_only(folder, four, alone):
-    """Shown by the broken videos that each has come upon."""
+    """Shown by the broken videos that each process has tried to read."""
     before = four.rows[-1]["step"]
     names = ["bad_videos.jsonl", *(f"bad_videos_{i}.jsonl" for i in range(1, 4))]
     of_each = [bad_paths(folder / name, before) for name in names]
@@ -197,7 +204,7 @@ def test_each_process_reads_its_share_only(folder, four, alone):
 def test_what_all_processes_found_is_counted(four, alone):
     key = "data/bad_videos"
     of_one = {row["step"]: row[key] for row in alone}
-    # Before a checkpoint, the batch behind it is not drawn yet.
+    # A checkpoint's row is written before the next batch is drawn.
     rows = [row for row in four.rows if row["step"] % CHECKPOINT_STEPS]
     assert [row[key] for row in rows] == [of_one[row["step"]] for row in rows]
     assert rows[-1][key] == rows[-1]["data/bad_not_a_video"] > 1
@@ -236,7 +243,7 @@ def test_a_profile_holds_the_steps_and_the_names_of_their_parts(folder, alone):
     assert steps == [3, 4]
 
 
-def test_the_watchdog_tells_where_a_step_that_takes_long_stands(folder, alone):
+def test_the_watchdog_writes_the_stacks_of_a_slow_step(folder, alone):
     text = (folder / "alone/stacks_0.txt").read_text()
     # A busy machine may be slow at other steps too.
     dumps = [d for d in text.split("no step ended for ") if "in write_late" in d]

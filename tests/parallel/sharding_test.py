@@ -1,4 +1,4 @@
-"""State and batches lie where the rules say, and every decision is told."""
+"""State and batches are sharded by the rules, and every decision is reported."""
 
 import dataclasses
 import math
@@ -106,7 +106,7 @@ class TorusChip:
 
 @pytest.mark.parametrize("slices", [1, 2])
 @pytest.mark.parametrize("shape", [(2, 2, 4), (4, 4, 4), (4, 4, 8)])
-def test_eight_neighbours_share_the_state_on_every_torus(shape, slices):
+def test_fsdp_is_eight_neighbours_on_every_torus(shape, slices):
     places = list(np.ndindex(shape))
     chips = [
         TorusChip(coords, index, index * len(places) + i)
@@ -162,7 +162,7 @@ def test_fsdp_splits_parameters_moments_and_target_alike():
     shardings = sharding.state_shardings(init, mesh)
     for name, leaf in by_name(shapes.params).items():
         is_split = "fsdp" in by_name(shardings.params)[name].spec
-        # Whole are vectors: norms, biases, each of the mask tokens.
+        # Vectors are replicated: norms, biases, each of the mask tokens.
         vector = name.endswith(("bias", "scale")) or name == "predictor/mask_tokens"
         assert is_split != vector, (name, leaf.shape)
     of_adam = next(s for s in shardings.opt_state if hasattr(s, "mu"))
@@ -178,14 +178,14 @@ def test_fsdp_splits_parameters_moments_and_target_alike():
     assert part < 0.58 * whole  # at this width vectors are a tenth of all
 
 
-def test_without_fsdp_every_device_has_the_whole_state():
+def test_without_fsdp_the_state_is_replicated():
     shardings = sharding.state_shardings(init_of(), sharding.make_mesh(8, 1))
     shapes = abstract_state(init_of())
     for s, x in zip(jax.tree.leaves(shardings), jax.tree.leaves(shapes), strict=True):
         assert s.shard_shape(x.shape) == x.shape
 
 
-def test_initial_state_is_made_where_it_belongs_and_independent_of_the_mesh():
+def test_initial_state_is_sharded_and_independent_of_the_mesh():
     init = init_of()
     states = []
     for sizes in ((4, 2), (8, 1)):
@@ -226,7 +226,7 @@ LOGICAL = ("layers", "embed", "mlp", "heads", "patch", "norm", None)
     st.lists(st.tuples(st.sampled_from(LOGICAL), st.integers(1, 48)), max_size=3),
     st.sampled_from([1, 2, 4, 8]),
 )
-def test_any_array_is_split_evenly_once_or_whole_with_a_reason(axes, parts):
+def test_any_array_is_sharded_evenly_or_replicated_with_a_reason(axes, parts):
     names, shape = tuple(name for name, _ in axes), tuple(size for _, size in axes)
     mesh = sharding.make_mesh(-1, parts)
 
@@ -248,35 +248,34 @@ def test_any_array_is_split_evenly_once_or_whole_with_a_reason(axes, parts):
         allowed = []
     assert split == allowed[:1]
     assert decision.device_bytes * (parts if split else 1) == decision.bytes
-    # What has several axes and is whole, or is not split by its first, has a reason.
+    # An array of several axes that is not sharded along the first has a reason.
     first = next((i for i, n in enumerate(names) if n in ("embed", "mlp", "heads")), -1)
     if parts > 1 and not is_vector and first >= 0 and split != [first]:
-        assert f"{names[first]}={shape[first]} does not divide" in decision.reason
+        assert f"does not divide {names[first]}={shape[first]}" in decision.reason
 
 
-def test_width_that_fsdp_cannot_split_leaves_the_rest_split():
+def test_a_width_that_fsdp_does_not_divide_leaves_the_rest_sharded():
     decisions = sharding.decide(init_of(predictor_width=12), sharding.make_mesh(1, 8))
     lines = {d.path: str(d) for d in decisions}
-    # Its input layer is split along the encoder's width; nothing else of it divides.
+    # Only the input layer, along the encoder's width, and the MLP can be sharded.
     embed = lines["params/predictor/embed/kernel"]
     assert embed.startswith("params/predictor/embed/kernel float32[32, 12] (fsdp)")
     qkv = lines["params/predictor/stack/blocks/qkv/kernel"]
     assert qkv.endswith(
-        "# embed=12 does not divide by 8, heads=36 does not divide by 8, whole "
-        "everywhere"
+        "# 8 does not divide embed=12, 8 does not divide heads=36, replicated"
     )
     fc1 = lines["params/predictor/stack/blocks/fc1/kernel"]
-    assert "(None, None, fsdp)" in fc1 and "embed=12 does not divide by 8" in fc1
+    assert "(None, None, fsdp)" in fc1 and "8 does not divide embed=12" in fc1
 
 
-def test_description_counts_bytes_in_all_and_per_device():
+def test_summary_counts_bytes_in_total_and_per_device():
     init = init_of(width=256, predictor_width=128)
     shapes = abstract_state(init)
     mebibytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes)) / 2**20
-    text = sharding.describe(sharding.decide(init, sharding.make_mesh(8, 1)))
+    text = sharding.summary(sharding.decide(init, sharding.make_mesh(8, 1)))
     assert text.count(f"{mebibytes:.1f} MiB") == 2
     decisions = sharding.decide(init, sharding.make_mesh(4, 2))
-    text = sharding.describe(decisions)
+    text = sharding.summary(decisions)
     each = float(text.split(", ")[1].split()[0])
     assert f"{mebibytes:.1f} MiB" in text and 0.49 < each / mebibytes < 0.55  # rounded
     # The lines of the decisions add up to it.

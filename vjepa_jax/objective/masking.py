@@ -1,18 +1,20 @@
-"""What the encoder sees and what the predictor must predict: 3-D masks on the device.
+"""Token masks, sampled on the device: which tokens are visible, which are predicted.
 
-A mask type hides boxes of a (T, H, W) token grid. Token counts are static, since XLA
+A mask type hides boxes of a (T, H, W) token grid. Token counts are static, because XLA
 compiles for fixed shapes: every sample keeps exactly `num_context` visible and
-`num_target` hidden tokens, and the rest is used by neither side. What is hidden never
-enters a context.
+`num_target` hidden tokens; the other tokens are not used. A hidden token is never in
+the context.
 
 The official code (V-JEPA `src/masks/multiblock3d.py`) trims each sample to the smallest
-counts of its batch per device instead, so that its counts vary and its batch per device
-sets the task. `default_budget` gives the mean of what that trimming leaves.
+counts of its batch per device instead. There the counts vary, and the batch size per
+device changes the task. `default_budget` returns the mean counts after that trimming.
 """
 
 import dataclasses
 import functools
+from types import ModuleType
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,8 +23,8 @@ from vjepa_jax.base.choices import MASK_KINDS, MASK_MODES
 
 Grid = tuple[int, int, int]
 
-# Mean counts that the official trimming leaves in batches of 24 per device, by grid and
-# by (num_blocks, spatial_scale): (context, target).
+# Mean (context, target) counts after the official trimming in batches of 24 per device,
+# by grid, num_blocks and spatial_scale.
 _OFFICIAL_BUDGETS = {
     ((8, 14, 14), 8, 0.15): (368, 752),
     ((8, 14, 14), 2, 0.7): (96, 1104),
@@ -33,7 +35,8 @@ _OFFICIAL_BUDGETS = {
 }
 _OFFICIAL_ASPECT = (0.75, 1.5)
 
-_MAX_REDRAWS = 200  # batches drawn to fill a group with samples that see something
+_CANDIDATES = 8  # masks drawn per sample
+_MAX_REDRAWS = 200  # batches drawn to fill a group with samples that see any token
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,22 +44,25 @@ class MaskSpec:
     """One mask type.
 
     Attributes:
-      kind: `multiblock` hides `num_blocks` boxes of one shape; `tube` hides a random
-        `spatial_scale` of the positions through all of time.
-      num_blocks: boxes per sample, overlapping allowed; 0 leaves `max_temporal_keep`
-        alone to hide tokens.
-      spatial_scale: (low, high) share of H * W that a box covers, or a tube hides.
-      temporal_scale: (low, high) share of T that a box lasts.
-      aspect_ratio: (low, high) height over width of a box, drawn linearly.
-      max_temporal_keep: tokens after this share of T are always hidden ("causal").
       num_context: visible tokens kept per sample.
       num_target: hidden tokens predicted per sample.
-      mode: `official`: one box shape per batch and the first tokens in raster order are
-        kept; `unbiased`: a shape per sample, and a random subset is kept.
+      kind: `multiblock` hides `num_blocks` boxes of one shape; `tube` hides a random
+        share `spatial_scale` of the (h, w) positions in all frames.
+      num_blocks: boxes per sample, which may overlap; 0: only `max_temporal_keep` hides
+        tokens.
+      spatial_scale: (low, high) share of H * W that a box covers or a tube mask hides.
+      temporal_scale: (low, high) share of T that a box lasts.
+      aspect_ratio: (low, high) height over width of a box, drawn uniformly.
+      max_temporal_keep: tokens after this share of T are always hidden ("causal").
+      mode: `official`: one box shape per batch, and the first tokens in raster order
+        are kept; `unbiased`: one shape per sample, and a random subset is kept.
       full_complement: predict every token that is not in the context.
       pred_full_complement: see every token that is not predicted.
-      inv_block: see what is inside the boxes and predict what is outside, after all of
-        the above; `num_context` then counts what is inside.
+      inv_block: finally swap the two sides: see what is inside the boxes, predict what
+        is outside. `num_context` then counts tokens inside.
+
+    Raises:
+      ValueError: `kind` or `mode` is unknown.
     """
 
     num_context: int
@@ -83,11 +89,19 @@ class MaskSpec:
                 )
 
 
-def box_shape(uniforms, grid: Grid, spec: MaskSpec):
-    """Turn three uniform numbers [..., 3] into box extents, by the official formula.
+def box_shape(
+    uniforms: jax.Array | np.ndarray, grid: Grid, spec: MaskSpec
+) -> tuple[jax.Array, ...] | tuple[np.ndarray, ...]:
+    """Return the extents of boxes by the official formula.
+
+    Args:
+      uniforms: [..., 3], numbers in [0, 1) that set duration, area and aspect ratio.
+      grid: (T, H, W).
+      spec: the mask type.
 
     Returns:
-      int t, h, w of shape [...]; each at least 1 and at most the grid's.
+      t, h and w, int32 [...], each from 1 to the size of the grid. They are of the same
+      library as `uniforms`, NumPy or jax.
     """
     xp = jnp if isinstance(uniforms, jax.Array) else np
     frames, height, width = grid
@@ -103,8 +117,15 @@ def box_shape(uniforms, grid: Grid, spec: MaskSpec):
     return tuple(extent.astype(xp.int32) for extent in clipped)
 
 
-def _hidden_boxes(xp, corners, shape, grid: Grid):
-    """Mark the union of boxes; corners: uniforms [..., num_blocks, 3] -> [..., N]."""
+def _hidden_boxes(xp: ModuleType, corners, shape, grid: Grid):
+    """Mark the union of boxes, bool [..., N].
+
+    Args:
+      xp: NumPy or jax.numpy.
+      corners: [..., num_blocks, 3], numbers in [0, 1) that set the boxes' positions.
+      shape: extents of the boxes, see `box_shape`.
+      grid: (T, H, W).
+    """
     inside = []
     for axis, n in enumerate(grid):
         extent = shape[axis][..., None]
@@ -117,24 +138,31 @@ def _hidden_boxes(xp, corners, shape, grid: Grid):
 
 
 def _late(grid: Grid, spec: MaskSpec) -> np.ndarray:
-    """Mark the tokens that a causal mask always hides: bool [N]."""
+    """Mark the tokens that `max_temporal_keep` hides: bool [N]."""
     frames, height, width = grid
     kept = max(1, int(frames * spec.max_temporal_keep))
     return np.repeat(np.arange(frames) >= kept, height * width)
 
 
-def _draw_hidden(place_key, shape_key, batch, grid: Grid, spec: MaskSpec, candidates):
+def _draw_hidden(
+    position_key: jax.Array,
+    shape_key: jax.Array,
+    batch: int,
+    grid: Grid,
+    spec: MaskSpec,
+    candidates: int,
+) -> jax.Array:
     """Draw which tokens are hidden: bool [candidates, B, N]."""
     frames, height, width = grid
     lead = (candidates, batch)
     if spec.kind == "tube":
         keep = int(height * width * (1 - spec.spatial_scale[0]))
-        rank = jax.random.uniform(place_key, (*lead, height * width)).argsort(-1)
+        rank = jax.random.uniform(position_key, (*lead, height * width)).argsort(-1)
         hidden = jnp.tile(rank.argsort(-1) >= keep, (1, 1, frames))
     else:
         shared = (1, 1) if spec.mode == "official" else lead
         shape = box_shape(jax.random.uniform(shape_key, (*shared, 3)), grid, spec)
-        corners = jax.random.uniform(place_key, (*lead, spec.num_blocks, 3))
+        corners = jax.random.uniform(position_key, (*lead, spec.num_blocks, 3))
         hidden = _hidden_boxes(jnp, corners, shape, grid)
     return hidden | _late(grid, spec)
 
@@ -145,48 +173,43 @@ def _first(marked: jax.Array, order: jax.Array, count: int) -> jax.Array:
     return jnp.sort(jnp.argsort(rank, axis=-1)[:, :count], axis=-1).astype(jnp.int32)
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
 def sample(
-    key: jax.Array,
-    shape_key: jax.Array,
-    batch: int,
-    grid: Grid,
-    spec: MaskSpec,
-    candidates: int = 8,
+    key: jax.Array, shape_key: jax.Array, batch: int, grid: Grid, spec: MaskSpec
 ) -> tuple[jax.Array, jax.Array]:
     """Sample context and target tokens for a batch.
 
-    Several candidate masks are drawn per sample and the first that holds both budgets
-    is used; a sample where none does hides random tokens instead (rare: the budgets
-    are below what most masks leave).
+    Several candidate masks are drawn per sample, and the first with enough visible and
+    enough hidden tokens is used. If none has, random tokens are hidden instead; this is
+    rare, because the budgets are below what most masks leave.
 
     Args:
       key: random key of this mask type and step.
-      shape_key: random key of the box shapes; the official generators of one step share
-        their draw, so give all mask types of a step the same.
-      batch: samples B.
+      shape_key: random key of the box shapes. Give all mask types of a step the same
+        key, because the official generators of one step share their draw.
+      batch: number of samples B.
       grid: (T, H, W) tokens.
       spec: the mask type.
-      candidates: masks drawn per sample.
 
     Returns:
-      ctx_idx int32 [B, num_context], tgt_idx int32 [B, num_target]: token numbers,
-      ascending, disjoint.
+      ctx_idx int32 [B, num_context] and tgt_idx int32 [B, num_target]: token indices,
+      ascending and disjoint.
     """
+    chex.assert_rank([key, shape_key], 0)
     num_tokens = int(np.prod(grid))
     num_visible, num_hidden = spec.num_context, spec.num_target
     if spec.inv_block:
         num_visible, num_hidden = num_hidden, num_visible
-    # What complements the other side is not drawn: it is there in any case.
+    # A side that complements the other needs no drawn tokens of its own.
     least_visible = 0 if spec.pred_full_complement else num_visible
     least_hidden = 0 if spec.full_complement else num_hidden
-    place_key, spare_key, order_key = jax.random.split(key, 3)
-    hidden = _draw_hidden(place_key, shape_key, batch, grid, spec, candidates)
+    position_key, spare_key, order_key = jax.random.split(key, 3)
+    hidden = _draw_hidden(position_key, shape_key, batch, grid, spec, _CANDIDATES)
     count = hidden.sum(-1)
     fits = (count >= least_hidden) & (num_tokens - count >= least_visible)
     choice = jnp.argmax(fits, axis=0)
     chosen = jnp.take_along_axis(hidden, choice[None, :, None], axis=0)[0]
-    # Causal masks keep their meaning in the spare: early tokens are seen first.
+    # The spare mask of a causal mask type is causal too: late tokens come last.
     spare_order = jax.random.uniform(spare_key, (batch, num_tokens))
     spare_order += _late(grid, spec)
     spare = spare_order.argsort(-1).argsort(-1) >= num_visible
@@ -216,16 +239,23 @@ def sample(
 def simulate_counts(
     spec: MaskSpec, grid: Grid, group_size: int, groups: int, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Count tokens as the official generator trims them, in NumPy.
+    """Simulate the token counts of the official generator, in NumPy.
 
-    Each group of `group_size` samples shares a box shape, redraws samples without a
-    visible token, and keeps the smallest counts of the group.
+    Each group of samples shares a box shape, redraws samples without a visible token,
+    and is trimmed to the smallest counts of the group.
+
+    Args:
+      spec: the mask type; its own budgets are ignored.
+      grid: (T, H, W).
+      group_size: samples per group, which is a device's batch in the official code.
+      groups: number of groups.
+      seed: random seed.
 
     Returns:
-      visible, hidden: int [groups], tokens kept by every sample of the group.
+      Visible and hidden tokens that every sample of a group keeps, int [groups] each.
 
     Raises:
-      ValueError: samples without a visible token are the rule.
+      ValueError: nearly all masks hide every token.
     """
     rng = np.random.RandomState(seed)
     num_tokens = int(np.prod(grid))
@@ -241,7 +271,9 @@ def simulate_counts(
             marked = _hidden_boxes(np, corners, shape, grid) | _late(grid, spec)
             counts.extend(c for c in marked.sum(-1) if c < num_tokens)
         if len(counts) < group_size:
-            raise ValueError("nearly all masks hide every token: hide less")
+            raise ValueError(
+                "nearly all masks hide every token: lower num_blocks or spatial_scale"
+            )
         counts = counts[:group_size]
         visible[g], hidden[g] = num_tokens - max(counts), min(counts)
     return visible, hidden
@@ -249,10 +281,10 @@ def simulate_counts(
 
 @functools.lru_cache
 def default_budget(spec: MaskSpec, grid: Grid, group_size: int = 24) -> tuple[int, int]:
-    """Return (num_context, num_target): the mean that official trimming leaves.
+    """Return (num_context, num_target): mean counts after the official trimming.
 
-    The counts are rounded to whole multiples of T (boxes that last the whole clip leave
-    nothing else). `spec`'s own budgets are ignored.
+    They are rounded to multiples of T, because boxes that last the whole clip leave
+    nothing else. The arguments are those of `simulate_counts`.
     """
     context, target = _trimmed_budget(spec, grid, group_size)
     num_tokens = int(np.prod(grid))
@@ -280,7 +312,7 @@ def _trimmed_budget(spec: MaskSpec, grid: Grid, group_size: int) -> tuple[int, i
         return _OFFICIAL_BUDGETS[known]
     visible, hidden = simulate_counts(spec, grid, group_size, groups=400)
     context, target = (
-        # Where all masks leave the same count, rounding must not ask for more.
+        # Rounding must not exceed the largest count, e.g. if all counts are equal.
         min(max(frames, frames * round(float(c.mean()) / frames)), int(c.max()))
         for c in (visible, hidden)
     )

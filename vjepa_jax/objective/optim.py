@@ -1,6 +1,7 @@
-"""Schedules as functions of the step, and AdamW as the official code configures it."""
+"""Schedules as functions of the step, and AdamW as in the official code."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,15 +13,15 @@ Schedule = Callable[[jax.Array | int], jax.Array]
 def warmup_cosine(
     start: float, peak: float, end: float, warmup_steps: int, decay_steps: int
 ) -> Schedule:
-    """Rise linearly from `start` to `peak`, then fall along a cosine to `end`.
+    """Make a schedule: linear warm-up to `peak`, then cosine decay to `end`.
 
-    The official schedules count before they are read: the first update uses step 1
-    (`src/utils/schedulers.py`), hence `schedule(0)` is one step into the warm-up.
+    The official schedules increment their count before they use it
+    (`src/utils/schedulers.py`), so `schedule(0)` is one step into the warm-up.
 
     Args:
-      start, peak, end: values; `start` is only met when there is a warm-up.
-      warmup_steps: steps of the rise.
-      decay_steps: step at which `end` is reached; later steps stay there.
+      start, peak, end: values; `start` is not used without a warm-up.
+      warmup_steps: length of the warm-up.
+      decay_steps: step at which `end` is reached; constant from there on.
     """
 
     def schedule(step):
@@ -34,9 +35,10 @@ def warmup_cosine(
 
 
 def linear_decay(start: float, end: float, decay_steps: int) -> Schedule:
-    """Fall linearly from `start` to `end`: the official cooldown, first update at 1.
+    """Make a linear schedule from `start` to `end`: the official cooldown.
 
-    Later steps stay at `end`; the official code would go on falling.
+    As in `warmup_cosine`, `schedule(0)` is one step into the decay. After `decay_steps`
+    it is constant; the official code would continue to decrease.
     """
 
     def schedule(step):
@@ -54,13 +56,11 @@ def warmup_stable_decay(
     anneal_steps: int,
     decay_steps: int,
 ) -> Schedule:
-    """Rise linearly to `peak`, stay, and fall linearly to `end` in the last steps.
+    """Make a schedule: linear warm-up to `peak`, constant, linear decay to `end`.
 
     Args:
-      start, peak, end: values; `start` is only met when there is a warm-up.
-      warmup_steps: steps of the rise.
-      anneal_steps: steps of the fall.
-      decay_steps: step at which `end` is reached; later steps stay there.
+      start, peak, end, warmup_steps, decay_steps: see `warmup_cosine`.
+      anneal_steps: length of the final decay.
     """
 
     def schedule(step):
@@ -74,12 +74,12 @@ def warmup_stable_decay(
 
 
 def cosine(start: float, end: float, decay_steps: int) -> Schedule:
-    """Move from `start` to `end` along a half cosine (the weight decay's schedule)."""
+    """Make a half-cosine schedule from `start` to `end` (used for weight decay)."""
     return warmup_cosine(start, start, end, 0, decay_steps)
 
 
 def linear(start: float, end: float, decay_steps: int) -> Schedule:
-    """Move linearly from `start` at step 0 to `end` (the EMA momentum's schedule)."""
+    """Make a linear schedule from `start` at step 0 to `end` (for EMA momentum)."""
 
     def schedule(step):
         progress = jnp.asarray(step, jnp.float32) / max(decay_steps, 1)
@@ -88,11 +88,11 @@ def linear(start: float, end: float, decay_steps: int) -> Schedule:
     return schedule
 
 
-def decay_mask(params):
-    """Mark what weight decay applies to: a tree of bools shaped like `params`.
+def is_decayed(params: Any) -> Any:
+    """Return a tree of bools like `params`: whether weight decay applies.
 
-    As in the official code, everything decays but biases and norm scales (one
-    dimension per layer). Mask tokens and modality embeddings do decay there.
+    As in the official code, it applies to everything except biases and norm scales,
+    that is, also to mask tokens and modality embeddings.
     """
 
     def decays(path, leaf):
@@ -111,29 +111,31 @@ def make_optimizer(
     clip_norm: float = 0.0,
     clip_start_step: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    """Make AdamW with decay decoupled but multiplied by the rate, as PyTorch's is.
+    """Make AdamW, with weight decay multiplied by the learning rate as in PyTorch.
 
-    Its `update` takes the run's `step` as a keyword. The schedules follow that, not a
-    count of their own, so that a skipped update does not hold them back.
+    Its `update` takes the run's `step` as a keyword argument. The schedules depend on
+    it, not on a count of their own, so that a skipped update does not delay them.
 
     Args:
-      learning_rate, weight_decay: schedules of the step.
+      learning_rate, weight_decay: schedules.
       b1, b2, eps: Adam's constants.
-      clip_norm: largest global norm of each module's gradient (encoder, predictor
-        apart, as V-JEPA does); 0 does not clip.
+      clip_norm: largest global norm of each module's gradient (encoder and predictor
+        separately, as V-JEPA does); 0: no clipping.
       clip_start_step: first step whose gradient is clipped.
     """
     clip = clip_by_module_norm(clip_norm, clip_start_step)
     return optax.chain(
-        # In any case something, so that the state does not depend on clipping.
+        # Without clipping an identity, so that the state has the same structure.
         clip if clip_norm else optax.identity(),
         optax.scale_by_adam(b1, b2, eps),
         _decay_and_scale(learning_rate, weight_decay),
     )
 
 
-def _decay_and_scale(learning_rate: Schedule, weight_decay: Schedule):
-    """Add `weight_decay` times the parameter, then multiply by minus the rate."""
+def _decay_and_scale(
+    learning_rate: Schedule, weight_decay: Schedule
+) -> optax.GradientTransformationExtraArgs:
+    """Add weight decay, then multiply by minus the learning rate."""
 
     def update(updates, state, params, *, step, **_):
         rate, decay = learning_rate(step), weight_decay(step)
@@ -141,7 +143,7 @@ def _decay_and_scale(learning_rate: Schedule, weight_decay: Schedule):
         def scaled(update, param, decays):
             return -rate * (update + decay * param if decays else update)
 
-        return jax.tree.map(scaled, updates, params, decay_mask(params)), state
+        return jax.tree.map(scaled, updates, params, is_decayed(params)), state
 
     return optax.GradientTransformationExtraArgs(_stateless, update)
 
@@ -149,7 +151,7 @@ def _decay_and_scale(learning_rate: Schedule, weight_decay: Schedule):
 def clip_by_module_norm(
     max_norm: float, start_step: int = 0
 ) -> optax.GradientTransformationExtraArgs:
-    """Clip each top-level entry of the gradient to its own global norm.
+    """Clip the global norm of each top-level entry of the gradient.
 
     Steps before `start_step` are not clipped (V-JEPA clips after the warm-up).
     """

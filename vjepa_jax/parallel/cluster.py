@@ -1,7 +1,6 @@
-"""Which processes a run consists of, as the flags and the environment tell it.
+"""Detect the processes of a run from the flags and the environment.
 
-Nothing here waits or connects, except for one question to the metadata server of a TPU
-machine.
+Nothing here waits or connects, except for requests to the metadata server of a TPU VM.
 """
 
 import glob
@@ -22,31 +21,31 @@ _METADATA = "http://{}/computeMetadata/v1/instance/attributes/{}"
 _METADATA_TIMEOUT_SECS = 5
 
 
-def describe(
+def detect(
     env: Mapping[str, str],
     coordinator_address: str | None = None,
     num_processes: int | None = None,
     process_id: int | None = None,
 ) -> dict[str, Any] | None:
-    """Describe the cluster for `jax.distributed.initialize`; None: one process.
+    """Return arguments for `jax.distributed.initialize`, or None for a single process.
 
-    Recognised are an address, given or in `JAX_COORDINATOR_ADDRESS` (with
-    `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`, for which the index of a Kubernetes pod
-    will do); a Slurm step of several tasks; a TPU pod, or several slices; an indexed
-    Kubernetes job, where the package `kubernetes` is installed.
+    Recognised are: an explicit description, by the arguments or by the variables
+    `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` (or the index of
+    a Kubernetes pod); a Slurm step of several tasks; a TPU pod, or several slices; an
+    indexed Kubernetes job, if the package `kubernetes` is installed.
 
     Args:
       env: the environment.
-      coordinator_address: `host:port` of the first process; goes before `env`, like
-        the other two.
-      num_processes: of the run.
-      process_id: of this process, from 0.
+      coordinator_address: `host:port` of the first process. This and the following
+        arguments take precedence over `env`.
+      num_processes: number of processes of the run.
+      process_id: rank of this process, from 0.
 
     Returns:
-      Arguments; what is left out, jax finds out in the same environment.
+      The arguments; jax detects those that are missing in the same environment.
 
     Raises:
-      UserError: the description is incomplete or contradicts itself.
+      UserError: the description is incomplete or inconsistent.
     """
     address = coordinator_address or env.get("JAX_COORDINATOR_ADDRESS")
     count = _first(num_processes, _number(env, "JAX_NUM_PROCESSES"))
@@ -73,7 +72,7 @@ def describe(
         missing = {"coordinator_address", "num_processes", "process_id"} - given.keys()
         raise UserError(
             f"--{', --'.join(sorted(missing))}: not given, and neither Slurm nor a TPU "
-            "pod to ask; give all three, by flags or as JAX_COORDINATOR_ADDRESS, "
+            "pod provides it; give all three, by flags or as JAX_COORDINATOR_ADDRESS, "
             "JAX_NUM_PROCESSES and JAX_PROCESS_ID"
         )
     return {} if _is_kubernetes_job(env) else None
@@ -86,7 +85,9 @@ def _first(*values: int | None) -> int | None:
 def _number(env: Mapping[str, str], name: str) -> int | None:
     text = env.get(name, "")
     if text and not text.isdecimal():
-        raise UserError(f"{name}={text} in the environment is not a number from 0")
+        raise UserError(
+            f"{name}={text} in the environment is not a number: give 0 or more"
+        )
     return int(text) if text else None
 
 
@@ -96,25 +97,25 @@ def _check_explicit(
     if not re.fullmatch(r".+:\d+", coordinator_address):
         raise UserError(
             f"--coordinator_address={coordinator_address} has no port: give host:port "
-            "of the first process, with a port that is free there"
+            "of the first process, with a port that is free on its host"
         )
     if process_id >= num_processes:
         raise UserError(
-            f"--process_id={process_id} of --num_processes={num_processes}: "
-            f"count the processes from 0 to {num_processes - 1}"
+            f"--process_id={process_id} is too large for --num_processes="
+            f"{num_processes}: number the processes from 0 to {num_processes - 1}"
         )
 
 
 def _is_slurm_step(env: Mapping[str, str]) -> bool:
-    # An interactive Slurm shell describes its allocation, but is not a step of tasks.
+    # An interactive Slurm shell has SLURM_NTASKS too, but is not a step of tasks.
     return "SLURM_STEP_NODELIST" in env and (_number(env, "SLURM_NTASKS") or 1) > 1
 
 
 def _slurm_devices(env: Mapping[str, str]) -> dict[str, list[int]]:
-    """Choose this task's GPUs; by itself jax takes one, the task's index on its node.
+    """Choose this task's GPUs; by default jax takes one, by the task's local index.
 
-    A task that Slurm bound to GPUs sees these alone, and numbers them from 0;
-    otherwise the tasks of a node share its GPUs out.
+    A task that Slurm bound to GPUs sees only these, numbered from 0. Otherwise the GPUs
+    of a node are divided among its tasks.
     """
     on_node = _number(env, "SLURM_GPUS_ON_NODE")
     if not on_node or env.get("JAX_LOCAL_DEVICE_IDS"):
@@ -134,7 +135,7 @@ def _is_tpu_pod(env: Mapping[str, str]) -> bool:
     if workers is not None or "MEGASCALE_NUM_SLICES" in env:
         return "," in (workers or "") or (_number(env, "MEGASCALE_NUM_SLICES") or 1) > 1
     has_chips = any(glob.glob(pattern) for pattern in _TPU_CHIPS)
-    # The same variable keeps jax and libtpu from asking.
+    # The same variable keeps jax and libtpu from querying the metadata server.
     if not has_chips or "TPU_SKIP_MDS_QUERY" in env:
         return False
     try:
@@ -144,8 +145,8 @@ def _is_tpu_pod(env: Mapping[str, str]) -> bool:
         return "," in _metadata(env, "worker-network-endpoints")
     except (OSError, http.client.HTTPException) as error:
         logging.warning(
-            "no metadata server answers (%s), so this TPU machine is taken for the "
-            "only one of its run: where it is not, give --coordinator_address, "
+            "the metadata server does not answer (%s): assuming that this TPU machine "
+            "is the only one of its run; otherwise give --coordinator_address, "
             "--num_processes and --process_id",
             error,
         )
@@ -153,7 +154,7 @@ def _is_tpu_pod(env: Mapping[str, str]) -> bool:
 
 
 def _metadata(env: Mapping[str, str], key: str) -> str:
-    """Ask the machine's metadata server; "" where it knows no such key."""
+    """Return a value of the machine's metadata server; "" if the key is unknown."""
     host = env.get("GCE_METADATA_IP", "metadata.google.internal")
     request = urllib.request.Request(
         _METADATA.format(host, key), headers={"Metadata-Flavor": "Google"}
@@ -174,12 +175,12 @@ def _is_kubernetes_job(env: Mapping[str, str]) -> bool:
         return False
     if importlib.util.find_spec("kubernetes") is not None:
         return True
-    # The first pod cannot know whether there are others.
+    # Pod 0 may be the only one; a higher index proves that there are others.
     if index > 0:
         raise UserError(
-            f"this is pod {index} of an indexed Kubernetes job, but how many there are "
-            "is not known: set JAX_COORDINATOR_ADDRESS and JAX_NUM_PROCESSES in the "
-            "pods' environment (JAX_NUM_PROCESSES=1 where each runs for itself), or "
-            "install jax[k8s]"
+            f"this is pod {index} of an indexed Kubernetes job, but the number of pods "
+            "is unknown: set JAX_COORDINATOR_ADDRESS and JAX_NUM_PROCESSES in the "
+            "pods' environment (JAX_NUM_PROCESSES=1 if each pod is a run of its own), "
+            "or install jax[k8s]"
         )
     return False

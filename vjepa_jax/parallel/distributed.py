@@ -1,7 +1,7 @@
-"""The processes of a run: how they start, wait, agree to stop, and fail.
+"""The processes of a run: start, barriers, exchange of small data, stop, failure.
 
-Every process runs the same command on the same config. On one process nothing here
-waits for anything.
+All processes run the same command with the same config. With a single process nothing
+here waits.
 """
 
 import contextlib
@@ -15,28 +15,30 @@ from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 import jax
+from absl import logging
 from jax._src import distributed as jax_distributed
 from jax.experimental import multihost_utils
 
 from vjepa_jax.base.errors import UserError
 from vjepa_jax.parallel import cluster
 
-# EX_TEMPFAIL: the same command, on all processes, continues the run.
+# EX_TEMPFAIL of sysexits.h: the same command, on all processes, continues the run.
 EXIT_TRY_AGAIN = 75
 # Longest delay between processes at the same point of the program.
 WAIT_SECS = 600
 
-_WAITING_EVERY_SECS = 30
-# How long a process that failed waits for the others to fail likewise.
+_LOG_WAITING_SECS = 30
+# How long a failed process waits for the others to fail with the same error.
 _FAIL_TOGETHER_SECS = 10
 
 _heartbeat_timeout_secs = 0
 _why_aborted = ""
-_abort_handler = None  # kept, since C has its address
+_abort_handler = None  # referenced here, because C code holds its address
+_end_lock = threading.Lock()  # jax may abort in several threads; only one prints why
 
 
 class LostProcess(Exception):
-    """Another process of the run has ended, or does not answer."""
+    """Another process of the run has ended or does not respond."""
 
 
 def initialize(
@@ -46,45 +48,47 @@ def initialize(
     start_timeout_secs: int = 300,
     heartbeat_timeout_secs: int = 100,
 ) -> None:
-    """Join the processes of the run; call it before any computation.
+    """Connect to the other processes of the run; call it before any computation.
 
-    Does nothing where there is one process only, or when called again.
-
-    Where the others do not come up in time, or one of them ends or falls silent later,
-    this process ends with `EXIT_TRY_AGAIN` and a message.
+    A single process, and a second call, do nothing. If the others do not start in time,
+    or if one of them ends or stops sending heartbeats later, this process exits with
+    `EXIT_TRY_AGAIN` and a message.
 
     Args:
-      coordinator_address, num_processes, process_id: see `cluster.describe`.
-      start_timeout_secs: longest wait for all processes to be there.
-      heartbeat_timeout_secs: silence after which a process counts as dead.
+      coordinator_address, num_processes, process_id: see `cluster.detect`.
+      start_timeout_secs: longest wait for all processes to start.
+      heartbeat_timeout_secs: time without heartbeats after which a process counts as
+        dead.
 
     Raises:
-      UserError: the flags or the environment describe no cluster.
+      UserError: the flags or the environment are incomplete or inconsistent.
     """
     global _heartbeat_timeout_secs
     if jax.distributed.is_initialized():
         return
-    found = cluster.describe(os.environ, coordinator_address, num_processes, process_id)
-    if found is None:
+    arguments = cluster.detect(
+        os.environ, coordinator_address, num_processes, process_id
+    )
+    if arguments is None:
         return
     _heartbeat_timeout_secs = heartbeat_timeout_secs
     _exit_on_abort()
-    where = found.get("coordinator_address", "the first process")
+    address = arguments.get("coordinator_address", "the first process")
     _set_reason(
-        f"the processes of this run did not all reach {where} within "
+        f"the processes of this run did not all reach {address} within "
         f"{start_timeout_secs} s: check that the same command runs on every host, with "
-        "the number of processes and an index of its own, that the first host's name "
-        "and port can be reached from the others, and that nothing is left of an "
-        "earlier run there"
+        "the same number of processes and a different process id, that the first "
+        "host's name and port can be reached from the others, and that no process of "
+        "an earlier run is left there"
     )
-    with _tell_while_waiting(f"waiting for all processes of the run at {where}"):
+    with _log_while_waiting(f"waiting for all processes of the run at {address}"):
         jax.distributed.initialize(
-            **found,
+            **arguments,
             initialization_timeout=start_timeout_secs,
             heartbeat_timeout_seconds=heartbeat_timeout_secs,
         )
     _set_reason(
-        "another process of this run has ended or was silent for "
+        "another process of this run has ended or sent no heartbeat for "
         f"{heartbeat_timeout_secs} s (jax names it above): see its output; the same "
         "command on all of them continues from the latest checkpoint"
     )
@@ -96,10 +100,10 @@ def _set_reason(message: str) -> None:
 
 
 def _exit_on_abort() -> None:
-    """Give the end that jax prepares for a process that lost the others a name.
+    """Print the reason and set the exit code when jax aborts after losing a process.
 
-    Its client calls abort() in a thread of its own, which no Python code can catch:
-    exceptions do not reach it, and a Python signal handler would run after the end.
+    jax's client calls abort() in its own thread. Python cannot catch that: there is no
+    exception, and a Python signal handler would only run after the process has ended.
     """
     global _abort_handler
 
@@ -112,27 +116,28 @@ def _exit_on_abort() -> None:
 
 
 def _end(code: int, message: str) -> NoReturn:
-    """Tell why, and end at once: what runs at exit would wait for the others."""
+    """Print the reason and exit at once: exit handlers would wait for the others."""
+    _end_lock.acquire()
     print(f"error: {message}", file=sys.stderr)
     _exit(code)
 
 
 def _exit(code: int) -> NoReturn:
-    """End this process without what runs at exit."""
+    """Exit without running exit handlers."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
 @contextlib.contextmanager
-def _tell_while_waiting(message: str) -> Iterator[None]:
+def _log_while_waiting(message: str) -> Iterator[None]:
     done = threading.Event()
 
-    def tell():
-        while not done.wait(_WAITING_EVERY_SECS):
+    def log():
+        while not done.wait(_LOG_WAITING_SECS):
             print(message, file=sys.stderr, flush=True)
 
-    thread = threading.Thread(target=tell, daemon=True)
+    thread = threading.Thread(target=log, daemon=True)
     thread.start()
     try:
         yield
@@ -142,17 +147,17 @@ def _tell_while_waiting(message: str) -> Iterator[None]:
 
 
 def process_index() -> int:
-    """Rank of this process, from 0."""
+    """Return the rank of this process, from 0."""
     return jax.process_index()
 
 
 def process_count() -> int:
-    """Number of processes of the run."""
+    """Return the number of processes of the run."""
     return jax.process_count()
 
 
 def is_main() -> bool:
-    """Whether this process is the one that writes files and prints."""
+    """Return whether this process has rank 0, which writes files and logs."""
     return process_index() == 0
 
 
@@ -163,32 +168,33 @@ def print_on_main(message: str) -> None:
 
 
 def _client():
-    # There is no public way to it; Orbax takes this one too.
+    # jax has no public access to it; Orbax uses this one too.
     return jax_distributed.global_state.client
 
 
 def barrier(name: str, timeout_secs: float) -> None:
-    """Wait until every process of the run has come to the barrier of this name.
+    """Wait until every process of the run has reached the barrier of this name.
 
     Raises:
-      LostProcess: not all of them came in time; the message names those that did not.
+      LostProcess: a timeout; the message names the processes that are missing.
     """
     if process_count() == 1:
         return
     try:
         _client().wait_at_barrier(name, int(timeout_secs * 1000))
     except jax.errors.JaxRuntimeError as error:
-        raise LostProcess(
-            f"not all {process_count()} processes came to the point '{name}' within "
-            f"{timeout_secs:g} s: see the output of those that are missing ({error})"
+        raise _lost(
+            error,
+            f"not all {process_count()} processes reached the barrier '{name}' within "
+            f"{timeout_secs:g} s: see the output of those that are missing ({error})",
         ) from None
 
 
 def from_main(name: str, text: str, timeout_secs: float) -> str:
-    """Return the text that the main process gave under this name, once per run.
+    """Broadcast a text from the main process; use each name once per run.
 
     Raises:
-      LostProcess: there was none in time.
+      LostProcess: a timeout.
     """
     if process_count() == 1:
         return text
@@ -200,17 +206,20 @@ def from_main(name: str, text: str, timeout_secs: float) -> str:
 
 
 def sum_on_main(name: str, values: Sequence[int], timeout_secs: float) -> Sequence[int]:
-    """Sum numbers over all processes, on the main one; the others get their own back.
+    """Return the sums of numbers over all processes, on the main process only.
 
-    The devices have no part in it, so that nobody waits for the step under way.
+    The devices are not used, so that no process waits for the step in progress.
 
     Args:
-      name: never given before; all processes call with the same.
-      values: as many on every process.
-      timeout_secs: longest wait for the others.
+      name: the same on all processes, and different in every call.
+      values: numbers of this process, equally many on every process.
+      timeout_secs: longest wait for the other processes.
+
+    Returns:
+      The sums on the main process, `values` on the others.
 
     Raises:
-      LostProcess: on the main process, not all came in time.
+      LostProcess: a timeout, on the main process.
     """
     if process_count() == 1:
         return values
@@ -231,63 +240,79 @@ def _value_of(key: str, timeout_secs: float, whose: str) -> str:
     try:
         return _client().blocking_key_value_get(key, int(timeout_secs * 1000))
     except jax.errors.JaxRuntimeError as error:
-        raise LostProcess(
-            f"{whose} of this run did not give '{key}' within {timeout_secs:g} s: see "
-            f"its output ({error})"
+        raise _lost(
+            error,
+            f"{whose} of this run did not send '{key}' within {timeout_secs:g} s: see "
+            f"its output ({error})",
         ) from None
 
 
-class StopRequest:
-    """Turns a Ctrl-C or SIGTERM into a checkpoint; a context manager.
+def _lost(error: jax.errors.JaxRuntimeError, timeout_message: str) -> LostProcess:
+    """Return what to raise after a failed wait."""
+    if _is_timeout(error):
+        return LostProcess(timeout_message)
+    logging.warning("%s", error)  # jax found the loss before the wait was over
+    return LostProcess(_why_aborted)
 
-    One process stops after the step that is under way, and a second signal ends it at
-    once. Several agree on a step, whichever of them the signal reached: jax's
-    preemption service, which hears SIGTERM, takes one that none of them has begun.
+
+def _is_timeout(error: jax.errors.JaxRuntimeError) -> bool:
+    return "DEADLINE_EXCEEDED" in str(error)
+
+
+class StopRequest:
+    """Context manager that turns Ctrl-C or SIGTERM into an orderly stop.
+
+    A single process stops after the current step; a second signal ends it at once.
+    Several processes agree on a step, no matter which of them got the signal: jax's
+    preemption service, which receives SIGTERM, chooses a step that none has started.
     """
 
-    def __init__(self):
-        """Looks how many processes there are."""
+    def __init__(self) -> None:
+        """Create a request; enter the context to install the signal handlers."""
         self._is_alone = process_count() == 1
         self._signal: int | None = None
         self._old: dict[int, object] = {}
 
     def __enter__(self) -> "StopRequest":
-        heard = (signal.SIGINT, signal.SIGTERM) if self._is_alone else (signal.SIGINT,)
-        self._old = {number: signal.signal(number, self._note) for number in heard}
+        numbers = [signal.SIGINT]
+        if self._is_alone:
+            numbers.append(signal.SIGTERM)
+        self._old = {number: signal.signal(number, self._record) for number in numbers}
         return self
 
     def __exit__(self, *_) -> None:
         for number, handler in self._old.items():
             signal.signal(number, handler)
 
-    def _note(self, number, _) -> None:
+    def _record(self, number, _) -> None:
         self._signal = number
         signal.signal(number, self._old[number])
         if not self._is_alone:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def is_agreed(self, step: int) -> bool:
-        """Whether the run stops after this step; every process asks at every step."""
+        """Return whether to stop after this step; every process calls at every step."""
         if self._is_alone:
             return self._signal is not None
         return multihost_utils.reached_preemption_sync_point(step)
 
     @property
     def exit_code(self) -> int:
-        """What a stopped process ends with."""
+        """The exit code of a stopped process."""
         if self._is_alone and self._signal is not None:
             return 128 + self._signal
         return EXIT_TRY_AGAIN
 
 
 @contextlib.contextmanager
-def ending_together(user_error_code: int) -> Iterator[None]:
-    """Lets no process wait for one that failed; around everything that may fail.
+def exit_on_error(user_error_code: int) -> Iterator[None]:
+    """End this process on an error without waiting for the other processes.
 
-    What fails in one process only leaves the others in a computation that never ends,
-    and the failed one, at its exit, in a wait for them. Here it tells why at once,
-    gives the others a moment to fail likewise (a mistake in the config is everyone's),
-    and ends.
+    Put it around the whole run. If only one process fails, the others would wait for it
+    in a collective that never ends, and its own exit handlers would wait for them. Here
+    the failed process prints its error at once, gives the others a moment to fail with
+    the same error (e.g. a mistake in the config), and exits. The others then exit by
+    `initialize`'s rule.
 
     Args:
       user_error_code: exit code after a UserError.
@@ -307,18 +332,18 @@ def ending_together(user_error_code: int) -> Iterator[None]:
         traceback.print_exc()
         wait_secs = _FAIL_TOGETHER_SECS
         if isinstance(error, jax.errors.JaxRuntimeError):
-            # Mostly another process broke off a computation; who, the heartbeats tell.
+            # Usually another process left a collective; missing heartbeats show which.
             wait_secs += _heartbeat_timeout_secs
         _leave(1, wait_secs)
 
 
 def _leave(code: int, wait_secs: float) -> NoReturn:
-    """End after a failure, in order if all processes come here."""
+    """Exit after a failure; shut jax down if all processes get here."""
     try:
         _client().wait_at_barrier("vjepa_jax/failed", int(wait_secs * 1000))
     except jax.errors.JaxRuntimeError as error:
-        if "DEADLINE_EXCEEDED" not in str(error):
+        if not _is_timeout(error):
             _end(EXIT_TRY_AGAIN, _why_aborted)
-        _end(code, "this process failed alone; the others will end after it")
+        _end(code, "only this process failed; the others will end after it")
     jax.distributed.shutdown()
     _exit(code)

@@ -1,4 +1,4 @@
-"""Where arrays live: the mesh, the one table of rules, shardings of state and batch."""
+"""The device mesh, and the shardings of state and batch on it."""
 
 import contextlib
 import dataclasses
@@ -15,13 +15,14 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from vjepa_jax.base.errors import UserError
 
 AXES = ("data", "fsdp")
-# A host of GPUs, a ring of a TPU slice: more parts make gathers slow, not memory small.
+# The GPUs of a host, or a ring of a TPU slice. More shards save little memory and make
+# gathers slow.
 _AUTO_FSDP = 8
-# Logical axis -> mesh axes. Batches are split over both mesh axes. Parameters, moments
-# and target are split over `fsdp` along the first of their axes that may be and that
-# divides: of a kernel the input's, which gathers and reductions then find in one piece.
-# A parameter of one axis (a bias, a norm) is whole everywhere: to gather it would cost
-# more than to keep it.
+# Logical axis -> mesh axes. Batches are sharded over both mesh axes. Parameters,
+# moments and target are sharded over `fsdp` along their first axis that has this rule
+# and that `fsdp` divides. For a kernel this is the input axis, so that gathers and
+# reductions are contiguous. A parameter with a single axis (bias, norm) is replicated:
+# gathering it would cost more than storing it.
 RULES = (
     ("act_batch", AXES),
     ("act_len", None),
@@ -33,27 +34,28 @@ RULES = (
     ("norm", None),
     ("layers", None),
 )
-_SPLIT = tuple(name for name, axes in RULES if axes == "fsdp")
+_SHARDED = tuple(name for name, axes in RULES if axes == "fsdp")
 _BATCH = PartitionSpec(AXES)
 
 
 def make_mesh(
     data: int = -1, fsdp: int = 1, devices: Sequence[Any] | None = None
 ) -> Mesh:
-    """Make the (data, fsdp) mesh; one axis may be -1 to fill it, and `fsdp` 0.
+    """Make the (data, fsdp) mesh. One of the two sizes may be -1: all other devices.
 
-    Over several TPU slices `data` crosses them and `fsdp` stays within one: gradients
-    alone travel over the network between slices, once per update.
+    With several TPU slices, only `data` crosses them, so that between slices only
+    gradients are exchanged, once per update.
 
     Args:
-      data: parts of the batch whose devices hold different parts of nothing else.
-      fsdp: parts into which parameters are split too; 0: the most up to 8 that divide
-        the devices (of a slice).
-      devices: real or described ones; None: all of this run.
+      data: size of the axis of pure data parallelism: batches are sharded over it,
+        parameters are replicated.
+      fsdp: size of the axis over which both batches and parameters are sharded; 0: the
+        largest divisor of the number of devices (of a slice) up to 8.
+      devices: devices of the mesh, which need not be present; None: all of this run.
 
     Raises:
       UserError: the sizes do not multiply to the number of devices, or `fsdp` does not
-        fit a slice.
+        fit into a slice.
     """
     devices = jax.devices() if devices is None else list(devices)
     count, slices = len(devices), count_slices(devices)
@@ -75,7 +77,7 @@ def make_mesh(
             f"{count // slices} devices: take a divisor of {count // slices}"
         )
     within = (sizes["data"] // slices, sizes["fsdp"])
-    # No axes of a torus of 4x4x4 make 8 together: one of them is split.
+    # No axes of a torus of 4x4x4 multiply to 8: one of them must be split.
     split = {"allow_split_physical_axes": True}
     if slices == 1:
         grid = mesh_utils.create_device_mesh(within, devices, **split)
@@ -102,10 +104,10 @@ def use(mesh: Mesh | None) -> Iterator[None]:
 
 
 def count_slices(devices: Sequence[Any]) -> int:
-    """Count the TPU slices among devices; others are one, in the order of their hosts.
+    """Count the TPU slices among devices; all other devices count as one slice.
 
-    Hosts of GPUs follow one another in jax's order, so that `fsdp`, the inner axis of
-    the mesh, stays within a host where it fits.
+    jax orders GPUs by host, so that `fsdp`, the inner axis of the mesh, stays within a
+    host if it fits.
     """
     if devices[0].platform != "tpu":
         return 1
@@ -113,7 +115,11 @@ def count_slices(devices: Sequence[Any]) -> int:
 
 
 def check_divides(mesh: Mesh, batch_size: int, accumulate_steps: int) -> None:
-    """Raise UserError unless every device gets whole clips of every microbatch."""
+    """Check that every device gets equally many clips of every microbatch.
+
+    Raises:
+      UserError: it does not.
+    """
     parts = mesh.size * accumulate_steps
     if batch_size % parts:
         raise UserError(
@@ -124,13 +130,13 @@ def check_divides(mesh: Mesh, batch_size: int, accumulate_steps: int) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Decision:
-    """How one array of the state is spread.
+    """The sharding of one array of the state.
 
     Attributes:
-      path: of the leaf, with slashes.
-      shape, dtype: of the whole array.
-      sharding: of the leaf.
-      reason: why it is not split as the rules' first choice says; "" where it is.
+      path: path of the leaf, with slashes.
+      shape, dtype: of the global array.
+      sharding: its sharding.
+      reason: why it is not sharded along the first axis that has the rule; "" if it is.
     """
 
     path: str
@@ -141,12 +147,12 @@ class Decision:
 
     @property
     def device_bytes(self) -> int:
-        """Bytes on each device."""
+        """Bytes per device."""
         return math.prod(self.sharding.shard_shape(self.shape)) * self.dtype.itemsize
 
     @property
     def bytes(self) -> int:
-        """Bytes of the whole array."""
+        """Bytes of the global array."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     def __str__(self) -> str:
@@ -159,25 +165,33 @@ class Decision:
 
 
 def _choose(
-    axes: Sequence[str | None], shape: tuple[int, ...], parts: int
+    axes: Sequence[str | None], shape: tuple[int, ...], fsdp: int
 ) -> tuple[PartitionSpec, str]:
-    """Choose the axis of an array that is split into `parts`, with the reason."""
+    """Choose the axis of an array that is sharded over `fsdp`, with the reason."""
     named = [i for i, name in enumerate(axes) if name not in (None, "layers")]
-    if parts == 1 or not named:
+    if fsdp == 1 or not named:
         return PartitionSpec(), ""
     if len(named) == 1:
-        return PartitionSpec(), "one axis: whole everywhere"
+        return PartitionSpec(), "one axis: replicated"
     missed = []
     for i in named:
-        if axes[i] in _SPLIT and shape[i] % parts == 0:
+        if axes[i] in _SHARDED and shape[i] % fsdp == 0:
             return PartitionSpec(*(None,) * i, "fsdp"), ", ".join(missed)
-        if axes[i] in _SPLIT:
-            missed.append(f"{axes[i]}={shape[i]} does not divide by {parts}")
-    return PartitionSpec(), ", ".join([*missed, "whole everywhere"])
+        if axes[i] in _SHARDED:
+            missed.append(f"{fsdp} does not divide {axes[i]}={shape[i]}")
+    return PartitionSpec(), ", ".join([*missed, "replicated"])
 
 
 def decide(init: Callable[[jax.Array], Any], mesh: Mesh) -> list[Decision]:
-    """Decide how each array of the state that `init` makes is spread, in tree order."""
+    """Decide the sharding of each array of the state that `init` returns.
+
+    Args:
+      init: `init(key)`, whose leaves are boxed with their logical axes.
+      mesh: the mesh.
+
+    Returns:
+      One decision per leaf, in tree order.
+    """
     boxed = jax.eval_shape(init, jax.random.key(0))
     specs = jax.tree.leaves(
         nn.get_partition_spec(boxed), is_leaf=lambda x: isinstance(x, PartitionSpec)
@@ -198,16 +212,16 @@ def decide(init: Callable[[jax.Array], Any], mesh: Mesh) -> list[Decision]:
     return decisions
 
 
-def as_tree(decisions: Sequence[Decision], form: Any) -> Any:
-    """Return the shardings as a tree of the form of `form`, the state's shapes."""
+def as_tree(decisions: Sequence[Decision], state: Any) -> Any:
+    """Return the shardings as a tree with the structure of `state`."""
     shardings = [decision.sharding for decision in decisions]
-    return jax.tree.unflatten(jax.tree.structure(form), shardings)
+    return jax.tree.unflatten(jax.tree.structure(state), shardings)
 
 
 def state_shardings(init: Callable[[jax.Array], Any], mesh: Mesh) -> Any:
-    """Return the shardings of the state that `init` makes, as a tree of its form."""
-    form = nn.unbox(jax.eval_shape(init, jax.random.key(0)))
-    return as_tree(decide(init, mesh), form)
+    """Return the shardings of the state that `init` returns, as a tree like it."""
+    shapes = nn.unbox(jax.eval_shape(init, jax.random.key(0)))
+    return as_tree(decide(init, mesh), shapes)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -216,20 +230,20 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Return the sharding of what every device holds whole."""
+    """Return the sharding of an array that every device holds completely."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def shard_batch(batch: Mapping[str, Mapping[str, np.ndarray]], mesh: Mesh):
-    """Put this process's share of a batch on its devices, as one global array each."""
+    """Turn this process's part of a batch into global arrays on the devices."""
     sharding = batch_sharding(mesh)
     return jax.tree.map(
         lambda x: jax.make_array_from_process_local_data(sharding, x), dict(batch)
     )
 
 
-def describe(decisions: Sequence[Decision]) -> str:
-    """Return one line on how the state is spread: MiB in all and on each device."""
+def summary(decisions: Sequence[Decision]) -> str:
+    """Return one line with the size of the state, in total and per device."""
     total = sum(d.bytes for d in decisions) / 2**20
     each = sum(d.device_bytes for d in decisions) / 2**20
     return f"state of {total:.1f} MiB, {each:.1f} MiB on each device"

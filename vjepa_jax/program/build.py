@@ -377,7 +377,7 @@ class Program:
         rates = (f"{name.replace('_', ' ')} {x:.4g}" for name, x in values.items())
         return (
             f"{config.model.encoder.size} encoder on {self.grids[MAIN_STREAM]} tokens; "
-            f"{sharding.describe(self.decisions)}; mesh {dict(self.mesh.shape)}\n"
+            f"{sharding.summary(self.decisions)}; mesh {dict(self.mesh.shape)}\n"
             f"at the last step {', '.join(rates)}"
         )
 
