@@ -8,17 +8,21 @@ Source: the paper's table 8 and the official configs `vitl16`, `vith16`, `vith16
 | `vith16`     | 3072  | 16 x 224² | 90000   | 1.29  | 1.9 k | 0.9 k  |
 | `vith16_384` | 2400  | 16 x 384² | 90000   | 4.13  | 6.3 k | 2.9 k  |
 
-`batch` is per update. ZFLOP (1e21) of the whole run are counted without recomputation;
-hours are of one chip at 40 % of its bf16 peak, an estimate: none was run here in full.
+`batch` is clips per update. ZFLOP (1e21 FLOPs) are those of the whole run without
+recomputation. Hours are estimates for one chip at 40 % of its bf16 peak: no recipe was
+run here in full.
 
-Differences from the official code: token counts are static, the mean of what its
-trimming leaves in its batch per device (24; 10 at 384²). As there, schedules are 1.25
-times as long as the run, so that the last update has a rate of 7.5e-5 and a weight
-decay of 0.366 (the paper says so; the start of a run prints them). Crops are resized
-with a filter, and frame steps are exact: `--config.data.resize=official
---config.data.sampling=official` for the official rules.
+As in the official code and the paper, schedules are 1.25 times as long as the run: the
+last update has a rate of 7.5e-5 and a weight decay of 0.366. The start of a run prints
+these values.
 
-Command; `:vitl16,smoke` is the variant's small form, which needs no data:
+Differences from the official code:
+- Token counts are static: the mean of what its trimming leaves in its batch per device
+  (24; 10 at 384²).
+- Crops are resized with a filter, and frame steps are exact. For the official rules:
+  `--config.data.resize=official --config.data.sampling=official`.
+
+Command (`:vitl16,smoke` is a small form of the variant, which needs no data):
 
     python -m vjepa_jax.train --config=configs/vjepa.py:vitl16 --workdir=DIR \
         --config.data.path=LIST_OR_FOLDER

@@ -12,22 +12,27 @@ Source: the official configs `train/vit*16/{pretrain-256px-16f,cooldown-*}`.
 | `vitg16_cooldown`     | 3072  | 64 x 256² | 12000   | 2.28  | 3.4 k  | 1.6 k  |
 | `vitg16_cooldown_384` | 3072  | 64 x 384² | 12000   | 7.80  | 11.8 k | 5.5 k  |
 
-`batch` is per update. ZFLOP (1e21) of the whole run are counted without recomputation;
-hours are of one chip at 40 % of its bf16 peak, an estimate: none was run here in full.
+`batch` is clips per update. ZFLOP (1e21 FLOPs) are those of the whole run without
+recomputation. Hours are estimates for one chip at 40 % of its bf16 peak: no recipe was
+run here in full.
 
-Differences from the official code: token counts are static, the mean of what its
-trimming leaves in its batch per device (24; in the cooldown 12, for ViT-g 6). Frames
-are chosen by exact time and resized with a filter: `--config.data.sampling=official
---config.data.resize=official` for the official rules. The paper's images are left out.
-The predictor has 10 mask tokens as the released
-weights, the files say 6; one is used.
-Differences from the paper: the files of ViT-L and H (3000 updates), and the cooldown of
-ViT-g at 256² (120), hold left-overs; updates are the paper's. Cooldown schedules are
-1.25 times as long as the run, so that its last rate is 1.06e-4; for the paper's 1e-6
-give `--config.optim.schedule_scale=1.0`.
+Differences from the official code:
+- Token counts are static: the mean of what its trimming leaves in its batch per device
+  (24; in the cooldown 12, for ViT-g 6).
+- Frames are chosen by exact time and resized with a filter. For the official rules:
+  `--config.data.sampling=official --config.data.resize=official`.
+- The predictor has 10 mask tokens, like the released weights (the config files have 6);
+  one is used.
+- The numbers of updates are the paper's. The config files of ViT-L and H (3000 updates)
+  and of the cooldown of ViT-g at 256² (120) hold outdated values.
 
-Command; a cooldown continues from a pretraining run (`--config.init.path=WORKDIR`), and
-`:vitl16,smoke` is the variant's small form, which needs no data:
+Differences from the paper:
+- Its images are left out.
+- As in the code, cooldown schedules are 1.25 times as long as the run, so that the last
+  rate is 1.06e-4. For the paper's 1e-6: `--config.optim.schedule_scale=1.0`.
+
+Command (a cooldown starts from a pretraining run, `--config.init.path=WORKDIR`;
+`:vitl16,smoke` is a small form of the variant, which needs no data):
 
     python -m vjepa_jax.train --config=configs/vjepa2.py:vitl16 --workdir=DIR \
         --config.data.path=k710.csv,ssv2.csv,howto100m.csv \

@@ -15,36 +15,42 @@ official trainer of these is not public.
 | `vitg16_cooldown` | 3072 + 9216 | 64 x 256² | 12000   | 2.35  | 3.6 k  | 1.7 k  |
 | `vitG16_cooldown` | 3072 + 9216 | 64 x 256² | 12000   | 3.66  | 5.5 k  | 2.6 k  |
 
-Every update takes a stream of videos and one of images (`image`), of equal weight.
-`batch` is per update. ZFLOP (1e21) of the whole run are counted without recomputation;
-hours are of one chip at 40 % of its bf16 peak, an estimate: none was run here in full.
+Every update uses a stream of videos and one of images (`image`), with equal weights.
+`batch` is clips per update. ZFLOP (1e21 FLOPs) are those of the whole run without
+recomputation. Hours are estimates for one chip at 40 % of its bf16 peak: no recipe was
+run here in full.
 
 ViT-g and G predict four levels of their own moving average with a predictor of 24
 blocks. ViT-B and L learn from a frozen ViT-G (`teacher.path`, any run or converted
-checkpoint of `vitG16`): its last level alone, with 12 blocks; three of their four norms
-are then not trained, as in the released weights.
+checkpoint of `vitG16`): they predict its last level with a predictor of 12 blocks.
+Three of their four norms are then not trained, as in the released weights.
 
-Differences from the official code: videos and images are in one update on all devices,
-not on one half of them each. Token counts are static, the mean of what its trimming
-leaves in its batch per device; those of the cooldown (24 videos, 72 images) are a guess
-from the totals. Frames are chosen by exact time and resized with a filter
-(`data.sampling`, `data.resize`).
-Differences from the paper: its 135 000 updates are taken (the files say 300 000);
-128 clips and 2304 images per update there; a peak rate of 5.25e-4, not 6e-4; a context
-weight of 0.7 for images; a cooldown at 64 x 384² and images of 512², to be had with
-`--config.data.resolution=384 --config.streams.image.resolution=512`. Cooldown schedules
-are 1.25 times as long as the run, so that its last rate is 1.21e-4; for the paper's
-1e-6 give `--config.optim.schedule_scale=1.0`.
+Differences from the official code:
+- Every device computes videos and images in one update; there one part of the devices
+  computes videos and the other images.
+- Token counts are static: the mean of what its trimming leaves in its batch per device.
+  Those of the cooldown (24 videos, 72 images) are a guess from the totals.
+- Frames are chosen by exact time and resized with a filter (`data.sampling`,
+  `data.resize`).
+- The number of updates is the paper's 135 000 (the config files have 300 000).
 
-Command; ViT-B and L need `--config.teacher.path=RUN`, a cooldown also the pretraining
-run (`--config.init.path=WORKDIR`); `:vitg16,smoke` is the variant's small form, which
-needs no data, run or teacher:
+Differences from the paper:
+- It has 128 clips and 2304 images per update, a peak rate of 5.25e-4, not 6e-4, and a
+  context weight of 0.7 for images.
+- Its cooldown uses clips of 64 x 384² and images of 512²:
+  `--config.data.resolution=384 --config.streams.image.resolution=512`.
+- As in the code, cooldown schedules are 1.25 times as long as the run, so that the last
+  rate is 1.21e-4. For the paper's 1e-6: `--config.optim.schedule_scale=1.0`.
+
+Command (ViT-B and L need `--config.teacher.path=RUN`, a cooldown also the pretraining
+run, `--config.init.path=WORKDIR`; `:vitg16,smoke` is a small form of the variant, which
+needs no data, run or teacher):
 
     python -m vjepa_jax.train --config=configs/vjepa2_1.py:vitg16 --workdir=DIR \
         --config.data.path=VIDEOS --config.streams.image.path=IMAGES
 
-Both may be folders, lists, shards or TFDS datasets, several of them with weights
-(`data.mix_weights`, `streams.image.mix_weights`).
+Both paths may be folders, lists, shards or TFDS datasets, or several of them with
+weights (`data.mix_weights`, `streams.image.mix_weights`).
 """
 
 from ml_collections import ConfigDict

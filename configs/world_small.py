@@ -1,8 +1,9 @@
-r"""The synthetic world, longer: three times the updates of the demo, and its videos.
+r"""The synthetic world, longer: three times the updates and videos of the demo.
 
-Cost: 16 minutes on two CPU cores that did other work. Result, two seeds: linear probe
-77.0 and 69.2 % with 16 labels per class (random-init 15.3 and 16.5 %), attentive
-velocity R² 0.90 (0.83), 73.3 % of the pairs of intuitive physics.
+Cost: 16 minutes on two CPU cores beside other work. Result of two seeds: linear probe
+77.0 and 69.2 % with 16 labels per class (random init 15.3 and 16.5 %), attentive
+velocity R² 0.90 (0.83), 73.3 % of the pairs of intuitive physics. More:
+docs/world.md.
 
 Command:
 
@@ -13,7 +14,7 @@ Command:
 import pathlib
 import runpy
 
-# Config files are no package: the demo's is found beside this one.
+# Config files are not a package: the demo's file is found beside this one.
 _TINY = runpy.run_path(str(pathlib.Path(__file__).with_name("world_tiny.py")))
 
 

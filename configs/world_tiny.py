@@ -18,7 +18,7 @@ def get_config():
     config.batch_size = 32
 
     config.world.path = "runs/world_tiny"
-    # A quarter is play, where things meet: it shows the world's laws.
+    # A quarter is play, in which objects meet and obey the world's laws.
     config.world.pretrain_videos = 5500
     config.world.play_fraction = 0.25
     config.world.physics_pairs = 40  # for configs/probe_physics.py
@@ -40,8 +40,8 @@ def get_config():
     config.model.predictor.depth = 1
     config.model.predictor.width = 64
     config.model.predictor.num_heads = 2
-    # The second half of the clip is predicted from the first: where things will be
-    # depends on how they move. Spatial boxes alone teach more about the background.
+    # The second half of the clip is predicted from the first, because where objects
+    # will be depends on how they move. Boxes in space teach more about the background.
     with config.unlocked():
         config.masks = ConfigDict()
         config.masks.future = mask(num_blocks=0, max_temporal_keep=0.5, mode="unbiased")
