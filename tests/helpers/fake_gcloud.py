@@ -1,16 +1,16 @@
-"""A `gcloud` that knows TPUs, and the machines behind it, in a folder.
+"""A fake `gcloud` for TPUs, and the machines behind it, in a folder.
 
-`install` writes executables for the PATH. The folder holds `plan.json` (what the test
-wants to happen), `state.json` (queued resources and nodes), `calls.jsonl` (what gcloud
-was asked), `trainer.jsonl` (what the trainers were started with) and a home per worker,
-where `gcloud ... ssh --command` really runs the command line by `sh -c`, split and
-joined as gcloud and ssh do it.
+`install` writes executables for the PATH. The folder holds `plan.json` (the plan of the
+test), `state.json` (queued resources and nodes), `calls.jsonl` (the calls of gcloud),
+`trainer.jsonl` (the arguments of the trainers) and a home per worker, where
+`gcloud ... ssh --command` runs the command line by `sh -c`, split and joined as gcloud
+and ssh do it.
 
 Plan: `workers` per node; `states` of a new queued resource before it is ACTIVE; `fail`,
 {verb: number of calls that fail first}; `old_python`, whether the machine's interpreter
 is too old; `trainer`, what each start on a worker does (or a list of that by worker):
 an exit code, "save" (wait for SIGTERM, then exit 75), "hang" (ignore it), "preempt",
-"preempt_node" (only the node tells) or "deafen" (ssh fails).
+"preempt_node" (only the node shows it) or "deafen" (ssh fails).
 """
 
 import contextlib
@@ -74,7 +74,7 @@ def _processes(folder: pathlib.Path) -> list[int]:
 
 
 class _Cloud:
-    """The folder; its state is read and written under a lock."""
+    """A folder whose state is read and written under a lock."""
 
     def __init__(self, folder: str):
         self.folder = pathlib.Path(folder)
@@ -100,7 +100,7 @@ class _Cloud:
 
 
 def gcloud(cloud: _Cloud, argv: list[str]) -> int:
-    """Do what one call of gcloud does; return its exit code."""
+    """Execute one call of gcloud; return its exit code."""
     cloud.append("calls.jsonl", argv)
     kind, verb, name = argv[2:5]
     flags = dict(a[2:].split("=", 1) for a in argv if a.startswith("--") and "=" in a)
@@ -200,7 +200,7 @@ def _scp(cloud, argv, flags):
 
 
 def python(cloud: _Cloud, argv: list[str]) -> int:
-    """Be an interpreter of a worker: `venv`, `uv`, `pip` by name, and the trainer."""
+    """Act as a worker's interpreter: `venv`, `uv`, `pip` by name, and the trainer."""
     executable, flag, module, *rest = argv
     if flag == "-c":
         return int(cloud.plan.get("old_python", False) and ".venv" not in executable)

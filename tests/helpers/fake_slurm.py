@@ -1,7 +1,7 @@
-"""`sbatch`, `srun` and `scontrol` in a folder; srun really starts the processes.
+"""Fake `sbatch`, `srun` and `scontrol` in a folder; srun starts the processes.
 
-`job.sh` is what was submitted, `state` what `scontrol show job` tells (RUNNING without
-it), `requeued` holds a line per `scontrol requeue`.
+`job.sh` is the submitted script, `state` the output of `scontrol show job` (RUNNING
+without it), `requeued` holds a line per `scontrol requeue`.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""launch/tpu.sh in a checkout of its own, with a fake cloud on its PATH."""
+"""Runs launch/tpu.sh in a separate checkout, with a fake cloud on its PATH."""
 
 import json
 import os
@@ -68,7 +68,7 @@ class Pod:
         return [json.loads(line) for line in lines]
 
     def verbs(self) -> list[str]:
-        """Return what was asked of gcloud, without looks at states."""
+        """Return the verbs of the calls of gcloud, except reads of states."""
         verbs = []
         for call in self.read("calls.jsonl"):
             words = " ".join(call)
@@ -87,17 +87,17 @@ class Pod:
         return self.cloud / "homes" / worker
 
     def stub(self, name: str, script: str) -> None:
-        """Put a program of this name before the machine's on tpu.sh's PATH."""
+        """Add a program to tpu.sh's PATH, before the machine's of that name."""
         path = self.cloud / "bin" / name
         path.write_text(f"#!/bin/sh\n{script}\n")
         path.chmod(0o755)
 
     def end(self) -> None:
-        """End what runs on the workers."""
+        """End all processes of the workers."""
         fake_gcloud.kill_all(self.cloud)
 
     def wait_for(self, condition) -> None:
-        """Wait until something that a worker does in the background is done."""
+        """Wait until a condition holds that a worker fulfils in the background."""
         end = time.monotonic() + TIMEOUT_SECS
         while not condition():
             assert time.monotonic() < end, "waited in vain"

@@ -20,7 +20,7 @@ ROOT = labelled.FOLDER
 
 @pytest.fixture(scope="module")
 def rendered(tmp_path_factory):
-    """The same world without label maps and with them."""
+    """Render the same world without label maps and with them."""
     roots = []
     for videos in (0, 5):
         config = tiny_world(tmp_path_factory.mktemp("world") / "w")

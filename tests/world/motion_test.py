@@ -186,7 +186,7 @@ def test_the_middle_frame_is_the_same_under_every_class(seed, touching):
 
 @pytest.fixture(scope="module")
 def clips():
-    """A seed of its own, since accuracies of a probe on it are compared with chance."""
+    """Make clips of a fixed seed, since tests compare a probe on them with chance."""
     return [laws.make_clip(WORLD, (20, 7), i) for i in range(880)]
 
 

@@ -49,10 +49,11 @@ def define_config_flag(
     holder = config_flags.DEFINE_config_file(
         name, None, "File with get_config(), e.g. configs/world_tiny.py"
     )
+    flag = flags.FLAGS[name]
     if named:
-        flag = flags.FLAGS[name]
         flag.parser = _NamedConfigs(named, flag.parser)
         flag.help = f"{', '.join(named)}, or a file with get_config()"
+    flag.help += f"; --{name}.KEY=VALUE changes a value"
     if required:
         flags.mark_flag_as_required(name)
     return holder
