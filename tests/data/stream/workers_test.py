@@ -8,6 +8,7 @@ import queue
 import signal
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections import Counter
@@ -126,7 +127,9 @@ def test_closing_does_not_wait_for_a_process_that_hangs(tmp_path, monkeypatch):
     source = FaultySource(NUM_RECORDS, faults, tmp_path)
     batches = faulty_sources.make_iterator(source, count=1)
     supervised = batches._batches
-    supervised._puller.ask()  # starts the process, as `next` would
+    # Starts the process, as `next` would.
+    arguments = supervised._batches, queue.SimpleQueue()
+    threading.Thread(target=workers._put_next, args=arguments, daemon=True).start()
     wait_until(lambda: any(work.record >= 0 for work in supervised._log.read()))
     began = time.monotonic()
     batches.close()
@@ -140,14 +143,13 @@ def test_no_record_is_blamed_if_all_processes_hang(tmp_path, plain):
     works = [workers.Work(1, 1, 9.0), workers.Work(2, 4, 9.0)]
     quarantined = []
     supervised = workers.SupervisedBatches(
-        lambda step, since: mock.Mock(),
+        lambda step, since: HangingBatches(),
         log,
         start_step=0,
         timeout_secs=5.0,
         name_of=source.path_of,
         on_quarantine=lambda *args: quarantined.append(args),
     )
-    supervised._puller = mock.Mock(wait=mock.Mock(side_effect=queue.Empty))
     for records, pids in (
         ({1, 4}, works),
         ({1}, [works[0], works[1]._replace(secs=1)]),
@@ -222,6 +224,19 @@ def test_too_little_shared_memory_is_reported_before_the_start(tmp_path, monkeyp
     for megabytes, ahead in ((1e-9, 1), (5 * 4 * 4 * clip_bytes / 1e6, 5), (1e3, 8)):
         with faulty_sources.make_iterator(source, prefetch_megabytes=megabytes):
             assert asked.pop() == (4 * (ahead + 1) + 1) * 4 * clip_bytes
+
+
+class HangingBatches:
+    """An iterator that waits for its end."""
+
+    def __init__(self):
+        self.is_closed = threading.Event()
+
+    def __next__(self):
+        self.is_closed.wait()
+
+    def close(self):
+        self.is_closed.set()
 
 
 def wait_until(condition, timeout_secs=60.0):

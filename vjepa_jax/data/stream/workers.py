@@ -190,36 +190,12 @@ class _Failure(Exception):
         self.how, self.records = how, records
 
 
-class _Puller:
-    """Draws from an iterator in a thread, so that waiting for it can time out."""
-
-    def __init__(self, batches: Iterator):
-        self._batches = batches
-        self._wanted: queue.SimpleQueue[bool] = queue.SimpleQueue()
-        self._drawn: queue.SimpleQueue[tuple[Any, BaseException | None]]
-        self._drawn = queue.SimpleQueue()
-        # A daemon: a thread that waits for a hanging worker must not keep the program
-        # from ending.
-        threading.Thread(target=self._serve, daemon=True).start()
-
-    def _serve(self) -> None:
-        while self._wanted.get():
-            try:
-                self._drawn.put((next(self._batches), None))
-            except BaseException as error:  # raised again by `wait`
-                self._drawn.put((None, error))
-
-    def ask(self) -> None:
-        self._wanted.put(True)
-
-    def wait(self, timeout_secs: float) -> Any:
-        batch, error = self._drawn.get(timeout=timeout_secs)
-        if error is not None:
-            raise error
-        return batch
-
-    def end(self) -> None:
-        self._wanted.put(False)
+def _put_next(batches: Iterator, drawn: "queue.SimpleQueue[Any]") -> None:
+    """Put the next batch, or the error that was raised, as (batch, error)."""
+    try:
+        drawn.put((next(batches), None))
+    except BaseException as error:  # raised again in the main thread
+        drawn.put((None, error))
 
 
 # Iterators that are not closed yet. Their threads must not run while the interpreter
@@ -266,7 +242,6 @@ class SupervisedBatches(Iterator):
         self._failed_at: dict[int, int] = {}
         self._restarts = 0
         self._batches: Any = None
-        self._puller: Any = None
         _open.add(self)
         self._open()
 
@@ -292,12 +267,10 @@ class SupervisedBatches(Iterator):
 
     def _open(self) -> None:
         self._batches = self._open_batches(self._step, dict(self._quarantined))
-        self._puller = _Puller(self._batches)
 
     def _close(self, avoid: Collection[int] = (), at_once: bool = False) -> None:
         """End the workers; kill those at a record to avoid, or all, at once."""
         if self._batches is not None:
-            self._puller.end()
             # The others end by themselves and remove their shared memory.
             for work in self._log.read():
                 is_stuck = work.secs > self._timeout_secs or work.record in avoid
@@ -312,14 +285,21 @@ class SupervisedBatches(Iterator):
                     _kill(work.pid)
                 ending.join(_END_SECS)
             self._log.remove_arrays()
-            self._batches = self._puller = None
+            self._batches = None
 
     def _draw(self) -> Any:
-        self._puller.ask()
+        # In a thread, so that waiting can time out. A daemon: a thread that waits for a
+        # hanging worker must not keep the program from ending.
+        drawn: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        arguments = self._batches, drawn
+        threading.Thread(target=_put_next, args=arguments, daemon=True).start()
         began = time.monotonic()
         while True:
             try:
-                return self._puller.wait(_POLL_SECS)
+                batch, error = drawn.get(timeout=_POLL_SECS)
+                if error is None:
+                    return batch
+                raise error
             except queue.Empty:
                 works, limit = self._log.read(), self._timeout_secs
                 records = {w.record for w in works if w.secs > limit} - {-1}
