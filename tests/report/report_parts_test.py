@@ -99,9 +99,9 @@ def test_differences_name_keys_masks_and_streams():
 
 def test_neighbours_are_those_of_the_largest_cosine(rng):
     pooled = rng.normal(size=(9, 4)).astype(np.float32)
-    places, cosines = clips.nearest(pooled)
+    indices, cosines = clips.nearest(pooled)
     pooled = pooled.astype(np.float64)
-    for i, (row, values) in enumerate(zip(places, cosines, strict=True)):
+    for i, (row, values) in enumerate(zip(indices, cosines, strict=True)):
         norms = np.linalg.norm(pooled, axis=1) * np.linalg.norm(pooled[i])
         cosine = pooled @ pooled[i] / norms
         others = sorted((j for j in range(9) if j != i), key=lambda j: -cosine[j])

@@ -228,7 +228,7 @@ def test_output_that_cannot_be_written_is_named(tmp_path):
 
 
 def test_probe_writes_the_confusion_that_the_page_shows(run, tmp_path, monkeypatch):
-    """In a file of its own, so that results stay numbers."""
+    """It is in a separate file, so that results contain numbers only."""
     workdir = tmp_path / "run"
     shutil.copytree(run, workdir)
     found = {"accuracy": {"pretrained": 0.75}, "confusion": {"pretrained": MATRIX}}

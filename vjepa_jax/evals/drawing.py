@@ -5,6 +5,7 @@ for files and TensorBoard; the report page plays them.
 """
 
 import pathlib
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
@@ -32,7 +33,7 @@ _SIDE = 128  # longer side of a frame
 _GAP, _MARGIN, _CAPTION_HEIGHT, _FONT_SIZE = 2, 8, 32, 15
 
 
-def draw_curves(metrics: list[dict[str, float]], path: pathlib.Path) -> None:
+def draw_curves(metrics: Sequence[dict[str, float]], path: pathlib.Path) -> None:
     """Draw loss, feature health and schedules over steps into a PNG file.
 
     Args:
@@ -58,7 +59,7 @@ def draw_curves(metrics: list[dict[str, float]], path: pathlib.Path) -> None:
 def mask_rows(
     clip: np.ndarray,
     grid: masking.Grid,
-    masks: dict[str, masking.MaskSpec],
+    masks: Mapping[str, masking.MaskSpec],
     key: jax.Array,
 ) -> Rows:
     """Sample every mask type, and show a clip's context tokens and target tokens.

@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from collections.abc import Mapping
 
 import jax
 import numpy as np
@@ -69,17 +70,15 @@ def read_clips(
     # sample.
     order = np.random.default_rng(0).permutation(len(chosen))
     video, indices, labels, began = [], [], [], time.perf_counter()
-    batches = read_all(
+    for batch in read_all(
         chosen, reader=reader, batch_size=_BATCH_SIZE, num_workers=0, order=order
-    )
-    for batch in batches:
+    ):
         valid = batch["valid"]
         video.append(np.asarray(batch["video"])[valid])
         indices += batch["index"][valid].tolist()
         labels += batch["label"][valid].tolist()
         is_late = time.perf_counter() - began > _SECONDS
         if is_late and len(indices) >= _MIN_CLIPS:
-            batches.close()
             break
     if not indices:
         raise UserError(f"none of the videos of {source.name!r} can be read")
@@ -94,7 +93,7 @@ def read_clips(
 def mask_rows(
     clips: Clips,
     grid: masking.Grid,
-    masks: dict[str, masking.MaskSpec],
+    masks: Mapping[str, masking.MaskSpec],
     seed: int,
 ) -> list[FilmRow]:
     """Show clips, and the context and targets of every mask type on them."""

@@ -90,16 +90,20 @@ def make_lines(
                 "meta": line.colour,
             }
         )
-    layout = {"hovermode": "x unified", "showlegend": len(lines) > 1}
-    y_range = y_axis.range or _range_of_constant(lines)
-    for name, axis_title, limits in (
-        ("xaxis", x_axis.title, x_axis.range),
-        ("yaxis", y_axis.title, y_range),
-    ):
-        layout[name] = {"title": {"text": axis_title}}
-        layout[name] |= {"range": limits} if limits else {}
+    y_axis = Axis(y_axis.title, y_axis.range or _range_of_constant(lines))
+    layout: dict[str, Any] = {
+        "hovermode": "x unified",
+        "showlegend": len(lines) > 1,
+        "xaxis": _layout(x_axis),
+        "yaxis": _layout(y_axis),
+    }
     summary = " ".join([f"{title}.", *map(_summary, lines)])
     return Figure(title, summary, {"data": traces, "layout": layout}, height)
+
+
+def _layout(axis: Axis) -> dict[str, Any]:
+    layout: dict[str, Any] = {"title": {"text": axis.title}}
+    return layout | {"range": axis.range} if axis.range else layout
 
 
 def _range_of_constant(lines: Sequence[Line]) -> tuple[float, float] | None:
@@ -214,14 +218,14 @@ def thinned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     if len(x) <= _MAX_POINTS:
         return x, y
-    kept = [0, len(x) - 1]
+    indices = [0, len(x) - 1]
     for part in np.array_split(np.arange(len(x)), _MAX_POINTS // 3):
         values = y[part]
         is_gap = np.isnan(values)
-        kept += part[is_gap][:1].tolist()
+        indices += part[is_gap][:1].tolist()
         if not is_gap.all():
-            kept += [part[np.nanargmin(values)], part[np.nanargmax(values)]]
-    kept = np.unique(kept)
+            indices += [part[np.nanargmin(values)], part[np.nanargmax(values)]]
+    kept = np.unique(indices)
     return x[kept], y[kept]
 
 

@@ -84,11 +84,11 @@ def make_pairs(config: ConfigDict) -> list[VideoPair]:
     pairs = []
     for name in violations.PROPERTIES:
         made = violations.make_pair(looks, (world.seed, PHYSICS_STREAM), name, 0)
-        videos = [
+        possible, impossible = (
             reader.read(Record(name, 0, clip.video, FPS), transforms.central_box)[0]
             for clip in (made.possible, made.impossible)
-        ]
-        pairs.append(VideoPair(name, *videos, made.onset // step))
+        )
+        pairs.append(VideoPair(name, possible, impossible, made.onset // step))
     return pairs
 
 
