@@ -1,13 +1,14 @@
 """Evaluate what a checkpoint has learned, with its weights frozen.
 
-    python -m vjepa_jax.probe --config=configs/probe_X.py --workdir=DIR
+    python -m vjepa_jax.probe --config=NAME --workdir=DIR
     python -m vjepa_jax.probe --config=configs/probe_X.py --checkpoint=CONVERTED
 
-Reads the checkpoint of a run, or converted weights; prints one table and writes it to
-`results_NAME.json` beside the checkpoints, NAME being the config's `name` or else its
-`evaluation`, and confusion matrices to `confusion_NAME.json`. The probe of the
-synthetic world writes `results.json`, `confusion.json` and pictures. One process
-computes, on all devices that it sees.
+`--config` takes the name of an evaluation (`health`, `physics:intphys`), with its
+defaults, or a file. Reads the checkpoint of a run, or converted weights; prints a table
+and writes it to `results_NAME.json` beside the checkpoints, NAME being the config's
+`name` or else its `evaluation`, and confusion matrices to `confusion_NAME.json`. The
+probe of the synthetic world writes `results.json`, `confusion.json` and pictures. One
+process computes, on all its devices.
 """
 
 import json
@@ -18,6 +19,7 @@ import time
 from typing import Any
 
 import jax
+import numpy as np
 from absl import flags
 
 from vjepa_jax.base.errors import UserError
@@ -27,7 +29,7 @@ from vjepa_jax.data.sources.open import open_source
 from vjepa_jax.data.stream import streams
 from vjepa_jax.evals import drawing, frozen, registry, settings
 from vjepa_jax.evals.frozen import FrozenModel
-from vjepa_jax.evals.tokens import features
+from vjepa_jax.evals.tokens.features import read_clips
 from vjepa_jax.parallel import cluster
 from vjepa_jax.program import build
 from vjepa_jax.run import checkpoint, cli, metrics, workdirs
@@ -40,14 +42,14 @@ _SHARES = ("accuracy", "recall_at_5")
 def format_table(results: dict[str, Any]) -> str:
     """Return results as a table: a row per measure, a column per name below it.
 
-    A measure that is one number stands in the column `value`. What is called an
-    accuracy or a recall, by its row or its column, is shown in percent.
+    A measure that is one number is in the column `value`. Rows and columns whose names
+    end in accuracy or recall are in percent.
     """
     rows = {
-        measure: found if isinstance(found, dict) else {"value": found}
-        for measure, found in results.items()
+        measure: values if isinstance(values, dict) else {"value": values}
+        for measure, values in results.items()
     }
-    columns = list(dict.fromkeys(name for found in rows.values() for name in found))
+    columns = list(dict.fromkeys(name for values in rows.values() for name in values))
     widths = [max(14, len(name) + 2) for name in columns]
     margin = max(24, *(len(measure) + 2 for measure in rows))
 
@@ -67,7 +69,7 @@ def format_table(results: dict[str, Any]) -> str:
 
 
 def results_file(config: ConfigDict) -> str:
-    """Return the name of the file that the config's evaluation writes."""
+    """Return the name of the file that an evaluation writes."""
     if config.evaluation == "world":
         return WORLD_RESULTS_FILE
     return f"results_{config.get('name', config.evaluation)}.json"
@@ -81,8 +83,8 @@ def probe(config: ConfigDict, path: str) -> dict[str, Any]:
       path: workdir of a run, or folder of a conversion.
 
     Raises:
-      UserError: the config is not of an evaluation, or there is no checkpoint, or it
-        does not suit the evaluation.
+      UserError: the config is not of an evaluation, there is no checkpoint, or the
+        model does not suit the evaluation.
     """
     if "evaluation" not in config:
         known = ", ".join(settings.DEFAULTS)
@@ -103,8 +105,8 @@ def probe(config: ConfigDict, path: str) -> dict[str, Any]:
         confusion = results.pop(registry.CONFUSION, None)
         if confusion is not None:  # a line: a matrix of 400 classes has many numbers
             text = json.dumps(confusion, separators=(",", ":"))
-            place = files.folder / name.replace("results", registry.CONFUSION, 1)
-            place.write_text(text + "\n")
+            file = files.folder / name.replace("results", registry.CONFUSION, 1)
+            file.write_text(text + "\n")
         seconds |= {"probe": time.perf_counter() - began}
         text = json.dumps(results | {"seconds": seconds}, indent=2)
         (files.folder / name).write_text(text + "\n")
@@ -112,7 +114,7 @@ def probe(config: ConfigDict, path: str) -> dict[str, Any]:
 
 
 def _earlier_seconds(run: ConfigDict, folder: pathlib.Path) -> dict[str, float]:
-    """Return how long rendering and training took, as they noted it."""
+    """Return how long rendering and training took, as they recorded it."""
     rows = metrics.read_metrics(str(folder))
     return {
         "render": render.render_seconds(run.world.path),
@@ -125,7 +127,7 @@ def draw_pictures(model: FrozenModel, seed: int, folder: pathlib.Path) -> None:
     run = model.config
     listed = open_source(str(pathlib.Path(run.world.path) / "hidden_test.csv"))
     reader = streams.make_reader(run.data, run.data)
-    clips = next(features.read_clips(listed, reader, count=8))
+    clips = read_clips(listed, reader, np.arange(min(8, len(listed))))
     grid = model.grid(clips.shape)
     masks = build.make_masks(run.masks, grid)
     rows = drawing.mask_rows(clips[0], grid, masks, jax.random.key(0))
@@ -146,9 +148,9 @@ def main() -> None:
         )
     if cluster.detect(os.environ) is not None:
         raise UserError(
-            "an evaluation is one process, and the environment says that this is one "
-            "of several: start it once, outside of their job, or with "
-            "JAX_NUM_PROCESSES=1 where it is alone"
+            "an evaluation is one process, and by the environment this is one of "
+            "several: start it once, outside of their job, or with "
+            "JAX_NUM_PROCESSES=1 if it is alone"
         )
     path = _WORKDIR.value or _CHECKPOINT.value
     checkpoint.quiet_orbax()

@@ -1,4 +1,4 @@
-"""Heads on frozen features are trained, chosen and judged as their protocol says."""
+"""Heads on frozen features are trained, chosen and tested by their protocol."""
 
 import contextlib
 import itertools
@@ -13,12 +13,13 @@ from vjepa_jax.data.sources.records import Source, Subset, hold_out
 from vjepa_jax.evals import classification, settings
 from vjepa_jax.evals import frozen as frozen_models
 from vjepa_jax.evals.frozen import FrozenModel
+from vjepa_jax.evals.heads.head_grid import epochs_order
 from vjepa_jax.evals.tokens import clip_tokens, token_cache
 
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory):
-    """Lists of videos to train on and to test by."""
+    """Lists of videos to train on and to test on."""
     folder = tmp_path_factory.mktemp("videos")
     write_videos(folder, "train", 40)
     write_videos(folder, "test", 19)
@@ -26,7 +27,7 @@ def videos(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def frozen():
+def model():
     return make_frozen(depth=3)
 
 
@@ -67,12 +68,12 @@ class Numbered(Source):
 
 @pytest.mark.parametrize("out_layers", [(), (0, 2)])
 @pytest.mark.parametrize("is_pooled", [False, True])
-def test_tokens_of_clips_stand_together_and_views_apart(
-    rng, frozen, out_layers, is_pooled
+def test_tokens_of_clips_are_joined_and_views_are_separate(
+    rng, model, out_layers, is_pooled
 ):
     clips, views = 3, 2
     video = rng.integers(0, 256, (4, clips * views, 4, SIDE, SIDE, 3), dtype=np.uint8)
-    encode = clip_tokens.Encoder(frozen, clips, 5, out_layers, is_pooled)
+    encode = clip_tokens.Encoder(model, clips, 5, out_layers, is_pooled)
     found = encode(video)
     for b in range(4):
         for view in range(views):
@@ -81,7 +82,7 @@ def test_tokens_of_clips_stand_together_and_views_apart(
                 one = video[b, clip * views + view][None]
                 for i, part in enumerate(per_layer):
                     layer = out_layers[i : i + 1]
-                    part.append(frozen.encode(one, layer).reshape(-1, 16))
+                    part.append(model.encode(one, layer).reshape(-1, 16))
             wanted = np.concatenate([np.concatenate(part) for part in per_layer])
             if is_pooled:
                 wanted = wanted.mean(0, keepdims=True)
@@ -89,8 +90,8 @@ def test_tokens_of_clips_stand_together_and_views_apart(
 
 
 @pytest.mark.parametrize("is_augmented", [False, True])
-def test_batches_are_read_in_parts(frozen, config, monkeypatch, is_augmented):
-    """Of `clips_per_call`, or of one video; in any case the same batches."""
+def test_batches_are_read_in_parts(model, config, monkeypatch, is_augmented):
+    """Parts have `clips_per_call` clips, or one video; the batches are the same."""
     read_all, iterator, sizes = clip_tokens.read_all, clip_tokens.TrainIterator, []
 
     def recorded(*args, batch_size, **options):
@@ -109,7 +110,7 @@ def test_batches_are_read_in_parts(frozen, config, monkeypatch, is_augmented):
     for clips_per_call in (64, 9, 1):
         config.clips_per_call = clips_per_call
         views = 1 if is_augmented else 2
-        videos = clip_tokens.make_videos(frozen, config, source, False, views)
+        videos = clip_tokens.make_videos(model, config, source, False, views)
         if is_augmented:
             options = {"seed": 3, "prefetch_megabytes": 1.0, "max_bad_fraction": 0.0}
             transform = clip_tokens.ClipTransform(SIDE)
@@ -134,18 +135,18 @@ def test_batches_are_read_in_parts(frozen, config, monkeypatch, is_augmented):
     assert found[0][1].valid.sum() == (8 if is_augmented else 2)
 
 
-def results_of(config, frozen):
+def results_of(config, model):
     return {
         measure: columns["pretrained"]
-        for measure, columns in classification.evaluate(frozen, config).items()
+        for measure, columns in classification.evaluate(model, config).items()
     }
 
 
-def test_cached_tokens_are_those_of_the_clips(tmp_path, frozen, config):
-    """To the last bit, in any order, with padding."""
+def test_cached_tokens_are_those_of_the_clips(tmp_path, model, config):
+    """Bit for bit, in any order, with padding."""
     config.data.update(num_clips=2)
     source = Subset(clip_tokens.open_source(config, "test_path"), np.arange(7))
-    videos = clip_tokens.make_videos(frozen, config, source, False, num_views=2)
+    videos = clip_tokens.make_videos(model, config, source, False, num_views=2)
     cached = token_cache.cached(videos, str(tmp_path), "float32", 4, "digest")
     for order in (None, np.array([3, 3, 0, 6, 1, 2, 6, 5, 4])):
         pairs = zip(cached.batches(4, order), videos.batches(4, order), strict=True)
@@ -159,14 +160,14 @@ def test_cached_tokens_are_those_of_the_clips(tmp_path, frozen, config):
     assert wanted.tokens.shape == (4, 2, 16, 16) and wanted.valid.sum() == 1
 
 
-def test_cached_equals_on_the_fly(tmp_path, frozen, config, monkeypatch):
-    """To the last bit; the second time, nothing is encoded any more."""
+def test_cached_equals_on_the_fly(tmp_path, model, config, monkeypatch):
+    """Bit for bit; the second evaluation encodes nothing."""
     config.data.update(num_clips=2, num_views=2)
-    wanted = results_of(config, frozen)
+    wanted = results_of(config, model)
     config.cache.path = str(tmp_path / "cache")
-    assert results_of(config, frozen) == wanted
+    assert results_of(config, model) == wanted
     monkeypatch.setattr(FrozenModel, "encode", None)
-    assert results_of(config, frozen) == wanted
+    assert results_of(config, model) == wanted
     assert wanted["accuracy"] > 0.9  # a colour is easy
     assert (
         wanted["lower_bound_accuracy"]
@@ -179,25 +180,27 @@ def test_cached_equals_on_the_fly(tmp_path, frozen, config, monkeypatch):
     assert np.trace(confusion) / 19 == wanted["accuracy"]
 
 
-def test_attentive_heads_learn(frozen, config):
+def test_attentive_heads_learn(model, config):
     config.head.kind, config.grids.main.learning_rates = "attentive", (3e-2, 1e-3)
-    assert results_of(config, frozen)["accuracy"] > 0.9
+    assert results_of(config, model)["accuracy"] > 0.9
 
 
-def test_augmented_training_learns(frozen, config):
+def test_augmented_training_learns(model, config):
     config.data.update(augment=True, num_clips=2)
-    assert results_of(config, frozen)["accuracy"] > 0.9
+    assert results_of(config, model)["accuracy"] > 0.9
 
 
-def test_an_untrained_encoder_stands_beside(frozen, config, monkeypatch):
+def test_random_init_adds_a_column_of_an_untrained_encoder(model, config, monkeypatch):
     config.random_init = True
     monkeypatch.setattr(frozen_models, "random_init", lambda model, seed: (model, seed))
     monkeypatch.setattr(classification, "_evaluate", lambda model, _: {"is": model})
-    found = classification.evaluate(frozen, config)
-    assert found == {"is": {"pretrained": frozen, "random_init": (frozen, config.seed)}}
+    found = classification.evaluate(model, config)
+    assert found == {"is": {"pretrained": model, "random_init": (model, config.seed)}}
 
 
-def test_unreadable_videos_are_left_out_in_both_ways(tmp_path, videos, frozen, config):
+def test_unreadable_videos_are_left_out_with_and_without_cache(
+    tmp_path, videos, model, config
+):
     lists = {}
     for name in ("train", "test"):
         lines = (videos / f"{name}.csv").read_text().splitlines()
@@ -213,15 +216,15 @@ def test_unreadable_videos_are_left_out_in_both_ways(tmp_path, videos, frozen, c
         for seed in range(99)
         if 4 in hold_out(source, config.data.held_out_share, seed)[0].indices
     )
-    wanted = results_of(config, frozen)
+    wanted = results_of(config, model)
     assert wanted["videos_unreadable"] == 1 and wanted["videos_tested"] == 19
     config.cache.path = str(tmp_path / "cache")
-    assert results_of(config, frozen) == wanted
+    assert results_of(config, model) == wanted
 
 
-def test_half_written_cache_is_not_used(tmp_path, frozen, config, monkeypatch):
+def test_half_written_cache_is_not_used(tmp_path, model, config, monkeypatch):
     config.cache.path = str(tmp_path / "cache")
-    wanted = results_of(config, frozen)
+    wanted = results_of(config, model)
     for folder in (tmp_path / "cache").iterdir():
         folder.rename(tmp_path / "cache" / f".{folder.name}-x.part")
         (tmp_path / "cache" / f".{folder.name}-x.part" / "tokens.arrayrecord").unlink()
@@ -236,17 +239,17 @@ def test_half_written_cache_is_not_used(tmp_path, frozen, config, monkeypatch):
 
     monkeypatch.setattr(FrozenModel, "encode", failing)
     with pytest.raises(KeyboardInterrupt):
-        results_of(config, frozen)
+        results_of(config, model)
     monkeypatch.setattr(FrozenModel, "encode", encode)
     assert not [p for p in (tmp_path / "cache").iterdir() if p.name[0] != "."]
-    assert results_of(config, frozen) == wanted
+    assert results_of(config, model) == wanted
 
 
 def test_of_two_programs_that_write_a_cache_one_is_kept(
-    tmp_path, frozen, config, monkeypatch
+    tmp_path, model, config, monkeypatch
 ):
     source = Subset(clip_tokens.open_source(config, "test_path"), np.arange(3))
-    videos = clip_tokens.make_videos(frozen, config, source, False)
+    videos = clip_tokens.make_videos(model, config, source, False)
     write = token_cache._write
 
     def write_after_another_program(videos, folder, *arguments):
@@ -260,19 +263,19 @@ def test_of_two_programs_that_write_a_cache_one_is_kept(
     assert [path.name for path in tmp_path.iterdir()] == [cached.folder.name]
 
 
-def test_cache_depends_on_what_tokens_depend_on(tmp_path, frozen, config):
+def test_cache_depends_on_what_tokens_depend_on(tmp_path, model, config):
     config.cache.path = str(tmp_path / "cache")
 
     def count():
         return sum(p.name[0] != "." for p in (tmp_path / "cache").iterdir())
 
-    digest = token_cache.weights_digest(frozen)
+    digest = token_cache.weights_digest(model)
     source = Subset(clip_tokens.open_source(config, "test_path"), np.arange(3))
 
     def cache(changes=(), dtype="float32", digest=digest, source=source, pooled=False):
         other = config.copy_and_resolve_references()
         other.update_from_flattened_dict(dict(changes))
-        videos = clip_tokens.make_videos(frozen, other, source, pooled, 1)
+        videos = clip_tokens.make_videos(model, other, source, pooled, 1)
         return token_cache.cached(videos, config.cache.path, dtype, 4, digest)
 
     first = next(cache().batches(3))
@@ -301,24 +304,24 @@ def test_cache_depends_on_what_tokens_depend_on(tmp_path, frozen, config):
     np.testing.assert_array_equal(swapped.tokens, first.tokens[[0, 2, 1]])
 
 
-def test_model_digest_tells_weights_apart(frozen):
-    other = jax.tree.map(np.array, frozen.params)
+def test_model_digest_depends_on_the_weights(model):
+    other = jax.tree.map(np.array, model.params)
     other["target"]["norm"]["bias"][3] += 1e-6
     changed = FrozenModel(
-        frozen.encoder, None, other, None, frozen.video_shape, frozen.mesh
+        model.encoder, None, other, None, model.video_shape, model.mesh
     )
-    digests = [token_cache.weights_digest(model) for model in (frozen, changed, frozen)]
+    digests = [token_cache.weights_digest(m) for m in (model, changed, model)]
     assert digests[0] == digests[2] != digests[1]
 
 
-def test_head_is_chosen_before_the_test_is_seen(videos, tmp_path, frozen, config):
-    """Other labels in the test set change its numbers but not the choice."""
-    honest = results_of(config, frozen)
+def test_head_is_chosen_before_the_test_is_seen(videos, tmp_path, model, config):
+    """Wrong labels of the test set change its results but not the choice."""
+    honest = results_of(config, model)
     lines = (videos / "test.csv").read_text().split()
     wrong = [f"{p} {(int(k) + 1) % 3}" for p, k in zip(*[iter(lines)] * 2, strict=True)]
     (tmp_path / "wrong.csv").write_text("\n".join(wrong))
     config.data.test_path = str(tmp_path / "wrong.csv")
-    misled = results_of(config, frozen)
+    misled = results_of(config, model)
     same = [key for key in honest if "held" in key or key == "chosen_head"]
     assert len(same) >= 6
     assert {k: honest[k] for k in same} == {k: misled[k] for k in same}
@@ -327,14 +330,14 @@ def test_head_is_chosen_before_the_test_is_seen(videos, tmp_path, frozen, config
     assert misled["official_best_on_test_accuracy"] == max(tests)
 
 
-def test_given_validation_videos_are_used(videos, frozen, config):
+def test_given_validation_videos_are_used(videos, model, config):
     config.data.val_path = config.data.test_path
-    found = results_of(config, frozen)
+    found = results_of(config, model)
     assert found["videos_fitted"] == 40 and found["videos_held_out"] == 19
     assert found["accuracy"] == found["official_best_on_test_accuracy"]
 
 
-def test_clips_of_one_video_are_on_one_side(rng):
+def test_clips_of_one_video_are_held_out_together(rng):
     paths = [f"video{i}" for i in rng.integers(0, 30, 200)]
     source = Numbered(paths)
     rest, held_out = hold_out(source, 0.3, seed=int(rng.integers(1000)))
@@ -346,7 +349,7 @@ def test_clips_of_one_video_are_on_one_side(rng):
 
 
 def test_epochs_order_sees_every_video_once_per_epoch(rng):
-    order = classification.epochs_order(10, 3, steps=7, seed=int(rng.integers(99)))
+    order = epochs_order(10, 3, steps=7, seed=int(rng.integers(99)))
     assert len(order) == 21
     for epoch in (order[:9], order[9:18]):
         assert len(set(epoch.tolist())) == 9
@@ -374,18 +377,18 @@ def test_epochs_order_sees_every_video_once_per_epoch(rng):
         ({"cache.path": "gs://bucket/cache"}, "must be a local folder"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(frozen, config, changes, message):
+def test_errors_are_one_line(model, config, changes, message):
     config.update_from_flattened_dict(changes)
     with pytest.raises(UserError, match=message) as error:
-        classification.evaluate(frozen, config)
+        classification.evaluate(model, config)
     assert "\n" not in str(error.value)
 
 
-def test_full_disk_is_said_before_writing(tmp_path, frozen, config, monkeypatch):
+def test_full_disk_is_reported_before_writing(tmp_path, model, config, monkeypatch):
     monkeypatch.setattr(
         token_cache.shutil, "disk_usage", lambda _: type("", (), {"free": 1000})
     )
     config.cache.path = str(tmp_path / "cache")
     with pytest.raises(UserError, match=r"GB free: leave config\.cache\.path empty"):
-        classification.evaluate(frozen, config)
+        classification.evaluate(model, config)
     assert not list((tmp_path / "cache").iterdir())

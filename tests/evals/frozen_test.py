@@ -25,7 +25,7 @@ SHAPE = (4, 16, 16, 3)  # a grid of 2 x 2 x 2 tokens
 
 @pytest.fixture(scope="module", autouse=True)
 def pico():
-    """A smaller model than any that is worth a name."""
+    """A model smaller than the named ones."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sizes.SIZES, "pico", sizes.Size(2, 16, 2, 32))
         yield
@@ -43,7 +43,7 @@ def make_config(**model):
 
 
 def random_params(config, seed=0):
-    """Return parameters of which no two are alike, encoder and target included."""
+    """Return random parameters; the encoder and the target differ."""
     encoder, predictor = build.make_models(config)
     init = frozen._make_init(encoder, predictor, SHAPE)
     leaves, tree = jax.tree.flatten(nn.unbox(jax.eval_shape(init, jax.random.key(0))))
@@ -86,7 +86,7 @@ def test_encode_is_that_of_the_target_encoder(saved, model, rng, count):
     )
 
 
-def test_out_layers_stand_side_by_side(saved, model, rng):
+def test_out_layers_are_concatenated(saved, model, rng):
     video = rng.integers(0, 256, (2, *SHAPE), dtype=np.uint8)
     encoder, _ = build.make_models(make_config())
     found = model.encode(video, out_layers=[1, 0]).reshape(2, 8, 32)
@@ -130,7 +130,7 @@ def test_predict_takes_the_online_encoder_and_the_normalised_target(saved, model
     assert np.abs(model.predict(video, ctx_idx, tgt_idx)[0] - found[0]).max() > 1e-3
 
 
-def test_anticipate_puts_mask_tokens_where_the_future_is(tmp_path, rng):
+def test_anticipate_puts_mask_tokens_at_future_positions(tmp_path, rng):
     """Clips of 2 time steps of 2 x 2 places; as far ahead as each clip's own time."""
     # Heads of fewer channels would not be rotated.
     config = make_config(pos_embed="rope", **{"predictor.width": 16})
@@ -163,7 +163,7 @@ def test_anticipate_puts_mask_tokens_where_the_future_is(tmp_path, rng):
         np.testing.assert_array_equal(other[:, :8], found[:, :8])
 
 
-def test_anticipate_refuses_what_the_predictor_does_not_know(tmp_path, model, rng):
+def test_anticipate_refuses_unknown_mask_tokens_and_positions(tmp_path, model, rng):
     video = rng.integers(0, 256, (1, *SHAPE), dtype=np.uint8)
     with pytest.raises(UserError, match="mask_index=2: the predictor has 2 mask tok"):
         model.anticipate(video, [0], mask_index=2)
@@ -214,7 +214,7 @@ def test_the_predictor_of_a_teachers_features_is_refused(tmp_path, rng):
         model.predict(np.zeros((1, *SHAPE), np.uint8), [0], [1])
 
 
-def test_what_does_not_fit_is_named(model):
+def test_wrong_sizes_and_blocks_are_named(model):
     with pytest.raises(UserError, match="cannot be cut into tubelets"):
         model.encode(np.zeros((1, 4, 20, 16, 3), np.uint8))
     with pytest.raises(UserError, match="blocks are 0 to 1"):
@@ -271,7 +271,7 @@ def test_results_are_printed_and_written_beside_the_checkpoint(
 
 
 @pytest.mark.parametrize("folders", [(None, None), ("a", "b")])
-def test_a_run_or_a_conversion_is_wanted(monkeypatch, capsys, folders):
+def test_a_run_or_a_conversion_must_be_given(monkeypatch, capsys, folders):
     with pytest.raises(UserError, match="--workdir of a run or a converted"):
         run_main(monkeypatch, capsys, make_evaluation(), *folders)
 
@@ -293,6 +293,6 @@ def test_an_unknown_evaluation_is_named(saved):
         probe.probe(make_config(), saved[0])
 
 
-def test_probes_of_the_world_want_a_run_of_it(saved):
+def test_probes_of_the_world_need_a_run_of_it(saved):
     with pytest.raises(UserError, match=r"no config\.world\.path"):
         probe.probe(make_evaluation(evaluation="world"), saved[0])

@@ -1,6 +1,6 @@
-"""Evaluations during a run tell what it has learned, and are nothing to the run itself.
+"""Evaluations during a run evaluate its weights and do not affect the run.
 
-One run has them, two of which always fail; beside it stands the same run without.
+One run has three evaluations, two of which always fail; another run has none.
 """
 
 import contextlib
@@ -34,8 +34,8 @@ HEALTH = "num_videos=5 data.num_clips=1 data.num_workers=0"
 
 
 @pytest.fixture(scope="module", autouse=True)
-def evaluations():
-    """A list of evaluations of this module's own."""
+def own_evaluations():
+    """A copy of the table of evaluations, to which config files add theirs."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(registry, "EVALUATIONS", dict(registry.EVALUATIONS))
         yield
@@ -67,7 +67,7 @@ def add_evaluations(config):
         config.evals.health = evaluation(
             str(CONFIGS / "probe_health.py"), every_steps=4, overrides=HEALTH
         )
-        config.evals.nobody = evaluation(str(BROKEN), every_steps=2)
+        config.evals.broken = evaluation(str(BROKEN), every_steps=2)
         config.evals.user = evaluation(f"{BROKEN}:user", every_steps=4)
     config.log.image_clips = 2
     return config
@@ -113,7 +113,7 @@ def hooked(folder):
 
 
 def of_training(rows):
-    """What a row says of the training itself, by step."""
+    """Return the metrics of the training itself, by step."""
     kept = ("train/", "repr/", "optim/", "data/bad")
     return {
         row["step"]: {k: v for k, v in row.items() if k.startswith(kept)}
@@ -133,7 +133,7 @@ def state_of(config, workdir):
     return jax.device_get(fields)
 
 
-def test_the_run_is_that_without_evaluations_bit_for_bit(folder, plain, hooked):
+def test_the_run_equals_one_without_evaluations_bit_for_bit(folder, plain, hooked):
     assert of_training(hooked[0]) == of_training(plain)
     assert len(of_training(plain)) == STEPS
     config = make_config(folder)
@@ -142,40 +142,40 @@ def test_the_run_is_that_without_evaluations_bit_for_bit(folder, plain, hooked):
         np.testing.assert_array_equal(a, b)
 
 
-def test_evaluations_run_every_so_many_steps_and_after_the_last(hooked):
+def test_evaluations_run_at_their_steps_and_after_the_last(hooked):
     rows = of_evaluations(hooked[0])
     assert [row["step"] for row in rows] == [2, 4, 6]
     names = [{k.split("/")[1] for k in row if k.startswith("eval/")} for row in rows]
     assert names == [
-        {"nobody", "images"},
-        {"nobody", "health", "user", "images"},
-        {"nobody", "health", "user", "images"},
+        {"broken", "images"},
+        {"broken", "health", "user", "images"},
+        {"broken", "health", "user", "images"},
     ]
-    # What says the same at every step is left out.
+    # Results that are the same at every step are left out.
     assert not any("random_init" in key for key in rows[-1])
 
 
-def test_failures_are_told_once_each_and_counted(hooked):
+def test_failures_are_logged_once_each_and_counted(hooked):
     rows, errors, _ = hooked
-    counted = [row["eval/nobody/failed"] for row in of_evaluations(rows)]
+    counted = [row["eval/broken/failed"] for row in of_evaluations(rows)]
     assert counted == [1, 2, 3]
     assert of_evaluations(rows)[-1]["eval/user/failed"] == 2
     assert of_evaluations(rows)[-1]["eval/health/failed"] == 0
-    told = "evaluation '{}' failed after step {}; the run continues: {}"
-    nobody = "RuntimeError: no such luck"
+    text = "evaluation '{}' failed after step {}; the run continues: {}"
+    program = "RuntimeError: no such luck"
     user = "UserError: the list is empty: give another"
-    assert [text for text, _ in errors] == [
-        told.format("nobody", 2, nobody),
-        told.format("nobody", 4, nobody),
-        told.format("user", 4, user),
-        told.format("nobody", 6, nobody),
-        told.format("user", 6, user),
+    assert [message for message, _ in errors] == [
+        text.format("broken", 2, program),
+        text.format("broken", 4, program),
+        text.format("user", 4, user),
+        text.format("broken", 6, program),
+        text.format("user", 6, user),
     ]
-    # A mistake of the program comes with its place in it, a user's does not.
+    # A bug is logged with its traceback, a user's error without.
     assert [bool(exc_info) for _, exc_info in errors] == [1, 1, 0, 1, 0]
 
 
-def test_numbers_are_those_of_the_command_on_the_checkpoint(folder, hooked):
+def test_numbers_equal_those_of_probe_on_the_checkpoint(folder, hooked):
     model = frozen.load(str(folder / "hooked"), STEPS)
     entry = evaluation(str(CONFIGS / "probe_health.py"), overrides=HEALTH)
     wanted = registry.evaluate(model, hook.load("health", entry))
@@ -207,7 +207,7 @@ def test_pictures_of_some_clips_go_to_tensorboard(folder, hooked):
         assert np.any(by_name[6, f"{kind}/0"] != by_name[6, f"{kind}/1"])
 
 
-def test_their_time_is_accounted_for_and_not_the_watchdogs(hooked, plain):
+def test_their_time_is_accounted_for_and_the_watchdog_pauses(hooked, plain):
     rows, _, calls = hooked
     assert calls == ["pause", "run", "resume"] * 3
     for row in rows:
@@ -216,15 +216,15 @@ def test_their_time_is_accounted_for_and_not_the_watchdogs(hooked, plain):
     assert plain[-1]["goodput/evaluation"] == 0
     last = rows[-1]
     spent = last["goodput/evaluation"] * last["perf/wall_seconds"]
-    told = [
+    seconds = [
         sum(v for k, v in row.items() if k.endswith("/seconds") and k[:4] == "eval")
         for row in of_evaluations(rows)
     ]
-    assert 0 < sum(told) <= spent <= sum(told) + 1
+    assert 0 < sum(seconds) <= spent <= sum(seconds) + 1
 
 
-def test_a_broken_run_repeats_its_evaluations(folder, hooked):
-    """The last checkpoint is taken away, as if a kill had come before it."""
+def test_an_interrupted_run_repeats_its_evaluations(folder, hooked):
+    """The last checkpoint is deleted, as if the run had been killed before it."""
     workdir = folder / "broken"
     shutil.copytree(folder / "hooked", workdir)
     shutil.rmtree(workdir / "checkpoints" / str(STEPS))
@@ -240,12 +240,12 @@ def test_a_broken_run_repeats_its_evaluations(folder, hooked):
         for key, value in a.items():
             is_timed = key.startswith(("goodput", "perf")) or "seconds" in key
             assert is_timed or value == b[key], key
-    assert ours[-1]["eval/nobody/failed"] == 3
+    assert ours[-1]["eval/broken/failed"] == 3
     assert "user" not in json.loads((workdir / "config.json").read_text())["evals"]
 
 
-def test_failures_in_several_processes_leave_nobody_waiting(folder, plain):
-    """Two processes of two devices, the weights split over all of them."""
+def test_failures_in_several_processes_do_not_block_the_run(folder, plain):
+    """Two processes of two devices; the weights are sharded over all of them."""
     workdir = folder / "two"
     flags = {
         "total_steps": STEPS,
@@ -311,7 +311,7 @@ def test_defaults_are_found_in_any_folder(tmp_path, monkeypatch):
         ({"overrides": "name='a"}, ["No closing quotation"]),
     ],
 )
-def test_what_does_not_fit_is_refused_before_the_run(fields, parts):
+def test_wrong_entries_are_refused_before_the_run(fields, parts):
     with pytest.raises(UserError) as error:
         load("mine", **fields)
     message = str(error.value)

@@ -9,7 +9,8 @@ from absl import flags
 
 from vjepa_jax.base.errors import UserError
 from vjepa_jax.config.flags import define_config_flag
-from vjepa_jax.evals import classification, registry, settings
+from vjepa_jax.evals import registry, settings
+from vjepa_jax.evals.heads.head_grid import make_training
 from vjepa_jax.models import registry as models
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
@@ -33,10 +34,9 @@ def test_variant_is_valid_and_has_its_heads(name, variant):
     settings.validate(config)
     assert config.is_locked and config.name == name
     assert config.evaluation in registry.EVALUATIONS
-    schedules = classification.make_schedules(config, steps_per_epoch=10)
+    training = make_training(config, steps_per_epoch=10)
     is_first = variant.startswith("vjepa_") and name not in ("diving48", "jester")
-    heads = [pair for group in schedules for pair in group.heads()]
-    assert len(heads) == (1 if is_first else HEADS[name])
+    assert len(training.heads()) == (1 if is_first else HEADS[name])
     assert config.head.depth == (1 if is_first else 4)
     of_size = SIZES[variant.removeprefix("vjepa_").removesuffix("_384")]
     encoder = models.make_encoder(of_size, mlp="gelu")
@@ -51,8 +51,7 @@ def test_anticipation_is_valid_and_has_its_heads(variant):
     config = load("ek100").get_config(variant)
     settings.validate(config)
     assert config.is_locked and config.evaluation in registry.EVALUATIONS
-    (schedules,) = classification.make_schedules(config, steps_per_epoch=10)
-    heads = schedules.heads()
+    heads = make_training(config, steps_per_epoch=10).heads()
     assert len(heads) == 20 and {d for _, d in heads} == {1e-4, 1e-3, 1e-2, 1e-1}
     assert (config.data.num_frames, config.data.fps, config.epochs) == (32, 8, 20)
     assert config.data.resolution == (384 if variant == "vitg16_384" else 256)

@@ -98,7 +98,7 @@ def make_split(rng, count):
 
 
 def measured(splits, epochs, batch_size, **options):
-    training = probes.Training(
+    training = probes.ProbeTraining(
         num_heads=2,
         epochs=epochs,
         batch_size=batch_size,

@@ -1,4 +1,4 @@
-"""A config file of an evaluation that fails; its argument is whose fault it is."""
+"""A config file of an evaluation that fails; the argument names the cause."""
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -7,10 +7,10 @@ from vjepa_jax.base.errors import UserError
 from vjepa_jax.evals import registry
 
 
-def evaluate(frozen, config):
-    """Fail when some work has been done."""
-    frozen.encode(np.zeros((3, *frozen.video_shape), np.uint8))
-    if config.whose == "user":
+def evaluate(model, config):
+    """Fail after some work."""
+    model.encode(np.zeros((3, *model.video_shape), np.uint8))
+    if config.cause == "user":
         raise UserError("the list is empty:\ngive another")
     raise RuntimeError("no such luck")
 
@@ -18,6 +18,6 @@ def evaluate(frozen, config):
 registry.EVALUATIONS["broken"] = evaluate
 
 
-def get_config(whose="nobody"):
+def get_config(cause="program"):
     """Return the config."""
-    return ConfigDict({"evaluation": "broken", "whose": whose}).lock()
+    return ConfigDict({"evaluation": "broken", "cause": cause}).lock()

@@ -1,7 +1,7 @@
 """Action recognition by frozen features: linear and attentive probes.
 
 The protocol of V-JEPA (paper appendix D, `evals/video_classification_frozen`): a video
-is some clips ("segments") far apart in time, whose tokens a head sees together; in
+is some clips ("segments") spread over its time, whose tokens a head sees together; in
 tests also some crops ("views") of these, whose softmax is averaged. V-JEPA trains one
 head with one cross-attention block, V-JEPA 2 a grid of twenty with three self-attention
 blocks before it. See docs/evaluation.md for what differs from the official code.
@@ -10,14 +10,13 @@ blocks before it. See docs/evaluation.md for what differs from the official code
 import contextlib
 import dataclasses
 import itertools
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax.linen as nn
 import jax
 import numpy as np
-from absl import logging
+from jax.sharding import Mesh
 from scipy.stats import binomtest
 from sklearn.metrics import (
     accuracy_score,
@@ -31,7 +30,13 @@ from vjepa_jax.data.sources.records import Source, hold_out
 from vjepa_jax.data.transforms.transforms import ClipTransform
 from vjepa_jax.evals import settings
 from vjepa_jax.evals.frozen import FrozenModel, beside_untrained
-from vjepa_jax.evals.heads.head_grid import HeadGrid, Schedules, describe, lowest
+from vjepa_jax.evals.heads.head_grid import (
+    GridTraining,
+    HeadGrid,
+    epochs_order,
+    make_training,
+    name_of,
+)
 from vjepa_jax.evals.tokens import clip_tokens, token_cache
 from vjepa_jax.evals.tokens.clip_tokens import TokenBatch, Videos
 from vjepa_jax.evals.tokens.token_cache import CachedVideos
@@ -48,27 +53,27 @@ _AUGMENTATION = (
 
 @dataclasses.dataclass(frozen=True)
 class Predictions:
-    """What heads say of the readable videos of a source.
+    """Predicted classes of the readable videos of a source.
 
     Attributes:
       labels: int64 [videos].
-      best: int32 [H, videos, up to 5], classes, the most probable first; several by
-        name where the heads give several.
+      best: int32 [H, videos, up to 5], classes by every head, the most probable first;
+        several by name where the heads give several.
     """
 
     labels: np.ndarray
     best: Any
 
     def accuracies(self) -> np.ndarray:
-        """Share of videos that each head puts into the right class, [H]."""
+        """Return the share of videos that each head classifies correctly, [H]."""
         return np.array([accuracy_score(self.labels, b[:, 0]) for b in self.best])
 
 
-def evaluate(frozen: FrozenModel, config: ConfigDict) -> dict[str, dict[str, Any]]:
-    """Train heads on a data set's videos and judge them.
+def evaluate(model: FrozenModel, config: ConfigDict) -> dict[str, dict[str, Any]]:
+    """Train heads on the videos of a data set and test them.
 
     Args:
-      frozen: the model.
+      model: of the features.
       config: from `settings.classification`.
 
     Returns:
@@ -76,10 +81,10 @@ def evaluate(frozen: FrozenModel, config: ConfigDict) -> dict[str, dict[str, Any
 
       `accuracy`, `top5_accuracy`, `class_mean_accuracy`: on the test videos, of the
       head that was best on the videos held out for choosing. `lower_bound_accuracy` and
-      `upper_bound_accuracy` bound the first with 95 % confidence (Wilson).
-      `held_out_accuracy`: of that head on the videos it was chosen by.
+      `upper_bound_accuracy` are the 95 % confidence interval of the first (Wilson).
+      `held_out_accuracy`: of that head on the held-out videos.
       `official_best_on_test_accuracy`: of the head that is best on the test videos
-      themselves, which is what the official code reports; flattering.
+      themselves, as reported by the official code; biased upwards.
       `chosen_head`, counted from 1, and each head's accuracy held out and in the test.
       `confusion`: test videos by true class (rows) and that head's (columns).
 
@@ -87,10 +92,10 @@ def evaluate(frozen: FrozenModel, config: ConfigDict) -> dict[str, dict[str, Any
       UserError: config, data and model do not fit.
     """
     settings.validate(config)
-    return beside_untrained(lambda model: _evaluate(model, config), frozen, config)
+    return beside_untrained(lambda model: _evaluate(model, config), model, config)
 
 
-def _evaluate(frozen: FrozenModel, config: ConfigDict) -> dict[str, Any]:
+def _evaluate(model: FrozenModel, config: ConfigDict) -> dict[str, Any]:
     data = config.data
     test = clip_tokens.open_source(config, "test_path")
     fit, held_out = open_training(config)
@@ -101,20 +106,21 @@ def _evaluate(frozen: FrozenModel, config: ConfigDict) -> dict[str, Any]:
     is_pooled = config.head.kind == "linear"
 
     def make_videos(source, num_views):
-        return clip_tokens.make_videos(frozen, config, source, is_pooled, num_views)
+        return clip_tokens.make_videos(model, config, source, is_pooled, num_views)
 
-    prepare = Preparation(frozen, config, make_videos)
+    prepare = Preparation(model, config, make_videos)
     per_epoch = len(fit) // config.batch_size
     batches = prepare.training_batches(fit, config.epochs * per_epoch, config.seed)
-    head = make_head(config, frozen, num_classes)
-    grid = train(frozen, config, head, batches, per_epoch)
-    # The test videos are not looked at before all heads are trained and one is chosen.
+    head = make_head(config, model, num_classes)
+    training = make_training(config, per_epoch)
+    grid = train(head, training, batches, per_epoch, seed=config.seed, mesh=model.mesh)
+    # The test videos are not used before all heads are trained and one is chosen.
     chosen_by = predict(grid, prepare(held_out, data.num_views), config.test_batch_size)
     held_out_accuracies = chosen_by.accuracies()
     chosen = int(np.argmax(held_out_accuracies))
-    judged = predict(grid, prepare(test, data.num_views), config.test_batch_size)
-    accuracies = judged.accuracies()
-    labels, best = judged.labels, judged.best[chosen]
+    tested = predict(grid, prepare(test, data.num_views), config.test_batch_size)
+    accuracies = tested.accuracies()
+    labels, best = tested.labels, tested.best[chosen]
     num_right = int((labels == best[:, 0]).sum())
     interval = binomtest(num_right, len(labels)).proportion_ci(method="wilson")
     results = {
@@ -135,7 +141,7 @@ def _evaluate(frozen: FrozenModel, config: ConfigDict) -> dict[str, Any]:
         - len(labels),
     }
     for number, head in enumerate(grid.heads):
-        prefix = f"head {number + 1}: {describe(head)}"
+        prefix = f"head {number + 1}: {name_of(head)}"
         results[f"{prefix}, held-out accuracy"] = float(held_out_accuracies[number])
         results[f"{prefix}, test accuracy"] = float(accuracies[number])
     classes = range(num_classes)
@@ -144,7 +150,7 @@ def _evaluate(frozen: FrozenModel, config: ConfigDict) -> dict[str, Any]:
 
 
 def open_training(config: ConfigDict) -> tuple[Source, Source]:
-    """Open the videos to train heads on and those to choose one by.
+    """Open the videos to train heads on and those to choose a head.
 
     Raises:
       UserError: a source cannot be opened, or there are too few videos.
@@ -160,7 +166,7 @@ def open_training(config: ConfigDict) -> tuple[Source, Source]:
 
 
 def require_batch(config: ConfigDict, count: int) -> None:
-    """Raise UserError where there are fewer than a batch to train on."""
+    """Raise UserError unless `count` videos fill a batch."""
     if count < config.batch_size:
         raise UserError(
             f"config.batch_size={config.batch_size} exceeds the {count} videos to "
@@ -169,31 +175,31 @@ def require_batch(config: ConfigDict, count: int) -> None:
 
 
 class Preparation:
-    """Makes sources into tokens as the config says."""
+    """Turns sources into tokens, encoded anew or from the disk."""
 
     def __init__(
         self,
-        frozen: FrozenModel,
+        model: FrozenModel,
         config: ConfigDict,
         make_videos: Callable[[Source, int], Videos],
         with_predictor: bool = False,
     ):
-        """Digests the weights where tokens are kept on disk.
+        """Compute the digest of the weights, if tokens are kept on disk.
 
         Args:
-          frozen: the model.
+          model: of the features.
           config: of the evaluation.
-          make_videos: from a source and the views of each clip.
+          make_videos: from a source and the number of views of each clip.
           with_predictor: whether the tokens depend on the predictor's weights.
         """
         self.config = config
         self._make_videos = make_videos
         self._digest = ""
         if config.cache.path:
-            self._digest = token_cache.weights_digest(frozen, with_predictor)
+            self._digest = token_cache.weights_digest(model, with_predictor)
 
     def __call__(self, source: Source, num_views: int) -> Videos | CachedVideos:
-        """Return the tokens of a source's videos, from the disk if the config says."""
+        """Return the tokens of a source's videos."""
         cache, videos = self.config.cache, self._make_videos(source, num_views)
         if not cache.path:
             return videos
@@ -204,7 +210,7 @@ class Preparation:
     def training_batches(
         self, source: Source, steps: int, seed: int
     ) -> Iterator[TokenBatch]:
-        """Yield so many batches of a training, one view of each video.
+        """Yield the batches of a training, one view of each video.
 
         Args:
           source: the videos.
@@ -230,107 +236,71 @@ class Preparation:
             yield from itertools.islice(batches, steps)
 
 
-def epochs_order(count: int, batch_size: int, steps: int, seed: int) -> np.ndarray:
-    """Return the videos of `steps` batches: epochs, each in a new order, whole batches.
-
-    Args:
-      count: videos.
-      batch_size: videos per batch, at most `count`; an epoch's last ones that make no
-        whole batch are left out.
-      steps: batches.
-      seed: of the orders.
-    """
-    rng = np.random.default_rng(seed)
-    per_epoch = count // batch_size
-    epochs = [
-        rng.permutation(count)[: per_epoch * batch_size]
-        for _ in range(-(-steps // per_epoch))
-    ]
-    return np.concatenate(epochs)[: steps * batch_size]
-
-
 def train(
-    frozen: FrozenModel,
-    config: ConfigDict,
     head: nn.Module,
+    training: GridTraining,
     batches: Iterator[TokenBatch],
     steps_per_epoch: int,
-    **options: Any,
+    *,
+    seed: int,
+    mesh: Mesh,
 ) -> HeadGrid:
-    """Train all heads of the config.
+    """Train a grid of heads on the first view of each video.
 
     Args:
-      frozen: the model.
-      config: of the evaluation.
       head: module of each head.
+      training: of the grid.
       batches: of all epochs.
       steps_per_epoch: batches of one.
-      options: see `HeadGrid`.
+      seed: of the heads' initialisation.
+      mesh: devices that share every batch.
 
     Raises:
       UserError: no head has a finite loss.
     """
-    grid, began = None, time.perf_counter()
-    for step, batch in enumerate(batches, start=1):
-        tokens = batch.tokens[:, 0]
-        if grid is None:
-            grid = HeadGrid(
-                head,
-                make_schedules(config, steps_per_epoch),
-                total_steps=config.epochs * steps_per_epoch,
-                token_shape=tokens.shape[1:],
-                seed=config.seed,
-                mesh=frozen.mesh,
-                clip_norm=config.clip_norm,
-                heads_at_once=config.heads_at_once,
-                **options,
-            )
-        losses = grid.update(tokens, batch.labels, batch.valid)
-        if step % steps_per_epoch == 0:
-            logging.info(
-                "epoch %d of %d: lowest loss of %d heads %.4f after %.0f s",
-                step // steps_per_epoch,
-                config.epochs,
-                len(grid.heads),
-                lowest(losses),
-                time.perf_counter() - began,
-            )
+    first = next(batches)
+    grid = HeadGrid(head, training, first.tokens.shape[2:], seed=seed, mesh=mesh)
+    rows = (
+        (batch.tokens[:, 0], batch.labels, batch.valid)
+        for batch in itertools.chain([first], batches)
+    )
+    grid.fit(rows, steps_per_epoch)
     return grid
 
 
 def make_head(
-    config: ConfigDict, frozen: FrozenModel, num_classes: int
+    config: ConfigDict, model: FrozenModel, num_classes: int
 ) -> AttentiveClassifier | LinearClassifier:
-    """Make the head of the config, see `make_attentive_head`."""
+    """Make the head that the config describes, see `make_attentive_head`."""
     if config.head.kind == "linear":
         return LinearClassifier(num_classes)
-    width = frozen.encoder.width if config.out_layers else frozen.encoder.out_dim
-    return make_attentive_head(config, frozen, width, num_classes)
+    width = model.encoder.width if config.out_layers else model.encoder.out_dim
+    return make_attentive_head(config, model, width, num_classes)
 
 
 def make_attentive_head(
     config: ConfigDict,
-    frozen: FrozenModel,
+    model: FrozenModel,
     width: int,
     num_classes: int = 0,
     outputs: tuple[tuple[str, int], ...] = (),
 ) -> AttentiveClassifier:
-    """Make an attentive head of the config's size.
+    """Make an attentive head of the size in the config.
 
     Args:
       config: of the evaluation.
-      frozen: the model.
-      width: channels of the tokens that it sees.
+      model: of the features.
+      width: channels of its input tokens.
       num_classes, outputs: see `AttentiveClassifier`; one of them.
 
     Raises:
       UserError: the heads of the attention do not divide the tokens' channels.
     """
-    num_heads = config.head.num_heads or frozen.encoder.num_heads
+    num_heads = config.head.num_heads or model.encoder.num_heads
     if width % num_heads:
         raise UserError(
             f"config.head.num_heads={num_heads} does not divide the {width} channels "
-            "of the tokens: take a divisor, or 0 for the encoder's"
+            "of the tokens: set a divisor, or 0 for the encoder's"
         )
     return AttentiveClassifier(
         num_classes,
@@ -340,20 +310,6 @@ def make_attentive_head(
         remat=config.head.remat,
         dtype=config.head.dtype,
     )
-
-
-def make_schedules(config: ConfigDict, steps_per_epoch: int) -> list[Schedules]:
-    """Make the rates and decays of all grids of the config."""
-    return [
-        Schedules(
-            tuple(fields.learning_rates),
-            tuple(fields.weight_decays),
-            fields.start_learning_rate,
-            fields.warmup_epochs * steps_per_epoch,
-            fields.final_weight_decay_share,
-        )
-        for fields in config.grids.values()
-    ]
 
 
 def predict(
@@ -366,10 +322,10 @@ def predict(
     """
     labels, best = [], []
     for batch in videos.batches(batch_size):
-        found = grid.classify(batch.tokens, num_best=5)
+        classes = grid.classify(batch.tokens, num_best=5)
         labels.append(batch.labels[batch.valid])
-        best.append(jax.tree.map(lambda x, rows=batch.valid: x[:, rows], found))
+        best.append(jax.tree.map(lambda x, rows=batch.valid: x[:, rows], classes))
     if not sum(len(part) for part in labels):
-        raise UserError("none of the videos to judge by can be read")
+        raise UserError("none of the videos to evaluate on can be read")
     joined = jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), *best)
     return Predictions(np.concatenate(labels), joined)

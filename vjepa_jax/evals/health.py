@@ -1,8 +1,8 @@
-"""Whether features are spread out, and whether clips of one video look alike.
+"""How far features are spread out, and how similar clips of one video are.
 
-What training logs of a batch (`losses.collapse_statistics`), on a whole data set and
-for single tokens and pooled clips alike; and alignment and uniformity (Wang and Isola,
-arXiv 2005.10242) of clips of the same video.
+The statistics that training logs of a batch (`losses.collapse_statistics`), here of a
+data set, for single tokens and for pooled clips; and alignment and uniformity (Wang and
+Isola, arXiv 2005.10242) of pooled clips.
 """
 
 from typing import Any
@@ -21,13 +21,13 @@ from vjepa_jax.evals.tokens import clip_tokens
 from vjepa_jax.objective import losses
 
 
-def evaluate(frozen: FrozenModel, config: ConfigDict) -> dict[str, dict[str, Any]]:
-    """Describe the features of a data set's videos; labels are not used.
+def evaluate(model: FrozenModel, config: ConfigDict) -> dict[str, dict[str, Any]]:
+    """Measure the spread of features of a data set's videos; labels are not used.
 
     Args:
-      frozen: the model.
-      config: from `settings.health`. Without `data.test_path` the run's own videos are
-        described, their frames as far apart as in its training.
+      model: of the features.
+      config: from `settings.health`. Without `data.test_path` the videos are the run's
+        own, sampled as in its training.
 
     Returns:
       {measure: {"pretrained": value}}, with `config.random_init` also `random_init`;
@@ -37,19 +37,19 @@ def evaluate(frozen: FrozenModel, config: ConfigDict) -> dict[str, dict[str, Any
       UserError: config, data and model do not fit.
     """
     settings.validate(config)
-    config = _with_videos(config, frozen.config)
+    config = _with_videos(config, model.config)
     source = clip_tokens.open_source(config, "test_path")
     source = Subset(source, evenly_spread(len(source), config.num_videos))
 
-    def describe(model: FrozenModel) -> dict[str, float]:
+    def measure_model(model: FrozenModel) -> dict[str, float]:
         videos = clip_tokens.make_videos(model, config, source, False, num_views=1)
         return measure(*_read(videos, config))
 
-    return beside_untrained(describe, frozen, config)
+    return beside_untrained(measure_model, model, config)
 
 
 def _with_videos(config: ConfigDict, run: ConfigDict) -> ConfigDict:
-    """Return the config with the videos of a run where it names none."""
+    """Return the config, with the videos of the run if it names none."""
     if config.data.test_path:
         return config
     config = config.copy_and_resolve_references()
@@ -72,19 +72,19 @@ def _read(
         tokens = tokens.reshape(len(tokens), layers, num_clips, -1, tokens.shape[-1])
         tokens = np.concatenate([*tokens.transpose(1, 0, 2, 3, 4)], axis=2)
         count = min(config.tokens_per_clip, tokens.shape[2])
-        # The same places in no two batches: positions would show as structure.
+        # Other positions in every batch: fixed ones would show as structure.
         some.append(tokens[:, :, rng.permutation(tokens.shape[2])[:count]])
         pooled.append(tokens.mean(2))
     if sum(map(len, pooled)) < 2:
         raise UserError(
-            f"fewer than 2 videos of {videos.source.name!r} can be read, which says "
-            "nothing about their spread"
+            f"fewer than 2 videos of {videos.source.name!r} can be read: their "
+            "spread is not defined"
         )
     return np.concatenate(some), np.concatenate(pooled)
 
 
 def measure(tokens: np.ndarray, pooled: np.ndarray) -> dict[str, float]:
-    """Describe features.
+    """Measure the spread of features.
 
     Args:
       tokens: float [videos, clips, K, D], some tokens of every clip.
@@ -92,10 +92,10 @@ def measure(tokens: np.ndarray, pooled: np.ndarray) -> dict[str, float]:
 
     Returns:
       `token_std`, `token_effective_rank`, `token_cosine` and the same of `pooled`, see
-      `losses.collapse_statistics`. With two clips or more of a video: `alignment`, the
+      `losses.collapse_statistics`. With two or more clips per video: `alignment`, the
       mean squared distance of two clips of one video, and `uniformity`, the logarithm
       of the mean of exp(-2 * squared distance) over clips of different videos; both of
-      pooled clips of unit length, the lower the better.
+      pooled clips of unit length; lower is better.
     """
     _, clips, width = pooled.shape
     results = {}

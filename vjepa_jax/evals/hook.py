@@ -22,9 +22,9 @@ from vjepa_jax.base.errors import UserError
 from vjepa_jax.config.defaults import ConfigDict, flatten
 from vjepa_jax.data.sources.records import Source
 from vjepa_jax.data.stream import streams
-from vjepa_jax.data.stream.read_all import read_all
 from vjepa_jax.evals import drawing, frozen, registry, settings
 from vjepa_jax.evals.frozen import FrozenModel
+from vjepa_jax.evals.tokens.features import read_clips
 from vjepa_jax.objective.state import TrainState
 from vjepa_jax.parallel import distributed, sharding
 from vjepa_jax.program import build
@@ -40,7 +40,7 @@ _LEFT_OUT = {"random_init": False, "null_seeds": 0}
 
 
 @dataclasses.dataclass
-class Found:
+class Results:
     """Results of the evaluations after a step; empty on all but the main process.
 
     Attributes:
@@ -100,7 +100,7 @@ class EvaluationHook:
         every = {name: entry.every_steps for name, entry in self._entries.items()}
         return [name for name, steps in every.items() if is_last or step % steps == 0]
 
-    def run(self, step: int, state: TrainState) -> Found:
+    def run(self, step: int, state: TrainState) -> Results:
         """Evaluate the state after a step; every process calls.
 
         Failures are logged and counted.
@@ -108,26 +108,32 @@ class EvaluationHook:
         Raises:
           LostProcess: another process has ended.
         """
-        found = Found()
+        results = Results()
         # As in `vjepa_jax.probe`, where no mesh of a run is set.
         with sharding.use(None):
             model = frozen.from_state(self._program, state)
             if distributed.is_main():
                 for name in self._due(step):
                     config = self._configs[name]
-                    self._guarded(found, name, step, _evaluate, name, model, config)
+                    self._guarded(results, name, step, _evaluate, name, model, config)
                 if self._program.config.log.image_clips:
-                    self._guarded(found, IMAGES, step, _draw, model, self._source, step)
+                    args = model, self._source, step
+                    self._guarded(results, IMAGES, step, _draw, *args)
         distributed.barrier(f"evaluated after step {step}", _TIMEOUT_SECS)
-        return found
+        return results
 
     def _guarded(
-        self, found: Found, name: str, step: int, function: Callable[..., None], *args
+        self,
+        results: Results,
+        name: str,
+        step: int,
+        function: Callable[..., None],
+        *args: Any,
     ) -> None:
-        """Call `function(found, *args)`; log and count its failure."""
+        """Call `function(results, *args)`; log and count its failure."""
         began = time.perf_counter()
         try:
-            function(found, *args)
+            function(results, *args)
         except Exception as error:  # no evaluation may end the run
             self._failed[name] += 1
             logging.error(
@@ -138,8 +144,8 @@ class EvaluationHook:
                 " ".join(str(error).split()),
                 exc_info=not isinstance(error, UserError),
             )
-        found.scalars[_failures(name)] = self._failed[name]
-        found.scalars[f"{PREFIX}{name}/seconds"] = time.perf_counter() - began
+        results.scalars[_failures(name)] = self._failed[name]
+        results.scalars[f"{PREFIX}{name}/seconds"] = time.perf_counter() - began
 
 
 def _failures(name: str) -> str:
@@ -194,18 +200,20 @@ def _value(text: str) -> Any:
         return text
 
 
-def _evaluate(found: Found, name: str, model: FrozenModel, config: ConfigDict) -> None:
+def _evaluate(
+    results: Results, name: str, model: FrozenModel, config: ConfigDict
+) -> None:
     began = time.perf_counter()
     scalars = flatten_results(registry.evaluate(model, config))
-    found.scalars.update({f"{PREFIX}{name}/{k}": v for k, v in scalars.items()})
+    results.scalars.update({f"{PREFIX}{name}/{k}": v for k, v in scalars.items()})
     shown = [f"{key} {value:.4g}" for key, value in scalars.items()]
     more = ["..."] if len(shown) > _SHOWN else []
     measures = ", ".join(shown[:_SHOWN] + more)
-    found.lines.append(f"{name}: {measures} ({time.perf_counter() - began:.1f} s)")
+    results.lines.append(f"{name}: {measures} ({time.perf_counter() - began:.1f} s)")
 
 
 def flatten_results(results: Mapping[str, Any]) -> dict[str, float]:
-    """Return an evaluation's numbers by the names of metrics, see `Found`.
+    """Return an evaluation's numbers by the names of metrics, see `Results`.
 
     Args:
       results: {measure: number, or {column: number}}; other values are left out.
@@ -220,7 +228,7 @@ def flatten_results(results: Mapping[str, Any]) -> dict[str, float]:
     return flat
 
 
-def _draw(found: Found, model: FrozenModel, source: Source, step: int) -> None:
+def _draw(results: Results, model: FrozenModel, source: Source, step: int) -> None:
     """Draw token masks, and features as colours, on some of the run's clips."""
     run = model.config
     count = run.log.image_clips
@@ -236,7 +244,7 @@ def _draw(found: Found, model: FrozenModel, source: Source, step: int) -> None:
         }
         for name, of_clip in rows.items():
             picture = drawing.make_picture(of_clip)
-            found.images[f"{name}/{i}"] = np.asarray(picture)
+            results.images[f"{name}/{i}"] = np.asarray(picture)
 
 
 def _read_clips(run: ConfigDict, source: Source, count: int) -> np.ndarray:
@@ -244,12 +252,7 @@ def _read_clips(run: ConfigDict, source: Source, count: int) -> np.ndarray:
     data = run.data.copy_and_resolve_references()
     data.num_clips = 1
     order = np.unique(np.linspace(0, len(source) - 1, count).astype(np.int64))
-    reader = streams.make_reader(data, data)
-    batches = read_all(
-        source, reader=reader, batch_size=len(order), num_workers=0, order=order
-    )
-    (batch,) = batches
-    clips = np.asarray(batch["video"])[batch["valid"]]
+    clips = read_clips(source, streams.make_reader(data, data), order)
     if not len(clips):
         raise UserError(f"none of {len(order)} videos to draw can be read")
     return clips

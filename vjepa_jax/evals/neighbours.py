@@ -1,4 +1,4 @@
-"""What pooled features tell without training: nearest neighbours and a few labels.
+"""Classification by pooled features: nearest neighbours, and a few labels per class.
 
 A video is one vector, the mean of its tokens over clips and views, of unit length.
 """
@@ -22,19 +22,19 @@ from vjepa_jax.evals.tokens import clip_tokens
 _LINEAR_PENALTY = 2e-2  # L2 per sample
 
 
-def evaluate(frozen: FrozenModel, config: ConfigDict) -> dict[str, dict[str, Any]]:
-    """Classify the test videos by the training videos that are nearest to them.
+def evaluate(model: FrozenModel, config: ConfigDict) -> dict[str, dict[str, Any]]:
+    """Classify the test videos by the training videos nearest to them.
 
     Args:
-      frozen: the model.
+      model: of the features.
       config: from `settings.neighbours`.
 
     Returns:
       {measure: {"pretrained": value}}, with `config.random_init` also `random_init`:
-      `knn_K_accuracy`, and of N labelled videos per class `few_shot_N_nearest_mean_
-      accuracy` and `few_shot_N_linear_accuracy`, means over draws with their standard
-      deviations under the same names without `accuracy` and with `spread`; and
-      `videos_tested`, those that could be read.
+      `knn_K_accuracy`; for N labelled videos per class `few_shot_N_nearest_mean_
+      accuracy` and `few_shot_N_linear_accuracy`, means over draws, and their standard
+      deviations (`spread` instead of `accuracy`); and `videos_tested`, the number of
+      readable ones.
 
     Raises:
       UserError: config, data and model do not fit.
@@ -61,7 +61,7 @@ def evaluate(frozen: FrozenModel, config: ConfigDict) -> dict[str, dict[str, Any
         )
         return nearest | few | {"videos_tested": len(test[1])}
 
-    return beside_untrained(measure, frozen, config)
+    return beside_untrained(measure, model, config)
 
 
 def pooled_features(
@@ -78,7 +78,8 @@ def pooled_features(
         features.append(batch.tokens[batch.valid].mean((1, 2)))
         labels.append(batch.labels[batch.valid])
     if not sum(map(len, labels)):
-        raise UserError(f"none of the videos of {videos.source.name!r} can be read")
+        name = videos.source.name
+        raise UserError(f"none of the videos of {name!r} can be read")
     return np.concatenate(features), np.concatenate(labels)
 
 
@@ -91,54 +92,59 @@ def knn_accuracies(
     temperature: float,
     queries_at_once: int = 1024,
 ) -> dict[str, float]:
-    """Let the nearest training videos vote, by weights exp(cosine / temperature).
+    """Classify by vote of the nearest videos, weighted by exp(cosine / temperature).
 
     Args:
       train, test: float [N, D].
       train_labels, test_labels: int [N], from 0.
-      ks: neighbours that vote; those above the number of training videos are left out.
+      ks: numbers of neighbours that vote; those above the number of training videos
+        are left out.
       temperature: of the weights.
       queries_at_once: test videos compared at once.
 
     Returns:
-      {"knn_K_accuracy": share of the test videos that are put into the right class}.
+      {"knn_K_accuracy": share of the test videos that are classified correctly}.
     """
     ks = tuple(k for k in ks if k <= len(train)) or (len(train),)
     num_classes = int(max(train_labels.max(), test_labels.max())) + 1
 
-    @functools.partial(jax.jit, static_argnames="ks")
-    def vote(queries, train, labels, ks):
-        cosine, nearest = jax.lax.top_k(queries @ train.T, max(ks))
-        # The nearest one has weight 1, so that nothing overflows.
-        weights = jnp.exp((cosine - cosine[:, :1]) / temperature)
-        rows = jnp.arange(len(queries))[:, None]
-        votes = jnp.zeros((len(queries), num_classes))
-        return [
-            votes.at[rows, labels[nearest[:, :k]]].add(weights[:, :k]).argmax(-1)
-            for k in ks
-        ]
-
     train, test = jnp.asarray(normalize(train)), normalize(test)
     labels = jnp.asarray(train_labels, jnp.int32)
-    starts = range(0, len(test), queries_at_once)
-    found = [
-        np.asarray(vote(test[i : i + queries_at_once], train, labels, ks=ks))
-        for i in starts
+    vote = functools.partial(
+        _vote, ks=ks, num_classes=num_classes, temperature=temperature
+    )
+    parts = [
+        np.asarray(vote(test[i : i + queries_at_once], train, labels))
+        for i in range(0, len(test), queries_at_once)
     ]
-    said = np.concatenate(found, axis=1)
+    predicted = np.concatenate(parts, axis=1)
     return {
-        f"knn_{k}_accuracy": float(accuracy_score(test_labels, labels))
-        for k, labels in zip(ks, said, strict=True)
+        f"knn_{k}_accuracy": float(accuracy_score(test_labels, classes))
+        for k, classes in zip(ks, predicted, strict=True)
     }
 
 
+@functools.partial(jax.jit, static_argnames=("ks", "num_classes", "temperature"))
+def _vote(queries, train, labels, *, ks, num_classes, temperature):
+    """Return the classes of queries [N, D] for each of `ks`: list of int [N]."""
+    cosine, nearest = jax.lax.top_k(queries @ train.T, max(ks))
+    # The nearest one has weight 1, so that nothing overflows.
+    weights = jnp.exp((cosine - cosine[:, :1]) / temperature)
+    rows = jnp.arange(len(queries))[:, None]
+    votes = jnp.zeros((len(queries), num_classes))
+    return [
+        votes.at[rows, labels[nearest[:, :k]]].add(weights[:, :k]).argmax(-1)
+        for k in ks
+    ]
+
+
 def require_shots(labels: np.ndarray, shots: tuple[int, ...]) -> None:
-    """Raise UserError unless every class has as many videos as are asked for."""
+    """Raise UserError unless every class has enough videos for all `shots`."""
     classes, counts = np.unique(labels, return_counts=True)
     if max(shots) > counts.min():
         raise UserError(
             f"config.shots={shots}: class {classes[counts.argmin()]} has "
-            f"{counts.min()} videos in data.train_path; ask for at most so many"
+            f"{counts.min()} videos in data.train_path; ask for at most as many"
         )
 
 
@@ -151,7 +157,7 @@ def few_shot_accuracies(
     draws: int,
     seed: int,
 ) -> dict[str, float]:
-    """Learn from a few labelled videos per class, by nearest mean and linearly.
+    """Learn from a few labelled videos per class: nearest mean and linear probe.
 
     Args:
       train, test: float [N, D].
@@ -175,8 +181,8 @@ def few_shot_accuracies(
                 for c in classes
             ]
             means = [normalize(train[chosen]).mean(0) for chosen in of_class]
-            said = classes[pairwise_distances_argmin(normalize(test), means)]
-            nearest.append(accuracy_score(test_labels, said))
+            predicted = classes[pairwise_distances_argmin(normalize(test), means)]
+            nearest.append(accuracy_score(test_labels, predicted))
             chosen = np.concatenate(of_class)
             fit = train[chosen], train_labels[chosen]
             linear.append(

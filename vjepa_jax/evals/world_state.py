@@ -1,6 +1,6 @@
-"""What features of the synthetic world tell: motion class, state of the main object.
+"""Probes of the synthetic world: motion class, and state of the main object.
 
-Every set of features gets the same read-outs: pretrained, random-init, raw pixels.
+Pretrained features, untrained ones and raw pixels get the same probes.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from vjepa_jax.data.stream import streams
 from vjepa_jax.evals import settings
 from vjepa_jax.evals.frozen import FrozenModel, random_init
 from vjepa_jax.evals.heads import probes
-from vjepa_jax.evals.heads.probes import Training
+from vjepa_jax.evals.heads.probes import ProbeTraining
 from vjepa_jax.evals.tokens.features import Encode, Features, extract, make_pixel_encode
 from vjepa_jax.world import render
 from vjepa_jax.world.motion import CLASSES, draw_clip, frames_to_contact
@@ -48,8 +48,8 @@ class State:
       position, velocity: float [N, T', 2], averages over the frames of a time step.
       visibility: float [N, T'], average over the frames.
       time_to_collision: float [N, T', 1], frames from the last one of the clip until
-        the object meets a wall or another object; NaN but in the last time step, and
-        where it meets none within as many frames as a video has.
+        the object meets a wall or another object. NaN in all but the last time step,
+        and where it meets none within the number of frames of a video.
     """
 
     position: np.ndarray
@@ -65,9 +65,16 @@ def read_state(
     reader: ClipReader,
     time_steps: int,
 ) -> State:
-    """Read the ground truth of the clips that `extract` cut, from a split's `.npz`.
+    """Read the ground truth of clips from a split's `.npz`.
 
-    The time to a collision follows from it, and from the laws of the world.
+    The time to a collision is computed from it by the laws of the world.
+
+    Args:
+      world: config of the world.
+      split: of the clips.
+      index: int [N], the clips' indices in the split.
+      reader: how the clips were cut.
+      time_steps: of the features, T'.
     """
     looks = render.looks_of(world)
     with np.load(_truth_file(world, split.name)) as file:
@@ -104,10 +111,20 @@ def read_features(
     batch_size: int,
     num_workers: int,
 ) -> dict[str, dict[str, tuple[Features, State]]]:
-    """Encode every split of a world: {features' name: {split: (features, state)}}.
+    """Encode every split of a world.
+
+    Args:
+      encodes: functions that encode clips, by the name of the features.
+      world: config of the world.
+      reader: how to cut the clips.
+      batch_size: clips per call of an encode.
+      num_workers: decoding processes.
+
+    Returns:
+      {name of the features: {split: (features, state)}}.
 
     Raises:
-      UserError: the world is not there.
+      UserError: the world has not been rendered.
     """
     if not reader.sampling.frame_step:
         raise UserError("the world's probes need data.frame_step, not data.fps")
@@ -136,17 +153,17 @@ def measure(
     labels_per_class: int,
     draws: int,
     hidden_visibility: float,
-    attentive: Training,
-    regression: Training,
+    attentive: ProbeTraining,
+    regression: ProbeTraining,
     seed: int,
 ) -> dict[str, Any]:
-    """Run all read-outs on one set of features.
+    """Run all probes on one set of features.
 
     Args:
       splits: from `read_features`.
       labels_per_class, draws: of the few-label probe.
-      hidden_visibility: an object is occluded in a time step where at most this share
-        of it is visible, averaged over the frames.
+      hidden_visibility: an object is occluded in a time step if at most this share of
+        it is visible, averaged over the frames.
       attentive: of the attentive probe of classes.
       regression: of the attentive probes of state, which see the tokens of a time step.
       seed: of the few-label probe.
@@ -192,15 +209,17 @@ def measure(
 
     quantities = ("position", "velocity", "time_to_collision")
     attentive_shown = attentive_r2(quantities, shown, everywhere, regression)
-    # As many updates on the fewer time steps of occlusions.
+    # More epochs, so that the fewer occluded time steps get as many updates.
     count = np.count_nonzero(occluded(hidden[0][1]))
     epochs = regression.epochs * max(1, shown[0][1].visibility.size // count)
     longer = dataclasses.replace(regression, epochs=epochs)
     attentive_hidden = attentive_r2(("position",), hidden, occluded, longer)
-    said = probes.attentive_classes(train.flat(), train.labels, test.flat(), attentive)
-    confusion = confusion_matrix(test.labels, said, labels=range(len(CLASSES)))
+    predicted = probes.attentive_classes(
+        train.flat(), train.labels, test.flat(), attentive
+    )
+    confusion = confusion_matrix(test.labels, predicted, labels=range(len(CLASSES)))
     results = {
-        "attentive_accuracy": float((said == test.labels).mean()),
+        "attentive_accuracy": float((predicted == test.labels).mean()),
         "linear_accuracy": probes.linear_accuracy(*pooled),
         "few_label_accuracy": probes.few_label_accuracy(
             *pooled, labels_per_class=labels_per_class, draws=draws, seed=seed
@@ -212,21 +231,21 @@ def measure(
         "attentive_occluded_position_r2": attentive_hidden["position"],
     }
     results |= {f"attentive_{name}_r2": attentive_shown[name] for name in quantities}
-    found = {name: results[name] for name in MEASURES}
-    return found | {"confusion": confusion.tolist()}
+    ordered = {name: results[name] for name in MEASURES}
+    return ordered | {"confusion": confusion.tolist()}
 
 
 def chance() -> dict[str, float]:
-    """Return what guessing gives: one class of all, the mean of what is asked for."""
+    """Return the results of guessing: a random class, and the mean of the values."""
     accuracy = 1 / len(CLASSES)
     return {m: accuracy if m.endswith("accuracy") else 0.0 for m in MEASURES}
 
 
-def evaluate(frozen: FrozenModel, config: ConfigDict) -> dict[str, dict[str, Any]]:
-    """Probe a run of the world; with `random_init`, what was not trained as well.
+def evaluate(model: FrozenModel, config: ConfigDict) -> dict[str, dict[str, Any]]:
+    """Probe a run of the synthetic world.
 
     Args:
-      frozen: the run.
+      model: of the run.
       config: from `settings.world`.
 
     Returns:
@@ -234,18 +253,19 @@ def evaluate(frozen: FrozenModel, config: ConfigDict) -> dict[str, dict[str, Any
       untrained network, `pixels` and `chance`; and `confusion`, see `measure`.
 
     Raises:
-      UserError: the run is not of the synthetic world, or the world is not there.
+      UserError: the run is not of the synthetic world, or the world has not been
+        rendered.
     """
     settings.validate(config)
-    run, encoder = frozen.config, frozen.encoder
+    run, encoder = model.config, model.encoder
     if not run.world.path:
         raise UserError(
             "the run has no config.world.path: this evaluation takes runs of the "
             "synthetic world"
         )
-    encodes = {"pretrained": frozen.encode}
+    encodes = {"pretrained": model.encode}
     if config.random_init:
-        encodes["random_init"] = random_init(frozen, config.seed).encode
+        encodes["random_init"] = random_init(model, config.seed).encode
         encodes["pixels"] = make_pixel_encode(encoder.patch_size, encoder.tubelet_size)
     splits = read_features(
         encodes,
@@ -255,10 +275,10 @@ def evaluate(frozen: FrozenModel, config: ConfigDict) -> dict[str, dict[str, Any
         config.num_workers,
     )
     attentive, regression = (
-        Training(
+        ProbeTraining(
             num_heads=config.num_heads,
             seed=config.seed,
-            mesh=frozen.mesh,
+            mesh=model.mesh,
             **config[key],
         )
         for key in ("attentive", "regression")

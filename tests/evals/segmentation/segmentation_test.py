@@ -14,7 +14,7 @@ from vjepa_jax.base.errors import UserError
 from vjepa_jax.data.clips import label_images
 from vjepa_jax.evals import registry, settings
 from vjepa_jax.evals.frozen import FrozenModel
-from vjepa_jax.evals.heads.head_grid import HeadGrid, Schedules
+from vjepa_jax.evals.heads.head_grid import GridTraining, HeadGrid, Schedules
 from vjepa_jax.evals.segmentation import confusion, segmentation
 from vjepa_jax.evals.segmentation import pairs as mask_lists
 from vjepa_jax.evals.segmentation.images import Reader
@@ -239,9 +239,8 @@ def test_heads_are_counted_as_one_by_one(rng, devices):
     mesh = one_device() if devices == 1 else sharding.make_mesh(2, 4)
     grid = HeadGrid(
         LinearClassifier(classes),
-        [Schedules((1e-3, 1e-2), (0.1,))],
-        total_steps=1,
-        token_shape=(1, 6),
+        GridTraining((Schedules((1e-3, 1e-2), (0.1,)),), total_steps=1),
+        (1, 6),
         seed=int(rng.integers(99)),
         mesh=mesh,
     )

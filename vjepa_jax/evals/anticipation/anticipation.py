@@ -35,8 +35,8 @@ from vjepa_jax.evals.anticipation.epic_kitchens import (
 )
 from vjepa_jax.evals.classification import Predictions, Preparation
 from vjepa_jax.evals.frozen import FrozenModel, random_init
-from vjepa_jax.evals.heads.head_grid import describe
-from vjepa_jax.evals.tokens.clip_tokens import TokenBatch, Videos
+from vjepa_jax.evals.heads.head_grid import make_training, name_of
+from vjepa_jax.evals.tokens.clip_tokens import TokenBatch, Videos, encode_in_calls
 
 OUTPUTS = ("verb", "noun", "action")  # in the order of the queries
 
@@ -80,19 +80,16 @@ class Anticipator:
         # A time that is whole steps may be a little less by rounding.
         steps = np.floor(ahead_secs * self.fps / tubelet + 1e-6).astype(np.int32)
         num_steps = max(1, self.num_output_frames // tubelet)
-        parts = []
-        for start in range(0, len(video), self.clips_per_call):
-            rows = slice(start, start + self.clips_per_call)
-            if self.use_predictor:
-                tokens = self.frozen.anticipate(
-                    video[rows], steps[rows], num_steps, self.mask_index
-                )
-            else:
-                tokens = self.frozen.encode(video[rows])
-            parts.append(tokens.reshape(len(tokens), -1, tokens.shape[-1]))
-        return np.concatenate(parts)
 
-    def settings(self) -> tuple:
+        def encode(video, steps):
+            if self.use_predictor:
+                return self.frozen.anticipate(video, steps, num_steps, self.mask_index)
+            tokens = self.frozen.encode(video)
+            return tokens.reshape(len(tokens), -1, tokens.shape[-1])
+
+        return encode_in_calls(encode, self.clips_per_call, video, steps)
+
+    def cache_key(self) -> tuple:
         """Return what the tokens of given clips depend on, besides the model."""
         if not self.use_predictor:
             return ("encoder",)
@@ -210,12 +207,12 @@ def _evaluate(frozen: FrozenModel, config: ConfigDict, anchor: str) -> dict[str,
     )
     per_epoch = len(fit) // config.batch_size
     grid = classification.train(
-        frozen,
-        config,
         head,
+        make_training(config, per_epoch, make_loss(classes)),
         _training_batches(prepare, contexts, fit, per_epoch),
         per_epoch,
-        loss_fn=make_loss(classes),
+        seed=config.seed,
+        mesh=frozen.mesh,
     )
     size = config.test_batch_size
     # The tests are not looked at before all heads are trained and one is chosen.
@@ -243,7 +240,7 @@ def _evaluate(frozen: FrozenModel, config: ConfigDict, anchor: str) -> dict[str,
         "tests_that_see_the_action": float(tested.sees_action().mean()),
     }
     for number, pair in enumerate(grid.heads):
-        prefix = f"head {number + 1}: {describe(pair)}"
+        prefix = f"head {number + 1}: {name_of(pair)}"
         results[f"{prefix}, held-out recall_at_5"] = held_out_recalls[number]
         of_test = measures["action_recall_at_5"][number]
         results[f"{prefix}, test recall_at_5"] = of_test

@@ -1,12 +1,11 @@
-"""Linear and attentive read-outs of frozen features: classes and values.
+"""Linear and attentive probes of frozen features: classes and values.
 
-Features of a clip are tokens [T', S, D]: T' time steps of S places each. The linear
-read-outs see averages over tokens, on which untrained features are poor; the attentive
+Features of a clip are tokens [T', S, D]: T' time steps of S positions each. The linear
+probes see averages over tokens, on which untrained features are poor; the attentive
 probe pools with a learned query, as V-JEPA does (paper §4.2).
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping, Sequence
 
 import flax.linen as nn
@@ -20,7 +19,8 @@ from sklearn.metrics import r2_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from vjepa_jax.evals.heads.head_grid import HeadGrid, Loss, Schedules
+from vjepa_jax.evals.frozen import fill_up
+from vjepa_jax.evals.heads.head_grid import GridTraining, HeadGrid, Loss, Schedules
 from vjepa_jax.models.heads import AttentiveClassifier, AttentiveRegressor
 
 
@@ -92,7 +92,7 @@ def linear_r2(
 
 
 @dataclasses.dataclass(frozen=True)
-class Training:
+class ProbeTraining:
     """How attentive probes are trained: several learning rates side by side.
 
     Attributes:
@@ -102,7 +102,7 @@ class Training:
       learning_rates: peaks of cosine schedules, one probe each.
       weight_decay: of AdamW.
       seed: of initialisation and order.
-      mesh: of the devices that share every batch.
+      mesh: devices that share every batch.
     """
 
     num_heads: int
@@ -119,54 +119,40 @@ class Training:
         loss_fn: Loss,
         tokens: np.ndarray,
         labels: np.ndarray,
-        fit: np.ndarray,
+        rows: np.ndarray,
         rng: np.random.Generator,
     ) -> HeadGrid:
-        """Train heads on the rows `fit` of tokens [N, K, D] and labels [N, ...]."""
-        batches = max(1, len(fit) // self.batch_size)
-        grid = _make_grid(self, head, loss_fn, self.epochs * batches, tokens.shape[1:])
-        grid.reset(self.seed)
-        for _ in range(self.epochs):
-            shuffled = rng.permutation(fit)[: batches * self.batch_size]
-            for chosen in np.split(shuffled, batches):
-                weights = np.ones(len(chosen))
-                losses = grid.update(tokens[chosen], labels[chosen], weights)
-                # Devices that are threads of one processor starve each other, to the
-                # process's end, when many updates are under way.
-                losses.block_until_ready()
+        """Train heads on some rows of tokens [N, K, D] and labels [N, ...]."""
+        per_epoch = max(1, len(rows) // self.batch_size)
+        training = GridTraining(
+            (Schedules(self.learning_rates, (self.weight_decay,)),),
+            self.epochs * per_epoch,
+            loss_fn=loss_fn,
+        )
+        grid = HeadGrid(
+            head, training, tokens.shape[1:], seed=self.seed, mesh=self.mesh
+        )
+
+        def batches():
+            for _ in range(self.epochs):
+                shuffled = rng.permutation(rows)[: per_epoch * self.batch_size]
+                for chosen in np.split(shuffled, per_epoch):
+                    yield tokens[chosen], labels[chosen], np.ones(len(chosen))
+
+        grid.fit(batches(), per_epoch)
         return grid
 
     def in_batches(
         self, function: Callable[[np.ndarray], np.ndarray], tokens: np.ndarray
     ) -> np.ndarray:
         """Call a function from tokens [B, ...] to [H, B, ...] on all of [N, ...]."""
-        missing = -len(tokens) % self.batch_size  # all calls have one shape
-        padded = np.pad(tokens, [(0, missing)] + [(0, 0)] * (tokens.ndim - 1))
-        parts = np.split(padded, len(padded) // self.batch_size)
+        (filled,) = fill_up([tokens], self.batch_size)  # one shape, one compilation
+        parts = np.split(filled, len(filled) // self.batch_size)
         return np.concatenate([*map(function, parts)], axis=1)[:, : len(tokens)]
 
 
-@functools.lru_cache(maxsize=3)  # features of one size, one after the other, share them
-def _make_grid(
-    training: Training,
-    head: nn.Module,
-    loss_fn: Loss,
-    total_steps: int,
-    token_shape: tuple[int, int],
-) -> HeadGrid:
-    return HeadGrid(
-        head,
-        [Schedules(training.learning_rates, (training.weight_decay,))],
-        total_steps=total_steps,
-        token_shape=token_shape,
-        seed=training.seed,
-        mesh=training.mesh,
-        loss_fn=loss_fn,
-    )
-
-
 def _standardised(train: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Give the channels of tokens [N, K, D] the mean 0 and the deviation 1."""
+    """Scale the channels of tokens [N, K, D] to mean 0 and deviation 1 in training."""
     mean, std = train.mean((0, 1)), train.std((0, 1)) + 1e-6
     return (train - mean) / std, (test - mean) / std
 
@@ -175,21 +161,19 @@ def attentive_classes(
     train: np.ndarray,
     train_labels: np.ndarray,
     test: np.ndarray,
-    training: Training,
+    training: ProbeTraining,
 ) -> np.ndarray:
-    """Train attentive probes at several learning rates side by side.
+    """Train attentive probes at several learning rates and classify with the best.
 
-    It is the one that is best on a tenth of the training clips held out, not on the
-    test set.
+    A tenth of the training clips is held out to choose it.
 
     Args:
       train, test: float [N, T' * S, D], tokens.
       train_labels: int [N].
-      training: how.
+      training: see there.
 
     Returns:
-      int32 [N], what the probe that was best on the held-out clips takes the test clips
-      for.
+      int32 [N], predicted classes of the test clips.
     """
     train, test = _standardised(train, test)
     rng = np.random.default_rng(training.seed)
@@ -211,21 +195,21 @@ def attentive_r2(
     train_clips: np.ndarray,
     test: np.ndarray,
     test_values: Mapping[str, np.ndarray],
-    training: Training,
+    training: ProbeTraining,
 ) -> dict[str, float]:
-    """Train attentive probes to read off quantities; return each one's test R².
+    """Train attentive probes to predict quantities; return the test R² of each.
 
     The probe is that of classes with a query for each quantity and the squared error.
-    Which of the learning rates counts is chosen for each quantity on a tenth of the
-    training clips held out.
+    The learning rate is chosen for each quantity on a tenth of the training clips,
+    which is held out.
 
     Args:
       train, test: float [N, S, D], tokens.
       train_values, test_values: by name, float [N, K]; rows of NaN are left out of
-        training and judgement. R² is averaged over the K values.
-      train_clips: int [N], of which clip the tokens are: those of one clip are held out
+        training and R². R² is averaged over the K values.
+      train_clips: int [N], the clip of the tokens; tokens of one clip are held out
         together.
-      training: how.
+      training: see there.
     """
     train, test = _standardised(train, test)
     rng = np.random.default_rng(training.seed)
@@ -246,22 +230,22 @@ def attentive_r2(
 
     def scores(tokens, values):
         """R² of every head, [H], by quantity."""
-        found = training.in_batches(grid.predict, tokens) * std + mean
+        predicted = training.in_batches(grid.predict, tokens) * std + mean
         r2 = {}
         for end, (name, size) in zip(ends, sizes, strict=True):
             known = ~np.isnan(values[name]).any(1)
-            true, of_heads = values[name][known], found[:, known, end - size : end]
+            true, of_heads = values[name][known], predicted[:, known, end - size : end]
             r2[name] = np.array([r2_score(true, one) for one in of_heads])
         return r2
 
     held_out_values = {k: values[is_held_out] for k, values in train_values.items()}
     chosen_by = scores(train[is_held_out], held_out_values)
-    judged = scores(test, test_values)
-    return {k: float(judged[k][np.argmax(chosen_by[k])]) for k in judged}
+    tested = scores(test, test_values)
+    return {k: float(tested[k][np.argmax(chosen_by[k])]) for k in tested}
 
 
-def squared_error(found: jax.Array, wanted: jax.Array) -> jax.Array:
-    """Return the mean squared error of values [B, K]; NaN is not asked for: [B]."""
+def squared_error(predicted: jax.Array, wanted: jax.Array) -> jax.Array:
+    """Return the mean squared error [B] of values [B, K]; NaN is an unknown value."""
     known = ~jnp.isnan(wanted)
-    error = jnp.where(known, found - jnp.where(known, wanted, 0.0), 0.0)
+    error = jnp.where(known, predicted - jnp.where(known, wanted, 0.0), 0.0)
     return (error**2).mean(-1)

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import optax
-from absl import logging
 from sklearn.preprocessing import StandardScaler
 
 from vjepa_jax.base.errors import UserError
@@ -22,9 +21,13 @@ from vjepa_jax.config.defaults import ConfigDict
 from vjepa_jax.data.clips import label_images
 from vjepa_jax.data.sources.records import evenly_spread
 from vjepa_jax.evals import settings
-from vjepa_jax.evals.classification import epochs_order, make_schedules
 from vjepa_jax.evals.frozen import FrozenModel, random_init
-from vjepa_jax.evals.heads.head_grid import HeadGrid, describe, lowest
+from vjepa_jax.evals.heads.head_grid import (
+    HeadGrid,
+    epochs_order,
+    make_training,
+    name_of,
+)
 from vjepa_jax.evals.segmentation.confusion import class_iou, confusions, mean_iou
 from vjepa_jax.evals.segmentation.images import Reader, Sample, open_images
 from vjepa_jax.evals.segmentation.pairs import Pair
@@ -120,7 +123,7 @@ def _evaluate(
         "images_tested": len(test),
     }
     for number, head in enumerate(probe.grid.heads):
-        prefix = f"head {number + 1}: {describe(head)}"
+        prefix = f"head {number + 1}: {name_of(head)}"
         results[f"{prefix}, held-out miou"] = of_held_out[number]
         results[f"{prefix}, test miou"] = of_test[number]
     for number, value in enumerate(class_iou(pixels)):
@@ -150,36 +153,31 @@ class Probe:
         config = self._config
         self._standardise(pairs)
         steps_per_epoch = len(pairs) // config.batch_size
-        steps = config.epochs * steps_per_epoch
+        training = make_training(config, steps_per_epoch, optax.softmax_cross_entropy)
         self.grid = HeadGrid(
             LinearClassifier(config.num_classes),
-            make_schedules(config, steps_per_epoch),
-            total_steps=steps,
-            token_shape=(1, len(self._scaler.mean_)),
+            training,
+            (1, len(self._scaler.mean_)),
             seed=config.seed,
-            mesh=self._reader.encoder.frozen.mesh,
-            heads_at_once=config.heads_at_once,
-            loss_fn=optax.softmax_cross_entropy,
+            mesh=self._reader.encoder.model.mesh,
         )
+        self.grid.fit(self._batches(pairs, training.total_steps), steps_per_epoch)
+
+    def _batches(
+        self, pairs: Sequence[Pair], steps: int
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Yield patches of drawn images as `HeadGrid.update` takes them."""
+        config = self._config
         order = epochs_order(len(pairs), config.batch_size, steps, config.seed)
         drawn = ((pairs[i], (config.seed, n)) for n, i in enumerate(order))
-        batches = self._read(drawn, config.batch_size)
-        for step, batch in enumerate(batches, start=1):
+        for batch in self._read(drawn, config.batch_size):
             rows = self._encode(batch)
             rows = rows.reshape(-1, 1, rows.shape[-1])
             shares = np.stack([sample.shares for sample in batch])
             shares = shares.reshape(len(rows), -1)
             weights = shares.sum(1)
             shares /= np.maximum(weights, 1e-9)[:, None]
-            losses = self.grid.update(rows, shares, weights)
-            if step % steps_per_epoch == 0:
-                logging.info(
-                    "epoch %d of %d: lowest loss of %d heads %.4f",
-                    step // steps_per_epoch,
-                    config.epochs,
-                    len(losses),
-                    lowest(losses),
-                )
+            yield rows, shares, weights
 
     def confusions(self, pairs: Sequence[Pair]) -> np.ndarray:
         """Count what every head finds in images: see `confusion.confusions`.

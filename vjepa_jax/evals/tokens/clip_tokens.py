@@ -1,11 +1,11 @@
-"""Tokens of videos, several clips and views of each, batch after batch.
+"""Tokens of videos, several clips and views of each, batch by batch.
 
-What a head sees of a video are the tokens of all its clips together, once per view.
+A head sees the tokens of all clips of a video together, once per view.
 """
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -20,18 +20,45 @@ from vjepa_jax.data.stream.pipeline import Batching, TrainIterator
 from vjepa_jax.data.stream.read_all import read_all
 from vjepa_jax.data.stream.workers import Workers
 from vjepa_jax.data.transforms.transforms import ClipTransform, make_views
-from vjepa_jax.evals.frozen import FrozenModel
+from vjepa_jax.evals.frozen import FrozenModel, fill_up
+
+
+def encode_in_calls(
+    encode: Callable[..., np.ndarray],
+    clips_per_call: int,
+    *clips: np.ndarray,
+    padded: bool = False,
+) -> np.ndarray:
+    """Encode clips, some at a time.
+
+    Args:
+      encode: from arrays [B, ...] to one of B rows.
+      clips_per_call: rows per call.
+      clips: arrays [N, ...].
+      padded: fill the last call up with zeros, so that all have one shape.
+
+    Returns:
+      The N rows.
+    """
+    parts = []
+    for start in range(0, len(clips[0]), clips_per_call):
+        rows = [x[start : start + clips_per_call] for x in clips]
+        count = len(rows[0])
+        if padded:
+            rows = fill_up(rows, clips_per_call)
+        parts.append(encode(*rows)[:count])
+    return np.concatenate(parts)
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenBatch:
-    """What heads are trained and judged on.
+    """Tokens that heads are trained and tested on.
 
     Attributes:
       tokens: float32 [B, views, N, D].
       labels: int64 [B].
-      index: int64 [B], the video's place in its source; -1 of padding.
-      valid: bool [B]; False where a video is unreadable and of padding.
+      index: int64 [B], indices into the source; -1 for padding.
+      valid: bool [B]; False for unreadable videos and padding.
     """
 
     tokens: np.ndarray
@@ -42,18 +69,17 @@ class TokenBatch:
 
 @dataclasses.dataclass(frozen=True)
 class Encoder:
-    """From clips to the tokens that heads see.
+    """Encodes clips into the tokens that heads see.
 
     Attributes:
-      frozen: the model.
-      num_clips: of a video, far apart in time.
+      model: of the features.
+      num_clips: of a video, spread over its time.
       clips_per_call: clips that the encoder sees at once.
-      out_layers: blocks, counted from 0, whose outputs are taken instead of the
-        features, each through the last layer norm.
-      is_pooled: whether the tokens are averaged to one.
+      out_layers: see `FrozenModel.encode`.
+      is_pooled: whether the tokens of a view are averaged to one.
     """
 
-    frozen: FrozenModel
+    model: FrozenModel
     num_clips: int
     clips_per_call: int
     out_layers: tuple[int, ...] = ()
@@ -69,31 +95,28 @@ class Encoder:
           float32 [B, views, N, D]. N are the tokens of all clips in the order of time,
           those of one layer after those of another; 1 where they are pooled.
         """
+        layers = max(len(self.out_layers), 1)
+
+        def encode(clips):
+            tokens = self.model.encode(clips, self.out_layers)
+            tokens = tokens.reshape(len(clips), -1, layers, tokens.shape[-1] // layers)
+            return tokens.mean((1, 2), keepdims=True) if self.is_pooled else tokens
+
         clips = video.reshape(-1, *video.shape[2:])
-        starts = range(0, len(clips), self.clips_per_call)
-        parts = []
-        for start in starts:
-            part = clips[start : start + self.clips_per_call]
-            tokens = self.frozen.encode(part, self.out_layers)
-            layers = max(len(self.out_layers), 1)
-            tokens = tokens.reshape(len(part), -1, layers, tokens.shape[-1] // layers)
-            if self.is_pooled:
-                tokens = tokens.mean((1, 2), keepdims=True)
-            parts.append(tokens)
-        tokens = np.concatenate(parts)
+        tokens = encode_in_calls(encode, self.clips_per_call, clips)
         tokens = tokens.reshape(len(video), self.num_clips, -1, *tokens.shape[1:])
         tokens = tokens.transpose(0, 2, 4, 1, 3, 5)  # [B, views, layers, clips, ., D]
         tokens = tokens.reshape(*tokens.shape[:2], -1, tokens.shape[-1])
         return tokens.mean(2, keepdims=True) if self.is_pooled else tokens
 
-    def settings(self) -> tuple:
+    def cache_key(self) -> tuple:
         """Return what the tokens of given clips depend on, besides the model."""
         return self.out_layers, self.is_pooled
 
 
 @dataclasses.dataclass(frozen=True)
 class Videos:
-    """A source's videos as an evaluation sees them: nothing is drawn.
+    """The videos of a source as an evaluation sees them; nothing is drawn at random.
 
     Attributes:
       source: the videos.
@@ -101,7 +124,7 @@ class Videos:
       encoder: of the clips.
       num_views: crops of every clip, see `transforms.spatial_views`.
       num_workers: decoding processes.
-      worker_timeout_secs: longest time at one video.
+      worker_timeout_secs: longest time for one video.
     """
 
     source: Source
@@ -116,28 +139,28 @@ class Videos:
         return len(self.source)
 
     def encode(self, video: np.ndarray, index: np.ndarray) -> np.ndarray:
-        """Encode clips, see `Encoder`; `index` [B] are their videos' places."""
+        """Encode clips, see `Encoder`; `index` [B] are the indices of their videos."""
         del index
         return self.encoder(video)
 
     def batches(
         self, batch_size: int, order: np.ndarray | None = None
     ) -> Iterator[TokenBatch]:
-        """Yield batches of one size, the last one padded.
+        """Yield batches of one size; padding fills the last one.
 
         Args:
           batch_size: videos per batch.
-          order: int [n], the videos to encode, as often as they stand there; None:
+          order: int [n], indices of the videos to encode, with repetitions; None:
             every video once.
         """
         size = self.read_size(batch_size, self.num_views)
-        return _joined(self._parts(size, order), batch_size)
+        return _join(self._parts(size, order), batch_size)
 
     def read_size(self, batch_size: int, num_views: int = 1) -> int:
-        """Return how many of a batch's videos are decoded and encoded together.
+        """Return how many videos of a batch are decoded and encoded together.
 
-        As many as give the encoder `clips_per_call`: of a batch of the papers, 2048
-        clips, the pixels alone have gigabytes, in every decoding process.
+        The encoder gets at most `clips_per_call` clips: the pixels of a complete batch
+        of the papers, 2048 clips, would take gigabytes in every decoding process.
         """
         per_video = self.encoder.num_clips * num_views
         most = max(1, self.encoder.clips_per_call // per_video)
@@ -186,46 +209,38 @@ def augmented_batches(
     Raises:
       UserError: too many of the videos are unreadable.
     """
-    size = videos.read_size(batch_size)
-    parts = _augmented_parts(
-        videos,
+    size, num_clips = videos.read_size(batch_size), videos.reader.sampling.num_clips
+    iterator = TrainIterator(
+        Mixture([(videos.source, 1.0)]),
+        videos.reader,
         transform,
-        Batching(size * videos.reader.sampling.num_clips, seed),
+        Batching(size * num_clips, seed),
         Workers(videos.num_workers, videos.worker_timeout_secs, prefetch_megabytes),
         BadVideoLimits(max_bad_fraction),
     )
-    return _joined(parts, batch_size)
+    return _join(_augmented_parts(videos, iterator), batch_size)
 
 
-def _augmented_parts(
-    videos: Videos,
-    transform: ClipTransform,
-    batching: Batching,
-    workers: Workers,
-    bad_videos: BadVideoLimits,
-) -> Iterator[TokenBatch]:
+def _augmented_parts(videos: Videos, iterator: TrainIterator) -> Iterator[TokenBatch]:
     num_clips = videos.reader.sampling.num_clips
     labels = np.asarray(videos.source.labels)
-    source = Mixture([(videos.source, 1.0)])
-    with TrainIterator(
-        source, videos.reader, transform, batching, workers, bad_videos
-    ) as iterator:
+    with iterator:
         for batch in iterator:
-            clips, index = np.asarray(batch["video"]), batch["index"]
-            clips = clips.reshape(-1, num_clips, *clips.shape[1:])
-            tokens = videos.encode(clips, index)
+            video, index = np.asarray(batch["video"]), batch["index"]
+            video = video.reshape(-1, num_clips, *video.shape[1:])
+            tokens = videos.encode(video, index)
             valid = np.ones(len(index), bool)
             yield TokenBatch(tokens, labels[index], index, valid)
 
 
-def _joined(parts: Iterator[TokenBatch], batch_size: int) -> Iterator[TokenBatch]:
-    """Join batches of a divisor of `batch_size` to such ones, the last one padded."""
+def _join(parts: Iterator[TokenBatch], batch_size: int) -> Iterator[TokenBatch]:
+    """Join parts, whose size divides `batch_size`, to batches; pad the last one."""
     with contextlib.closing(parts):
         group: list[TokenBatch] = []
         for part in parts:
             group.append(part)
             if len(group) * len(part.index) == batch_size:
-                yield _concatenated(group)
+                yield _concatenate(group)
                 group = []
         if group:
             missing = batch_size - len(group) * len(group[0].index)
@@ -235,10 +250,10 @@ def _joined(parts: Iterator[TokenBatch], batch_size: int) -> Iterator[TokenBatch
                 np.full(missing, -1, np.int64),
                 np.zeros(missing, bool),
             )
-            yield _concatenated([*group, padding])
+            yield _concatenate([*group, padding])
 
 
-def _concatenated(group: Sequence[TokenBatch]) -> TokenBatch:
+def _concatenate(group: Sequence[TokenBatch]) -> TokenBatch:
     if len(group) == 1:
         return group[0]
     names = (field.name for field in dataclasses.fields(TokenBatch))
@@ -248,7 +263,7 @@ def _concatenated(group: Sequence[TokenBatch]) -> TokenBatch:
 
 
 def open_source(config: ConfigDict, key: str) -> Source:
-    """Open `config.data[key]`, several sources with commas between as one.
+    """Open `config.data[key]`; several sources, separated by commas, become one.
 
     Raises:
       UserError: it is not set, or cannot be opened.
@@ -257,39 +272,39 @@ def open_source(config: ConfigDict, key: str) -> Source:
     if not path:
         raise UserError(
             f"config.data.{key} is not set: give a list file with one 'path label' per "
-            "line, or what else data.path of a run may be"
+            "line, or anything else that data.path of a run may be"
         )
     parts = open_mixture(path).sources
     return parts[0] if len(parts) == 1 else Joined(parts)
 
 
 def make_videos(
-    frozen: FrozenModel,
+    model: FrozenModel,
     config: ConfigDict,
     source: Source,
     is_pooled: bool,
     num_views: int = 0,
 ) -> Videos:
-    """Make what an evaluation sees of a source's videos.
+    """Make the encoded videos of a source, as an evaluation's config describes them.
 
     Args:
-      frozen: the model.
+      model: of the features.
       config: of the evaluation, see `settings`.
       source: the videos.
-      is_pooled: whether their tokens are averaged to one.
-      num_views: crops of every clip; 0: as the config says.
+      is_pooled: whether the tokens of a video are averaged to one.
+      num_views: crops of every clip; 0: as in the config.
 
     Raises:
       UserError: tubelets do not fill the clips.
     """
     data = config.data.copy_and_resolve_references()
     with data.unlocked():
-        data.num_frames = data.num_frames or frozen.video_shape[0]
-        data.resolution = data.resolution or frozen.video_shape[1]
+        data.num_frames = data.num_frames or model.video_shape[0]
+        data.resolution = data.resolution or model.video_shape[1]
     reader = streams.make_reader(data, data)
-    frozen.grid(reader.shape()[1:])
+    model.grid(reader.shape()[1:])
     encoder = Encoder(
-        frozen,
+        model,
         data.num_clips,
         config.clips_per_call,
         tuple(config.out_layers),
@@ -306,16 +321,16 @@ def make_videos(
 
 
 def require_labels(source: Source, num_classes: int) -> None:
-    """Raise UserError unless all labels lie in [0, num_classes)."""
+    """Raise UserError unless all labels are in [0, num_classes)."""
     labels = np.asarray(source.labels)
     wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
     if len(wrong):
         label = labels[wrong[0]]
-        said = (
-            "and labels count from 0: mend the list"
+        reason = (
+            "and labels count from 0: fix the list"
             if label < 0
-            else f"and there are {num_classes} classes: mend the list, or set "
+            else f"and there are {num_classes} classes: fix the list, or set "
             "config.num_classes"
         )
         path = source.path_of(int(wrong[0]))
-        raise UserError(f"{path!r} of {source.name!r} has the label {label}, {said}")
+        raise UserError(f"{path!r} of {source.name!r} has the label {label}, {reason}")

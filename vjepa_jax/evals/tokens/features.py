@@ -1,4 +1,4 @@
-"""Frozen features of a list of videos: an encoder's, or the pixels themselves."""
+"""Features of all videos of a source in memory: an encoder's, or the pixels."""
 
 import dataclasses
 from collections.abc import Callable
@@ -16,12 +16,12 @@ Encode = Callable[[np.ndarray], np.ndarray]
 
 @dataclasses.dataclass
 class Features:
-    """Tokens and labels of the readable videos of a list, in its order.
+    """Tokens and labels of the readable videos of a source, in its order.
 
     Attributes:
-      tokens: float32 [N, T', S, D]: T' time steps of S places.
+      tokens: float32 [N, T', S, D]: T' time steps of S positions.
       labels: int64 [N].
-      index: int64 [N], the video's place in the list.
+      index: int64 [N], indices into the source.
     """
 
     tokens: np.ndarray
@@ -69,7 +69,7 @@ def extract(
     batch_size: int,
     num_workers: int,
 ) -> dict[str, Features]:
-    """Read every video of a list once and encode it in several ways.
+    """Read every video of a source once and encode it in several ways.
 
     Unreadable videos are left out.
 
@@ -82,16 +82,14 @@ def extract(
     """
     tokens: dict[str, list[np.ndarray]] = {name: [] for name in encodes}
     labels, index = [], []
-    batches = read_all(
+    for batch in read_all(
         source,
         reader=reader,
         batch_size=batch_size,
         num_workers=num_workers,
         padded=True,
-    )
-    for batch in batches:
-        valid = batch["valid"]
-        video = np.array(batch["video"])
+    ):
+        video, valid = np.asarray(batch["video"]), batch["valid"]
         for name, encode in encodes.items():
             tokens[name].append(encode(video)[valid])
         labels.append(batch["label"][valid])
@@ -104,7 +102,15 @@ def extract(
     }
 
 
-def read_clips(source: Source, reader: ClipReader, count: int):
-    """Yield uint8 batches [count, T, H, W, 3] of a list's clips, in order."""
-    for batch in read_all(source, reader=reader, batch_size=count, num_workers=0):
-        yield np.array(batch["video"])
+def read_clips(source: Source, reader: ClipReader, order: np.ndarray) -> np.ndarray:
+    """Read one clip of some videos, uint8 [n, T, H, W, 3], without unreadable ones.
+
+    Args:
+      source: the videos.
+      reader: how to cut the clips.
+      order: int [at least n], indices of the videos.
+    """
+    (batch,) = read_all(
+        source, reader=reader, batch_size=len(order), num_workers=0, order=order
+    )
+    return np.asarray(batch["video"])[batch["valid"]]

@@ -1,11 +1,11 @@
 """Tokens of videos on disk, so that heads can be trained without the encoder.
 
     <folder>/<key>/tokens.arrayrecord   a record per video: its tokens, all views
-    <folder>/<key>/index.npz            which record is a video's, shape of the tokens
+    <folder>/<key>/index.npz            the record of each video, shape of the tokens
 
-The key is a digest of all that the tokens depend on. Files are written under a
-temporary name, `.<key>-*.part`, and the folder is renamed when it is whole: what an
-interrupted program leaves behind is never read.
+The key is a digest of everything that the tokens depend on. Files are written into a
+folder with a temporary name that is renamed when it is complete: the rest of an
+interrupted program is never read.
 """
 
 import contextlib
@@ -31,25 +31,25 @@ from vjepa_jax.evals.frozen import FrozenModel
 from vjepa_jax.evals.tokens.clip_tokens import TokenBatch, Videos
 
 _FORMAT = "vjepa_jax tokens 1"
-# Rows are read in any order: a reader that looks ahead would read in vain.
+# Rows are read in any order, so that reading ahead is useless.
 _READER_OPTIONS = "readahead_buffer_size:0"
 _RECORDS, _INDEX = "tokens.arrayrecord", "index.npz"
 
 
-def weights_digest(frozen: FrozenModel, with_predictor: bool = False) -> str:
-    """Identify a frozen model's target encoder: its fields and its weights.
+def weights_digest(model: FrozenModel, with_predictor: bool = False) -> str:
+    """Return a digest of a model's target encoder: its fields and its weights.
 
     Args:
-      frozen: the model.
-      with_predictor: whether tokens depend on its predictor as well.
+      model: to identify.
+      with_predictor: whether to include its predictor.
     """
     digest = hashlib.sha256()
-    parts = [(frozen.encoder, "target")]
+    parts = [(model.encoder, "target")]
     if with_predictor:
-        parts.append((frozen.predictor, "predictor"))
+        parts.append((model.predictor, "predictor"))
     for module, name in parts:
         digest.update(repr(module).encode())
-        for path, leaf in jax.tree_util.tree_leaves_with_path(frozen.params[name]):
+        for path, leaf in jax.tree_util.tree_leaves_with_path(model.params[name]):
             digest.update(jax.tree_util.keystr(path).encode())
             digest.update(np.ascontiguousarray(leaf).tobytes())
     return digest.hexdigest()
@@ -57,14 +57,14 @@ def weights_digest(frozen: FrozenModel, with_predictor: bool = False) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class CachedVideos:
-    """Videos' tokens on disk; batches are those of `clip_tokens.Videos`.
+    """Tokens of videos on disk, with the same batches as `clip_tokens.Videos`.
 
     Attributes:
-      folder: with both files.
-      row: int64 [videos], the record of each video; -1: it is unreadable.
+      folder: holds both files.
+      row: int64 [videos], the record of each video; -1: the video is unreadable.
       labels: int64 [videos].
-      shape: of a video's tokens, (views, N, D).
-      dtype: as they are stored.
+      shape: of the tokens of a video, (views, N, D).
+      dtype: of the stored tokens.
     """
 
     folder: pathlib.Path
@@ -82,8 +82,8 @@ class CachedVideos:
     ) -> Iterator[TokenBatch]:
         """Yield batches of one size, see `clip_tokens.Videos.batches`."""
         order = np.arange(len(self)) if order is None else np.asarray(order)
-        records = str(self.folder / _RECORDS)
-        with contextlib.closing(ArrayRecordReader(records, _READER_OPTIONS)) as reader:
+        path = str(self.folder / _RECORDS)
+        with contextlib.closing(ArrayRecordReader(path, _READER_OPTIONS)) as reader:
             for start in range(0, len(order), batch_size):
                 index = order[start : start + batch_size]
                 missing = batch_size - len(index)
@@ -91,10 +91,9 @@ class CachedVideos:
                 row = np.where(index < 0, -1, self.row[index])
                 valid = row >= 0
                 tokens = np.zeros((batch_size, *self.shape), np.float32)
-                found = reader.read(row[valid].tolist()) if valid.any() else ()
-                for place, record in zip(np.flatnonzero(valid), found, strict=True):
-                    stored = np.frombuffer(record, self.dtype)
-                    tokens[place] = stored.reshape(self.shape)
+                records = reader.read(row[valid].tolist()) if valid.any() else ()
+                for i, record in zip(np.flatnonzero(valid), records, strict=True):
+                    tokens[i] = np.frombuffer(record, self.dtype).reshape(self.shape)
                 labels = np.where(valid, self.labels[index], 0)
                 yield TokenBatch(tokens, labels, index, valid)
 
@@ -102,12 +101,12 @@ class CachedVideos:
 def cached(
     videos: Videos, folder: str, dtype: str, batch_size: int, model_digest: str
 ) -> CachedVideos:
-    """Return videos' tokens from a folder, encoding and writing them if need be.
+    """Return the tokens of videos from a cache, which is written if it is missing.
 
     Args:
       videos: to encode.
-      folder: of caches, of all models and data sets; local.
-      dtype: to store, `float32` or `bfloat16`.
+      folder: of the caches of all models and data sets; local.
+      dtype: of the stored tokens, `float32` or `bfloat16`.
       batch_size: videos to encode at once.
       model_digest: from `weights_digest`.
 
@@ -127,25 +126,25 @@ def cached(
         _FORMAT,
         model_digest,
         videos.source.digest(),
-        videos.source.path_of(0),  # copies of a list may be of other pixels
+        videos.source.path_of(0),  # a copied list may name other files
         repr(videos.reader),
-        repr((*videos.encoder.settings(), videos.num_views, dtype)),
+        repr((*videos.encoder.cache_key(), videos.num_views, dtype)),
     )
     key = digest_of(part.encode() for part in parts)[:32]
-    place = pathlib.Path(folder) / key
-    if not place.exists():
-        place.parent.mkdir(parents=True, exist_ok=True)
+    cache = pathlib.Path(folder) / key
+    if not cache.exists():
+        cache.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with files.renamed_when_complete(place) as part:
+            with files.renamed_when_complete(cache) as part:
                 part.mkdir()
                 _write(videos, pathlib.Path(part), dtype, batch_size)
-        except OSError:  # another program may have been faster
-            if not place.exists():
+        except OSError:  # another program may have written it first
+            if not cache.exists():
                 raise
-    logging.info("tokens of %s are in %s", videos.source.name, place)
-    with np.load(place / _INDEX) as index:
+    logging.info("tokens of %s are in %s", videos.source.name, cache)
+    with np.load(cache / _INDEX) as index:
         return CachedVideos(
-            place,
+            cache,
             index["row"],
             np.asarray(videos.source.labels),
             tuple(index["shape"].tolist()),
@@ -161,7 +160,7 @@ def _write(videos: Videos, folder: pathlib.Path, dtype: str, batch_size: int) ->
             if shape is None:
                 shape = batch.tokens.shape[1:]
                 _require_space(videos, folder, shape, dtype)
-            # In the order of the list, hence rows follow from counting.
+            # Batches are in the order of the source, and so are records.
             index = batch.index[batch.valid]
             row[index] = row.max() + 1 + np.arange(len(index))
             for tokens in batch.tokens[batch.valid].astype(jnp.dtype(dtype)):

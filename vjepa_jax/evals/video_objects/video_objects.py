@@ -143,12 +143,12 @@ def carry(
     first = _read_objects(video.masks[0])
     size = network_size(
         first.shape,
-        config.resolution or encoder.frozen.video_shape[1],
-        encoder.frozen.encoder.patch_size,
+        config.resolution or encoder.model.video_shape[1],
+        encoder.model.encoder.patch_size,
     )
     features = _features(video, encoder, size, first.shape, config.num_workers)
     shares = label_images.patch_shares(first, size, encoder.grid(size), num_objects + 1)
-    for labels in how(features, shares, encoder.frozen.mesh):
+    for labels in how(features, shares, encoder.model.mesh):
         yield np.asarray(_to_mask(labels, size=first.shape))
 
 

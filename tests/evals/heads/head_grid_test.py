@@ -10,7 +10,8 @@ from sklearn.metrics import top_k_accuracy_score
 from step_setup import one_device
 
 from vjepa_jax.base.errors import UserError
-from vjepa_jax.evals.heads.head_grid import HeadGrid, Schedules, lowest
+from vjepa_jax.evals.heads import head_grid
+from vjepa_jax.evals.heads.head_grid import GridTraining, HeadGrid, Schedules
 from vjepa_jax.models.attention import dispatch
 from vjepa_jax.models.heads import AttentiveClassifier, LinearClassifier
 from vjepa_jax.parallel import sharding
@@ -39,13 +40,10 @@ def test_grid_equals_heads_trained_one_by_one(rng, kind):
     def make(groups, heads_at_once=0):
         return HeadGrid(
             head,
-            groups,
-            total_steps=steps,
-            token_shape=(num_tokens, 8),
+            GridTraining(tuple(groups), steps, 0.05, heads_at_once),
+            (num_tokens, 8),
             seed=3,
             mesh=sharding.make_mesh() if kind == "linear" else one_device(),
-            clip_norm=0.05,
-            heads_at_once=heads_at_once,
         )
 
     at_once = make(groups)
@@ -112,12 +110,10 @@ def test_labels_may_be_shares_of_classes(rng):
     ):
         grid = HeadGrid(
             LinearClassifier(4),
-            [Schedules((1e-2,), (0.1,))],
-            total_steps=3,
-            token_shape=(1, 8),
+            GridTraining((Schedules((1e-2,), (0.1,)),), 3, loss_fn=loss),
+            (1, 8),
             seed=0,
             mesh=sharding.make_mesh(),
-            loss_fn=loss,
         )
         for _ in range(3):
             grid.update(tokens, targets, np.ones(16))
@@ -126,10 +122,18 @@ def test_labels_may_be_shares_of_classes(rng):
     assert np.abs(trained[2] - trained[0]).max() > 1e-3
 
 
-def test_losses_of_which_none_is_finite_are_refused():
-    assert lowest(jnp.array([jnp.nan, 2.0, 1.5])) == 1.5
-    with pytest.raises(UserError, match=r"lower config\.grids\.\*\.learning_rates"):
-        lowest(jnp.array([jnp.nan, jnp.inf]))
+def test_losses_of_which_none_is_finite_are_refused(rng):
+    training = GridTraining((Schedules((1e-2, np.inf), (0.1,)),), total_steps=4)
+    grid = HeadGrid(
+        LinearClassifier(4), training, (1, 8), seed=0, mesh=sharding.make_mesh()
+    )
+    tokens = rng.normal(size=(16, 1, 8)).astype(np.float32)
+    batch = tokens, rng.integers(0, 4, 16), np.ones(16)
+    grid.fit([batch] * 2, steps_per_epoch=2)
+    losses = np.asarray(grid.update(*batch))
+    assert np.isfinite(losses).tolist() == [True, False]
+    with pytest.raises(UserError, match=r"lower .* config\.grids\.\*\.learning_rates"):
+        grid.fit([(tokens * np.nan, *batch[1:])], steps_per_epoch=1)
 
 
 class TwoOutputs(nn.Module):
@@ -155,13 +159,15 @@ def test_a_head_may_have_several_outputs_and_a_loss_of_its_own(rng, heads_at_onc
 
     grid = HeadGrid(
         head,
-        [Schedules((1e-2,), (0.1, 0.3))],
-        total_steps=9,
-        token_shape=(6, 8),
+        GridTraining(
+            (Schedules((1e-2,), (0.1, 0.3)),),
+            total_steps=9,
+            heads_at_once=heads_at_once,
+            loss_fn=loss,
+        ),
+        (6, 8),
         seed=0,
         mesh=sharding.make_mesh(),
-        heads_at_once=heads_at_once,
-        loss_fn=loss,
     )
     for number, found in enumerate(grid.classify(tokens[:, None], 5).items()):
         name, best = found
@@ -179,9 +185,8 @@ def test_a_head_may_have_several_outputs_and_a_loss_of_its_own(rng, heads_at_onc
 def test_heads_start_differently():
     grid = HeadGrid(
         LinearClassifier(4),
-        [Schedules((1e-3,), (0.0, 0.0))],
-        total_steps=1,
-        token_shape=(2, 8),
+        GridTraining((Schedules((1e-3,), (0.0, 0.0)),), total_steps=1),
+        (2, 8),
         seed=0,
         mesh=sharding.make_mesh(),
     )
@@ -231,15 +236,15 @@ def test_long_clips_are_attended_to_without_all_scores_in_memory(rng, monkeypatc
         """Return a grid, a batch on its devices and the compiled update."""
         grid = HeadGrid(
             head,
-            [Schedules((1e-3, 1e-2), (0.1,))],
-            total_steps=1,
-            token_shape=shape,
+            GridTraining((Schedules((1e-3, 1e-2), (0.1,)),), total_steps=1),
+            shape,
             seed=1,
             mesh=mesh,
         )
-        batch = grid._placed(tokens, labels, weights)
+        batch = grid._place(tokens, labels, weights)
         with sharding.use(mesh):
-            return grid, batch, grid._update.lower(grid.state, *batch).compile()
+            lowered = grid._compiled.update.lower(grid.state, *batch)
+        return grid, batch, lowered.compile()
 
     grid, batch, update = compiled()
     params = jax.tree.map(lambda x: x[0], jax.device_get(grid.state[0]))
@@ -247,6 +252,7 @@ def test_long_clips_are_attended_to_without_all_scores_in_memory(rng, monkeypatc
     _, losses = update(grid.state, *batch)
 
     monkeypatch.setattr(dispatch, "choose", lambda *_: "xla")
+    head_grid._make_functions.cache_clear()
     plain_bytes = compiled()[2].memory_analysis().temp_size_in_bytes
     assert update.memory_analysis().temp_size_in_bytes < plain_bytes / 3
     logits = np.asarray(jax.jit(head.apply)({"params": params}, tokens))
@@ -258,10 +264,8 @@ def test_long_clips_are_attended_to_without_all_scores_in_memory(rng, monkeypatc
 def test_softmax_is_averaged_over_views(rng):
     head = LinearClassifier(7)
     mesh = sharding.make_mesh()
-    schedules = [Schedules((1e-3, 1e-2), (0.1,))]
-    grid = HeadGrid(
-        head, schedules, total_steps=1, token_shape=(5, 8), seed=1, mesh=mesh
-    )
+    training = GridTraining((Schedules((1e-3, 1e-2), (0.1,)),), total_steps=1)
+    grid = HeadGrid(head, training, (5, 8), seed=1, mesh=mesh)
     # Far apart, so that a mean of softmax and one of logits do not agree.
     tokens = rng.normal(0, 60, (59, 3, 5, 8)).astype(np.float32)
     found = grid.classify(tokens, num_best=3)

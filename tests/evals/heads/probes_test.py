@@ -1,4 +1,4 @@
-"""Attentive read-outs of values find what is there, and nothing where nothing is."""
+"""Attentive probes find values that tokens hold, and none where they hold none."""
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vjepa_jax.evals.heads import probes
-from vjepa_jax.evals.heads.head_grid import HeadGrid, Schedules
-from vjepa_jax.evals.heads.probes import Training
+from vjepa_jax.evals.heads.head_grid import GridTraining, HeadGrid, Schedules
+from vjepa_jax.evals.heads.probes import ProbeTraining
 from vjepa_jax.models.heads import AttentiveRegressor
 from vjepa_jax.parallel import sharding
 
@@ -18,7 +18,7 @@ TOKENS, WIDTH = 6, 8
 
 @pytest.fixture(scope="module")
 def training():
-    return Training(
+    return ProbeTraining(
         num_heads=2,
         epochs=20,
         batch_size=64,
@@ -61,17 +61,17 @@ def test_values_are_found_where_a_mean_does_not_show_them(rng, training):
 
 
 class Enough(Exception):
-    """Ends what a test need not wait for."""
+    """Ends a training that the test does not need."""
 
 
-def test_clips_are_held_out_whole(rng, training, monkeypatch):
+def test_tokens_of_a_clip_are_held_out_together(rng, training, monkeypatch):
     seen = []
 
     def spy(self, head, loss_fn, tokens, labels, rows, generator):
         seen.append(rows)
         raise Enough
 
-    monkeypatch.setattr(Training, "fit", spy)
+    monkeypatch.setattr(ProbeTraining, "fit", spy)
     tokens, values = make_data(rng, 200)
     clips = rng.permutation(np.repeat(np.arange(50), 4))
     with pytest.raises(Enough):
@@ -84,7 +84,7 @@ def test_clips_are_held_out_whole(rng, training, monkeypatch):
 
 @given(st.integers(0, 2**32 - 1), st.floats(0, 1))
 @settings(max_examples=20, deadline=None)
-def test_squared_error_leaves_out_what_is_not_known(seed, share):
+def test_squared_error_leaves_out_unknown_values(seed, share):
     rng = np.random.default_rng(seed)
     found, wanted = rng.normal(size=(2, 5, 3)).astype(np.float32)
     wanted[rng.uniform(size=wanted.shape) < share] = np.nan
@@ -98,12 +98,14 @@ def test_heads_of_values_follow_their_loss(rng):
     head = AttentiveRegressor((("a", 2), ("b", 1)), num_heads=2)
     grid = HeadGrid(
         head,
-        [Schedules((1e-3, 3e-3), (0.0,))],
-        total_steps=100,
-        token_shape=(TOKENS, WIDTH),
+        GridTraining(
+            (Schedules((1e-3, 3e-3), (0.0,)),),
+            total_steps=100,
+            loss_fn=probes.squared_error,
+        ),
+        (TOKENS, WIDTH),
         seed=3,
         mesh=sharding.make_mesh(devices=jax.devices()[:1]),
-        loss_fn=probes.squared_error,
     )
     tokens = rng.normal(size=(11, TOKENS, WIDTH)).astype(np.float32)
     wanted = np.full((11, 3), np.nan, np.float32)
@@ -119,6 +121,6 @@ def test_heads_of_values_follow_their_loss(rng):
         losses, ((before[..., 2] - 5) ** 2).mean(1) / 3, rtol=1e-4
     )
     bias = grid.state[0]["pool"]["b_linear"]["bias"]
-    # Too small: both heads move up by their rate; what was not asked for stays.
+    # Too small: both heads move up by their rate; unknown values change nothing.
     np.testing.assert_allclose(bias[:, 0], (1e-3, 3e-3), rtol=1e-3)
     assert not np.any(grid.state[0]["pool"]["a_linear"]["bias"])
