@@ -1,4 +1,4 @@
-"""Every way to compute attention gives the same outputs and gradients."""
+"""All implementations of attention give the same outputs and gradients."""
 
 import math
 
@@ -88,7 +88,7 @@ def held_by_tpu(arrays):
 
 
 @pytest.mark.parametrize(("policy", "tokens"), [("none", 4), ("attention", 2)])
-def test_splash_waits_for_its_backward_pass_without_gaps(policy, tokens):
+def test_splash_stores_its_residuals_without_padding(policy, tokens):
     """Of q, k, v and the output, or of the input and the output."""
     batch, n, heads, head_dim = 2, 200, 4, 32
 
@@ -106,7 +106,7 @@ def test_splash_waits_for_its_backward_pass_without_gaps(policy, tokens):
 
 
 @pytest.mark.parametrize("batch", [8, 1])
-def test_splash_computes_every_sample_where_it_is(rng, batch):
+def test_splash_computes_every_sample_on_its_device(rng, batch):
     q, k, v = operands(rng, 20, 30, 8, batch)
     mesh = sharding.make_mesh(2, 4)
     with sharding.use(mesh):
@@ -141,7 +141,7 @@ def test_long_rows_of_keys_are_cut_into_equal_blocks():
         assert padded - length < 128 * (padded // block)
 
 
-def test_what_a_way_cannot_do_is_refused(rng):
+def test_unsupported_arguments_are_refused(rng):
     q, k, v = operands(rng, 4, 4, 8)
     with pytest.raises(ValueError, match=r"splash.*takes no mask"):
         attention(q, k, v, "splash", np.ones((4, 4), bool))
@@ -165,3 +165,12 @@ def test_auto_goes_by_the_mesh_and_not_by_the_machine(monkeypatch):
     assert chosen(1568, "gpu") == "cudnn"
     assert chosen(1568, "gpu", dtype=jnp.float32) == "xla"
     assert chosen(1568, "gpu", head_dim=20) == "xla"
+
+
+def test_an_unknown_implementation_is_refused(rng):
+    q = jnp.zeros((1, 2, 1, 4))
+    with pytest.raises(
+        ValueError,
+        match="'flash' is unknown; known: auto, xla, blockwise, cudnn, splash",
+    ):
+        attention(q, q, q, "flash")

@@ -1,4 +1,4 @@
-"""Layers with backward passes of their own against what autodiff makes of formulas."""
+"""Layers with custom derivatives against automatic differentiation."""
 
 import jax
 import jax.numpy as jnp
@@ -108,7 +108,7 @@ def test_rotation_by_the_matrix_unit_is_the_same(rng, monkeypatch):
     [("none", 1), ("full", 2), ("attention", 1), ("dots", 1), ("dots_no_batch", 1)],
 )
 def test_policies_run_the_attention_kernel_once(remat, forward_kernels):
-    """Else the most expensive part of a block would run again in the backward pass."""
+    """Otherwise the most expensive part of a block would run again in the backward."""
     config = layers.TransformerConfig(
         1, 16, 2, 32, scan_layers=True, remat=remat, attention="splash"
     )

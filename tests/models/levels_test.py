@@ -52,14 +52,14 @@ def plain_outputs(clip, params, tubelet_size=2, embed="embed", added=0.0):
 
 
 @pytest.mark.parametrize("mlp", ["gelu", "swiglu"])
-def test_chosen_blocks_put_out_what_plain_numpy_does(mlp, rng):
+def test_outputs_of_chosen_blocks_equal_plain_numpy(mlp, rng):
     encoder, video = make_encoder(mlp=mlp), normal(rng, 2, *VIDEO)
     params = filled(encoder, rng)
     assert ("fc3" in params["params"]["stack"]["blocks"]) == (mlp == "swiglu")
     apply = jax.jit(encoder.apply, static_argnames="out_layers")
     kept = apply(params, video, out_layers=(0, 2))
     assert kept.shape == (2, 2, 24, WIDTH)
-    # The last block's output is what the encoder returns without being asked.
+    # By default the encoder returns the last block's output.
     np.testing.assert_allclose(kept[1], apply(params, video), atol=1e-4)
     params = double(params["params"])
     for b, clip in enumerate(double(video)):
@@ -81,7 +81,7 @@ def test_levels_are_block_outputs_each_through_its_norm(rng):
     assert features.shape == (2, 24, 2 * WIDTH)
     levels = np.split(features, 2, axis=-1)
     for number, level in enumerate(levels):
-        # Blocks asked for go through the last norm: put the level's own there.
+        # `out_layers` go through the last norm: put the level's own norm there.
         swapped = {"params": params | {"norm_1": params[f"norm_{number}"]}}
         kept = apply(swapped, video, out_layers=(0, 2))
         np.testing.assert_allclose(kept[number], level, atol=1e-5)
@@ -101,7 +101,7 @@ def test_levels_are_block_outputs_each_through_its_norm(rng):
     np.testing.assert_allclose(last.apply(variables, video), levels[1], atol=1e-4)
 
 
-def test_images_and_videos_have_embeddings_of_their_own(rng):
+def test_images_and_videos_have_their_own_embeddings(rng):
     encoder = make_encoder(image_embed=True)
     variables = filled(encoder, rng)
     # Whatever the first clip is, there are parameters for both.

@@ -41,7 +41,7 @@ def filled(module, rng, *args, scale=0.3):
 
 
 def subsets(rng, batch, count, num_tokens=NUM_TOKENS):
-    """Draw token numbers without repetition, in no order: [batch, count]."""
+    """Draw token indices without repetition, in random order: [batch, count]."""
     return np.stack([rng.permutation(num_tokens)[:count] for _ in range(batch)])
 
 
@@ -228,7 +228,7 @@ def test_scan_and_rematerialisation_change_nothing(
 
 
 def test_full_rematerialisation_keeps_less_between_the_passes(stack_case):
-    """Otherwise the option would be a name only: count what backward gets."""
+    """Count the residuals; otherwise the option might have no effect."""
 
     def saved(remat):
         stack = make_stack(scan_layers=True, remat=remat)
@@ -376,3 +376,15 @@ def test_models_have_the_fields_of_a_transformer():
     assert names - vars(encoder).keys() == set()
     assert names - vars(predictors[0]).keys() == without_gradient
     assert names - vars(predictors[1]).keys() == without_gradient | {"scale_init"}
+
+
+@pytest.mark.parametrize(
+    ("size", "published"), [("base", 86_833_152), ("giant", 1_013_267_968)]
+)
+def test_sizes_are_the_published_ones_to_the_last_parameter(size, published):
+    """Sizes published for 2.1, which adds an image embedding, 3 norms, 2 modalities."""
+    encoder = registry.make_encoder(size, scan_layers=True)
+    video = jnp.zeros((1, 2, 16, 16, 3))
+    shapes = jax.eval_shape(encoder.init, jax.random.key(0), video)
+    added = (16 * 16 * 3 + 1 + 3 * 2 + 2) * encoder.width
+    assert sum(x.size for x in jax.tree.leaves(shapes)) + added == published

@@ -132,7 +132,7 @@ def test_variance_and_covariance_are_vicregs(rng):
     np.testing.assert_allclose(actual, (hinge, off_diagonal.sum() / 8), rtol=1e-3)
 
 
-def test_collapsed_features_are_punished_with_a_finite_gradient():
+def test_collapsed_features_are_penalised_with_a_finite_gradient():
     def hinge(z):
         return losses.variance_covariance(z)[0]
 
@@ -169,7 +169,7 @@ def test_collapse_statistics_follow_their_definitions(rng):
         np.testing.assert_allclose(actual[name], value, rtol=1e-4, err_msg=name)
 
 
-def test_collapse_statistics_tell_a_collapse():
+def test_collapse_statistics_reveal_a_collapse():
     rng = np.random.default_rng()
     one_point = losses.collapse_statistics(jnp.full((2, 50, 8), 2.0))
     assert one_point["std"] < 1e-6 and abs(one_point["cosine"] - 1) < 1e-5
@@ -192,9 +192,23 @@ def test_collapse_statistics_take_evenly_spaced_tokens(rng):
 
 
 def test_sparse_statistics_see_every_position():
-    """A feature that lives at one position only must show however few tokens enter."""
+    """A feature at one position only must show, however few tokens are used."""
     h = jnp.zeros((64, 32, 2)).at[:, 5, 0].set(1.0)
     whole = losses.collapse_statistics(h)["std"]
     sparse = losses.collapse_statistics(h, max_tokens=128)["std"]
     # 128 of the 2048 tokens: 1/32 of them carry the feature, to within rounding.
     np.testing.assert_allclose(sparse, whole, rtol=0.3)
+
+
+def test_regularisers_vanish_for_white_features(rng):
+    z = rng.normal(size=(64, 6))
+    q, _ = np.linalg.qr(z - z.mean(0))
+    white = jnp.asarray(1.1 * math.sqrt(63) * q + 3, jnp.float32)
+    hinge, covariance = losses.variance_covariance(white)
+    assert hinge == 0
+    np.testing.assert_allclose(covariance, 0, atol=1e-5)
+
+
+def test_statistics_are_finite_at_zero():
+    for name, value in losses.collapse_statistics(jnp.zeros((2, 3, 4))).items():
+        assert np.isfinite(value), name

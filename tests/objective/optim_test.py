@@ -15,6 +15,7 @@ from step_setup import make_init_of
 from vjepa_jax.models.encoder import VideoEncoder
 from vjepa_jax.models.predictor import Predictor
 from vjepa_jax.objective import optim
+from vjepa_jax.objective.state import abstract_state
 
 VALUES = st.floats(0, 10)
 
@@ -259,3 +260,26 @@ def test_schedules_follow_the_steps_of_the_run_and_not_the_updates_taken(rng):
         expected = -rate(step) * (np.sign(kernel) + decay(step) * kernel)
         actual = updates["encoder"]["kernel"]
         np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_decay_moves_what_it_should_from_the_state_that_a_run_starts_with(rng):
+    """A run's optimiser state is made from boxed parameters."""
+    tx = optim.make_optimizer(lambda _: 0.1, lambda _: 0.5, clip_norm=1.0)
+    encoder = VideoEncoder(2, 24, num_heads=2, mlp_dim=40, patch_size=4)
+    predictor = Predictor(2, 16, num_heads=2, mlp_dim=32, out_dim=24)
+    state = abstract_state(make_init_of(encoder, predictor, tx, (2, 8, 8, 3)))
+    params = jax.tree.map(
+        lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), state.params
+    )
+    opt_state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state.opt_state)
+    # Zero gradients: clipping must not divide by their norm either.
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, new_state = jax.jit(tx.update)(zeros, opt_state, params, step=0)
+    assert jax.tree.structure(new_state) == jax.tree.structure(opt_state)
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    leaves = zip(paths, jax.tree.leaves(params), jax.tree.leaves(updates), strict=True)
+    for path, leaf, update in leaves:
+        name = jax.tree_util.keystr(path)
+        decays = "bias" not in name and leaf.ndim - ("stack" in name) > 1
+        share = -0.1 * 0.5 if decays else 0.0
+        np.testing.assert_allclose(update, share * leaf, rtol=1e-5, err_msg=name)

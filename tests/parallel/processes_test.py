@@ -249,5 +249,5 @@ def test_the_watchdog_writes_the_stacks_of_a_slow_step(folder, alone):
     dumps = [d for d in text.split("no step ended for ") if "in write_late" in d]
     assert dumps
     for dump in dumps:
-        assert re.match(r"\d+ s, the last was step 3; its threads stand at\n", dump)
+        assert re.match(r"\d+ s, the last was step 3; stacks of its threads:\n", dump)
         assert "in train_and_evaluate" in dump

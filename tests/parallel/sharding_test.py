@@ -281,3 +281,65 @@ def test_summary_counts_bytes_in_total_and_per_device():
     # The lines of the decisions add up to it.
     lines = [float(str(d).split("#")[0].split()[-2]) for d in decisions]
     assert math.isclose(sum(lines), each, abs_tol=0.01 * len(lines))
+
+
+BLOCK = {
+    "norm1/scale": (None,),
+    "norm1/bias": (None,),
+    "qkv/kernel": ("fsdp", None),
+    "qkv/bias": (None,),
+    "proj/kernel": ("fsdp", None),
+    "proj/bias": (None,),
+    "norm2/scale": (None,),
+    "norm2/bias": (None,),
+    "fc1/kernel": ("fsdp", None),
+    "fc1/bias": (None,),
+    "fc2/kernel": ("fsdp", None),
+    "fc2/bias": (None,),
+}
+STACK = {f"stack/blocks/{name}": (None, *spec) for name, spec in BLOCK.items()}
+NORM = {"norm/scale": (None,), "norm/bias": (None,)}
+EMBED = {"embed/proj/kernel": (None, "fsdp"), "embed/proj/bias": (None,)}
+ENCODER = EMBED | STACK | NORM
+PREDICTOR = {
+    "mask_tokens": (None, None),
+    "embed/kernel": ("fsdp", None),
+    "embed/bias": (None,),
+    **STACK,
+    **NORM,
+    "proj/kernel": ("fsdp", None),
+    "proj/bias": (None,),
+}
+
+
+def test_fsdp_shards_the_input_of_every_kernel():
+    init = init_of()
+    mesh = sharding.make_mesh(2, 4)
+    shapes, specs = abstract_state(init), sharding.state_shardings(init, mesh)
+    for name, expected in (("encoder", ENCODER), ("predictor", PREDICTOR)):
+        ndim = {k: x.ndim for k, x in by_name(shapes.params[name]).items()}
+        got = {
+            # Trailing None may be left out.
+            k: (*s.spec, *[None] * (ndim[k] - len(s.spec)))
+            for k, s in by_name(specs.params[name]).items()
+        }
+        assert got == expected
+
+
+def test_activations_are_sharded_over_the_batch(rng):
+    """Without the constraint the compiler could gather the batch."""
+    mesh = sharding.make_mesh(2, 4)
+    stack = layers.Stack(layers.TransformerConfig(1, 16, 2, 32, scan_layers=True))
+    x = jnp.asarray(rng.normal(size=(8, 3, 16)), jnp.float32)
+    shapes = nn.unbox(jax.eval_shape(stack.init, jax.random.key(0), x))
+    params = jax.tree.map(lambda s: jnp.ones(s.shape, s.dtype), shapes)
+
+    def shape_per_device(context):
+        with context:
+            # The input is replicated: only the constraint can shard the output.
+            replicated_x = jax.device_put(x, sharding.replicated(mesh))
+            y = jax.jit(lambda p, x: stack.apply(p, x)[0])(params, replicated_x)
+            return y.sharding.shard_shape(x.shape)
+
+    assert shape_per_device(sharding.use(mesh)) == (1, 3, 16)
+    assert shape_per_device(jax.set_mesh(mesh)) == x.shape

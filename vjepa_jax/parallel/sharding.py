@@ -234,7 +234,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def shard_batch(batch: Mapping[str, Mapping[str, np.ndarray]], mesh: Mesh):
+def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """Turn this process's part of a batch into global arrays on the devices."""
     sharding = batch_sharding(mesh)
     return jax.tree.map(
