@@ -21,7 +21,6 @@ from vjepa_jax.base.errors import UserError
 from vjepa_jax.config import smoke
 from vjepa_jax.config.defaults import get_config
 from vjepa_jax.config.rules import validate
-from vjepa_jax.models import registry
 from vjepa_jax.objective.state import abstract_state, make_init
 from vjepa_jax.parallel import sharding
 from vjepa_jax.program import build, flops
@@ -260,11 +259,9 @@ def test_teacher_that_does_not_fit_is_refused(of_student, of_teacher, message):
 
 def cost(config) -> float:
     """Return the FLOPs of a whole run."""
-    encoder, predictor = build.make_models(config)
-    teacher = registry.make_encoder("gigantic") if config.teacher.is_required else None
-    streams = build.make_streams(config, encoder)
-    per_step = build.step_flops(config, encoder, predictor, streams, teacher)
-    return per_step * config.total_steps
+    trained = config_of("vjepa2_1:vitG16") if config.teacher.is_required else None
+    objective = build.make_objective(config, trained)
+    return build.step_flops(config, objective) * config.total_steps
 
 
 def row_of(name: str) -> str:
