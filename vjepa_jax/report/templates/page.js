@@ -47,7 +47,7 @@
       paper_bgcolor: "rgba(0,0,0,0)",
       plot_bgcolor: "rgba(0,0,0,0)",
       margin: { l: 8, r: 10, t: 8, b: 8 },
-      legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom" },
+      legend: { orientation: "h", traceorder: "normal", x: 0, y: 1.02, yanchor: "bottom" },
       hoverlabel: { bgcolor: surface, bordercolor: line, font: { color: ink } },
       shapes: (marks || []).map(([x, dash]) => ({
         type: "line",
