@@ -1,6 +1,6 @@
-"""A step is compiled for devices that may not be there, and judged.
+"""A step is compiled for devices that may not exist, and its cost is reported.
 
-Where libtpu is not installed, the devices at hand stand for those described.
+Without libtpu, the devices of this machine stand for the described ones.
 """
 
 import dataclasses
@@ -23,7 +23,6 @@ from vjepa_jax.config import defaults, rules
 from vjepa_jax.config.defaults import mask, stream
 from vjepa_jax.parallel import sharding
 from vjepa_jax.program import build, compilation, hlo, step_report, topologies
-from vjepa_jax.program.hlo_text import Shape
 from vjepa_jax.run import cli
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -52,9 +51,9 @@ def small_config(**changes):
 
 @pytest.fixture(scope="module")
 def report():
-    config = compile_check.without_files(small_config())
+    config = compile_check.with_file_names(small_config())
     rules.validate(config)
-    return compile_check.check(config, jax.devices())
+    return compile_check.check_step(config, jax.devices())
 
 
 def test_report_counts_what_the_step_costs(report):
@@ -72,7 +71,7 @@ def test_report_counts_what_the_step_costs(report):
     held = report.memory.arguments - report.batch_bytes
     assert state <= held < state + 2**16  # each array is rounded up
     assert report.memory.peak >= report.memory.arguments
-    assert report.ideal_secs is None  # nobody knows a CPU's peak
+    assert report.ideal_secs is None  # of a CPU it is unknown
     assert report.compile_secs > 0
 
 
@@ -95,7 +94,7 @@ def test_what_fits_is_decided_with_the_next_batch(report):
 
 
 def gathered(kind, *dims, count=3):
-    shapes = tuple(Shape("f32", d) for d in dims)
+    shapes = tuple(hlo.Shape("f32", d) for d in dims)
     return hlo.Collective(kind, shapes, count, "op")
 
 
@@ -120,8 +119,8 @@ def test_collectives_of_activations_are_found(report):
         gathered("all-gather", (2, 2048, 1024)),  # clips, tokens, channels
         gathered("all-to-all", (16, 512, 512), count=5),
     ]
-    counted = hlo.Account(1.0, 0.0, 0.0, tuple(collectives), ("while.3",), {"sort": 2})
-    full = step_report.complete(report, program, report.memory, counted, 1.0)
+    work = hlo.DeviceWork(1.0, 0.0, 0.0, tuple(collectives), ("while.3",), {"sort": 2})
+    full = step_report.complete_report(report, program, report.memory, work, 1.0)
     found = {(t.purpose, t.kind): t.bytes for t in full.traffic}
     assert found == {
         ("parameters", "all-gather"): 3 * 4 * 1024 * (4096 + 2 * 4096 + 3072 + 1536),
@@ -146,7 +145,7 @@ def test_collectives_of_activations_are_found(report):
 def test_search_finds_the_largest_batch(monkeypatch, rng, image_batch, report):
     most, tried = int(rng.integers(0, 40)), []
 
-    def judge(config, devices, **options):
+    def fake_check(config, devices, **options):
         assert options == {"fast": True} and len(devices) == 8
         clips = config.batch_size // 8 // config.accumulate_steps
         if image_batch:
@@ -155,7 +154,7 @@ def test_search_finds_the_largest_batch(monkeypatch, rng, image_batch, report):
         failure = "" if clips <= most else "too large"
         return dataclasses.replace(report, clips_per_device=clips, failure=failure)
 
-    monkeypatch.setattr(compile_check, "check", judge)
+    monkeypatch.setattr(compile_check, "check_step", fake_check)
     monkeypatch.setattr(topologies, "memory_limit", lambda device: 2**30)
     config = small_config(accumulate_steps=2)
     unit = 1
@@ -163,7 +162,7 @@ def test_search_finds_the_largest_batch(monkeypatch, rng, image_batch, report):
         unit = 2  # 16 to 24 is 2 to 3
         with config.unlocked():
             config.streams.image = stream(batch_size=image_batch)
-    best = compile_check.largest_batch(config, jax.devices(), fast=True)
+    best = compile_check.find_largest_batch(config, jax.devices(), fast=True)
     assert best.fits == (most >= unit)
     assert best.clips_per_device == max(most // unit, 1) * unit
     assert len(tried) == len(set(tried)) <= 2 * int(np.log2(most + 1)) + 2
@@ -172,20 +171,24 @@ def test_search_finds_the_largest_batch(monkeypatch, rng, image_batch, report):
 
 def test_search_needs_to_know_the_memory():
     with pytest.raises(UserError, match=r"kind cpu .*leave out --search"):
-        compile_check.largest_batch(small_config(), jax.devices())
+        compile_check.find_largest_batch(small_config(), jax.devices())
 
 
 # ------------------------------------------------------------------------ topologies
 
 
 def test_topologies_are_named_by_layout_and_by_machine():
-    assert topologies.parse("v5e-16") == topologies.parse("v5e:4x4") == ("v5e", "4x4")
-    assert topologies.parse("v5p-32") == ("v5p", "2x2x4")  # 32 cores, 16 chips
-    assert topologies.parse("h100:1x8") == ("h100", "1x8")
+    assert (
+        topologies.parse_topology("v5e-16")
+        == topologies.parse_topology("v5e:4x4")
+        == ("v5e", "4x4")
+    )
+    assert topologies.parse_topology("v5p-32") == ("v5p", "2x2x4")  # 32 cores, 16 chips
+    assert topologies.parse_topology("h100:1x8") == ("h100", "1x8")
     for name in ("v5e", "v5e:", "v5e:4by4", "v9-8", "v5e-17", ""):
         with pytest.raises(UserError, match="--list"):
-            topologies.parse(name)
-    table = topologies.table()
+            topologies.parse_topology(name)
+    table = topologies.list_topologies()
     for chip, known in topologies.CHIPS.items():
         assert chip in table
         for name, layout in known.slices.items():
@@ -205,10 +208,10 @@ def test_memory_limit_is_known_by_device_kind():
     assert topologies.memory_limit(real) == 7
 
 
-def test_what_is_here_is_not_multiplied():
-    assert topologies.devices(topologies.LOCAL) == jax.devices()
+def test_local_devices_are_not_multiplied():
+    assert topologies.make_devices(topologies.LOCAL) == jax.devices()
     with pytest.raises(UserError, match="leave out --num_slices"):
-        topologies.devices(topologies.LOCAL, 2)
+        topologies.make_devices(topologies.LOCAL, 2)
 
 
 @pytest.mark.skipif(
@@ -216,7 +219,7 @@ def test_what_is_here_is_not_multiplied():
 )
 def test_missing_compiler_is_named():
     with pytest.raises(UserError, match="libtpu"):
-        topologies.devices("v5e-16")
+        topologies.make_devices("v5e-16")
 
 
 # ----------------------------------------------------------------------- compilation
@@ -321,8 +324,8 @@ def test_exit_code_says_whether_it_fits(
     for name, value in values.items():
         flag = types.SimpleNamespace(value=value)
         monkeypatch.setattr(compile_check, f"_{name}", flag, raising=False)
-    judged = dataclasses.replace(report, limit_bytes=limit)
-    monkeypatch.setattr(compile_check, "check", lambda *_, **__: judged)
+    limited = dataclasses.replace(report, limit_bytes=limit)
+    monkeypatch.setattr(compile_check, "check_step", lambda *_, **__: limited)
     if code is None:
         compile_check.main()
     else:

@@ -1,4 +1,4 @@
-"""What a program does is counted as often as it runs, whatever it is compiled for."""
+"""Work is counted as often as it runs, for CPUs, TPUs and GPUs."""
 
 import math
 import textwrap
@@ -12,11 +12,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 from vjepa_jax.models.layers import Stack, TransformerConfig
 from vjepa_jax.parallel import sharding
 from vjepa_jax.program import flops, hlo
-from vjepa_jax.program.hlo_text import Shape
 
 
-def account_of(function, *args, **options):
-    return hlo.account(jax.jit(function, **options).lower(*args).compile().as_text())
+def count_work(function, *args, **options):
+    text = jax.jit(function, **options).lower(*args).compile().as_text()
+    return hlo.count_work(text)
 
 
 def test_matmuls_in_nested_loops_count_as_often_as_they_run(rng):
@@ -31,7 +31,7 @@ def test_matmuls_in_nested_loops_count_as_often_as_they_run(rng):
 
         return jax.lax.scan(repeat, x @ w @ w.T, length=outer)[0]
 
-    counted = account_of(function, jnp.ones((m, k)), jnp.ones((k, n)))
+    counted = count_work(function, jnp.ones((m, k)), jnp.ones((k, n)))
     assert counted.matmul_flops == (1 + outer * inner) * 2 * 2 * m * k * n
     assert counted.flops == counted.matmul_flops
     assert counted.kernel_flops == counted.remat_flops == 0
@@ -45,13 +45,13 @@ def test_batched_matmuls_and_convolutions_are_counted():
 
     b, q, k, h, c = 2, 6, 5, 3, 8
     args = [(b, q, h, c), (b, k, h, c), (1, 3, 9, 9), (4, 3, 3, 3)]
-    counted = account_of(function, *map(jnp.ones, args))
-    taps = 4 * 4 * 3 * 3  # 4 x 4 places of a 3 x 3 window
+    counted = count_work(function, *map(jnp.ones, args))
+    taps = 4 * 4 * 3 * 3  # a 3 x 3 window at 4 x 4 positions
     assert counted.matmul_flops == 2 * b * h * q * k * c + 2 * taps * 3 * 4
 
 
 @pytest.mark.parametrize("remat", ["none", "dots_no_batch", "attention", "full"])
-def test_recomputed_forward_passes_are_told_apart(remat):
+def test_recomputed_forward_passes_are_counted_apart(remat):
     """Backward costs two forward passes; what is stored is not computed again."""
     size, tokens, batch = flops.Transformer(3, 64, 128), 32, 2
     config = TransformerConfig(
@@ -65,10 +65,10 @@ def test_recomputed_forward_passes_are_told_apart(remat):
         return stack.apply(params, x)[0].sum()
 
     grad = jax.grad(loss, argnums=(0, 1))
-    counted = account_of(grad, nn.unbox(params), x)
+    counted = count_work(grad, nn.unbox(params), x)
     layers = batch * size.depth
     forward = batch * size.forward(tokens)
-    # The last matmul's output is nobody's input; scores are needed by their softmax.
+    # The last matmul's output is not used again; the softmax needs the scores.
     last = layers * 2 * tokens * size.width * size.mlp_dim
     scores = layers * 2 * tokens**2 * size.width
     repeated = {
@@ -81,7 +81,7 @@ def test_recomputed_forward_passes_are_told_apart(remat):
     assert counted.remat_flops == repeated
 
 
-def test_collectives_are_told_by_kind_size_and_count():
+def test_collectives_are_listed_by_kind_size_and_count():
     mesh = sharding.make_mesh(2, 4)
     depth, width, batch = 3, 64, 16
 
@@ -100,7 +100,7 @@ def test_collectives_are_told_by_kind_size_and_count():
 
         return jax.lax.scan(layer, x, w)[0].sum()
 
-    counted = account_of(jax.grad(loss), w, x, out_shardings=w.sharding)
+    counted = count_work(jax.grad(loss), w, x, out_shardings=w.sharding)
     of_layer = 4 * width * width
     gathers = [c for c in counted.collectives if c.kind == "all-gather"]
     assert sum(c.bytes for c in gathers) >= 2 * depth * of_layer  # forward, backward
@@ -193,7 +193,7 @@ TPU = textwrap.dedent("""\
 )
 def test_programs_of_tpus_are_read(start, step, trips):
     text = TPU.replace("START", str(start)).replace("STEP", str(step))
-    counted = hlo.account(text)
+    counted = hlo.count_work(text)
     fc1 = 2 * 16 * 64 * 64
     one_matmul = 2 * 4 * 2 * 16 * 16 * 8  # of attention: [B, H, N, N] times C
     assert counted.matmul_flops == trips * fc1 + one_matmul
@@ -201,15 +201,15 @@ def test_programs_of_tpus_are_read(start, step, trips):
     # Two matmuls forward, five backward.
     assert counted.kernel_flops == 7 * one_matmul
     assert counted.unknown_kernels == {"sort_kernel": 1}
-    whole, part = 64 * 64 * 2, 8 * 64 * 2
+    full, part = 64 * 64 * 2, 8 * 64 * 2
     found = sorted((c.kind, c.count, c.bytes) for c in counted.collectives)
     assert found == sorted(
         [
-            ("all-gather", trips, trips * whole),
+            ("all-gather", trips, trips * full),
             ("collective-permute", 1, part),
             ("collective-permute", 1, part),
-            ("reduce-scatter", 1, whole),
-            ("reduce-scatter", trips, trips * whole),
+            ("reduce-scatter", 1, full),
+            ("reduce-scatter", trips, trips * full),
         ]
     )
 
@@ -217,7 +217,7 @@ def test_programs_of_tpus_are_read(start, step, trips):
 @pytest.mark.parametrize("unknown", ["constant(24)", "constant(START)"])
 def test_loops_without_a_known_end_or_start_are_named(unknown):
     text = TPU.replace(unknown, "parameter(3)")
-    counted = hlo.account(text.replace("START", "0").replace("STEP", "1"))
+    counted = hlo.count_work(text.replace("START", "0").replace("STEP", "1"))
     assert counted.unknown_loops == ("while.1",)
     assert {c.count for c in counted.collectives} == {1}
 
@@ -289,7 +289,7 @@ NESTED = textwrap.dedent("""\
 )
 def test_starts_are_followed_out_of_loops(carried, trips, unknown, state, result):
     text = NESTED.replace("CARRIED", carried).replace("ROOT %tuple.3", result)
-    counted = hlo.account(text.replace("while(%tuple.4)", f"while({state})"))
+    counted = hlo.count_work(text.replace("while(%tuple.4)", f"while({state})"))
     assert counted.unknown_loops == unknown
     assert counted.matmul_flops == 3 * trips * 2 * 8 * 8 * 8
 
@@ -334,7 +334,7 @@ GPU = textwrap.dedent("""\
 
 
 def test_arrays_exchanged_as_one_are_told_apart():
-    found = hlo.account(GPU).collectives
+    found = hlo.count_work(GPU).collectives
     reduced = [c for c in found if c.kind == "all-reduce"]
     flat, joined = sorted(
         (c for c in reduced if c.bytes == 4 * 4160), key=lambda c: len(c.shapes)
@@ -347,7 +347,7 @@ def test_arrays_exchanged_as_one_are_told_apart():
 
 
 def test_every_array_that_is_gathered_at_once_counts():
-    (found,) = (c for c in hlo.account(GPU).collectives if c.kind == "all-gather")
+    (found,) = (c for c in hlo.count_work(GPU).collectives if c.kind == "all-gather")
     assert [(s.dtype, s.dims) for s in found.shapes] == [
         ("bf16", (128, 8)),
         ("f32", (256,)),
@@ -357,4 +357,4 @@ def test_every_array_that_is_gathered_at_once_counts():
 def test_sizes_of_types():
     sizes = {"pred": 1, "bf16": 2, "f32": 4, "u8": 1, "s64": 8, "f8e4m3fn": 1}
     for dtype, size in sizes.items():
-        assert Shape(dtype, (3, 5)).bytes == math.prod((3, 5)) * size
+        assert hlo.Shape(dtype, (3, 5)).bytes == math.prod((3, 5)) * size

@@ -1,4 +1,4 @@
-"""From a lowered step to one that runs: its time and memory, and what to do without."""
+"""Compile a lowered step; report its memory, and what to change if that is too much."""
 
 import contextlib
 import dataclasses
@@ -6,9 +6,9 @@ import os
 import re
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from vjepa_jax.base import files
 from vjepa_jax.base.errors import UserError
@@ -16,19 +16,18 @@ from vjepa_jax.config.defaults import MAIN_STREAM, ConfigDict
 
 GIB = 2**30
 # What the backward pass recomputes, from nothing to everything. `dots` is left out: it
-# stores scores of attention where matmuls compute them, and hardly saves anything.
+# stores the scores of attention and hardly saves memory.
 _REMATS = ("none", "dots_no_batch", "attention", "full")
 
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """What a compiled program takes of each device, in bytes.
+    """The memory of a compiled program on each device, in bytes.
 
     Attributes:
-      peak: the most that is in use at once, arguments included. The compiler plans it,
-        so it is known before the first step.
+      peak: the maximum in use at once, arguments included, as the compiler plans it.
       arguments: state and batch.
-      temporaries: what the program reserves besides; on TPUs an upper bound only.
+      temporaries: reserved in addition; on TPUs an upper bound only.
     """
 
     peak: int
@@ -43,14 +42,14 @@ class Memory:
 
 
 def memory_of(compiled: jax.stages.Compiled) -> Memory | None:
-    """Return what a program takes; None where its compiler does not say."""
+    """Return the memory of a program; None if its compiler does not report it."""
     stats = compiled.memory_analysis()
     if stats is None:
         return None
     arguments = stats.argument_size_in_bytes
     temporaries = stats.temp_size_in_bytes
     (device, *_) = jax.tree.leaves(compiled.input_shardings)[0].device_set
-    # That of CPUs says nothing of temporaries.
+    # The peak of CPUs does not contain the temporaries.
     planned = 0 if device.platform == "cpu" else stats.peak_memory_in_bytes
     peak = planned or arguments + temporaries
     return Memory(peak, arguments, temporaries)
@@ -59,27 +58,27 @@ def memory_of(compiled: jax.stages.Compiled) -> Memory | None:
 def compile_step(
     lowered: jax.stages.Lowered, options: dict[str, str | bool] | None = None
 ) -> tuple[jax.stages.Compiled, float]:
-    """Compile, with options of the compiler; return the program and the seconds."""
+    """Compile with options of the compiler; return the program and the seconds."""
     began = time.perf_counter()
     compiled = lowered.compile(compiler_options=options)
     return compiled, time.perf_counter() - began
 
 
-def memory_limit(device: Any) -> int | None:
-    """Return the bytes that programs may take of a real device; None: unknown."""
+def memory_limit(device: jax.Device) -> int | None:
+    """Return the bytes of a real device that programs may use; None: unknown."""
     stats = device.memory_stats()
     return stats and stats.get("bytes_limit")
 
 
 def use_cache(folder: str) -> None:
-    """Keep compiled programs in a folder, also a gs:// one, for later starts.
+    """Keep compiled programs in a folder for later starts.
 
     Args:
-      folder: is made where it is missing; "" leaves jax's own setting
-        (`JAX_COMPILATION_CACHE_DIR`) as it is.
+      folder: local or remote (`gs://`), made if it is missing; "" leaves jax's own
+        setting (`JAX_COMPILATION_CACHE_DIR`) as it is.
 
     Raises:
-      UserError: nothing can be written there.
+      UserError: the folder cannot be made.
     """
     if not folder:
         return
@@ -96,17 +95,16 @@ def use_cache(folder: str) -> None:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error of jax says that a device has not enough memory."""
+    """Whether an error of jax means that a device has too little memory."""
     return bool(re.search("RESOURCE_EXHAUSTED|[Oo]ut of memory", str(error)))
 
 
 @contextlib.contextmanager
-def explain_out_of_memory(config: ConfigDict, mesh: Any) -> Iterator[None]:
-    """Turn a lack of device memory, in compiling or running, into a UserError.
+def explain_out_of_memory(config: ConfigDict, mesh: Mesh) -> Iterator[None]:
+    """Turn jax's errors about device memory into UserErrors that name the fix.
 
     Args:
-      config: of the run; what it can change is named.
-      mesh: of the run.
+      config, mesh: of the run.
     """
     try:
         yield
@@ -114,19 +112,19 @@ def explain_out_of_memory(config: ConfigDict, mesh: Any) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         raise UserError(
-            f"not enough memory on the devices ({shorten(error)}): "
-            f"{suggest(config, mesh)}"
+            f"not enough memory on the devices ({first_line(error)}): "
+            f"{suggest_less_memory(config, mesh)}"
         ) from error
 
 
-def shorten(error: Exception) -> str:
-    """Return the first sentence of an error of jax, without its code."""
+def first_line(error: Exception) -> str:
+    """Return the first line of an error of jax, without its code."""
     line = str(error).strip().splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: ")
     return line[:200].rstrip(". ")
 
 
-def suggest(config: ConfigDict, mesh: Any) -> str:
-    """Name the settings that take less memory, the cheapest first."""
+def suggest_less_memory(config: ConfigDict, mesh: Mesh) -> str:
+    """Name the settings that need less memory, the cheapest first."""
     sizes = [config.batch_size]
     sizes += [fields.batch_size for fields in config.streams.values()]
     sizes = [size for size in sizes if size]

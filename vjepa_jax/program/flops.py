@@ -1,9 +1,9 @@
-"""Analytic FLOPs of a V-JEPA update, and the peak of known devices.
+"""Count the FLOPs of a V-JEPA update analytically; list the peaks of known devices.
 
-Counted are matrix multiplications, two FLOPs per multiply-add, as in the usual model
+Only matrix multiplications count, two FLOPs per multiply-add, as in the usual model
 FLOPs utilisation: no norms, softmax or activations (1 to 2 % at real sizes), and no
-recomputation by rematerialisation. The compiler's own count is no substitute, since it
-counts the body of a scanned stack once.
+recomputation. The compiler's own count is not used, since it counts the body of a
+scanned stack once.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ _GPU_PEAKS = (
 
 @dataclasses.dataclass(frozen=True)
 class Transformer:
-    """Size of a stack of blocks; the fields are those of the models.
+    """Size of a stack of blocks, with the field names of the models.
 
     Attributes:
       depth: number of blocks.
@@ -47,7 +47,7 @@ class Transformer:
     mlp: str = "gelu"
 
     def forward(self, num_tokens: int) -> int:
-        """FLOPs of the blocks on one sequence with full attention."""
+        """Count the FLOPs of the blocks on one sequence with full attention."""
         columns = 4 * self.width + (2 if self.mlp == "gelu" else 3) * self.mlp_dim
         projections = 2 * num_tokens * self.width * columns
         attention = 4 * num_tokens**2 * self.width
@@ -55,18 +55,12 @@ class Transformer:
 
 
 def embed_flops(num_tokens: int, patch_dim: int, width: int) -> int:
-    """FLOPs of the tubelet embedding of one clip.
-
-    Args:
-      num_tokens: tubelets that are embedded.
-      patch_dim: values in a tubelet, e.g. 2 * 16 * 16 * 3.
-      width: channels of the encoder.
-    """
+    """Count the FLOPs of embedding `num_tokens` tubelets of `patch_dim` values."""
     return 2 * num_tokens * patch_dim * width
 
 
 def encoder_flops(encoder: Transformer, num_tokens: int, patch_dim: int) -> int:
-    """FLOPs of the encoder's forward pass on all `num_tokens` of one clip."""
+    """Count the FLOPs of the encoder's forward pass on all tokens of one clip."""
     embed = embed_flops(num_tokens, patch_dim, encoder.width)
     return embed + encoder.forward(num_tokens)
 
@@ -80,15 +74,15 @@ def predictor_flops(
     predict_context: bool = False,
     out_dim: int = 0,
 ) -> int:
-    """FLOPs of the predictor's forward pass for one mask of one clip.
+    """Count the FLOPs of the predictor's forward pass for one mask of one clip.
 
     Args:
-      predictor: its blocks, which see context and target tokens together.
-      num_context: tokens that come from the encoder.
+      predictor: its blocks, which attend to context and target tokens together.
+      num_context: tokens from the encoder.
       num_target: tokens to predict.
       feature_dim: channels of the context tokens.
       input_dim: channels of a hidden layer before the input projection; 0: none.
-      predict_context: whether context tokens are projected back as well.
+      predict_context: whether context tokens are projected back, too.
       out_dim: channels of the predictions; 0: those of the context tokens.
     """
     if input_dim:
@@ -114,7 +108,7 @@ def train_step_flops(
     out_dim: int = 0,
     target: Transformer | None,
 ) -> int:
-    """FLOPs of one update, per clip.
+    """Count the FLOPs of one update, per clip.
 
     The target encoder runs forward on all tokens; for each mask, the context encoder
     and the predictor run forward and backward, where backward costs twice forward.
@@ -122,12 +116,12 @@ def train_step_flops(
     Args:
       encoder: blocks of the encoder.
       predictor: blocks of the predictor.
-      num_tokens: tokens of the whole clip.
-      patch_dim: values in a tubelet.
+      num_tokens: tokens of the full clip.
+      patch_dim: values in a tubelet, e.g. 2 * 16 * 16 * 3.
       masks: (num_context, num_target) of each mask that a clip gets.
       feature_dim: channels of the features, all levels; None: the encoder's width.
       input_dim, predict_context, out_dim: see `predictor_flops`.
-      target: blocks of the target encoder; None: there is none to run.
+      target: blocks of the target encoder; None: no target encoder runs.
     """
     feature_dim = feature_dim or encoder.width
     total = encoder_flops(target, num_tokens, patch_dim) if target else 0
@@ -143,7 +137,7 @@ def train_step_flops(
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Peak dense bf16 FLOP/s of one device by its `device_kind`; None if unknown."""
+    """Return the peak dense bf16 FLOP/s of one device; None if unknown."""
     if device_kind in _TPU_PEAKS:
         return _TPU_PEAKS[device_kind]
     return next((peak for name, peak in _GPU_PEAKS if name in device_kind), None)

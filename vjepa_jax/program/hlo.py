@@ -1,20 +1,33 @@
-"""What a compiled program does, counted from its text: matmuls, kernels, collectives.
+"""Count what a compiled program does: matmuls, attention kernels, collectives.
 
-The compiler's own cost analysis counts the body of a loop once and knows nothing of
-Pallas kernels. Here every computation counts as often as it runs: the text is that of
-`compiled.as_text()`, partitioned (so numbers are one device's) and scheduled.
+The compiler's own cost analysis counts the body of a loop once and does not see Pallas
+kernels. Here every computation counts as often as it runs. The input is the text of
+`compiled.as_text()`: partitioned, so that all counts are those of one device, and
+scheduled.
 """
 
 import collections
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from vjepa_jax.program.hlo_text import Computation, Instruction, Shape, parse
-
+_BYTES = {
+    **dict.fromkeys(("pred", "s8", "u8"), 1),
+    **dict.fromkeys(("s16", "u16", "bf16", "f16"), 2),
+    **dict.fromkeys(("s32", "u32", "f32"), 4),
+    **dict.fromkeys(("s64", "u64", "f64"), 8),
+}
+_SHAPE = re.compile(r"\b(pred|bf16|[suf]\d+|f8\w+)\[([\d,]*)\]")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
+_CALLED = re.compile(r"(?:calls|to_apply)=%?([\w.\-]+)")
+_BODY = r"body=%?([\w.\-]+)"
+_INDEX = r"index=(\d+)"
+_DOT_AXES = r"lhs_contracting_dims=\{([\d,]*)\}"
+_CUBLAS_AXES = r'"lhs_contracting_dimensions":\[([^\]]*)\]'
 _COLLECTIVES = (
     "all-gather",
     "all-reduce",
@@ -27,17 +40,61 @@ _COLLECTIVES = (
     "recv",
 )
 _COPIES = ("copy", "copy-start", "copy-done", "bitcast", "opt-barrier")
-_CALLED = re.compile(r"(?:calls|to_apply)=%?([\w.\-]+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """Element type and dimensions of an array."""
+
+    dtype: str
+    dims: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Size without padding."""
+        return _BYTES.get(self.dtype, 1) * math.prod(self.dims)
+
+
+@dataclasses.dataclass
+class Instruction:
+    """One line of a computation.
+
+    Attributes:
+      name: unique in its module.
+      opcode: such as `dot`.
+      shapes: of the result; a tuple has several.
+      rest: operands and attributes, as text.
+    """
+
+    name: str
+    opcode: str
+    shapes: tuple[Shape, ...]
+    rest: str
+
+    @functools.cached_property
+    def operands(self) -> tuple[str, ...]:
+        """Names of the operands."""
+        return tuple(re.findall(r"%([\w.\-]+)", self.rest.split(")")[0]))
+
+    def attribute(self, pattern: str) -> str:
+        """Return the first group of a match in the attributes; "" without a match."""
+        found = re.search(pattern, self.rest)
+        return found.group(1) if found else ""
+
+    @functools.cached_property
+    def op_name(self) -> str:
+        """Path of the operation in the traced function; "" if unknown."""
+        return self.attribute(r'op_name="([^"]*)"')
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """What devices exchange at one place of the program.
+    """An exchange between devices, written once in the program.
 
     Attributes:
       kind: opcode; a TPU's fused all-reduce and slice is a `reduce-scatter`.
-      shapes: of the whole arrays, before they are scattered or after being gathered.
-      count: how often it runs in one step.
+      shapes: of the full arrays, before a scatter or after a gather.
+      count: number of runs in one step.
       op_name: see `Instruction`.
     """
 
@@ -48,7 +105,7 @@ class Collective:
 
     @property
     def bytes(self) -> int:
-        """Of all runs together."""
+        """Size of the arrays, summed over all runs."""
         return self.count * sum(shape.bytes for shape in self.shapes)
 
     def __str__(self) -> str:
@@ -60,16 +117,16 @@ class Collective:
 
 
 @dataclasses.dataclass(frozen=True)
-class Account:
-    """What one device does in one run of the program.
+class DeviceWork:
+    """The work of one device in one run of the program.
 
     Attributes:
       matmul_flops: of dots and convolutions, two per multiply-add.
       kernel_flops: of attention kernels, padding included.
-      remat_flops: those of both that repeat what was computed before.
-      collectives: every exchange once, in however many pieces it is written.
-      unknown_loops: loops whose trip count was not found, counted once.
-      unknown_kernels: how often kernels run that are not attention's.
+      remat_flops: the part of both that repeats an earlier computation.
+      collectives: each exchange once, even if it is compiled to several instructions.
+      unknown_loops: loops of unknown trip count, which is taken as one.
+      unknown_kernels: {name: runs} of kernels other than attention.
     """
 
     matmul_flops: float
@@ -83,6 +140,61 @@ class Account:
     def flops(self) -> float:
         """Executed FLOPs."""
         return self.matmul_flops + self.kernel_flops
+
+
+Computation = dict[str, Instruction]
+Computations = Mapping[str, Computation]
+# {body: (the loop, the computation that contains it)}
+Loops = Mapping[str, tuple[Instruction, str]]
+
+
+# ----------------------------------------------------------------------------- reading
+
+
+def _split_type(text: str) -> tuple[str, str]:
+    if not text.startswith("("):
+        kind, _, rest = text.partition(" ")
+        return kind, rest
+    depth = 0
+    for i, character in enumerate(text):
+        depth += (character == "(") - (character == ")")
+        if depth == 0:
+            return text[: i + 1], text[i + 1 :].lstrip()
+    return text, ""
+
+
+def _parse(text: str) -> tuple[dict[str, Computation], str]:
+    """Return all computations by name, and the name of the entry."""
+    computations: dict[str, Computation] = {}
+    current: Computation | None = None
+    last: Instruction | None = None
+    entry = ""
+    for line in text.splitlines():
+        if line and not line[0].isspace() and line.endswith("{") and "->" in line:
+            words = line.split()
+            name = words[words[0] == "ENTRY"].lstrip("%")
+            current, last = computations.setdefault(name, {}), None
+            if words[0] == "ENTRY":
+                entry = name
+        elif line.rstrip() == "}":
+            current = None
+        elif current is None:
+            continue
+        elif found := _INSTRUCTION.match(line):
+            kind, rest = _split_type(found.group(2))
+            opcode, _, rest = rest.partition("(")
+            shapes = tuple(
+                Shape(dtype, tuple(int(d) for d in dims.split(",") if d))
+                for dtype, dims in _SHAPE.findall(kind)
+            )
+            last = Instruction(found.group(1), opcode.strip(), shapes, rest)
+            current[last.name] = last
+        elif last is not None:  # a kernel's metadata may contain line breaks
+            last.rest += line
+    return computations, entry
+
+
+# ------------------------------------------------------------------------------- loops
 
 
 def _constant(instruction: Instruction | None) -> int | None:
@@ -100,17 +212,19 @@ def _through_copies(name: str, computation: Computation) -> Instruction | None:
 
 
 def _result(computation: Computation) -> Instruction | None:
-    """Return the tuple that the body of a loop gives, if it is written as one."""
+    """Return the tuple that the body of a loop returns, if it is written as one."""
     return next(
         (i for i in reversed(computation.values()) if i.opcode == "tuple"), None
     )
 
 
-def _initial(loop: Instruction, index: int, owner: str, computations, loops):
-    """Return the constant that place `index` of a loop's state starts from, if any.
+def _initial(
+    loop: Instruction, index: int, owner: str, computations: Computations, loops: Loops
+) -> int | None:
+    """Return the constant at which element `index` of a loop's state starts, if any.
 
-    The loop stands in the computation `owner`. If that is the body of another loop, of
-    {body: (loop, its owner)}, the constant may be carried through it.
+    The loop is an instruction of the computation `owner`. If that is the body of
+    another loop, the constant may be carried through it.
     """
     inside = computations[owner]
     state = _through_copies(loop.operands[0], inside)
@@ -119,27 +233,31 @@ def _initial(loop: Instruction, index: int, owner: str, computations, loops):
     made = _through_copies(state.operands[index], inside)
     if made is None or made.opcode != "get-tuple-element" or owner not in loops:
         return _constant(made)
-    outer_index = int(made.attribute(r"index=(\d+)"))
+    outer_index = int(made.attribute(_INDEX))
     result = _result(inside)
     if result is None or outer_index >= len(result.operands):
         return None
     carried = _through_copies(result.operands[outer_index], inside)
     is_argument = inside[made.operands[0]].opcode == "parameter"
-    if carried is not made or not is_argument:  # another in every turn
+    if carried is not made or not is_argument:  # it differs between iterations
         return None
     return _initial(loops[owner][0], outer_index, loops[owner][1], computations, loops)
 
 
-def _trip_count(loop: Instruction, owner: str, computations, loops) -> int | None:
-    """The compiler's note, else from the counter's start, bound and step.
+def _trip_count(
+    loop: Instruction, owner: str, computations: Computations, loops: Loops
+) -> int | None:
+    """Return how often a loop runs; None if unknown.
 
-    The TPU compiler draws a layer out of some loops, which then start from one.
+    The compiler may have noted it. Otherwise it follows from the counter's start, bound
+    and step: the TPU compiler peels the first layer off some loops, which then start at
+    one.
     """
     known = loop.attribute(r'"known_trip_count":\{"n":"?(\d+)')
     if known:
         return int(known)
     condition = computations[loop.attribute(r"condition=%?([\w.\-]+)")]
-    body = computations[loop.attribute(r"body=%?([\w.\-]+)")]
+    body = computations[loop.attribute(_BODY)]
     bound = index = None
     for compare in condition.values():
         if compare.opcode != "compare":
@@ -150,7 +268,7 @@ def _trip_count(loop: Instruction, owner: str, computations, loops) -> int | Non
             if value is not None:
                 bound = value + ("direction=LE" in compare.rest)
             elif operand and operand.opcode == "get-tuple-element":
-                index = int(operand.attribute(r"index=(\d+)"))
+                index = int(operand.attribute(_INDEX))
     if bound is None or index is None:
         return None
     start = _initial(loop, index, owner, computations, loops)
@@ -166,17 +284,21 @@ def _trip_count(loop: Instruction, owner: str, computations, loops) -> int | Non
     return max(0, -((start - bound) // step))
 
 
-def _executions(computations, entry):
-    """Return ({computation: how often it runs}, {computation: host}, unknown loops).
+def _executions(
+    computations: Computations, entry: str
+) -> tuple[Mapping[str, int], Mapping[str, str], tuple[str, ...]]:
+    """Count how often each computation runs.
 
-    The host is the entry, or the body of a loop or branch, that a fusion is part of.
+    Returns:
+      ({computation: count}, {computation: host}, unknown loops). The host is the entry,
+      or the body of a loop or branch, that a fusion is part of.
     """
     counts: collections.Counter[str] = collections.Counter()
     hosts: dict[str, str] = {}
-    loops: dict[str, tuple[Instruction, str]] = {}  # by their bodies, with their owners
-    unknown = []
+    loops: dict[str, tuple[Instruction, str]] = {}
+    unknown: list[str] = []
 
-    def visit(name, times, host):
+    def visit(name: str, times: int, host: str) -> None:
         counts[name] += times
         hosts[name] = host
         for instruction in computations[name].values():
@@ -184,7 +306,7 @@ def _executions(computations, entry):
                 trips = _trip_count(instruction, name, computations, loops)
                 if trips is None:
                     unknown.append(instruction.name)
-                body = instruction.attribute(r"body=%?([\w.\-]+)")
+                body = instruction.attribute(_BODY)
                 loops[body] = instruction, name
                 visit(body, times * (1 if trips is None else trips), body)
             elif instruction.opcode in ("fusion", "call", "custom-call", "async-start"):
@@ -193,40 +315,41 @@ def _executions(computations, entry):
                         visit(called, times, host)
             elif instruction.opcode == "conditional":
                 branches = instruction.attribute(r"branch_computations=\{([^}]*)\}")
-                for branch in re.findall(r"[\w.\-]+", branches or ""):
+                for branch in re.findall(r"[\w.\-]+", branches):
                     visit(branch, times, branch)
 
     visit(entry, 1, entry)
     return counts, hosts, tuple(unknown)
 
 
-def _window(text: str, key: str, default: str, count: int) -> list[str]:
-    found = re.search(rf"\b{key}=(\S+)", text)
-    return found.group(1).split("x") if found else [default] * count
+# ----------------------------------------------------------------------------- matmuls
 
 
 def _taps(out: int, size: int, stride: int, low: int, dilate: int, by: int, has: int):
-    """Count pairs of output and window places that meet an input element."""
-    places = np.arange(out)[:, None] * stride + np.arange(size)[None] * by - low
-    is_real = (places >= 0) & (places % dilate == 0) & (places // dilate < has)
+    """Count the pairs of output and window index that meet an input element."""
+    indices = np.arange(out)[:, None] * stride + np.arange(size)[None] * by - low
+    is_real = (indices >= 0) & (indices % dilate == 0) & (indices // dilate < has)
     return int(is_real.sum())
 
 
 def _convolution_flops(instruction: Instruction, left: Shape, right: Shape) -> float:
-    """TPUs write every matmul as a convolution, batched ones as dilated windows."""
+    """Count a convolution; TPUs write matmuls as such, batched ones with dilation."""
     out = instruction.shapes[0].dims
     labels = instruction.attribute(r"dim_labels=([\w>\-]+)")
     lhs, rest = labels.split("_", 1)
     rhs, result = rest.split("->")
-    spatial = [c for c in rhs if c.isdigit()]
+    spatial = sorted(c for c in rhs if c.isdigit())
+    window = instruction.attribute(r"window=\{([^}]*)\}")
+
+    def field(key: str, default: str) -> list[int]:
+        found = re.search(rf"\b{key}=(\S+)", window)
+        texts = found.group(1).split("x") if found else [default] * len(spatial)
+        return [int(text.split("_")[0]) for text in texts]  # of LOW_HIGH the first
+
+    sizes, strides, low = field("size", "1"), field("stride", "1"), field("pad", "0_0")
+    dilates, by = field("lhs_dilate", "1"), field("rhs_dilate", "1")
     flops = 2.0 * math.prod(out) * right.dims[rhs.index("i")]
-    window = instruction.attribute(r"window=\{([^}]*)\}") or ""
-    sizes = [int(n) for n in _window(window, "size", "1", len(spatial))]
-    strides = [int(n) for n in _window(window, "stride", "1", len(spatial))]
-    low = [int(n.split("_")[0]) for n in _window(window, "pad", "0_0", len(spatial))]
-    dilates = [int(n) for n in _window(window, "lhs_dilate", "1", len(spatial))]
-    by = [int(n) for n in _window(window, "rhs_dilate", "1", len(spatial))]
-    for axis, digit in enumerate(sorted(spatial)):
+    for axis, digit in enumerate(spatial):
         size = out[result.index(digit)]
         taps = _taps(
             size,
@@ -241,24 +364,18 @@ def _convolution_flops(instruction: Instruction, left: Shape, right: Shape) -> f
     return flops
 
 
-def _dot_flops(instruction: Instruction, left: Shape) -> float:
-    axes = instruction.attribute(r"lhs_contracting_dims=\{([\d,]*)\}") or ""
-    contracted = math.prod(left.dims[int(i)] for i in axes.split(",") if i)
-    return 2.0 * math.prod(instruction.shapes[0].dims) * contracted
-
-
-def _cublas_flops(instruction: Instruction, left: Shape) -> float:
-    axes = instruction.attribute(r'"lhs_contracting_dimensions":\[([^\]]*)\]') or ""
-    contracted = math.prod(left.dims[int(i)] for i in re.findall(r"\d+", axes))
-    # The second result is scratch space.
+def _dot_flops(instruction: Instruction, left: Shape, axes_pattern: str) -> float:
+    axes = re.findall(r"\d+", instruction.attribute(axes_pattern))
+    contracted = math.prod(left.dims[int(i)] for i in axes)
+    # Of cuBLAS's two results the second is scratch space.
     return 2.0 * math.prod(instruction.shapes[0].dims) * contracted
 
 
 def _attention_flops(instruction: Instruction, operands: list[Shape]) -> float | None:
-    """Two matmuls forward, five backward, of queries against all keys.
+    """Count two matmuls forward, five backward, of queries against all keys.
 
-    The operands that count are the first three of floats: q, k, v, of which the last
-    two axes are places and channels.
+    The first three operands of floats are q, k and v; their last two axes are tokens
+    and channels.
     """
     named = f"{instruction.name} {instruction.op_name} {instruction.rest[-4000:]}"
     is_attention = re.search(r"splash|flash_attention|mha|attention", named)
@@ -274,13 +391,13 @@ def _attention_flops(instruction: Instruction, operands: list[Shape]) -> float |
 
 
 def _is_repeated(instruction: Instruction) -> bool:
-    """By `jax.checkpoint`, or by the compiler when memory is short."""
+    """Whether it is recomputed, by `jax.checkpoint` or because memory is short."""
     by_jax = "rematted_computation" in instruction.op_name
     return by_jax or ".remat" in instruction.name
 
 
 def _matmuls(computation: Computation) -> Iterator[tuple[Instruction, float, bool]]:
-    """Yield (instruction, FLOPs, is a kernel) of what multiplies."""
+    """Yield (instruction, FLOPs, is a kernel) of each matmul; NaN where unknown."""
     for instruction in computation.values():
         operands = [
             computation[name].shapes[0]
@@ -288,32 +405,36 @@ def _matmuls(computation: Computation) -> Iterator[tuple[Instruction, float, boo
             if name in computation and computation[name].shapes
         ]
         if instruction.opcode == "dot":
-            yield instruction, _dot_flops(instruction, operands[0]), False
+            yield instruction, _dot_flops(instruction, operands[0], _DOT_AXES), False
         elif instruction.opcode == "convolution":
             yield instruction, _convolution_flops(instruction, *operands[:2]), False
         elif instruction.opcode == "custom-call":
-            target = instruction.attribute(r'custom_call_target="([^"]+)"') or ""
+            target = instruction.attribute(r'custom_call_target="([^"]+)"')
             if target.startswith("__cublas$"):
-                yield instruction, _cublas_flops(instruction, operands[0]), False
+                flops = _dot_flops(instruction, operands[0], _CUBLAS_AXES)
+                yield instruction, flops, False
             elif target == "tpu_custom_call" or "fmha" in target:
-                flops = _attention_flops(instruction, operands)
-                yield instruction, math.nan if flops is None else flops, True
+                known = _attention_flops(instruction, operands)
+                yield instruction, math.nan if known is None else known, True
+
+
+# ------------------------------------------------------------------------- collectives
 
 
 def _source(name: str, computation: Computation) -> Instruction:
-    """Return what a value is, seen through changes of shape."""
+    """Return the instruction that makes a value, without changes of its shape."""
     made = computation[name]
     while made.opcode == "bitcast" and made.operands[0] in computation:
         made = computation[made.operands[0]]
     return made
 
 
-def _joined(name: str, computations, owner: str) -> tuple[Shape, ...]:
-    """Return the arrays that were laid end to end to be exchanged as one.
+def _joined(name: str, computations: Computations, owner: str) -> tuple[Shape, ...]:
+    """Return the arrays that were concatenated to be exchanged as one.
 
-    GPUs are given one flat array of several, which a fusion or an instruction of its
-    own joins. An array that was not made so is itself; a name that is no instruction
-    of `owner` gives ().
+    GPU programs exchange one flat array instead of several; a fusion or an instruction
+    concatenates them. An array that is no concatenation is returned as it is; a name
+    that is no instruction of `owner` gives ().
     """
     outer = computations[owner]
     if name not in outer:
@@ -323,7 +444,7 @@ def _joined(name: str, computations, owner: str) -> tuple[Shape, ...]:
     root = made if inner is None else list(inner.values())[-1]
     if root.opcode != "concatenate" or len(made.shapes[0].dims) != 1:
         return made.shapes
-    parts = []
+    parts: list[Shape] = []
     for operand in root.operands:
         part = _source(operand, outer if inner is None else inner)
         if inner is not None and part.opcode == "parameter":
@@ -333,9 +454,9 @@ def _joined(name: str, computations, owner: str) -> tuple[Shape, ...]:
 
 
 def _collective(
-    instruction: Instruction, computations, owner: str, times: int
+    instruction: Instruction, computations: Computations, owner: str, times: int
 ) -> Collective | None:
-    """Return what an instruction of the computation `owner` exchanges, if it does."""
+    """Return the exchange that an instruction of `owner` makes, if it makes one."""
     kind = instruction.opcode.removesuffix("-start")
     if kind not in _COLLECTIVES:
         return None
@@ -346,25 +467,24 @@ def _collective(
         shapes = shapes[count : 2 * count] or shapes
     if kind in ("send", "recv"):  # the array, a context and a token
         shapes = shapes[:1]
-    inputs = [_joined(name, computations, owner) for name in instruction.operands]
-    inputs = tuple(s for of_operand in inputs for s in of_operand)
-    if kind in ("all-reduce", "reduce-scatter") and inputs:
-        shapes = inputs
+    if kind in ("all-reduce", "reduce-scatter"):
+        inputs = (_joined(name, computations, owner) for name in instruction.operands)
+        shapes = tuple(s for of_operand in inputs for s in of_operand) or shapes
     if kind == "all-reduce" and owner.startswith("all-reduce-scatter"):
         kind = "reduce-scatter"
     return Collective(kind, shapes, times, instruction.op_name)
 
 
-def account(text: str) -> Account:
-    """Count what a program does.
+def count_work(text: str) -> DeviceWork:
+    """Count the work of a compiled program.
 
     Args:
       text: of `compiled.as_text()`.
     """
-    computations, entry = parse(text)
+    computations, entry = _parse(text)
     counts, hosts, unknown_loops = _executions(computations, entry)
-    flops = {True: 0.0, False: 0.0}
-    remat, unknown_kernels = 0.0, collections.Counter()
+    flops, remat = {True: 0.0, False: 0.0}, 0.0
+    unknown_kernels: collections.Counter[str] = collections.Counter()
     collectives: dict[tuple, Collective] = {}
     for name, times in counts.items():
         for instruction, once, is_kernel in _matmuls(computations[name]):
@@ -376,14 +496,14 @@ def account(text: str) -> Account:
         for instruction in computations[name].values():
             found = _collective(instruction, computations, name, times)
             if found:
-                # The pieces of an asynchronous one (start, steps, done) are fusions of
-                # one host and share a channel; else a channel says nothing, as several
-                # hosts, and collectives of one host, may use the same.
+                # The parts of an asynchronous collective (start, steps, done) are
+                # fusions of one host with one channel. Otherwise a channel identifies
+                # nothing: several hosts, and collectives of one host, may share it.
                 channel = instruction.attribute(r"channel_id=(\d+)")
-                in_pieces = channel and hosts[name] != name
-                place = (hosts[name], channel) if in_pieces else (instruction.name,)
-                collectives[found.kind, found.shapes, *place] = found
-    return Account(
+                is_part = channel and hosts[name] != name
+                key = (hosts[name], channel) if is_part else (instruction.name,)
+                collectives[found.kind, found.shapes, *key] = found
+    return DeviceWork(
         matmul_flops=flops[False],
         kernel_flops=flops[True],
         remat_flops=remat,

@@ -1,4 +1,4 @@
-"""What a step costs one device: memory, FLOPs, collectives; in words and as JSON."""
+"""Report the cost of a step on one device: memory, FLOPs, collectives."""
 
 import collections
 import dataclasses
@@ -12,15 +12,15 @@ from vjepa_jax.program import compilation, flops, hlo, topologies
 from vjepa_jax.program.build import Program
 
 GIB = compilation.GIB
-# Statistics of a batch, counts and norms are exchanged as well; they are small.
+# Bytes of the largest exchange that is not classified: statistics, counts, norms.
 _SMALL = 2**20
-# What is scattered is padded to whole tiles on every device: at most to so much.
+# Scattered arrays are padded to full tiles on every device: at most by this factor.
 _PADDED = 1.2
 
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """Collectives of one purpose and kind, of one device in one step."""
+    """All collectives of one purpose, kind and dtype, of one device in one step."""
 
     purpose: str
     kind: str
@@ -30,27 +30,27 @@ class Traffic:
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
-    """Of the step of a config on a mesh; bytes, FLOPs and seconds are one device's.
+class StepReport:
+    """The cost of a config's step on a mesh; bytes, FLOPs and seconds are per device.
 
     Attributes:
-      devices, device_kind, mesh: what it was compiled for.
-      batch_sizes: clips per update of each stream, over all devices.
+      devices, device_kind, mesh: compiled for these.
+      batch_sizes: {stream: clips per update, over all devices}.
       clips_per_device: of the main stream, in one microbatch.
-      accumulate_steps, remat, attention, level: how it is computed, and the effort of
-        the compiler, `default` or `O1`.
-      limit_bytes: what a program may take; None: unknown.
+      accumulate_steps, remat, attention: as in the config.
+      level: effort of the compiler, `default` or `O1`.
+      limit_bytes: available to a program; None: unknown.
       batch_bytes: the next batch, which waits on the device while the step runs.
       model_flops: the analytic count.
       ideal_secs: `model_flops` at the peak of the device; None: the peak is unknown.
-      failure: what the compiler said where the program does not fit; "": it compiled.
+      failure: the compiler's error if the program does not fit; "": it compiled.
       compile_secs: of the compiler alone.
       memory: see `compilation.Memory`.
-      executed_flops: with repeated ones and the padding of kernels.
-      kernel_flops, remat_flops: those of attention kernels, those that repeat.
-      unknown: loops and kernels that could not be counted.
-      traffic: collectives; `activations` should not be among the purposes.
-      largest_activations: the worst of these, described.
+      executed_flops: with recomputation and the padding of kernels.
+      kernel_flops, remat_flops: see `hlo.DeviceWork`.
+      unknown: loops and kernels that could not be work.
+      traffic: collectives; the purpose `activations` should not occur.
+      largest_activations: the largest of that purpose, as text.
     """
 
     devices: int
@@ -86,7 +86,7 @@ class Report:
         return self.memory.peak + self.batch_bytes <= self.limit_bytes
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as JSON takes it, with the verdict."""
+        """Return the fields and `fits` as JSON-like values."""
         return {"fits": self.fits, **dataclasses.asdict(self)}
 
     def __str__(self) -> str:
@@ -134,15 +134,20 @@ class Report:
             yield f"not counted: {', '.join(self.unknown)}"
 
 
-def describe(program: Program, fast: bool) -> Report:
-    """Start the report of a program, as far as it is known before it is compiled."""
+def make_report(program: Program, fast: bool) -> StepReport:
+    """Make the report of a program that is not compiled yet.
+
+    Args:
+      program: of the config.
+      fast: whether it will be compiled with optimisation level O1.
+    """
     config, mesh = program.config, program.mesh
     device = mesh.devices.flat[0]
     model_flops = program.step_flops / mesh.size
     peak = flops.peak_flops(device.device_kind)
     steps, sizes = config.accumulate_steps, program.batch_sizes
     batch = jax.tree.leaves(program.batch)
-    return Report(
+    return StepReport(
         devices=mesh.size,
         device_kind=device.device_kind,
         mesh=dict(mesh.shape),
@@ -160,19 +165,19 @@ def describe(program: Program, fast: bool) -> Report:
     )
 
 
-def complete(
-    report: Report,
+def complete_report(
+    report: StepReport,
     program: Program,
     memory: compilation.Memory | None,
-    counted: hlo.Account,
+    work: hlo.DeviceWork,
     seconds: float,
-) -> Report:
-    """Add what is known once the program is compiled."""
+) -> StepReport:
+    """Add the compiled program's memory, work and compile time to its report."""
     forms, parts = _parameter_forms(program), program.mesh.shape["fsdp"]
     traffic: collections.Counter[tuple[str, str, str]] = collections.Counter()
     counts: collections.Counter[tuple[str, str, str]] = collections.Counter()
     moved = []
-    for collective in counted.collectives:
+    for collective in work.collectives:
         purpose = _purpose(collective, forms, parts)
         if purpose == "activations":
             moved.append(collective)
@@ -181,15 +186,15 @@ def complete(
         traffic[key] += collective.bytes
         counts[key] += collective.count
     moved.sort(key=lambda collective: -collective.bytes)
-    unknown = [f"loop {name}" for name in counted.unknown_loops]
-    unknown += [f"{n} x {name}" for name, n in counted.unknown_kernels.items()]
+    unknown = [f"loop {name}" for name in work.unknown_loops]
+    unknown += [f"{n} x {name}" for name, n in work.unknown_kernels.items()]
     return dataclasses.replace(
         report,
         compile_secs=seconds,
         memory=memory,
-        executed_flops=counted.flops,
-        kernel_flops=counted.kernel_flops,
-        remat_flops=counted.remat_flops,
+        executed_flops=work.flops,
+        kernel_flops=work.kernel_flops,
+        remat_flops=work.remat_flops,
         unknown=tuple(unknown),
         traffic=tuple(
             Traffic(*key, counts[key], traffic[key]) for key in sorted(traffic)
@@ -199,11 +204,11 @@ def complete(
 
 
 def _parameter_forms(program: Program) -> set[tuple[int, ...]]:
-    """Return the forms in which parameters, gradients or parts of them may travel.
+    """Return the forms in which parameters and gradients are exchanged.
 
-    A form is the sorted dimensions above one, of a stack or of one of its layers, whole
-    or divided over `fsdp` (a layer also by less, between two rounds of a gather), with
-    the output channels of attention as heads or not.
+    A form is the sorted dimensions above one. The array is a stack or one of its
+    layers, full or divided over `fsdp` (a layer also by a divisor, between two rounds
+    of a gather), with the output channels of attention split into heads or not.
     """
     state, parts = program.state, program.mesh.shape["fsdp"]
     divisors = [n for n in range(2, parts + 1) if parts % n == 0]
@@ -240,7 +245,7 @@ def _form(dims: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _is_form(dims: tuple[int, ...], forms: set[tuple[int, ...]], padded: bool) -> bool:
-    """Whether dimensions are a form, or one that is padded along one of them."""
+    """Whether dimensions are a form or, if `padded`, one that is padded on one axis."""
     wanted = _form(dims)
     if wanted in forms or not padded:
         return wanted in forms
@@ -253,10 +258,10 @@ def _is_form(dims: tuple[int, ...], forms: set[tuple[int, ...]], padded: bool) -
 
 
 def _is_shift(shape: hlo.Shape, forms: set[tuple[int, ...]], parts: int) -> bool:
-    """Whether rows of a gradient move on to the next device.
+    """Whether rows of a gradient move to the next device.
 
-    Scattered with k rows of padding on each of `parts` devices, all of them are k rows
-    further with every device than where they belong, (parts - 1) k on the last.
+    A scatter over `parts` devices with k rows of padding on each shifts the rows of
+    device i by i k: by (parts - 1) k on the last.
     """
     wanted = _form(shape.dims)
     if shape.dtype != "f32" or parts == 1:
@@ -276,6 +281,7 @@ def _is_shift(shape: hlo.Shape, forms: set[tuple[int, ...]], parts: int) -> bool
 def _purpose(
     collective: hlo.Collective, forms: set[tuple[int, ...]], parts: int
 ) -> str:
+    """Classify: `parameters`, `gradients`, `activations` or `small`."""
     large = [shape for shape in collective.shapes if shape.bytes > _SMALL]
     if collective.kind == "collective-permute" and all(
         _is_shift(shape, forms, parts) for shape in large or collective.shapes
@@ -286,7 +292,7 @@ def _purpose(
         _is_form(shape.dims, forms, scatters) for shape in large or collective.shapes
     ):
         return "activations" if large else "small"
-    # Between slices, over which the mesh has `data` alone, only gradients travel.
+    # Slices are an axis of `data` alone: they exchange gradients only.
     if collective.kind in ("all-reduce", "reduce-scatter", "send", "recv"):
         return "gradients"
     return "parameters"

@@ -1,7 +1,7 @@
-"""Devices that are not here: TPU slices and GPU nodes, described for the compiler.
+"""Describe TPU slices and GPU nodes to the compiler without having them.
 
-Nothing is asked of a network or of a device: libtpu, or jax's CUDA plug-in, knows the
-devices of a name, and compiles for them.
+libtpu or jax's CUDA plug-in knows the devices by name and compiles for them. Neither
+network nor device is used.
 """
 
 import dataclasses
@@ -25,12 +25,12 @@ class Chip:
     """A kind of accelerator.
 
     Attributes:
-      device_kind: how jax names one of its devices.
-      memory_gib: what a program may take of one device. Of TPUs, what the compiler says
-        when that is exceeded; of GPUs nine tenths, since driver and NCCL take of it
-        too (jax takes that much with `XLA_PYTHON_CLIENT_MEM_FRACTION=0.9`).
-      slices: chips along each axis, or nodes x GPUs, by the names of usual machines.
-      options: what libtpu must be told besides the layout.
+      device_kind: name of one of its devices in jax.
+      memory_gib: memory of one device that a program may use. On TPUs it is the
+        compiler's own limit; on GPUs nine tenths, since driver and NCCL need the rest
+        (`XLA_PYTHON_CLIENT_MEM_FRACTION=0.9` gives jax that much).
+      slices: {name of a common machine: chips along each axis, or nodes x GPUs}.
+      options: further options of libtpu.
     """
 
     device_kind: str
@@ -62,7 +62,7 @@ CHIPS = {
     "h200": Chip("NVIDIA H200", 126.0, _named("h200", *_NODES)),
 }
 
-# What the CUDA compiler asks of a device that is there, from the vendor's data sheets.
+# What the CUDA compiler reads from a real device, here from the vendor's data sheets.
 _GPU = """
 gpu_device_info {{
   threads_per_block_limit: 1024
@@ -94,18 +94,18 @@ _GPU_MEMORY = {  # bytes per second, bytes
 }
 
 
-def prepare() -> None:
-    """Keep this process from looking for accelerators; call it before jax starts."""
+def hide_accelerators() -> None:
+    """Keep this process from using accelerators; call it before jax starts."""
     jax.config.update("jax_platforms", "cpu")
-    # libtpu would ask the metadata server of a cloud, and locks itself to one process.
+    # libtpu would query a cloud's metadata server, and allows only one process.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    # Only to silence complaints; any topology may still be described.
+    # Only to avoid warnings; any topology may still be described.
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-16")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 
 
-def parse(name: str) -> tuple[str, str]:
+def parse_topology(name: str) -> tuple[str, str]:
     """Return the chip and the layout of `v5e:4x4`, or of a machine's name (`v5e-16`).
 
     Raises:
@@ -122,24 +122,24 @@ def parse(name: str) -> tuple[str, str]:
     )
 
 
-def devices(name: str, num_slices: int = 1) -> Sequence[Any]:
-    """Describe all devices of a machine.
+def make_devices(name: str, num_slices: int = 1) -> Sequence[jax.Device]:
+    """Make the devices of a machine that need not exist.
 
     Args:
-      name: see `parse`; `local`: the real devices of this machine.
-      num_slices: how many such TPU slices, or groups of GPU nodes, work together; 1
-        for `local`.
+      name: see `parse_topology`; `local`: the real devices of this machine.
+      num_slices: number of such TPU slices, or groups of GPU nodes, that work together;
+        1 for `local`.
 
     Raises:
-      UserError: the name is unknown, or what compiles for it is not installed.
+      UserError: the name is unknown, or the compiler for it is not installed.
     """
     if name == LOCAL:
         if num_slices > 1:
             raise UserError(
-                f"--topology={LOCAL} is what is here: leave out --num_slices"
+                f"--topology={LOCAL} means the devices here: leave out --num_slices"
             )
         return jax.devices()
-    chip, layout = parse(name)
+    chip, layout = parse_topology(name)
     try:
         if chip in _GPU_MEMORY:
             bandwidth, memory = _GPU_MEMORY[chip]
@@ -163,19 +163,19 @@ def devices(name: str, num_slices: int = 1) -> Sequence[Any]:
         reason = " ".join(str(error).split())
         raise UserError(f"--topology={name} cannot be described: {reason}") from None
     except (RuntimeError, ImportError) as error:
-        mend = (
+        missing = (
             "jax-cuda12-plugin, jax-cuda12-pjrt and nvidia-cuda-nvcc-cu12"
             if chip in _GPU_MEMORY
             else 'libtpu: pip install -e ".[tpu]"'
         )
         reason = " ".join(str(error).split())
-        raise UserError(f"--topology={name} needs {mend} ({reason})") from None
+        raise UserError(f"--topology={name} needs {missing} ({reason})") from None
 
 
-def compiler_options(device: Any) -> dict[str, str | bool] | None:
-    """Return what the compiler must be told to compile for a described device."""
+def compiler_options(device: jax.Device) -> dict[str, str | bool] | None:
+    """Return the compiler's options for a described device; None: the defaults."""
     if device.platform == "gpu" and jax.default_backend() != "gpu":
-        # There is none to try kernels on; untried, Triton's fail for some shapes.
+        # Without a device to tune them on, Triton's kernels fail for some shapes.
         return {
             "xla_gpu_autotune_level": "0",
             "xla_gpu_enable_triton_gemm": False,
@@ -183,16 +183,19 @@ def compiler_options(device: Any) -> dict[str, str | bool] | None:
     return None
 
 
-def memory_limit(device: Any) -> int | None:
-    """Return the bytes a program may take of a device, described or real, if known."""
+def memory_limit(device: jax.Device) -> int | None:
+    """Return the bytes of a device, described or real, that programs may use.
+
+    None: unknown.
+    """
     for chip in CHIPS.values():
         if device.device_kind == chip.device_kind:
             return int(chip.memory_gib * 2**30)
-    return compilation.memory_limit(device)  # described ones are of these kinds
+    return compilation.memory_limit(device)  # a real device
 
 
-def table() -> str:
-    """List what can be named."""
+def list_topologies() -> str:
+    """Return a table of the machines that can be named."""
     lines = ["name        topology       devices  GiB each  device kind"]
     for chip, known in CHIPS.items():
         for name, layout in known.slices.items():
@@ -201,5 +204,7 @@ def table() -> str:
                 f"{name:11} {f'{chip}:{layout}':14} {count:7}  {known.memory_gib:8.2f}"
                 f"  {known.device_kind}"
             )
-    lines.append(f"tpu7x: two devices a chip, e.g. tpu7x:2x2x2; {LOCAL}: what is here")
+    lines.append(
+        f"tpu7x: two devices per chip, e.g. tpu7x:2x2x2; {LOCAL}: the devices here"
+    )
     return "\n".join(lines)
