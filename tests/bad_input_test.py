@@ -280,7 +280,7 @@ def test_workdir_of_another_config_is_kept(config, tmp_path):
     before = (tmp_path / "run" / "config.json").read_bytes()
     config.optim.learning_rate = 1.0
     with pytest.raises(UserError, match=r"optim\.learning_rate: 0.000625 -> 1.0"):
-        workdirs.check(config, str(tmp_path / "run"))
+        workdirs.require_no_other_run(config, str(tmp_path / "run"))
     assert (tmp_path / "run" / "config.json").read_bytes() == before
 
 
@@ -293,7 +293,7 @@ def test_operational_keys_may_change_when_a_run_continues(config, tmp_path):
     config.evals.health.every_steps = 100
     with config.unlocked():
         del config.evals.world
-    workdirs.check(config, str(tmp_path / "run"))
+    workdirs.require_no_other_run(config, str(tmp_path / "run"))
 
 
 @pytest.mark.parametrize("term", ["variance", "covariance"])
@@ -302,13 +302,13 @@ def test_losses_of_all_clips_together_keep_their_microbatches(config, tmp_path, 
     workdirs.claim(config, str(tmp_path / "run"))
     config.accumulate_steps = 2
     with pytest.raises(UserError, match="accumulate_steps: 1 -> 2"):
-        workdirs.check(config, str(tmp_path / "run"))
+        workdirs.require_no_other_run(config, str(tmp_path / "run"))
 
 
 def test_workdir_that_is_a_file(config, tmp_path):
     (tmp_path / "run").write_text("mine")
     with pytest.raises(UserError, match="not a folder"):
-        workdirs.check(config, str(tmp_path / "run"))
+        workdirs.require_no_other_run(config, str(tmp_path / "run"))
     assert (tmp_path / "run").read_text() == "mine"
 
 
@@ -362,7 +362,7 @@ def test_config_of_a_workdir_survives_json(config, tmp_path):
     workdirs.claim(config, str(tmp_path))
     stored = json.loads((tmp_path / "config.json").read_text())
     assert stored["masks"]["long"]["num_blocks"] == 2
-    workdirs.check(config, str(tmp_path))
+    workdirs.require_no_other_run(config, str(tmp_path))
 
 
 def test_config_of_an_earlier_release_takes_the_defaults_of_new_keys(config):

@@ -62,7 +62,7 @@ def config_of(name: str, suffix: str = ""):
 
 
 def complete(config):
-    """Give what a user of the recipe must give."""
+    """Set the paths that a user of the recipe must give."""
     config.data.path = "videos"
     for fields in config.streams.values():
         fields.path = "images"
@@ -137,14 +137,14 @@ def test_parameters_and_their_shardings_are_as_recorded(name):
     shapes, shardings = tree_of(name)
     lines = [f"# {part}: {count(tree)}" for part, tree in shapes.params.items()]
     lines += listed(shapes.params, shardings.params)
-    # File systems that ignore case must tell vitg from vitG.
+    # On file systems that ignore case, vitg and vitG are the same name.
     golden = name.replace(":", "-").replace("vitG", "vit_gigantic")
     path, text = TREES / f"{golden}.txt", "\n".join(lines) + "\n"
     if os.environ.get("UPDATE_GOLDEN"):
         path.parent.mkdir(exist_ok=True)
         path.write_text(text)
     assert path.read_text() == text
-    # The target and the moments lie as the parameters do.
+    # The target and the moments are sharded as the parameters.
     encoder = listed(shapes.params["encoder"], shardings.params["encoder"])
     assert listed(shapes.target, shardings.target) == encoder
     for moment in ("mu", "nu"):
@@ -258,7 +258,7 @@ def test_teacher_that_does_not_fit_is_refused(of_student, of_teacher, message):
 
 
 def cost(config) -> float:
-    """Return the FLOPs of a whole run."""
+    """Return the FLOPs of a run."""
     trained = config_of("vjepa2_1:vitG16") if config.teacher.is_required else None
     objective = build.make_objective(config, trained)
     return build.step_flops(config, objective) * config.total_steps

@@ -50,7 +50,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> int | None:
     teacher = start.load_teacher(config)
     program = build.make_program(config, mesh, teacher.config)
     # --------------------------------------------------------------------------- data
-    workdirs.check(config, workdir)
+    workdirs.require_no_other_run(config, workdir)
     if config.world.path and distributed.is_main():
         render.render_world(config.world)
     distributed.barrier("the world is rendered", _RENDER_TIMEOUT_SECS)

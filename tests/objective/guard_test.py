@@ -1,6 +1,6 @@
-"""What a step refuses: updates that are not finite, and spikes of the loss.
+"""A step skips updates that are not finite, and spikes of the loss.
 
-Loss and gradient are injected where the numbers matter, so that they are known.
+In most tests loss and gradient are injected, so that they are known.
 """
 
 import flax.linen as nn
@@ -67,7 +67,7 @@ def batch_of(loss, slope=1.0):
 
 
 def changes(state):
-    """Return what a refused update must leave as it is."""
+    """Return the arrays that a skipped update must not change."""
     return jax.tree.leaves((state.params, state.target, state.opt_state))
 
 
@@ -195,7 +195,7 @@ def test_without_a_guard_no_loss_is_too_large():
     assert all(taken)
 
 
-def test_all_devices_decide_alike(rng):
+def test_all_devices_decide_equally(rng):
     losses = spiky_losses(rng, 25, 3, 2.0)
     runs = []
     for mesh in (one_device(), sharding.make_mesh(4, 2)):

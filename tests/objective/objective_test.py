@@ -1,4 +1,4 @@
-"""The whole objective against its terms: context, levels, regularisers, streams."""
+"""The objective against its terms: context, levels, regularisers, streams."""
 
 import math
 
@@ -143,7 +143,7 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(context_distance, rng):
 
 
 def test_pixels_are_predicted_tubelet_by_tubelet(rng):
-    """Each hidden token's own pixels, normalised; the target encoder has no say."""
+    """Each hidden token's own pixels, normalised; the target encoder is not used."""
     setup = Setup(terms=LossTerms(target="pixels"), predictor={"out_dim": 96})
     state = setup.random_state(rng)
     video, masks = videos(rng, 3), fixed_masks(rng, 3)
@@ -225,7 +225,7 @@ def test_lengths_and_images_add_up_by_their_weights(rng):
         np.testing.assert_allclose(metrics[f"train/loss_of_{name}"], own, rtol=1e-5)
         total += stream.weight / 5.0 * own
     np.testing.assert_allclose(loss, total, rtol=1e-5)
-    # And the step takes all of them together.
+    # The step accepts all of them together.
     new, _ = jax.eval_shape(setup.step, state, batch)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), new) == jax.tree.map(
         lambda x: (x.shape, x.dtype), state

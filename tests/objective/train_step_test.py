@@ -38,7 +38,7 @@ def setup():
 class Run(NamedTuple):
     losses: list[float]
     state: TrainState  # NumPy arrays
-    given_away: list[bool]  # whether a step's old state was deleted
+    donated: list[bool]  # whether a step's old state was deleted
     compilations: int
 
 
@@ -59,13 +59,13 @@ def run_on(mesh, clips, **kwargs):
             out_shardings=(shardings, sharding.replicated(mesh)),
             donate_argnums=0,
         )
-        values, given_away = [], []
+        values, donated = [], []
         for video in clips:
             old = jax.tree.leaves(state)
             state, metrics = step(state, sharding.shard_batch(as_batch(video), mesh))
             values.append(float(metrics["train/loss"]))
-            given_away.append(all(leaf.is_deleted() for leaf in old))
-    return Run(values, copy_to_host(state), given_away, step._cache_size())
+            donated.append(all(leaf.is_deleted() for leaf in old))
+    return Run(values, copy_to_host(state), donated, step._cache_size())
 
 
 @pytest.fixture(scope="module")
@@ -204,10 +204,10 @@ def test_there_is_no_gradient_to_the_target(setup, rng):
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(online))
 
 
-def test_steps_compile_once_and_give_the_state_away(reference):
+def test_steps_compile_once_and_donate_the_state(reference):
     assert reference.compilations == 1
-    # What the first step got are the host's own arrays.
-    assert all(reference.given_away[1:])
+    # The first step gets arrays of the host.
+    assert all(reference.donated[1:])
 
 
 def test_masks_depend_on_seed_and_step_and_share_their_box_shape(
@@ -276,7 +276,7 @@ def test_streams_of_two_shapes_add_up_by_their_weights(setup, rng):
     for name, value in metrics.items():
         shares = 0.75 * video[name] + 0.25 * picture[name]
         np.testing.assert_allclose(value, shares, rtol=1e-4, err_msg=name)
-    # The whole step takes such a batch and keeps the state's form.
+    # The step accepts such a batch and keeps the state's structure.
     new, _ = jax.eval_shape(both.step, state, batch)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), new) == jax.tree.map(
         lambda x: (x.shape, x.dtype), state
@@ -284,7 +284,7 @@ def test_streams_of_two_shapes_add_up_by_their_weights(setup, rng):
 
 
 def test_a_tiny_run_learns_a_batch_without_collapse(setup):
-    """Nothing here is random: whether a run gets below a number is no property."""
+    """Nothing here is random, since the bound is no general property."""
     clips = np.stack(
         [video_files.moving_frames(4, 16, 16, seed=i) for i in range(BATCH)]
     )

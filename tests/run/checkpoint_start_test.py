@@ -1,4 +1,4 @@
-"""What a new run takes from another's checkpoint, and converted weights as one."""
+"""A new run starts from another's checkpoint; converted weights are a checkpoint."""
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,7 @@ def abstract():
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, abstract):
-    """A workdir with the checkpoints 2 and 4, and the state of the latter."""
+    """Make a workdir with the checkpoints 2 and 4; return it and the last state."""
     workdir = tmp_path_factory.mktemp("run")
     with Checkpointer(workdir, every_steps=2, keep=3) as checkpointer:
         for step in (2, 4):
@@ -48,7 +48,7 @@ def run(tmp_path_factory, abstract):
 
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory, run):
-    """Converted weights of the whole model, and of its encoder alone."""
+    """Save converted weights of a complete model, and of its encoder alone."""
     folder, state = tmp_path_factory.mktemp("converted"), run[1]
     save_converted(folder / "whole", state.target, state.params, META)
     save_converted(folder / "encoder", state.target, None, META)

@@ -1,4 +1,4 @@
-"""Checkpoints restore bit for bit, survive kills, and say what does not fit."""
+"""Checkpoints restore bit for bit, survive kills, and name arrays that do not fit."""
 
 import json
 import logging
@@ -101,7 +101,7 @@ def batch(step):
 
 
 def to_host(tree):
-    """Copies, so that later donation cannot change what a test compares with."""
+    """Copy, so that later donation cannot change the values."""
     return jax.tree.map(lambda leaf: np.array(leaf, copy=True), tree)
 
 
@@ -119,7 +119,7 @@ def abstract():
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, abstract):
-    """A workdir with the checkpoints 2 and 4, and the state of each."""
+    """Make a workdir with the checkpoints 2 and 4; return it and both states."""
     workdir = tmp_path_factory.mktemp("run")
     states = {}
     with Checkpointer(workdir, every_steps=2, keep=3) as checkpointer:
@@ -323,7 +323,7 @@ def test_restoring_a_target_changes_nothing(run, tmp_path):
     assert unfinished.is_dir()
 
 
-def test_target_errors_name_the_mend(run, tmp_path):
+def test_target_errors_name_the_fix(run, tmp_path):
     with pytest.raises(UserError, match=r"no such folder: .*/nowhere; give"):
         restore_target(tmp_path / "nowhere")
     with pytest.raises(UserError, match="no checkpoint in"):
@@ -409,7 +409,7 @@ def test_background_failure_surfaces(tmp_path, abstract, monkeypatch, look):
 
 @pytest.fixture
 def absl_records():
-    """What the process logs through absl at verbosity INFO."""
+    """Collect what the process logs through absl at verbosity INFO."""
     logger, records = logging.getLogger("absl"), []
     handler, level = logging.Handler(), logger.level
     handler.emit = records.append

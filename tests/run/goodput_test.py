@@ -1,4 +1,4 @@
-"""All wall time is booked, over restarts too."""
+"""All wall time is accounted for, over restarts, too."""
 
 import time
 
@@ -9,7 +9,7 @@ from vjepa_jax.run.goodput import PARTS, TimeAccount
 
 @pytest.fixture
 def advance(monkeypatch):
-    """A clock that only moves when told to."""
+    """Replace the clock by one that this function advances."""
     now = [100.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
 
@@ -19,7 +19,7 @@ def advance(monkeypatch):
     return advance
 
 
-def book(account, advance, seconds):
+def spend(account, advance, seconds):
     for part, secs in seconds.items():
         with account.measure(part):
             advance(secs)
@@ -28,10 +28,10 @@ def book(account, advance, seconds):
 def test_shares_are_of_the_wall_time(advance):
     account = TimeAccount()
     advance(3.0)
-    book(account, advance, {"compile": 2.0})
+    spend(account, advance, {"compile": 2.0})
     account.end_startup()
-    book(account, advance, {"data": 1.0, "step": 10.0, "checkpoint": 1.0})
-    book(account, advance, {"evaluation": 1.0})
+    spend(account, advance, {"data": 1.0, "step": 10.0, "checkpoint": 1.0})
+    spend(account, advance, {"evaluation": 1.0})
     advance(2.0)
     assert account.scalars() == pytest.approx(
         {
@@ -63,7 +63,7 @@ def test_restarts_add_up_and_steps_done_twice_are_lost(advance, rng):
         account.end_startup()
         expected["startup"] += startup
         for step, secs in enumerate(steps, start=saved + 1):
-            book(account, advance, {"step": secs})
+            spend(account, advance, {"step": secs})
             rows.append({"step": step, **account.scalars()})
         # The last two steps are not in the checkpoint.
         saved += 3
@@ -75,7 +75,7 @@ def test_restarts_add_up_and_steps_done_twice_are_lost(advance, rng):
     assert account.total_seconds() == pytest.approx(sum(expected.values()))
 
 
-def test_runs_of_earlier_releases_count_as_other(advance):
+def test_runs_without_shares_count_as_other(advance):
     account = TimeAccount()
     account.add_earlier([{"step": 4, "perf/wall_seconds": 30.0}], 4)
     advance(10.0)
@@ -86,7 +86,7 @@ def test_runs_of_earlier_releases_count_as_other(advance):
     assert scalars["goodput/startup"] == pytest.approx(0.25)
 
 
-def test_what_fails_is_booked_too(advance):
+def test_time_of_errors_is_measured(advance):
     account = TimeAccount()
     with pytest.raises(ValueError, match="x"), account.measure("data"):
         advance(1.0)

@@ -1,4 +1,4 @@
-"""Metric files survive kills and resumes; the clock accounts for all of the time."""
+"""Metric files survive kills and resumes; the clock accounts for all time."""
 
 import io
 import json
@@ -33,7 +33,7 @@ def steps_in(workdir):
 
 @pytest.fixture
 def clock_time(monkeypatch):
-    """A clock that only moves when told to."""
+    """Replace the clock by one that this function advances."""
     now = [0.0]
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
 

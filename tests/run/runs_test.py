@@ -23,7 +23,7 @@ WIDTHS = {"pico": 12, "nano_wide": 16}
 
 @pytest.fixture(scope="module")
 def sizes():
-    """Smaller models than any that is worth a name."""
+    """Name models that are too small for the registry."""
     with pytest.MonkeyPatch.context() as patch:
         for name, width in WIDTHS.items():
             size = registry.Size(1, width, 2, 2 * width)
@@ -33,7 +33,7 @@ def sizes():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder of three videos, where the runs go too."""
+    """Make a folder of three videos and of the runs."""
     folder = tmp_path_factory.mktemp("runs")
     names = video_files.write_small_videos(folder, 3)
     (folder / "list.csv").write_text("".join(f"{name} 0\n" for name in names))
@@ -65,7 +65,7 @@ def adam_of(fields):
 
 @pytest.fixture(scope="module")
 def first(folder, sizes):
-    """A run of two updates, its config and last state."""
+    """Run two updates; return the config and the last state."""
     config = make_config(folder, total_steps=2)
     assert train_and_evaluate(config, str(folder / "first")) is None
     step, fields = read_state(config, folder / "first")
@@ -246,7 +246,7 @@ def test_other_videos_than_before_are_refused_or_accepted(folder, first, capsys)
     (folder / "fewer.csv").write_text("small0.mp4 0\nsmall1.mp4 0\n")
     config = make_config(folder, total_steps=2)
     config.data.path = str(folder / "fewer.csv")
-    with pytest.raises(UserError, match=r"bring them back.*data.accept_change=True"):
+    with pytest.raises(UserError, match=r"restore them.*data.accept_change=True"):
         train_and_evaluate(config, str(workdir))
     config.data.accept_change = True
     assert train_and_evaluate(config, str(workdir)) is None
@@ -260,7 +260,7 @@ def test_other_shares_than_before_are_refused_or_accepted(folder, first, names, 
     config = make_config(folder, total_steps=2)
     config.data.path = ",".join(str(folder / name) for name in names)
     config.data.mix_weights = (0.25, 0.75)[: len(names)]
-    with pytest.raises(UserError, match=r"their shares in a mixture, are not those"):
+    with pytest.raises(UserError, match=r"shares in a mixture, differ from those"):
         train_and_evaluate(config, str(workdir))
     config.data.accept_change = True
     assert train_and_evaluate(config, str(workdir)) is None

@@ -1,8 +1,8 @@
-"""Runs in processes of their own: killed and interrupted ones end like unbroken ones.
+"""Runs in separate processes: killed and interrupted ones end like unbroken ones.
 
-Processes are dear (each imports, compiles and starts workers), so that one pair of
-workdirs serves all tests: a run left alone, and one that is killed, continued,
-interrupted and continued again. Both read a list with a broken video in it.
+Processes are slow (each imports, compiles and starts workers), so one pair of workdirs
+serves all tests: an unbroken run, and one that is killed, continued, interrupted and
+continued again. Both read a list with a broken video.
 """
 
 import json
@@ -20,7 +20,6 @@ import numpy as np
 import pytest
 from step_setup import abstract_of
 
-from vjepa_jax import train
 from vjepa_jax.config import saved as saved_config
 from vjepa_jax.run import checkpoint, cli, metrics, workdirs
 from vjepa_jax.world import render
@@ -108,7 +107,7 @@ class Process:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """The folder of a small world, and of a list of it with a broken video."""
+    """Render a small world; write a list of it with a broken video."""
     folder = tmp_path_factory.mktemp("data")
     config = runpy.run_path(str(CONFIG))["get_config"]()
     config.update_from_flattened_dict(
@@ -183,7 +182,7 @@ def test_an_unbroken_run_reports_every_step_and_ends_well(unbroken):
     assert (workdir / "config.json").exists() and (workdir / "tensorboard").is_dir()
 
 
-def test_an_interrupted_run_saves_and_says_so(broken):
+def test_an_interrupted_run_saves_and_reports_it(broken):
     assert broken.interrupted.code == 128 + signal.SIGINT, broken.interrupted.stderr
     assert "Traceback" not in broken.interrupted.stderr
     last = broken.interrupted_steps[-1]
@@ -251,7 +250,7 @@ def test_a_run_that_is_no_longer_finite_ends_with_one_line_and_saves_nothing(
     (line,) = [x for x in ended.stderr.splitlines() if x.startswith("error: ")]
     assert "not finite" in line and "3 steps in a row, up to step 4" in line
     assert "nothing was saved" in line and "config.optim.learning_rate" in line
-    # None of the skipped updates went by in silence.
+    # Every skipped update was reported.
     assert "skipped updates: 1 more up to step 2, 1 in a row now" in ended.stderr
     assert "skipped updates: 1 more up to step 3, 2 in a row now" in ended.stderr
     assert steps_of(tmp_path / "run") == [1, 2, 3]
@@ -260,9 +259,9 @@ def test_a_run_that_is_no_longer_finite_ends_with_one_line_and_saves_nothing(
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
 
 
-def test_start_says_what_the_step_takes_and_how_the_state_is_spread(unbroken):
+def test_the_start_reports_memory_and_shardings(unbroken):
     workdir, ended = unbroken
     assert "GiB at its peak on each device" in ended.stderr
-    lines = (workdir / train.SHARDINGS_FILE).read_text().splitlines()
+    lines = (workdir / workdirs.SHARDINGS_FILE).read_text().splitlines()
     assert any(line.startswith("params/encoder/stack/blocks/qkv") for line in lines)
     assert all(line.split(" #")[0].endswith(" MiB") for line in lines)

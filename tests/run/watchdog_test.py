@@ -1,4 +1,4 @@
-"""A run that stands still is told about; one that goes on is left alone."""
+"""A run that hangs is reported; one that makes progress is not."""
 
 import threading
 import time
@@ -28,7 +28,7 @@ def text_of(stream):
     return stream.read()
 
 
-def test_stacks_of_all_threads_are_told_again_and_again(tmp_path, stream):
+def test_stacks_of_all_threads_are_dumped_repeatedly(tmp_path, stream):
     release = threading.Event()
 
     def a_thread_that_hangs():
@@ -47,7 +47,7 @@ def test_stacks_of_all_threads_are_told_again_and_again(tmp_path, stream):
     assert str(file) in text_of(stream)
 
 
-def test_steps_keep_it_quiet(tmp_path, stream):
+def test_steps_prevent_dumps(tmp_path, stream):
     with Watchdog(str(tmp_path), 20.0, stream=stream) as dog:
         for step in range(3):
             dog.finished(step)
@@ -56,7 +56,7 @@ def test_steps_keep_it_quiet(tmp_path, stream):
     assert text_of(stream) == "" and not (tmp_path / "stacks_0.txt").exists()
 
 
-def test_a_step_puts_it_off(tmp_path, stream, monkeypatch):
+def test_a_step_restarts_the_timeout(tmp_path, stream, monkeypatch):
     now, dumps, looks = [0.0], [], []
 
     def monotonic():
@@ -78,7 +78,7 @@ def test_a_step_puts_it_off(tmp_path, stream, monkeypatch):
     assert dumps[0] == pytest.approx(0.06)
 
 
-def test_what_is_paused_may_take_long(tmp_path, stream, monkeypatch):
+def test_a_pause_may_take_long(tmp_path, stream, monkeypatch):
     dumps = []
     dog = Watchdog(str(tmp_path), 0.1, stream=stream)
     monkeypatch.setattr(dog, "_dump", lambda secs: dumps.append(secs))

@@ -1,4 +1,4 @@
-"""Workdirs in a remote store, a stand-in of which lies in memory."""
+"""Workdirs in a remote store, here one in memory."""
 
 import logging
 import os
@@ -54,7 +54,7 @@ def test_changes_are_copied_while_a_run_goes_on(bucket, monkeypatch):
         assert stored()["a"] == b"a"
 
 
-def test_a_copy_that_fails_is_told_and_tried_again(bucket, monkeypatch, caplog):
+def test_a_copy_that_fails_is_logged_and_retried(bucket, monkeypatch, caplog):
     def fail(*_, **__):
         raise OSError("no network")
 
@@ -90,18 +90,18 @@ def test_a_local_workdir_is_itself(tmp_path):
 
 def test_a_remote_workdir_belongs_to_its_config(bucket):
     config = defaults.get_config()
-    workdirs.check(config, "gs://b/run")
+    workdirs.require_no_other_run(config, "gs://b/run")
     workdirs.claim(config, "gs://b/run")
-    workdirs.check(config, "gs://b/run")
+    workdirs.require_no_other_run(config, "gs://b/run")
     config.optim.learning_rate = 1.0
     with pytest.raises(UserError, match=r"optim\.learning_rate"):
-        workdirs.check(config, "gs://b/run")
+        workdirs.require_no_other_run(config, "gs://b/run")
 
 
-def test_a_store_that_does_not_answer_is_told_in_a_line(bucket, monkeypatch):
+def test_a_store_that_fails_gives_one_line(bucket, monkeypatch):
     def refuse(*_, **__):
         raise RuntimeError("no\ncredentials")
 
     monkeypatch.setattr(Bucket, "exists", refuse)
     with pytest.raises(UserError, match="run cannot be read: no credentials"):
-        workdirs.check(defaults.get_config(), "gs://b/run")
+        workdirs.require_no_other_run(defaults.get_config(), "gs://b/run")

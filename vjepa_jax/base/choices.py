@@ -1,10 +1,10 @@
-"""The values of settings that are chosen by name, each list written once.
+"""List the choices of settings by name.
 
-Configs are validated against these lists and the modules that implement the choices use
-the same ones.
+Configs are validated against these lists, and the modules that implement the choices
+use them.
 """
 
-# How positions enter a transformer, see `models.layers.position_code`.
+# Position embedding of a transformer, see `models.layers.position_code`.
 POS_EMBEDS = ("sincos", "rope", "rope_tiled")
 # MLP of a transformer block, see `models.registry.mlp_fields`.
 MLPS = ("gelu", "swiglu", "swiglu_wide")
@@ -16,13 +16,13 @@ REMATS = ("none", "full", "dots", "dots_no_batch", "attention")
 DTYPES = ("float32", "bfloat16")
 # 8-bit matmuls without a gradient, see `models.functional.quantised_dense`.
 QUANTISED_DTYPES = ("int8", "float8_e4m3fn")
-# Shape of what a token mask hides, see `objective.masking.MaskSpec`.
+# Shape of the hidden tokens, see `objective.masking.MaskSpec`.
 MASK_KINDS = ("multiblock", "tube")
 # Which of the visible and hidden tokens are kept, see `objective.masking.MaskSpec`.
 MASK_MODES = ("official", "unbiased")
-# What the predictor learns a mask token for, see `model.predictor.mask_token_per`.
+# Where the predictor has a mask token of its own, see `model.predictor.mask_token_per`.
 MASK_TOKENS_PER = ("mask", "stream", "run")
-# What is predicted, see `objective.step.Objective`.
+# What is predicted, see `objective.masked.LossTerms`.
 TARGETS = ("features", "pixels")
 # Learning rate schedules, see `objective.optim`.
 SCHEDULES = ("cosine", "linear", "wsd")
@@ -30,5 +30,5 @@ SCHEDULES = ("cosine", "linear", "wsd")
 SAMPLINGS = ("exact", "official")
 # How frames are resized, see `data.clips.frames`.
 RESIZES = ("antialias", "official")
-# What random erasing fills a box with, see `data.transforms.augment`.
+# Content of a randomly erased box, see `data.transforms.augment`.
 ERASE_MODES = ("pixel", "const")

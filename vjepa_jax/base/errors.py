@@ -1,8 +1,8 @@
-"""The error that a user can fix."""
+"""The error for mistakes that a user can fix."""
 
 
 class UserError(ValueError):
-    """Something that the user can mend: the message names the thing and the mend.
+    """A mistake of the user: the message names the file or key, and the fix.
 
-    Entry points print it without a traceback and exit with code 2.
+    Commands print it without a traceback and exit with code 2.
     """

@@ -1,4 +1,4 @@
-"""Imports of packages that only an optional extra installs."""
+"""Import packages that only an optional extra installs."""
 
 import contextlib
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from vjepa_jax.base.errors import UserError
 
 @contextlib.contextmanager
 def imports_of(extra: str) -> Iterator[None]:
-    """Turn an import that fails inside the `with` block into one clear line.
+    """Turn an ImportError inside the `with` block into one clear line.
 
     Args:
       extra: name of the extra that installs the imported packages.

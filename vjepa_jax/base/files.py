@@ -1,4 +1,4 @@
-"""Paths that may be remote, and files that appear when they are complete."""
+"""Handle paths that may be remote; write files that appear when they are complete."""
 
 import contextlib
 import os
@@ -16,17 +16,16 @@ def is_remote(path: str | os.PathLike) -> bool:
 
 def absolute(path: str | os.PathLike) -> str:
     """Return a local path as an absolute one, and a URL as it is."""
-    path = os.fspath(path)
-    return path if is_remote(path) else os.path.abspath(os.path.expanduser(path))
+    text = os.fspath(path)
+    return text if is_remote(text) else os.path.abspath(os.path.expanduser(text))
 
 
 @contextlib.contextmanager
 def renamed_when_complete(path: str | os.PathLike) -> Iterator[epath.Path]:
     """Yield a temporary path beside `path`, which is renamed to `path` on success.
 
-    A reader therefore sees a complete file, the old one, or none. After an error the
-    temporary file is removed and `path` is unchanged. What a killed process leaves is
-    named `.NAME-*.part`.
+    A reader therefore sees the complete file, the old one, or none. After an error the
+    temporary file is removed. A killed process leaves `.NAME-*.part`.
 
     Args:
       path: local or remote file, or local folder; its parent folder exists.
@@ -42,7 +41,7 @@ def renamed_when_complete(path: str | os.PathLike) -> Iterator[epath.Path]:
 
 
 def write_whole(path: str | os.PathLike, content: bytes | str) -> None:
-    """Write a local or remote file, which appears when it is complete.
+    """Write a local or remote file that appears when it is complete.
 
     Args:
       path: of the file; its folder exists.
@@ -53,7 +52,7 @@ def write_whole(path: str | os.PathLike, content: bytes | str) -> None:
 
 
 def remove(path: str | os.PathLike) -> None:
-    """Remove a file or a local folder with all that is in it, if it exists."""
+    """Remove a file, or a local folder with its content, if it exists."""
     target = epath.Path(path)
     if is_remote(path) or not target.is_dir():
         target.unlink(missing_ok=True)

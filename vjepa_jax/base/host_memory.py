@@ -1,28 +1,27 @@
-"""What the C library does with memory that is freed: by default it gives it back.
+"""Reuse freed host memory instead of returning it to the kernel.
 
-A step on a CPU, and every clip that is decoded, takes buffers of many megabytes and
-frees them. Given back, they cost the kernel a page fault for each 4 KiB at the next
-step: a third of the demo's time.
+Every step on a CPU and every decoded clip allocates and frees buffers of many
+megabytes. By default the C library returns them, and each 4 KiB costs a page fault at
+the next step: a third of the demo's time.
 """
 
 import ctypes
 import os
 
-# Of malloc.h; the Python standard library has no names for them.
+# Constants of malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-# Larger buffers are mapped and given back as ever, and so is what a heap has free
-# beyond the third number: bytes. glibc before 2.35 takes no more than the second, and
-# heaps of threads other than the first end at 64 MiB.
+# Bytes. Larger buffers are returned as before, and so is free memory of a heap beyond
+# _MAX_FREE. glibc before 2.35 accepts no more than the second number.
 _MAX_KEPT_BUFFER = 256 * 2**20
 _MAX_KEPT_BUFFER_BEFORE_2_35 = 32 * 2**20
 _MAX_FREE = 2**30
 
 
 def keep_freed_memory() -> None:
-    """Let this process reuse what it frees, where the C library is glibc.
+    """Let this process reuse freed memory, if the C library is glibc.
 
-    Thresholds that the environment sets (`MALLOC_TRIM_THRESHOLD_`, `GLIBC_TUNABLES`,
-    ...) are left as they are.
+    Thresholds of the environment (`MALLOC_TRIM_THRESHOLD_`, `GLIBC_TUNABLES`, ...)
+    take precedence.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # missing on macOS
     settings = " ".join(f"{k}={v}" for k, v in os.environ.items() if _is_setting(k))

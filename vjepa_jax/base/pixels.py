@@ -1,4 +1,4 @@
-"""The pixel statistics by which every official recipe normalises."""
+"""The pixel statistics with which every official recipe normalises."""
 
 # Per RGB channel, of pixels scaled to [0, 1].
 IMAGENET_MEAN = (0.485, 0.456, 0.406)

@@ -1,7 +1,7 @@
-"""Every default of a pretraining run, with its meaning, unit and range.
+"""Define every default of a pretraining run, with its meaning, unit and range.
 
-A file in `configs/` takes `get_config()` and changes what differs; the command line
-changes the rest (`--config.optim.learning_rate=1e-3`). The config is locked, so that a
+A file in `configs/` changes the result of `get_config()`, and the command line changes
+single keys (`--config.optim.learning_rate=1e-3`). The config is locked, so that a
 misspelt key raises an error with a suggestion. Rules between keys are in `rules.py`.
 """
 
@@ -242,20 +242,20 @@ def _run() -> Settings:
 
 
 def mask(**fields: Any) -> ConfigDict:
-    """Return the config of one mask type: V-JEPA's short-range mask, changed."""
+    """Return the config of a mask type: V-JEPA's short-range mask with `fields`."""
     return _changed(_mask(), fields)
 
 
 def stream(**fields: Any) -> ConfigDict:
     """Return the config of a further stream: clips of another shape in every batch.
 
-    Crops and flips are those of `config.data`.
+    Crops and flips are as in `config.data`.
     """
     return _changed(_stream(), fields)
 
 
 def evaluation(file: str, **fields: Any) -> ConfigDict:
-    """Return the config of an evaluation during training, which is off."""
+    """Return the config of an evaluation during training, by default off."""
     return _changed(_evaluation(), {"file": file} | fields)
 
 

@@ -1,4 +1,4 @@
-"""The flag that names a config file and overrides its values."""
+"""Define the flag that names a config file and overrides its values."""
 
 from collections.abc import Callable, Mapping
 
@@ -7,7 +7,7 @@ from ml_collections import ConfigDict, config_flags
 
 
 class _NamedConfigs(flags.ArgumentParser):
-    """Reads `NAME[:ARGUMENT]` of a config of the package, or else `FILE.py[:ARGUMENT]`.
+    """Parser of `NAME[:ARGUMENT]` of a config of the package, or `FILE.py[:ARGUMENT]`.
 
     Attributes:
       named: functions that make configs, by name.
@@ -19,7 +19,7 @@ class _NamedConfigs(flags.ArgumentParser):
         named: Mapping[str, Callable[..., ConfigDict]],
         files: flags.ArgumentParser,
     ):
-        """Take the attributes."""
+        """Set the attributes."""
         self.named, self.files = named, files
 
     def parse(self, argument: str) -> ConfigDict:
@@ -30,7 +30,7 @@ class _NamedConfigs(flags.ArgumentParser):
         return self.named[name](*arguments).lock()
 
     def flag_type(self) -> str:
-        """Return how help texts call the type."""
+        """Return the name of the type in help texts."""
         return self.files.flag_type()
 
 
@@ -38,13 +38,13 @@ def define_config_flag(
     name: str = "config",
     required: bool = True,
     named: Mapping[str, Callable[..., ConfigDict]] | None = None,
-) -> flags.FlagHolder:
+) -> flags.FlagHolder[ConfigDict]:
     """Define `--NAME=FILE.py[:argument]` with overrides `--NAME.key=value`.
 
     Args:
       name: of the flag.
       required: whether the command fails without it.
-      named: configs of the package that the flag takes by their name, from any folder.
+      named: configs of the package that the flag accepts by name, from any folder.
     """
     holder = config_flags.DEFINE_config_file(
         name, None, "File with get_config(), e.g. configs/world_tiny.py"

@@ -1,4 +1,4 @@
-"""Settings with their defaults and ranges, declared in one place each."""
+"""Declare settings with their defaults and ranges."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +14,7 @@ class Range(NamedTuple):
 
     Attributes:
       holds: whether a value is allowed.
-      fix: what to do about one that is not, for the message.
+      fix: for the message about other values.
     """
 
     holds: Callable[[Any], bool]
@@ -57,7 +57,7 @@ class Settings:
         self.ranges: dict[str, Range] = {}
 
     def add(self, key: str, default: Any, allowed: Range | None = None) -> None:
-        """Set a key's default; its dots name dicts that are made where needed."""
+        """Set the default and the range of a key; dots in it separate nested dicts."""
         *parents, name = key.split(".")
         part = self.config
         for parent in parents:
@@ -81,7 +81,7 @@ def require(holds: bool, key: str, value: Any, fix: str) -> None:
         raise UserError(f"config.{key}={value!r} is out of range: {fix}")
 
 
-def check(
+def check_ranges(
     flat: Mapping[str, Any], ranges: Mapping[str, Range], prefix: str = ""
 ) -> None:
     """Check values against ranges; keys that are absent are skipped.

@@ -1,8 +1,7 @@
-"""Which configs of a pretraining run are valid: ranges, and rules between keys."""
+"""Validate configs of pretraining runs: ranges, and rules between keys."""
 
 from typing import Any
 
-from vjepa_jax.config import ranges
 from vjepa_jax.config.defaults import (
     EVALUATION_RANGES,
     MAIN_STREAM,
@@ -12,7 +11,7 @@ from vjepa_jax.config.defaults import (
     ConfigDict,
     flatten,
 )
-from vjepa_jax.config.ranges import require
+from vjepa_jax.config.ranges import check_ranges, require
 
 
 def validate(config: ConfigDict) -> None:
@@ -24,7 +23,7 @@ def validate(config: ConfigDict) -> None:
     flat = flatten(config.to_dict())
     # Without a path there is no world, and its other settings are not used.
     unused = () if config.world.path else ("world.",)
-    ranges.check(
+    check_ranges(
         {key: value for key, value in flat.items() if not key.startswith(unused)},
         RUN_RANGES,
     )
@@ -33,10 +32,10 @@ def validate(config: ConfigDict) -> None:
         key = f"streams.{name}"
         fix = f"`{MAIN_STREAM}` is the main stream: rename it"
         require(name != MAIN_STREAM, key, name, fix)
-        ranges.check(fields, STREAM_RANGES, f"{key}.")
+        check_ranges(fields, STREAM_RANGES, f"{key}.")
         _validate_stream(key, fields, fields.masks, f"{key}.masks", config.model)
     for name, entry in config.evals.items():
-        ranges.check(entry, EVALUATION_RANGES, f"evals.{name}.")
+        check_ranges(entry, EVALUATION_RANGES, f"evals.{name}.")
     for key, fix in (
         ("init", "give the workdir of the run to continue from"),
         ("teacher", "give the workdir or converted checkpoint of the teacher"),
@@ -76,7 +75,7 @@ def _validate_stream(
 
 
 def _validate_mask(key: str, mask: ConfigDict) -> None:
-    ranges.check(mask, MASK_RANGES, f"{key}.")
+    check_ranges(mask, MASK_RANGES, f"{key}.")
     keep, is_tube = mask.max_temporal_keep, mask.kind == "tube"
     if is_tube:
         require(keep == 1, f"{key}.max_temporal_keep", keep, "tubes need 1")

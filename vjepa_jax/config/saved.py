@@ -1,4 +1,4 @@
-"""Configs of runs and checkpoints: read back, completed, compared."""
+"""Restore, complete and compare the configs of runs and checkpoints."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from vjepa_jax.config.defaults import (
 )
 
 # Keys that may change when a run continues: they change how it computes or reports, but
-# not what it computes.
+# not the result.
 OPERATIONAL = (
     "mesh.",
     "compilation_cache",
@@ -36,7 +36,7 @@ OPERATIONAL = (
     "model.remat",
     "model.attention",
 )
-# Losses that are no means over clips: microbatches change them.
+# Losses that are not means over clips: microbatches change them.
 _JOINT_LOSSES = ("objective.variance_weight", "objective.covariance_weight")
 
 
@@ -50,8 +50,7 @@ def from_json(data: Any) -> Any:
 def restored(saved: dict[str, Any]) -> ConfigDict:
     """Return the config of a checkpoint.
 
-    Keys that were added later take their defaults, which compute what was computed
-    without them.
+    Keys that were added later get their defaults, which do not change the result.
 
     Args:
       saved: the parsed JSON.
@@ -69,7 +68,7 @@ def restored(saved: dict[str, Any]) -> ConfigDict:
 
 
 def _fill(config: ConfigDict, default: ConfigDict, named: tuple[str, ...] = ()) -> None:
-    """Add missing keys; the entries of `named` dicts are the user's own."""
+    """Add missing keys, but no entries of `named` dicts, which the user defines."""
     for key, value in default.items():
         if key not in config:
             config[key] = ConfigDict() if key in named else value
@@ -78,9 +77,10 @@ def _fill(config: ConfigDict, default: ConfigDict, named: tuple[str, ...] = ()) 
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """List the changed keys, with values, that change what a run computes."""
+    """List the changed keys, with values, that change the result of a run."""
     old, new = flatten(old), flatten(new)
-    ignored = set() if any(map(new.get, _JOINT_LOSSES)) else {"accumulate_steps"}
+    is_joint = any(new.get(key) for key in _JOINT_LOSSES)
+    ignored = set() if is_joint else {"accumulate_steps"}
     return [
         f"{key}: {old.get(key, 'absent')} -> {new.get(key, 'absent')}"
         for key in sorted((old.keys() | new.keys()) - ignored)
@@ -89,8 +89,8 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def _is_operational(key: str) -> bool:
-    # Videos and their shares are compared by the fingerprint of the data, which only
-    # `data.accept_change` overrules.
+    # The fingerprint of the data compares videos and their shares; only
+    # `data.accept_change` overrides it.
     is_of_data = key.startswith(("data.", "streams."))
     is_fingerprinted = is_of_data and key.endswith((".path", ".mix_weights"))
     return is_fingerprinted or key.startswith(OPERATIONAL)

@@ -1,7 +1,7 @@
-"""The small form of a recipe: its structure in two updates, in seconds on a laptop.
+"""Shrink a recipe to two updates that take seconds on a laptop.
 
-A config file with variants calls `split_argument` on what follows its name
-(`configs/vjepa2.py:vitg16,smoke`) and, where it says so, `shrink`.
+A config file with variants passes its argument (`configs/vjepa2.py:vitg16,smoke`) to
+`split_argument` and then, for the small form, its config to `shrink`.
 """
 
 import re
@@ -28,24 +28,24 @@ def split_argument(argument: str, variants: Collection[str]) -> tuple[str, bool]
       (variant, is_smoke).
 
     Raises:
-      UserError: another word.
+      UserError: an unknown word.
     """
     words = [word for word in re.split("[,:]", argument) if word]
     names = [word for word in words if word != WORD] or [next(iter(variants))]
     if len(names) > 1 or names[0] not in variants:
         raise UserError(
-            f"'{argument}' is no variant of this config; known: {', '.join(variants)}, "
-            f"each also with ,{WORD}"
+            f"'{argument}' is not a variant of this config; known: "
+            f"{', '.join(variants)}, each also with ,{WORD}"
         )
     return names[0], WORD in words
 
 
 def shrink(config: ConfigDict) -> ConfigDict:
-    """Return the config at the size of a smoke test, still unlocked or locked as given.
+    """Return the config at the size of a smoke test.
 
-    Kept: streams, mask types, positions, levels, the predictor's parts, objective,
-    schedules' forms, rematerialisation. Small: model, clips, batch. Gone: what must
-    exist before (the run to continue, the teacher). The data is a small synthetic
+    Streams, mask types, positions, levels, the predictor's parts, the objective, the
+    forms of schedules and rematerialisation stay. Model, clips and batch become small.
+    The run to continue and the teacher are removed. The data is a small synthetic
     world, rendered at the start.
     """
     with config.unlocked():
@@ -84,7 +84,7 @@ def shrink(config: ConfigDict) -> ConfigDict:
 
 
 def _shrink_model(model: ConfigDict) -> None:
-    model.dtype = "float32"  # what a CPU multiplies fastest
+    model.dtype = "float32"  # the fastest on a CPU
     model.encoder.size = "nano"
     model.encoder.levels = tuple(range(len(model.encoder.levels)))
     model.predictor.depth = 2

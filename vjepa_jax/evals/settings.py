@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable
 
 from vjepa_jax.base.choices import DTYPES, REMATS, RESIZES, SAMPLINGS
 from vjepa_jax.base.errors import UserError
-from vjepa_jax.config import ranges
 from vjepa_jax.config.defaults import ConfigDict, flatten
 from vjepa_jax.config.ranges import (
     COUNTS,
@@ -20,6 +19,7 @@ from vjepa_jax.config.ranges import (
     SHARE,
     Range,
     Settings,
+    check_ranges,
     one_of,
     pair,
 )
@@ -385,7 +385,7 @@ def validate(config: ConfigDict) -> None:
     Raises:
       UserError: names the key, its value and the allowed values.
     """
-    ranges.check(flatten(config.to_dict()), _RANGES[config.evaluation])
+    check_ranges(flatten(config.to_dict()), _RANGES[config.evaluation])
     if "grids" not in config:
         return
     if "cache" in config and config.cache.path and config.data.augment:

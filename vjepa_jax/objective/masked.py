@@ -1,4 +1,4 @@
-"""V-JEPA's objective: predict the representation of hidden tokens from visible ones.
+"""V-JEPA's objective: predict the features of hidden tokens from visible ones.
 
 V-JEPA 1, 2 and 2.1, distillation from a frozen teacher, and pixels as targets are
 fields of one objective.
@@ -7,7 +7,7 @@ fields of one objective.
 import collections
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,8 @@ class Stream:
     Attributes:
       masks: mask types by name; each is a separate context and prediction.
       weight: share of the stream's loss in the total; weights are normalised.
-      mask_indices: which of the predictor's mask tokens stands for each mask type.
+      mask_indices: index of the predictor's mask token for each mask type; (): 0, 1,
+        and so on.
     """
 
     masks: Mapping[str, masking.MaskSpec]
@@ -113,15 +114,15 @@ class MaskedObjective:
       ema_momentum: of the target encoder, by finished steps.
       teacher: a frozen encoder whose features are predicted instead of the EMA
         target's (distillation); `loss` takes its parameters as `target` then.
-      target_dtype: 8-bit dtype of the matmuls of the predicted features, see
-        `layers.Dense`; "": the encoder's dtype.
+      target_dtype: 8-bit dtype of the target encoder's matmuls, see `layers.Dense`;
+        "": the encoder's dtype.
     """
 
     encoder: VideoEncoder
     predictor: Predictor
     streams: Mapping[str, Stream]
     terms: LossTerms = LossTerms()
-    ema_momentum: Schedule = lambda step: 1.0
+    ema_momentum: Schedule = lambda step: jnp.ones(())
     teacher: VideoEncoder | None = None
     target_dtype: str = ""
     probe_item: str = "target"
@@ -174,8 +175,8 @@ class MaskedObjective:
 
         Args:
           params: {"encoder", "predictor"}.
-          target: parameters of the target encoder, or of the teacher; no gradient
-            flows to them.
+          target: parameters of the target encoder, or of the teacher, which get no
+            gradient.
           batch: {stream: [B, T, H, W, 3]}, uint8, or float and already normalised.
           sampled: the masks; any masks can be injected.
           key: not used.
@@ -199,7 +200,7 @@ class MaskedObjective:
             for metric, value in of_stream.items():
                 metrics[metric] = metrics.get(metric, 0.0) + share * value
                 shares[metric] += share
-        # A mask type that only some streams have is averaged over those streams.
+        # A metric that only some streams have is averaged over those.
         means = {k: v / shares[k] if k in shares else v for k, v in metrics.items()}
         return total, means
 
@@ -213,25 +214,25 @@ class MaskedObjective:
 
     @property
     def modules(self) -> tuple[VideoEncoder | Predictor, ...]:
-        """All its transformers, frozen ones included."""
+        """All its transformers, with the teacher."""
         models = self.encoder, self.predictor, self.teacher
         return tuple(model for model in models if model is not None)
 
     @property
     def _target_encoder(self) -> VideoEncoder:
-        # Without a gradient nothing needs to be recomputed.
+        # Without a gradient, rematerialisation has no use.
         encoder = self.teacher or self.encoder
         return encoder.clone(remat="none", matmul_dtype=self.target_dtype)
 
     def _targets(self, params: Any, video: jax.Array) -> jax.Array:
-        """Return what is predicted of all tokens, normalised: [B, N, D]."""
+        """Return the normalised targets of all tokens: [B, N, D]."""
         if self.terms.target == "pixels":
             encoder = self.encoder
             tokens = tubelets(video, encoder.patch_size, encoder.tubelet_size)
             return losses.normalise_target(tokens, 1)
         encoder = self._target_encoder
-        tokens = encoder.apply({"params": params}, video)
-        return losses.normalise_target(tokens, encoder.num_levels)
+        features = cast(jax.Array, encoder.apply({"params": params}, video))
+        return losses.normalise_target(features, encoder.num_levels)
 
     def _stream_loss(
         self,
@@ -253,22 +254,28 @@ class MaskedObjective:
             features = jax.lax.stop_gradient(self._targets(target, video))
         metrics: Metrics = {}
         values: dict[str, list[jax.Array]] = collections.defaultdict(list)
-        predictions = []
+        predictions: list[jax.Array] = []
         # The mask tokens' order is the config's: jax sorts the keys of its inputs.
         indices = stream.mask_indices or range(len(stream.masks))
         for index, name in zip(indices, stream.masks, strict=True):
             ctx_idx, tgt_idx = masks[name]
             with jax.named_scope("encoder"):
-                context = encoder.apply({"params": params["encoder"]}, video, ctx_idx)
+                context = cast(
+                    jax.Array,
+                    encoder.apply({"params": params["encoder"]}, video, ctx_idx),
+                )
             with jax.named_scope("predictor"):
-                prediction, of_context = self.predictor.apply(
-                    {"params": params["predictor"]},
-                    context,
-                    ctx_idx,
-                    tgt_idx,
-                    grid,
-                    mask_index=index,
-                    is_image=is_image,
+                prediction, of_context = cast(
+                    tuple[jax.Array, jax.Array],
+                    self.predictor.apply(
+                        {"params": params["predictor"]},
+                        context,
+                        ctx_idx,
+                        tgt_idx,
+                        grid,
+                        mask_index=index,
+                        is_image=is_image,
+                    ),
                 )
             with jax.named_scope("loss"):
                 p = terms.exponent
@@ -289,7 +296,7 @@ class MaskedObjective:
                     values["covariance"].append(covariance)
             predictions.append(prediction)
             metrics[f"train/loss_{name}"] = loss
-        means = {name: sum(of) / len(of) for name, of in values.items()}
+        means = {k: cast(jax.Array, sum(of)) / len(of) for k, of in values.items()}
         total = means["regression"]
         if terms.context_weight:
             total += terms.context_factor(step) * means["context"]
@@ -321,7 +328,7 @@ class MaskedObjective:
 
 
 def _statistics(features: jax.Array, num_levels: int) -> dict[str, jax.Array]:
-    # Of one level: the covariances are summed over devices, and those of all levels of
-    # a ViT-G would be a tenth of its gradients, for values that are only logged.
+    # Of one level: covariances are summed over devices, and those of all levels of a
+    # ViT-G would be a tenth of its gradients, for values that are only logged.
     level = losses.deepest_level(features, num_levels)
     return losses.collapse_statistics(level)

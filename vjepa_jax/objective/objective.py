@@ -1,4 +1,4 @@
-"""What the train step asks of an objective."""
+"""The interface between an objective and the train step."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -16,9 +16,9 @@ class Objective(Protocol):
     The step, the state, the checkpoint and the training loop use nothing else of it.
 
     Attributes:
-      probe_item: what evaluations read of a checkpoint: `target`, or the name of one of
-        the modules in `params`.
-      modules: its transformers, frozen ones included; reports read their sizes.
+      probe_item: what evaluations read of a checkpoint: `target`, or the name of a
+        module in `params`.
+      modules: its transformers, with frozen ones; reports read their sizes.
     """
 
     @property
@@ -37,13 +37,13 @@ class Objective(Protocol):
           batch: shapes and dtypes of a global batch, the main stream first.
 
         Returns:
-          (params, target): the trained parameters by module, and those that are
-          averaged or frozen, None without any. Leaves may be boxed with logical axes.
+          (params, target): {module: trained parameters}, and averaged or frozen
+          parameters, None without any. Leaves may be boxed with logical axes.
         """
         ...
 
     def sample(self, key: jax.Array, batch: Batch) -> Any:
-        """Draw what is random about each clip of a step.
+        """Draw the random inputs of each clip, such as token masks.
 
         Args:
           key: of the step.
@@ -68,7 +68,7 @@ class Objective(Protocol):
 
         Args:
           params: the trained parameters.
-          target: the state's target, or what the run gives in its place (a teacher).
+          target: the state's target, or frozen parameters in its place (a teacher).
           batch, sampled: a microbatch and its part of what `sample` returned.
           key: of the step, the same for all microbatches.
           step: finished steps, int32 scalar.

@@ -13,15 +13,15 @@ from vjepa_jax.objective.objective import Objective, Params
 
 
 class Guard(struct.PyTreeNode):
-    """Counts of skipped updates and recent losses, from which a step decides.
+    """Counts of skipped updates, and recent losses.
 
     Attributes:
-      skipped: int32 scalar, updates skipped in the whole run.
+      skipped: int32 scalar, updates skipped in the run.
       skipped_in_row: int32 scalar, updates skipped since the last one taken.
       most_skipped_in_row: int32 scalar, the maximum of `skipped_in_row` so far.
       losses: float32 [W], losses of the last W updates taken, the oldest first; NaN
-        where there were fewer. Without a guard against spikes W is 1 and the value
-        stays NaN, because Orbax stores no empty array.
+        if there were fewer. Without a guard against spikes W is 1 and the value stays
+        NaN, because Orbax stores no empty array.
     """
 
     skipped: jax.Array
@@ -31,7 +31,7 @@ class Guard(struct.PyTreeNode):
 
 
 class TrainState(struct.PyTreeNode):
-    """Everything that a checkpoint must hold to continue a run.
+    """Everything that a run needs to continue.
 
     Attributes:
       step: int32 scalar, finished steps, including skipped ones.
@@ -57,9 +57,9 @@ def make_init(
     """Make `init(key) -> TrainState`, to be jitted with `out_shardings`.
 
     Args:
-      objective, tx: what the state is for.
+      objective, tx: as for `step.make_train_step`.
       batch: shapes and dtypes of a global batch, the main stream first.
-      spike_window: losses remembered by the guard against spikes.
+      spike_window: number of recent losses in the guard.
 
     Returns:
       The function; the leaves are boxed with their logical axes
@@ -84,15 +84,15 @@ def make_init(
     return init
 
 
-def abstract_state(init) -> TrainState:
-    """Return the state's shapes and dtypes without boxes and without computing it."""
+def abstract_state(init: Callable[[jax.Array], Any]) -> Any:
+    """Return the shapes and dtypes of `init(key)`, without boxes."""
     return nn.unbox(jax.eval_shape(init, jax.random.key(0)))
 
 
 def unbox(tree: Any) -> Any:
     """Take arrays out of their boxes without moving them.
 
-    `nn.unbox` would also constrain each one by the axis rules that are set.
+    `nn.unbox` would also constrain their sharding by the current axis rules.
     """
 
     def is_box(x):

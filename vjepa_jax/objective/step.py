@@ -1,7 +1,7 @@
-"""One update of any objective as a pure function: gradient, AdamW, target, guard."""
+"""Make one update of any objective a pure function: gradient, AdamW, target, guard."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -15,9 +15,9 @@ from vjepa_jax.objective.state import Guard, TrainState
 
 @dataclasses.dataclass(frozen=True)
 class SpikeGuard:
-    """Refuses updates whose loss is far above the recent ones.
+    """Skips updates whose loss is far above the recent ones.
 
-    The loss is that of the global batch, so that all devices decide alike.
+    The loss is that of the global batch, so that all devices decide equally.
 
     Attributes:
       window: number of recent losses to compare with.
@@ -28,7 +28,7 @@ class SpikeGuard:
     deviations: float
 
     def is_spike(self, loss: jax.Array, recent: jax.Array) -> jax.Array:
-        """Compare a loss with the last `window`; false until there are that many."""
+        """Compare a loss with the last `window`; False until there are that many."""
         # A comparison with NaN, which stands for a missing loss, is false.
         return loss > recent.mean() + self.deviations * recent.std()
 
@@ -44,7 +44,10 @@ def _microbatches(tree: Any, count: int) -> Any:
 
 
 def _guarded(
-    spike_guard: SpikeGuard | None, guard: Guard, loss: jax.Array, norms: Any
+    spike_guard: SpikeGuard | None,
+    guard: Guard,
+    loss: jax.Array,
+    norms: Iterable[jax.Array],
 ) -> tuple[jax.Array, Guard]:
     """Return whether to take an update, and the guard after it."""
     taken = jnp.isfinite(loss)
@@ -55,10 +58,10 @@ def _guarded(
         taken &= ~spike_guard.is_spike(loss, recent)
         moved = jnp.append(recent[1:], loss)
         recent = jnp.where(taken, moved, recent)
-    refused = 1 - taken.astype(jnp.int32)
-    in_row = (guard.skipped_in_row + 1) * refused
+    skipped = 1 - taken.astype(jnp.int32)
+    in_row = (guard.skipped_in_row + 1) * skipped
     return taken, Guard(
-        skipped=guard.skipped + refused,
+        skipped=guard.skipped + skipped,
         skipped_in_row=in_row,
         most_skipped_in_row=jnp.maximum(guard.most_skipped_in_row, in_row),
         losses=recent,
@@ -84,15 +87,15 @@ def make_train_step(
       tx: optimiser.
       schedules: functions of the finished steps, logged as `optim/NAME`; `tx` and
         the objective use the same ones.
-      seed: what the objective samples depends on `fold_in(key(seed), step)` alone,
-        hence neither on the mesh nor on accumulation.
+      seed: the objective samples with `fold_in(key(seed), step)` alone, so neither the
+        mesh nor accumulation matters.
       accumulate_steps: microbatches per update, computed one after the other.
-      spike_guard: skips updates of outlying loss; the state holds its window.
+      spike_guard: skips updates of outlying loss; the state contains its window.
 
     Returns:
-      The step. The batch is {stream: array [B, ...]}; `frozen`, where given, takes the
-      place of `state.target` in the loss (a teacher's parameters). Metrics are float32
-      scalars, averaged over the batch.
+      The step. The batch is {stream: array [B, ...]}; `frozen`, if given, replaces
+      `state.target` in the loss (a teacher's parameters). Metrics are float32 scalars,
+      averaged over the batch.
     """
     grad_fn = jax.grad(objective.loss, has_aux=True)
 

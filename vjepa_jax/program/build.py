@@ -1,7 +1,7 @@
-"""From a config to what it computes on a mesh: models, objective, state, step.
+"""Make the program of a config on a mesh: models, objective, state, step.
 
-Nothing here touches data or files, so that a step can be compiled and inspected without
-either, even for devices that this machine does not have.
+Nothing here reads data or files, so that a step can be compiled without either, even
+for devices that this machine does not have.
 """
 
 import dataclasses
@@ -26,21 +26,20 @@ from vjepa_jax.objective.step import SpikeGuard, make_train_step
 from vjepa_jax.parallel import sharding
 from vjepa_jax.program import flops
 
-_SHARED_FIELDS = (  # of encoder and predictor
-    [
-        "scale_init",
-        "image_embed",
-        "pos_embed",
-        "scan_layers",
-        "remat",
-        "attention",
-        "dtype",
-    ]
+# Of encoder and predictor.
+_SHARED_FIELDS = (
+    "scale_init",
+    "image_embed",
+    "pos_embed",
+    "scan_layers",
+    "remat",
+    "attention",
+    "dtype",
 )
 
 
 def video_shapes(config: ConfigDict) -> dict[str, tuple[int, int, int, int]]:
-    """Return (T, H, W, C) of the clips of every stream, the main one first."""
+    """Return {stream: (T, H, W, C) of its clips}, the main stream first."""
     clips = {MAIN_STREAM: config.data, **config.streams}
     return {
         name: (clip.num_frames, clip.resolution, clip.resolution, 3)
@@ -49,7 +48,7 @@ def video_shapes(config: ConfigDict) -> dict[str, tuple[int, int, int, int]]:
 
 
 def batch_sizes(config: ConfigDict) -> dict[str, int]:
-    """Return the clips per update of every stream, summed over all devices."""
+    """Return {stream: clips per update, summed over all devices}."""
     sizes = {MAIN_STREAM: config.batch_size}
     for name, fields in config.streams.items():
         sizes[name] = fields.batch_size or config.batch_size
@@ -60,7 +59,7 @@ def make_models(config: ConfigDict) -> tuple[VideoEncoder, Predictor]:
     """Make encoder and predictor.
 
     Raises:
-      UserError: names the key whose value does not fit the others.
+      UserError: a value does not fit the others; the message names its key.
     """
     model = config.model
     shared = {key: model[key] for key in _SHARED_FIELDS}
@@ -111,7 +110,7 @@ def make_teacher(
 
     Args:
       config: of the student.
-      trained: config with which the teacher was trained.
+      trained: config of the teacher's training.
       encoder, predictor: the student's.
 
     Raises:
@@ -119,7 +118,7 @@ def make_teacher(
         another number of channels than the student predicts.
     """
     teacher, _ = make_models(trained)
-    # How it computes is the student's choice.
+    # The student chooses how it computes.
     teacher = teacher.clone(
         dtype=encoder.dtype,
         attention=encoder.attention,
@@ -154,7 +153,7 @@ def make_teacher(
 
 
 def _mask_indices(config: ConfigDict) -> dict[str, tuple[int, ...]]:
-    """Return the mask token of every mask type of every stream, in their order.
+    """Return {stream: mask token of each of its mask types, in their order}.
 
     A ConfigDict sorts its keys, hence the explicit `token` of mask types.
     """
@@ -242,7 +241,7 @@ def make_schedules(config: ConfigDict) -> dict[str, optim.Schedule]:
     elif o.schedule == "linear":
         rate = optim.linear_decay(*rates[1:], steps)
     else:
-        # Without `schedule_scale`: the anneal must end with the run.
+        # Without `schedule_scale`: the anneal ends with the run.
         spans = o.warmup_steps, o.anneal_steps, config.total_steps
         rate = optim.warmup_stable_decay(*rates, *spans)
     return {
@@ -255,19 +254,14 @@ def make_schedules(config: ConfigDict) -> dict[str, optim.Schedule]:
 def make_optimizer(config: ConfigDict) -> optax.GradientTransformationExtraArgs:
     """Make AdamW."""
     schedules, o = make_schedules(config), config.optim
+    rates = schedules["learning_rate"], schedules["weight_decay"]
     return optim.make_optimizer(
-        schedules["learning_rate"],
-        schedules["weight_decay"],
-        o.b1,
-        o.b2,
-        o.eps,
-        o.clip_norm,
-        o.clip_start_step,
+        *rates, o.b1, o.b2, o.eps, o.clip_norm, o.clip_start_step
     )
 
 
 def make_spike_guard(config: ConfigDict) -> SpikeGuard | None:
-    """Make the guard against loss spikes; None without one."""
+    """Make the guard against loss spikes; None if it is off."""
     o = config.optim
     return SpikeGuard(o.spike_window, o.spike_deviations) if o.spike_window else None
 
@@ -275,11 +269,11 @@ def make_spike_guard(config: ConfigDict) -> SpikeGuard | None:
 def make_objective(
     config: ConfigDict, trained: ConfigDict | None = None
 ) -> MaskedObjective:
-    """Make what a run minimises.
+    """Make the objective of a run.
 
     Args:
       config: of the run.
-      trained: config with which the teacher was trained; None without a teacher.
+      trained: config of the teacher's training; None without a teacher.
 
     Raises:
       UserError: the config contradicts itself.
@@ -298,7 +292,7 @@ def make_objective(
 
 
 def step_flops(config: ConfigDict, objective: MaskedObjective) -> int:
-    """Count the FLOPs of one update of the whole batch, all streams together."""
+    """Count the FLOPs of one update of the global batch, all streams together."""
 
     def size_of(module: VideoEncoder | Predictor) -> flops.Transformer:
         return flops.Transformer(module.depth, module.width, module.mlp_dim, module.mlp)
@@ -325,7 +319,7 @@ def step_flops(config: ConfigDict, objective: MaskedObjective) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """The update of a config, laid out on a mesh.
+    """The update of a config, sharded over a mesh.
 
     Attributes:
       config: of the run.
@@ -370,9 +364,9 @@ class Program:
 
     @property
     def summary(self) -> str:
-        """Two lines: the model and its layout; the schedules at the last step."""
+        """Two lines: the model and its sharding; the schedules at the last step."""
         config, last = self.config, self.config.total_steps - 1
-        # Not the config's final values where the schedules are longer than the run.
+        # Schedules may be longer than the run: these are not the config's final values.
         values = {name: float(f(last)) for name, f in self.schedules.items()}
         rates = (f"{name.replace('_', ' ')} {x:.4g}" for name, x in values.items())
         return (
@@ -401,18 +395,11 @@ class Program:
 
 
 def _abstract_params(encoder: VideoEncoder, clip_shape: Any, mesh: Mesh) -> Any:
-    def init(key):
+    def init(key: jax.Array) -> Any:
         return encoder.init(key, jnp.zeros((1, *clip_shape)))["params"]
 
-    return _with_shardings(abstract_state(init), sharding.state_shardings(init, mesh))
-
-
-def _with_shardings(shapes: Any, shardings: Any) -> Any:
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        shapes,
-        shardings,
-    )
+    shapes, shardings = abstract_state(init), sharding.state_shardings(init, mesh)
+    return jax.tree.map(lambda x, s: x.update(sharding=s), shapes, shardings)
 
 
 def make_program(
@@ -423,7 +410,7 @@ def make_program(
     Args:
       config: of a run, validated.
       mesh: of the run's devices, real or described.
-      trained: config with which the teacher was trained; None without a teacher.
+      trained: see `make_objective`.
 
     Raises:
       UserError: the config contradicts itself or does not fit the mesh.
@@ -433,16 +420,15 @@ def make_program(
         sharding.check_divides(mesh, size, config.accumulate_steps)
     objective = make_objective(config, trained)
     schedules, tx = make_schedules(config), make_optimizer(config)
-    over_devices = sharding.batch_sharding(mesh)
+    split = sharding.batch_sharding(mesh)
     batch = {
-        name: jax.ShapeDtypeStruct(
-            (sizes[name], *shape), "uint8", sharding=over_devices
-        )
+        name: jax.ShapeDtypeStruct((sizes[name], *shape), "uint8", sharding=split)
         for name, shape in shapes.items()
     }
     init = make_init(objective, tx, batch, config.optim.spike_window)
     state, decisions = abstract_state(init), sharding.decide(init, mesh)
-    teacher = objective.teacher
+    shardings, teacher = sharding.as_tree(decisions, state), objective.teacher
+    guard, steps = make_spike_guard(config), config.accumulate_steps
     return Program(
         config=config,
         mesh=mesh,
@@ -454,14 +440,7 @@ def make_program(
         batch=batch,
         frozen=teacher and _abstract_params(teacher, shapes[MAIN_STREAM], mesh),
         init=init,
-        state=_with_shardings(state, sharding.as_tree(decisions, state)),
+        state=jax.tree.map(lambda x, s: x.update(sharding=s), state, shardings),
         decisions=decisions,
-        train_step=make_train_step(
-            objective,
-            tx,
-            schedules,
-            config.seed,
-            config.accumulate_steps,
-            make_spike_guard(config),
-        ),
+        train_step=make_train_step(objective, tx, schedules, config.seed, steps, guard),
     )

@@ -15,12 +15,6 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-_BYTES = {
-    **dict.fromkeys(("pred", "s8", "u8"), 1),
-    **dict.fromkeys(("s16", "u16", "bf16", "f16"), 2),
-    **dict.fromkeys(("s32", "u32", "f32"), 4),
-    **dict.fromkeys(("s64", "u64", "f64"), 8),
-}
 _SHAPE = re.compile(r"\b(pred|bf16|[suf]\d+|f8\w+)\[([\d,]*)\]")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
 _CALLED = re.compile(r"(?:calls|to_apply)=%?([\w.\-]+)")
@@ -29,15 +23,8 @@ _INDEX = r"index=(\d+)"
 _DOT_AXES = r"lhs_contracting_dims=\{([\d,]*)\}"
 _CUBLAS_AXES = r'"lhs_contracting_dimensions":\[([^\]]*)\]'
 _COLLECTIVES = (
-    "all-gather",
-    "all-reduce",
-    "reduce-scatter",
-    "collective-permute",
-    "all-to-all",
-    "ragged-all-to-all",
-    "collective-broadcast",
-    "send",
-    "recv",
+    *("all-gather", "all-reduce", "reduce-scatter", "collective-permute"),
+    *("all-to-all", "ragged-all-to-all", "collective-broadcast", "send", "recv"),
 )
 _COPIES = ("copy", "copy-start", "copy-done", "bitcast", "opt-barrier")
 
@@ -52,7 +39,9 @@ class Shape:
     @property
     def bytes(self) -> int:
         """Size without padding."""
-        return _BYTES.get(self.dtype, 1) * math.prod(self.dims)
+        bits = re.search(r"\d+", self.dtype)  # none in `pred`
+        size = max(int(bits.group()) // 8, 1) if bits else 1
+        return size * math.prod(self.dims)
 
 
 @dataclasses.dataclass
@@ -148,9 +137,6 @@ Computations = Mapping[str, Computation]
 Loops = Mapping[str, tuple[Instruction, str]]
 
 
-# ----------------------------------------------------------------------------- reading
-
-
 def _split_type(text: str) -> tuple[str, str]:
     if not text.startswith("("):
         kind, _, rest = text.partition(" ")
@@ -192,9 +178,6 @@ def _parse(text: str) -> tuple[dict[str, Computation], str]:
         elif last is not None:  # a kernel's metadata may contain line breaks
             last.rest += line
     return computations, entry
-
-
-# ------------------------------------------------------------------------------- loops
 
 
 def _constant(instruction: Instruction | None) -> int | None:
@@ -322,11 +305,10 @@ def _executions(
     return counts, hosts, tuple(unknown)
 
 
-# ----------------------------------------------------------------------------- matmuls
-
-
-def _taps(out: int, size: int, stride: int, low: int, dilate: int, by: int, has: int):
-    """Count the pairs of output and window index that meet an input element."""
+def _taps(
+    out: int, has: int, size: int, stride: int, low: int, dilate: int, by: int
+) -> int:
+    """Count the pairs of output and window index that meet one of `has` inputs."""
     indices = np.arange(out)[:, None] * stride + np.arange(size)[None] * by - low
     is_real = (indices >= 0) & (indices % dilate == 0) & (indices // dilate < has)
     return int(is_real.sum())
@@ -346,21 +328,18 @@ def _convolution_flops(instruction: Instruction, left: Shape, right: Shape) -> f
         texts = found.group(1).split("x") if found else [default] * len(spatial)
         return [int(text.split("_")[0]) for text in texts]  # of LOW_HIGH the first
 
-    sizes, strides, low = field("size", "1"), field("stride", "1"), field("pad", "0_0")
-    dilates, by = field("lhs_dilate", "1"), field("rhs_dilate", "1")
     flops = 2.0 * math.prod(out) * right.dims[rhs.index("i")]
-    for axis, digit in enumerate(spatial):
+    for digit, *fields in zip(
+        spatial,
+        field("size", "1"),
+        field("stride", "1"),
+        field("pad", "0_0"),
+        field("lhs_dilate", "1"),
+        field("rhs_dilate", "1"),
+        strict=True,
+    ):
         size = out[result.index(digit)]
-        taps = _taps(
-            size,
-            sizes[axis],
-            strides[axis],
-            low[axis],
-            dilates[axis],
-            by[axis],
-            left.dims[lhs.index(digit)],
-        )
-        flops *= taps / size
+        flops *= _taps(size, left.dims[lhs.index(digit)], *fields) / size
     return flops
 
 
@@ -379,8 +358,8 @@ def _attention_flops(instruction: Instruction, operands: list[Shape]) -> float |
     """
     named = f"{instruction.name} {instruction.op_name} {instruction.rest[-4000:]}"
     is_attention = re.search(r"splash|flash_attention|mha|attention", named)
-    arrays = [s for s in operands if s.dtype in ("bf16", "f16", "f32")]
-    arrays = [s for s in arrays if len(s.dims) >= 3]
+    floats = ("bf16", "f16", "f32")
+    arrays = [s for s in operands if s.dtype in floats and len(s.dims) >= 3]
     if not is_attention or len(arrays) < 2:
         return None
     q, k = arrays[:2]
@@ -416,9 +395,6 @@ def _matmuls(computation: Computation) -> Iterator[tuple[Instruction, float, boo
             elif target == "tpu_custom_call" or "fmha" in target:
                 known = _attention_flops(instruction, operands)
                 yield instruction, math.nan if known is None else known, True
-
-
-# ------------------------------------------------------------------------- collectives
 
 
 def _source(name: str, computation: Computation) -> Instruction:

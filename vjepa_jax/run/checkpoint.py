@@ -1,7 +1,7 @@
-"""Checkpoints, saved and restored; the only file that imports Orbax.
+"""Save and restore checkpoints. Only this file imports Orbax.
 
 A step is a folder `<workdir>/checkpoints/<step>` with four items, so that each reader
-takes only what it needs:
+reads only what it needs:
 
     state    step, params, opt_state, guard   what training needs
     target   averaged or frozen parameters    what evaluations need
@@ -9,13 +9,14 @@ takes only what it needs:
     meta     JSON                             config, description of the model, versions
 
 `target` is absent where the objective has none; converted weights have no `data`. Orbax
-writes a step under a temporary name and renames it when all items are complete: what a
-killed process leaves behind never counts as a checkpoint.
+writes a step under a temporary name and renames it when all items are complete: an
+interrupted save never counts as a checkpoint.
 """
 
 import contextlib
 import json
 import logging
+from collections.abc import Iterator
 from importlib import metadata
 from typing import Any
 
@@ -30,14 +31,14 @@ from vjepa_jax.base import files
 from vjepa_jax.base.errors import UserError
 
 FOLDER = "checkpoints"
-# To be raised when a reader of the old layout would misread the new one.
+# Raise it when a reader of the old layout would misread the new one.
 FORMAT_VERSION = 1
 _STATE_FIELDS = ("step", "params", "opt_state", "guard")
 _MAX_LISTED = 10
 
 
 def absolute(path: str) -> epath.Path:
-    """Return a path as Orbax takes it."""
+    """Return a path in the form that Orbax needs."""
     return epath.Path(files.absolute(path))
 
 
@@ -65,8 +66,8 @@ def _meta_args(meta: dict[str, Any]) -> ocp.args.JsonSave:
 
 
 def _json_args(values: dict[str, Any]) -> ocp.args.JsonSave:
-    # Orbax serialises JSON in the background: a copy made here cannot change
-    # meanwhile, and what is not JSON raises in the caller's stack.
+    # Orbax serialises JSON in the background. A copy cannot change meanwhile, and
+    # values that are not JSON raise an error here.
     return ocp.args.JsonSave(json.loads(json.dumps(values)))
 
 
@@ -75,17 +76,18 @@ class Saved:
 
     Attributes:
       step: its number.
-      folder: where it is.
-      meta: description of the run, with the `step`.
+      folder: of the step.
+      meta: description of the run, and the `step`.
       stored: {field: tree of array metadata}; fields are `target` and those of `state`.
-      has_data: whether a training run saved it, and not a conversion.
+      has_data: True if a training run saved it, False for converted weights.
     """
 
     def __init__(self, manager: ocp.CheckpointManager, step: int | None = None):
         """Read the metadata of a step, by default of the latest.
 
         Raises:
-          UserError: no such step, not written by vjepa_jax, or by a newer release.
+          UserError: the step does not exist, or vjepa_jax of this version cannot read
+            it.
         """
         steps = sorted(manager.all_steps())
         if not steps:
@@ -142,7 +144,7 @@ class Saved:
         """Restore fields without knowing the model.
 
         Returns:
-          {field: nested dictionaries of arrays in the dtypes saved, each array whole on
+          {field: nested dictionaries of arrays in the saved dtypes, each complete on
           the first device of this process}; fields that were not saved are absent.
         """
         sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -169,19 +171,19 @@ def require_fit(folder: Any, *, stored: Any, wanted: Any) -> None:
     """Compare names, shapes and dtypes of two trees of arrays, or of their metadata.
 
     Args:
-      folder: where the checkpoint is, for the message.
-      stored: tree of what the checkpoint holds.
-      wanted: tree of what the model has.
+      folder: of the checkpoint, for the message.
+      stored: tree of the checkpoint.
+      wanted: tree of the model.
 
     Raises:
       UserError: they differ; up to 10 differences are listed.
     """
-    stored, wanted = _types(stored), _types(wanted)
+    old, new = _types(stored), _types(wanted)
     differing = [
-        f"{name}: in checkpoint {stored.get(name, 'missing')}, "
-        f"in model {wanted.get(name, 'missing')}"
-        for name in sorted(stored.keys() | wanted.keys())
-        if stored.get(name) != wanted.get(name)
+        f"{name}: in checkpoint {old.get(name, 'missing')}, "
+        f"in model {new.get(name, 'missing')}"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name)
     ]
     if not differing:
         return
@@ -214,20 +216,19 @@ class Checkpointer:
 
     Saving is asynchronous: `save` returns when the arrays are copied to the host, so
     the next step may donate them. Files are written in the background; leaving the
-    context waits for them. On several hosts every process calls every method, with the
-    same step; an error that leaves the context is not kept waiting.
+    context without an error waits for them. Every process calls every method, with the
+    same step.
     """
 
     def __init__(self, workdir: str, *, every_steps: int, keep: int):
-        """Opens `<workdir>/checkpoints`, making it where it is missing.
+        """Open `<workdir>/checkpoints`; make it if it is missing.
 
         Leftovers of interrupted saves are removed, hence one run per workdir.
 
         Args:
           workdir: folder of the run, local or remote (`gs://`).
-          every_steps: steps between two checkpoints, at least 1. Step 0 is a multiple,
-            so a full disk or a missing permission shows at the start of a run.
-          keep: number of checkpoints that are kept, the latest ones, at least 1.
+          every_steps: steps between two checkpoints, at least 1.
+          keep: number of latest checkpoints to keep, at least 1.
         """
         self._folder = absolute(workdir) / FOLDER
         options = ocp.CheckpointManagerOptions(
@@ -243,13 +244,13 @@ class Checkpointer:
     def __enter__(self) -> "Checkpointer":
         return self
 
-    def __exit__(self, kind, *_) -> None:
-        # Completing a save needs all processes, and those that failed are no help.
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # A save needs all processes to complete, and some may have failed.
         if kind is None or jax.process_count() == 1:
             self.close()
 
     def latest_step(self) -> int | None:
-        """The newest complete checkpoint's step; None in a new workdir."""
+        """Return the step of the latest complete checkpoint; None in a new workdir."""
         return self._manager.latest_step()
 
     def should_save(self, step: int) -> bool:
@@ -264,29 +265,28 @@ class Checkpointer:
         meta: dict[str, Any],
         force: bool = False,
     ) -> bool:
-        """Saves if a checkpoint is due; waits for the previous save first.
+        """Save if a checkpoint is due; wait for the previous save first.
 
         Args:
           step: number of finished updates.
-          state: TrainState: step, params, target, opt_state and guard. Its arrays may
-            be donated as soon as this returns.
+          state: TrainState: step, params, target, opt_state and guard.
           data: JSON-like position of the data stream, `{"step", "fingerprint"}`.
           meta: JSON-like description of the run (config, model). The keys
             `format_version` and `versions` are added here.
-          force: save though none is due, as at the end of a run.
+          force: save although none is due, as at the end of a run.
 
         Returns:
-          Whether a save was started; False where `step` is already saved.
+          Whether a save was started; False if `step` is already saved.
 
         Raises:
-          TypeError: `data` or `meta` holds something that JSON cannot.
+          TypeError: `data` or `meta` contains a value that is not JSON.
           Exception: an earlier save failed in the background.
         """
         if step in self._manager.all_steps():
             return False
         if not force and not self.should_save(step):
             return False
-        items = {
+        items: dict[str, ocp.args.CheckpointArgs] = {
             "state": ocp.args.StandardSave(
                 {name: getattr(state, name) for name in _STATE_FIELDS}
             ),
@@ -302,25 +302,24 @@ class Checkpointer:
     def restore(
         self, step: int, abstract_state: Any
     ) -> tuple[Any, dict[str, Any], dict[str, Any]]:
-        """Restores every item of one step, bit for bit.
+        """Restore every item of one step, bit for bit.
 
         Args:
           step: a saved step, as from `latest_step`.
-          abstract_state: TrainState of `jax.ShapeDtypeStruct` with shardings; they may
-            differ from those of the run that saved (other mesh, other device count).
+          abstract_state: TrainState of `jax.ShapeDtypeStruct` with shardings.
 
         Returns:
-          (state, data, meta): the TrainState with the shardings asked for, and the two
+          (state, data, meta): the TrainState with these shardings, and the two
           dictionaries given to `save`.
 
         Raises:
-          UserError: no such step; written by a newer release; or names, shapes or
-            dtypes differ from the model's (up to 10 of them are listed).
+          UserError: see `Saved` and `Saved.restore`; or the step is not of a training
+            run.
         """
         saved = Saved(self._manager, step)
         if not saved.has_data:
             raise UserError(
-                f"{saved.folder} holds converted weights and not a training run: start "
+                f"{saved.folder} contains converted weights, not a training run: start "
                 "from it with config.init.path, in another --workdir"
             )
         fields = {name: getattr(abstract_state, name) for name in _STATE_FIELDS}
@@ -331,24 +330,24 @@ class Checkpointer:
         return state, self._manager.restore(step, args=args)["data"], saved.meta
 
     def check_errors(self) -> None:
-        """Raises the error of a background save, if one failed; never waits."""
+        """Raise the error of a background save, if one failed; never wait."""
         # Orbax's `check_for_errors` finds nothing once the save has ended, since the
-        # manager's own thread has taken the error by then (0.12.8).
+        # manager's own thread has consumed the error by then (0.12.8).
         if not self._manager.is_saving_in_progress():
             self.wait()
 
     def wait(self) -> None:
-        """Waits until the running save is on disk; raises its error."""
+        """Wait until the running save is on disk; raise its error."""
         with self._naming_the_folder():
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits for the running save, then frees threads and files."""
+        """Wait for the running save, then free threads and files."""
         with self._naming_the_folder():
             self._manager.close()
 
     @contextlib.contextmanager
-    def _naming_the_folder(self):
+    def _naming_the_folder(self) -> Iterator[None]:
         try:
             yield
         except Exception as error:
@@ -360,11 +359,11 @@ class Checkpointer:
 
 
 class _Manager(ocp.CheckpointManager):
-    """Does not ask for preemptions: the run does, and saves by force."""
+    """A manager that does not detect preemptions: the run does, and forces a save."""
 
     def reached_preemption(self, step: int) -> bool:
-        # Orbax would ask again from a thread, about a step that is over, and jax's
-        # service forgets that this process is further.
+        # Orbax would query jax's service again from a thread, for a step that is over,
+        # and the service would lose the later step of this process.
         return False
 
 
@@ -373,10 +372,10 @@ def open_saved(path: str, step: int | None = None) -> Saved:
 
     Args:
       path: local or remote folder.
-      step: a saved step; None takes the latest.
+      step: a saved step; None: the latest.
 
     Raises:
-      UserError: no such folder or step, or not a checkpoint of this release.
+      UserError: the folder does not exist; or see `Saved`.
     """
     folder = absolute(path)
     if not folder.is_dir():
@@ -392,7 +391,7 @@ def open_saved(path: str, step: int | None = None) -> Saved:
 
 
 def restore_target(path: str, step: int | None = None) -> tuple[Any, dict[str, Any]]:
-    """Restore what evaluations read: the target encoder, unless `meta` names another.
+    """Restore the parameters for evaluations: the target, unless `meta` names others.
 
     Args:
       path, step: see `open_saved`.
@@ -401,7 +400,7 @@ def restore_target(path: str, step: int | None = None) -> tuple[Any, dict[str, A
       (params, meta): see `Saved.restore_here`, and the run's description.
 
     Raises:
-      UserError: see `open_saved`; or the checkpoint does not contain it.
+      UserError: see `open_saved`; or the checkpoint does not contain them.
     """
     saved = open_saved(path, step)
     item = saved.meta.get("probe_item", "target")
@@ -416,15 +415,17 @@ def restore_target(path: str, step: int | None = None) -> tuple[Any, dict[str, A
     return found[item], saved.meta
 
 
-def restore_models(path: str, step: int | None = None) -> tuple[dict, dict[str, Any]]:
+def restore_models(
+    path: str, step: int | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Restore the parameters of all modules.
 
     Args:
       path, step: see `open_saved`.
 
     Returns:
-      ({"encoder", "predictor", "target"}, meta); without the first two where the
-      checkpoint has none (a converted encoder).
+      ({"encoder", "predictor", "target"}, meta); a converted encoder has only the
+      target.
 
     Raises:
       UserError: see `open_saved`.
@@ -437,16 +438,16 @@ def restore_models(path: str, step: int | None = None) -> tuple[dict, dict[str, 
 def restore_start(
     path: str, abstract_state: Any, keep_moments: bool
 ) -> tuple[int, dict[str, Any]]:
-    """Restore what a new run takes over from the latest checkpoint of another.
+    """Restore the initial state of a new run from the latest checkpoint of another.
 
     Args:
       path: see `open_saved`.
       abstract_state: TrainState of `jax.ShapeDtypeStruct` with shardings.
-      keep_moments: whether the optimiser's state is taken over, too.
+      keep_moments: restore the optimiser's state, too.
 
     Returns:
-      (step, fields): that checkpoint's step, and the TrainState's fields `params`,
-      `target` and, with `keep_moments`, `opt_state`.
+      (step, fields): of the checkpoint; the TrainState's `params`, `target` and, with
+      `keep_moments`, `opt_state`.
 
     Raises:
       UserError: see `open_saved` and `Saved.restore`; or there are no moments.
@@ -470,21 +471,21 @@ def save_converted(
     params: dict[str, Any] | None,
     meta: dict[str, Any],
 ) -> None:
-    """Write weights that were not trained here as a checkpoint of step 0.
+    """Write converted weights as a checkpoint of step 0.
 
     Args:
-      path: folder to be made, as a workdir; it must not hold checkpoints.
+      path: folder to be made, as a workdir.
       target: the target encoder's parameters.
-      params: `{"encoder", "predictor"}`; None to store the target alone.
+      params: `{"encoder", "predictor"}`; None: store the target only.
       meta: as for `Checkpointer.save`.
 
     Raises:
-      UserError: there are checkpoints in `path`.
+      UserError: `path` contains checkpoints.
     """
     folder = absolute(path) / FOLDER
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty: give another folder")
-    items = {
+    items: dict[str, ocp.args.CheckpointArgs] = {
         "target": ocp.args.StandardSave(target),
         "meta": _meta_args(meta),
     }
@@ -496,10 +497,7 @@ def save_converted(
 
 
 def quiet_orbax() -> None:
-    """Drop Orbax's progress messages (tens of lines a save); warnings stay.
-
-    For entry points: it filters the process's absl logger.
-    """
+    """Drop Orbax's progress messages, but not its warnings, from absl's log."""
     logger = logging.getLogger("absl")
     if _is_wanted not in logger.filters:
         logger.addFilter(_is_wanted)

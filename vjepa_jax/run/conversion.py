@@ -1,4 +1,4 @@
-"""Conversion of weights: official or Hugging Face files -> checkpoint, and back.
+"""Convert weights: official or Hugging Face files to a checkpoint, and back.
 
 Every array of a file is used, or listed with the reason why not; otherwise nothing is
 written.
@@ -27,21 +27,21 @@ from vjepa_jax.run import checkpoint
 from vjepa_jax.weights import files, huggingface, official, rules
 
 _NO_HINTS = official.Hints()
-# The keys of the encoders in the official file of a run of ours, which has both.
+# The keys of the encoders in an official file made from a training run.
 _KEYS_OF_A_RUN = {"target": "target_encoder", "all": ("encoder", "target_encoder")}
 
 
 @dataclasses.dataclass
 class Converted:
-    """Weights in our form, as `checkpoint.save_converted` takes them.
+    """Converted weights, see `checkpoint.save_converted`.
 
     Attributes:
       target: parameters of the target encoder. Without an encoder: parameters of the
         probes, {"0": ..., "1": ...}, or of the action-conditioned predictor.
-      params: those of {"encoder", "predictor", "classifier"} that the file has besides.
-      meta: `kind`, `family`, `config` and `video_shape` as a run has them, and the
-        fields of modules that the config does not describe.
-      ignored: names that are not used, with the reason.
+      params: those of {"encoder", "predictor", "classifier"} in the file; None: none.
+      meta: `kind`, `family`, `config` and `video_shape` as of a run, and the fields of
+        modules that the config does not describe.
+      ignored: {unused name: reason}.
     """
 
     target: Any
@@ -50,7 +50,7 @@ class Converted:
     ignored: dict[str, str]
 
     def summary(self) -> str:
-        """Return the models with their sizes, and the names that are not used."""
+        """Return the models with their sizes, and the unused names, as text."""
         lines = [f"{self.meta['kind']}, no encoder"]
         if "config" in self.meta:
             size = self.meta["config"]["model"]["encoder"]["size"]
@@ -66,7 +66,7 @@ class Converted:
 
 
 def _shapes(init: Callable[[jax.Array], Any]) -> Any:
-    """Return the shapes of the parameters that `init(key)` makes."""
+    """Return the shapes of the parameters of `init(key)`."""
     return nn.unbox(jax.eval_shape(init, jax.random.key(0)))
 
 
@@ -94,7 +94,8 @@ def _import_classifiers(
     model = AttentiveClassifier(**fields)
     width = states[0]["pooler.query_tokens"].shape[-1]
     shapes = _shapes(lambda key: model.init(key, jnp.zeros((1, 1, width)))["params"])
-    params, ignored = {}, {}
+    params: dict[str, Any] = {}
+    ignored: dict[str, str] = {}
     for i, state in enumerate(states):
         params[str(i)], unused = rules.import_state(
             rules.classifier_rules(model), state, shapes, f"probe {i}"
@@ -104,7 +105,11 @@ def _import_classifiers(
 
 
 def import_file(file: files.WeightFile, hints: official.Hints = _NO_HINTS) -> Converted:
-    """Turn what was read from a file into our parameters.
+    """Convert the content of a file.
+
+    Args:
+      file: see `files.read`.
+      hints: properties that the weights do not show.
 
     Raises:
       UserError: names are missing, unknown or of another shape; or the family or the
@@ -189,18 +194,18 @@ def save(converted: Converted, output: str) -> None:
 
     Args:
       converted: the weights.
-      output: folder to be made, which then is a workdir with a checkpoint of step 0.
+      output: folder to be made, as a workdir with a checkpoint of step 0.
 
     Raises:
       UserError: `output` exists.
     """
 
-    def write(place: pathlib.Path | str) -> None:
+    def write(folder: pathlib.Path | str) -> None:
         checkpoint.save_converted(
-            str(place), converted.target, converted.params, converted.meta
+            str(folder), converted.target, converted.params, converted.meta
         )
 
-    if is_remote(output):  # buckets rename nothing; Orbax commits a step or leaves none
+    if is_remote(output):  # a store cannot rename; Orbax commits a step or none
         write(output)
     else:
         files.write_complete(output, write)
@@ -212,13 +217,12 @@ def convert(
     """Convert a file of official or Hugging Face weights to a checkpoint.
 
     Args:
-      source: see `files.read`.
+      source, key: see `files.read`.
       output: see `save`.
-      hints: what the weights do not show.
-      key: see `files.read`.
+      hints: see `import_file`.
 
     Raises:
-      UserError: something that the user can fix; nothing is written.
+      UserError: see these functions; nothing is written.
     """
     files.require_free(output)
     converted = import_file(files.read(source, key), hints)
@@ -228,7 +232,8 @@ def convert(
 
 
 def _add_position_tables(parts: dict[str, Any], encoder: VideoEncoder) -> None:
-    """Add the fixed tables that V-JEPA's files hold."""
+    """Add the fixed position tables of V-JEPA's files."""
+    assert encoder.base_grid is not None  # V-JEPA's positions are of a fixed grid
     for part, state in parts.items():
         norm, name = "norm.weight", "pos_embed"
         if part == "predictor":
@@ -246,7 +251,7 @@ def export_parts(models: dict[str, Any], meta: dict[str, Any]) -> dict[str, Any]
       meta: of the checkpoint.
 
     Raises:
-      UserError: no official code computes this model.
+      UserError: no official code has this model.
     """
     parts: dict[str, Any] = {}
     if "classifier" in meta:
@@ -291,10 +296,10 @@ def export_official(source: str, output: str, step: int | None = None) -> None:
     Args:
       source: workdir of a run, or folder of a conversion.
       output: file to be made.
-      step: a saved step; None takes the latest.
+      step: a saved step; None: the latest.
 
     Raises:
-      UserError: something that the user can fix; nothing is written.
+      UserError: the checkpoint cannot be read or exported; nothing is written.
     """
     files.require_free(output)
     models, meta = checkpoint.restore_models(source, step)
@@ -304,14 +309,14 @@ def export_official(source: str, output: str, step: int | None = None) -> None:
 
 
 def export_huggingface(source: str, output: str, step: int | None = None) -> None:
-    """Write a checkpoint as a folder that transformers' VJEPA2 loads.
+    """Write a checkpoint as a folder for VJEPA2 of transformers.
 
     Args:
       source, step: see `export_official`.
       output: folder to be made.
 
     Raises:
-      UserError: the checkpoint is not of V-JEPA 2; nothing is written.
+      UserError: see `export_official`; or the model is not V-JEPA 2.
     """
     files.require_free(output)
     models, meta = checkpoint.restore_models(source, step)

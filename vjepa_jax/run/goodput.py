@@ -1,4 +1,4 @@
-"""Where the wall time of a run goes, over all its restarts."""
+"""Account for the wall time of a run, over all its restarts."""
 
 import contextlib
 import math
@@ -9,31 +9,31 @@ import jax
 
 PREFIX = "goodput/"
 WALL_SECONDS = "perf/wall_seconds"
-# `lost` is the time of steps that had to be done again after a restart.
+# `lost` is the time of steps that a restart had to repeat.
 PARTS = ("startup", "compile", "data", "step", "checkpoint", "evaluation", "lost")
 
 
 class TimeAccount:
-    """Books wall time on `PARTS`; what is booked on none of them counts as `other`.
+    """Measures how the wall time is spent on `PARTS`; the rest counts as `other`.
 
-    Steps run asynchronously: their time shows where the host waits for their results,
-    so measure that wait as `step` too.
+    Steps run asynchronously: the host spends their time where it waits for results, so
+    measure that wait as `step`, too.
 
     Attributes:
-      seconds: booked so far, by part.
+      seconds: {part: measured so far}.
     """
 
-    def __init__(self):
-        """Starts to count."""
+    def __init__(self) -> None:
+        """Start to count."""
         self._began = time.perf_counter()
-        self._earlier_seconds = self._booked_earlier = 0.0
+        self._earlier_seconds = self._measured_earlier = 0.0
         self.seconds = dict.fromkeys(PARTS, 0.0)
 
     @contextlib.contextmanager
     def measure(self, part: str) -> Iterator[None]:
-        """Adds the time spent inside to one of `PARTS`; do not nest.
+        """Add the time spent inside to one of `PARTS`; do not nest.
 
-        A profile shows it under the same name.
+        A profile shows it by the same name.
         """
         start = time.perf_counter()
         try:
@@ -43,16 +43,16 @@ class TimeAccount:
             self.seconds[part] += time.perf_counter() - start
 
     def end_startup(self) -> None:
-        """Books all that was not booked since this start as start-up."""
-        booked = sum(self.seconds.values()) - self._booked_earlier
-        self.seconds["startup"] += time.perf_counter() - self._began - booked
+        """Count the time since this start that was not measured as start-up."""
+        measured = sum(self.seconds.values()) - self._measured_earlier
+        self.seconds["startup"] += time.perf_counter() - self._began - measured
 
     def add_earlier(self, rows: Sequence[Mapping[str, float]], start_step: int) -> None:
-        """Adds what the run took before it was interrupted.
+        """Add the time of the run before it was interrupted.
 
         Args:
-          rows: its metrics, in the order written. Of these, what came after the last
-            row up to `start_step` is lost.
+          rows: its metrics, in the order written. The time after the last row up to
+            `start_step` is lost.
           start_step: of the checkpoint from which the run continues.
         """
         if not rows:
@@ -62,26 +62,23 @@ class TimeAccount:
         earlier = {k: kept_seconds * kept.get(PREFIX + k, 0.0) for k in PARTS}
         self._earlier_seconds = rows[-1].get(WALL_SECONDS, 0.0)
         earlier["lost"] += self._earlier_seconds - kept_seconds
-        self._booked_earlier = sum(earlier.values())
+        self._measured_earlier = sum(earlier.values())
         for part, secs in earlier.items():
             self.seconds[part] += secs
 
     def total_seconds(self) -> float:
-        """Wall time of the run, earlier parts included."""
+        """Return the wall time of the run, with its earlier parts."""
         return self._earlier_seconds + time.perf_counter() - self._began
 
     def scalars(self) -> dict[str, float]:
-        """Shares of the wall time, `goodput/<part>` and `goodput/other`; its seconds.
-
-        The shares add up to 1.
-        """
+        """Return the shares `goodput/PART`, which add up to 1, and the wall time."""
         total = self.total_seconds()
         shares = {part: seconds / total for part, seconds in self.seconds.items()}
         shares["other"] = max(0.0, 1.0 - sum(shares.values()))
         return {PREFIX + k: v for k, v in shares.items()} | {WALL_SECONDS: total}
 
     def summary(self) -> str:
-        """One line, e.g. `1 h 2 m of wall time: step 91.0%, data 6.0%, other 3.0%`."""
+        """Return e.g. `1 h 2 m of wall time: step 91.0%, data 6.0%, other 3.0%`."""
         shares = {
             name.removeprefix(PREFIX): share
             for name, share in self.scalars().items()
@@ -93,7 +90,7 @@ class TimeAccount:
 
 
 def duration(seconds: float) -> str:
-    """Two leading units, e.g. `3 d 4 h`, `1 m 20 s`."""
+    """Format the two leading units, e.g. `3 d 4 h`, `1 m 20 s`."""
     if not math.isfinite(seconds):
         return "?"
     minutes, seconds = divmod(round(seconds), 60)

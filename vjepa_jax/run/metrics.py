@@ -1,13 +1,13 @@
-"""Numbers of a run: metric files, the console line, and where the time goes.
+"""Metrics of a run: files, console line, speed. Only this file imports TensorBoard.
 
-The only file that knows TensorBoard. A metric's *step* is the number of updates
-finished when it was measured, so that a run resumed from the checkpoint of step k
-repeats the metrics of steps above k and no others.
+A metric's *step* is the number of updates finished when it was measured. A run resumed
+from the checkpoint of step k thus repeats exactly the metrics of steps above k.
 """
 
 import contextlib
 import json
 import math
+import os
 import pathlib
 import resource
 import sys
@@ -30,32 +30,30 @@ TENSORBOARD_FOLDER = "tensorboard"
 class MetricWriter:
     """Writes scalars to JSON lines, TensorBoard and the console; a context manager.
 
-    TensorBoard gets images too.
-
-    Only the main process writes; on the others nothing happens.
+    TensorBoard gets images, too. Only the main process writes.
     """
 
     def __init__(
         self,
-        workdir: str,
+        workdir: str | os.PathLike,
         *,
         total_steps: int,
         start_step: int = 0,
         stream: TextIO | None = None,
     ):
-        """Opens the files in `workdir` and drops what an interrupted run left above.
+        """Open the files.
 
         Args:
-          workdir: local folder of the run; made where it is missing.
-          total_steps: updates of the whole run, for the console line.
-          start_step: updates already finished, the step of the restored checkpoint.
-            Metrics of later steps are dropped, since they are measured again.
-          stream: where the console line goes; None is the standard error output.
+          workdir: local folder of the run, made if it is missing.
+          total_steps: updates of the run, for the console line.
+          start_step: updates already finished. Metrics of later steps, from before an
+            interruption, are removed, since they are measured again.
+          stream: for the console line; None: the standard error output.
         """
         self._is_main = distributed.is_main()
         if not self._is_main:
             return
-        import tensorboardX  # here, since it imports PyTorch where that is installed
+        import tensorboardX  # only here, since it imports PyTorch if that is installed
 
         folder = pathlib.Path(workdir)
         folder.mkdir(parents=True, exist_ok=True)
@@ -72,19 +70,19 @@ class MetricWriter:
     def __enter__(self) -> "MetricWriter":
         return self
 
-    def __exit__(self, *exc_info) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def write(
         self, step: int, scalars: Mapping[str, float], lines: Sequence[str] = ()
     ) -> None:
-        """Writes the scalars measured at `step`.
+        """Write the scalars measured at a step.
 
         Args:
           step: number of finished updates.
-          scalars: name to number (or array of one element). JSON has no NaN and no
-            infinity: both are written as null, under their names.
-          lines: what the console shows, to stay there, instead of the progress.
+          scalars: {name: number or array of one element}. NaN and infinity are written
+            as null, since JSON has neither.
+          lines: printed on the console instead of the progress.
         """
         if not self._is_main:
             return
@@ -95,18 +93,18 @@ class MetricWriter:
         for name, value in values.items():
             self._tensorboard.add_scalar(name, value, step)
         if lines:
-            self._progress.say(lines)
+            self._progress.print_lines(lines)
         else:
             self._progress.show(step, values)
 
     def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
-        """Writes images, uint8 [H, W, 3] by name, to TensorBoard."""
+        """Write images, {name: uint8 [H, W, 3]}, to TensorBoard."""
         if self._is_main:
             for name, pixels in images.items():
                 self._tensorboard.add_image(name, pixels, step, dataformats="HWC")
 
     def close(self) -> None:
-        """Flushes and closes the files, and ends the console line."""
+        """Close the files and end the console line."""
         if not self._is_main:
             return
         self._progress.close()
@@ -114,15 +112,15 @@ class MetricWriter:
         self._file.close()
 
 
-def read_metrics(path: str) -> list[dict[str, float]]:
-    """Reads the metrics of a run, for plots.
+def read_metrics(path: str | os.PathLike) -> list[dict[str, float]]:
+    """Read the metrics of a run.
 
     Args:
       path: a workdir, or its `metrics.jsonl`.
 
     Returns:
-      One dictionary a line, in the order written: `step` (int) and the scalars that
-      were measured then; null is read as NaN. A line cut off by a kill is left out.
+      One dictionary per line, in the order written: `step` (int) and the scalars
+      measured then; null is read as NaN. A line cut off by a kill is skipped.
 
     Raises:
       FileNotFoundError: no such file.
@@ -136,10 +134,10 @@ def read_metrics(path: str) -> list[dict[str, float]]:
 
 def earlier_rows(folder: pathlib.Path) -> list[dict[str, float]]:
     """Return the metrics that a run wrote before it was interrupted."""
-    return read_metrics(str(folder)) if (folder / FILE).exists() else []
+    return read_metrics(folder) if (folder / FILE).exists() else []
 
 
-# What the console line shows, in this order; the time left follows.
+# Metrics on the console line, in this order; the time left follows.
 _SHOWN = {
     "train/loss": "loss {:.4f}",
     "optim/learning_rate": "learning rate {:.2e}",
@@ -149,44 +147,44 @@ _SHOWN = {
 
 
 class ProgressLine:
-    """One line that tells how a run goes.
+    """One line about the progress of a run.
 
-    On a terminal it is rewritten in place; elsewhere each update is a line of its own.
+    On a terminal it is overwritten; elsewhere each update is a new line.
     """
 
     def __init__(self, total_steps: int, stream: TextIO):
-        """Sets the number of updates of the whole run, and where the line goes."""
+        """Show progress towards `total_steps` updates on a stream."""
         self._total_steps = total_steps
         self._stream = stream
         self._in_place = stream.isatty()
         self._width = 0
 
     def show(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Shows the step and those of the scalars that it knows; others are ignored."""
+        """Show the step and the known scalars; others are ignored."""
         line = self.format(step, scalars)
         if self._in_place:
-            # Blanks cover the rest of a longer line shown before.
+            # Blanks overwrite the rest of a longer line.
             self._stream.write("\r" + line.ljust(self._width))
             self._width = len(line)
         else:
             self._stream.write(line + "\n")
         self._stream.flush()
 
-    def say(self, lines: Sequence[str]) -> None:
-        """Leaves the last line standing and writes others below it."""
+    def print_lines(self, lines: Sequence[str]) -> None:
+        """End the current line and print others below it."""
         self.close()
         self._stream.writelines(f"{line}\n" for line in lines)
         self._stream.flush()
 
     def close(self) -> None:
-        """Leaves the last line standing and moves below it."""
+        """End the current line."""
         if self._in_place and self._width:
             self._stream.write("\n")
             self._stream.flush()
         self._width = 0
 
     def format(self, step: int, scalars: Mapping[str, float]) -> str:
-        """The line's text, e.g. `step 20/100  loss 0.4321  left 1 m 20 s`."""
+        """Format the line, e.g. `step 20/100  loss 0.4321  left 1 m 20 s`."""
         parts = [f"step {step}/{self._total_steps}"]
         for name, template in _SHOWN.items():
             if name in scalars:
@@ -197,9 +195,9 @@ class ProgressLine:
 
 
 class StepClock:
-    """Accounts for the wall time between two log steps.
+    """Measures speed and shares of the wall time between two log steps.
 
-    The loop wraps its parts in `measure`; what it does not wrap counts as `other`.
+    The loop wraps its parts in `measure`; the rest counts as `other`.
     """
 
     def __init__(
@@ -212,17 +210,15 @@ class StepClock:
         peak_flops: float | None = None,
         account: TimeAccount | None = None,
     ):
-        """Starts the first window.
+        """Start the first window.
 
         Args:
-          total_steps: updates of the whole run.
+          total_steps: updates of the run.
           batch_size: clips per update, over all processes.
           start_step: updates already finished.
-          flops_per_clip: FLOPs of one update per clip, as from
-            `flops.train_step_flops`; None leaves out what depends on it.
-          peak_flops: FLOP/s of all devices of the run together; None, on devices whose
-            peak is not known, leaves out `perf/mfu`.
-          account: in which the time is booked; None: one of its own.
+          flops_per_clip: of one update, see `flops.train_step_flops`; None: unknown.
+          peak_flops: FLOP/s of all devices of the run together; None: unknown.
+          account: measures the time; None: a new one.
         """
         self._account = account or TimeAccount()
         self._total_steps = total_steps
@@ -236,22 +232,22 @@ class StepClock:
 
     def _start_window(self) -> None:
         self._window_start = time.perf_counter()
-        self._booked = dict(self._account.seconds)
+        self._before = dict(self._account.seconds)
 
     def measure(self, part: str) -> contextlib.AbstractContextManager[None]:
-        """Adds the time spent inside to `part`; see `TimeAccount.measure`."""
+        """Add the time spent inside to a part; see `TimeAccount.measure`."""
         return self._account.measure(part)
 
     def window(self, step: int) -> dict[str, float]:
-        """Ends the window at `step` finished updates and starts the next.
+        """End the window at `step` finished updates and start the next.
 
         Returns:
           `perf/steps_per_second`, `perf/clips_per_second`, `perf/seconds_left` (an
-          estimate for the rest of the run); of the window's wall time,
+          estimate for the rest of the run); shares of the window's wall time
           `data/wait_fraction`, `perf/step_fraction`, `perf/checkpoint_fraction`,
-          `perf/evaluation_fraction` and `perf/other_fraction`; with FLOPs known
-          `perf/tflops_per_second` (1e12, of all devices together) and, with the peak
-          known, `perf/mfu` (0 to 1).
+          `perf/evaluation_fraction` and `perf/other_fraction`; with `flops_per_clip`
+          `perf/tflops_per_second` (1e12, all devices together) and, with `peak_flops`,
+          `perf/mfu` (0 to 1).
 
         Raises:
           ValueError: no update was finished in this window.
@@ -261,7 +257,7 @@ class StepClock:
             raise ValueError(f"window ends at {step}, but began at {self._last_step}")
         elapsed = time.perf_counter() - self._window_start
         steps_per_second = num_steps / elapsed
-        spent = {k: v - self._booked[k] for k, v in self._account.seconds.items()}
+        spent = {k: v - self._before[k] for k, v in self._account.seconds.items()}
         scalars = {
             "perf/steps_per_second": steps_per_second,
             "perf/clips_per_second": steps_per_second * self._batch_size,
@@ -282,9 +278,8 @@ class StepClock:
         return scalars
 
     def _estimate_left(self, step: int, seconds_per_step: float) -> float:
-        # The first window holds what is slow at the start, so the second replaces it;
-        # from then on the speed is smoothed, since one slow window says little about
-        # the rest.
+        # The first window contains the slow start, so the second replaces it. From
+        # then on the speed is smoothed, since one slow window predicts little.
         self._num_windows += 1
         weight = 1.0 if self._num_windows <= 2 else 0.3
         previous = 0.0 if weight == 1.0 else self._seconds_per_step
@@ -293,10 +288,10 @@ class StepClock:
 
 
 def bad_video_scalars(step: int, counts: Mapping[str, int]) -> dict[str, int]:
-    """Sum the unreadable videos that all processes know of; every process calls it.
+    """Sum the unreadable videos of all processes; every process calls it.
 
     Args:
-      step: at which they are reported.
+      step: of the log.
       counts: {reason: videos of this process}.
 
     Returns:
@@ -312,11 +307,10 @@ def bad_video_scalars(step: int, counts: Mapping[str, int]) -> dict[str, int]:
 
 
 def memory_scalars() -> dict[str, float]:
-    """Peak memory since the start of this process, in GiB.
+    """Return the peak memory since the start of this process, in GiB.
 
-    Returns:
-      `perf/host_peak_gib` (resident memory of this process without its workers) and,
-      where the back end reports it, `perf/device_peak_gib` (the fullest local device).
+    `perf/host_peak_gib` is resident memory without workers; `perf/device_peak_gib`, of
+    the fullest local device, is absent on devices that do not report it.
     """
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     unit = 1 if sys.platform == "darwin" else 1024
@@ -329,7 +323,7 @@ def memory_scalars() -> dict[str, float]:
 
 
 def _rows(file: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields the complete lines of a metrics file, as text and as dictionaries."""
+    """Yield the complete lines of a metrics file, as text and as dictionaries."""
     with open(file, encoding="utf-8", errors="replace") as lines:
         for line in lines:
             try:
@@ -341,7 +335,7 @@ def _rows(file: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _drop_after(file: pathlib.Path, step: int) -> None:
-    """Removes lines of later steps, and incomplete ones, in one atomic replacement."""
+    """Remove lines of later steps, and incomplete ones, in one atomic replacement."""
     if not file.exists():
         return
     kept = "".join(line for line, row in _rows(file) if row["step"] <= step)

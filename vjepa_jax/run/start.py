@@ -1,4 +1,4 @@
-"""What a run starts from: its teacher, its own checkpoint or another, its program."""
+"""Start a run: load its teacher, restore or initialise its state, compile its step."""
 
 from typing import Any, NamedTuple
 
@@ -13,16 +13,16 @@ from vjepa_jax.program import compilation
 from vjepa_jax.program.build import Program
 from vjepa_jax.run import checkpoint
 
-_SLOW_SECS = 60  # from here on a compilation is worth keeping
+_SLOW_SECS = 60  # a longer compilation is worth keeping
 
 
 class Teacher(NamedTuple):
     """A trained encoder whose features a run predicts; all None without one.
 
     Attributes:
-      config: with which it was trained.
+      config: of its training.
       params: its parameters, on the host.
-      step: of the checkpoint that was read.
+      step: of its checkpoint.
     """
 
     config: ConfigDict | None = None
@@ -42,10 +42,10 @@ def load_teacher(config: ConfigDict) -> Teacher:
     params, meta = checkpoint.restore_target(config.teacher.path, step)
     if "config" not in meta:
         raise UserError(
-            f"config.teacher.path={config.teacher.path} holds no encoder of a run or "
-            "of a conversion: give another"
+            f"config.teacher.path={config.teacher.path} has no encoder of a run or of "
+            "a conversion: give another"
         )
-    # On the host, since a device's arrays do not move to devices of other processes.
+    # On the host, since arrays do not move to devices of other processes.
     return Teacher(saved.restored(meta["config"]), jax.device_get(params), meta["step"])
 
 
@@ -53,7 +53,7 @@ def put_teacher(program: Program, teacher: Teacher) -> tuple[Any, ...]:
     """Put the teacher's parameters on the mesh.
 
     Returns:
-      What the step takes besides state and batch.
+      The arguments of the step after state and batch.
 
     Raises:
       UserError: the parameters do not fit the program.
@@ -69,7 +69,7 @@ def put_teacher(program: Program, teacher: Teacher) -> tuple[Any, ...]:
 def restore_or_init(
     checkpointer: checkpoint.Checkpointer,
     program: Program,
-    fingerprint: dict[str, Any],
+    fingerprint: str,
     teacher_step: int | None,
 ) -> tuple[int, TrainState]:
     """Return the state from which the run continues or starts.
@@ -77,8 +77,8 @@ def restore_or_init(
     Args:
       checkpointer: of the run's workdir.
       program: of the run.
-      fingerprint: of the videos that it reads.
-      teacher_step: of its teacher's checkpoint.
+      fingerprint: of the videos.
+      teacher_step: of the teacher's checkpoint.
 
     Returns:
       (finished steps, state): from the run's own checkpoint, from that of
@@ -94,15 +94,15 @@ def restore_or_init(
             if not config.data.accept_change:
                 raise UserError(
                     "the videos of config.data.path, or their shares in a mixture, "
-                    "differ from those of this run so far: bring them back, give "
+                    "differ from those of this run so far: restore them, give "
                     "another --workdir, or continue with the new ones by "
                     "--config.data.accept_change=True"
                 )
             distributed.print_on_main(f"other videos than before, from step {step} on")
         if meta.get("teacher_step", teacher_step) != teacher_step:
             raise UserError(
-                f"this run learns from step {meta['teacher_step']} of "
-                f"{config.teacher.path}, which is at step {teacher_step} now: set "
+                f"the teacher of this run is step {meta['teacher_step']} of "
+                f"{config.teacher.path}, and now step {teacher_step} was read: set "
                 f"config.teacher.step={meta['teacher_step']}"
             )
         distributed.print_on_main(f"resumed from step {step}")
@@ -125,10 +125,10 @@ def compile_step(program: Program) -> jax.stages.Compiled:
     of_limit = f" of {limit / compilation.GIB:.2f} GiB" if limit else ""
     distributed.print_on_main(
         f"compiled the step in {seconds:.0f} s; "
-        f"it takes {memory or 'unknown'}{of_limit}"
+        f"it needs {memory or 'unknown memory'}{of_limit}"
     )
-    if seconds > _SLOW_SECS and not jax.config.jax_compilation_cache_dir:
+    if seconds > _SLOW_SECS and not jax.config.values["jax_compilation_cache_dir"]:
         distributed.print_on_main(
-            "config.compilation_cache=FOLDER would save that at the next start"
+            "config.compilation_cache=FOLDER saves that time at the next start"
         )
     return step_fn

@@ -1,8 +1,9 @@
-"""What watches a run: for hanging steps, for skipped updates, and by a profile."""
+"""Watch a run: for hanging steps, for skipped updates, with a profiler."""
 
 import contextlib
 import datetime
 import faulthandler
+import os
 import pathlib
 import sys
 import threading
@@ -20,22 +21,26 @@ PROFILE_FOLDER = "profile"
 
 
 class Watchdog:
-    """Dumps the stacks of all threads when no step ends for long; a context manager.
+    """Dumps the stacks of all threads when a step takes too long; a context manager.
 
-    It ends nothing: a file system may recover, and dead processes are found by their
-    heartbeats. The dump is repeated each time the same span has passed again.
+    It repeats the dump after each further timeout. It does not end the run: a file
+    system may recover, and dead processes are found by their heartbeats.
     """
 
     def __init__(
-        self, workdir: str, timeout_secs: float, *, stream: TextIO | None = None
+        self,
+        workdir: str | os.PathLike,
+        timeout_secs: float,
+        *,
+        stream: TextIO | None = None,
     ):
-        """Prepare the file, `stacks_<process>.txt`.
+        """Prepare the dumps.
 
         Args:
-          workdir: folder of the run.
+          workdir: folder of the run, for `stacks_<process>.txt`.
           timeout_secs: longest time without a step; 0 turns the watchdog off.
-          stream: where the stacks are printed, too; it needs a file descriptor. None:
-            the standard error output.
+          stream: prints the stacks, too; it needs a file descriptor. None: the standard
+            error output.
         """
         self._path = pathlib.Path(workdir)
         self._path /= f"stacks_{distributed.process_index()}.txt"
@@ -52,7 +57,7 @@ class Watchdog:
             self._thread.start()
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self._done.set()
         if self._thread.is_alive():
             self._thread.join()
@@ -63,7 +68,7 @@ class Watchdog:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Wait without limit for what is not a step."""
+        """Allow any time for work that is not a step."""
         self._is_paused = True
         try:
             yield
@@ -96,12 +101,12 @@ class Watchdog:
                 print(message, file=file, flush=True)
                 faulthandler.dump_traceback(file)
                 print(file=file)
-        except OSError as error:  # often the reason why the run hangs
+        except OSError as error:  # often what the run hangs on
             print(f"{self._path}: {error}", file=self._stream, flush=True)
 
 
 class SkipWatch:
-    """Reports skipped updates; ends a run that takes none any more."""
+    """Reports skipped updates; ends a run that skips too many in a row."""
 
     def __init__(self, skipped: int, most_in_row: int, checkpointer: Checkpointer):
         """Set the counts.
@@ -109,13 +114,13 @@ class SkipWatch:
         Args:
           skipped: updates skipped before.
           most_in_row: skipped updates in a row that end the run.
-          checkpointer: knows the last saved step.
+          checkpointer: for the last saved step, which the message names.
         """
         self._skipped, self._most_in_row = skipped, most_in_row
         self._checkpointer = checkpointer
 
     def check(self, step: int, values: Mapping[str, Any]) -> None:
-        """Check a step's metrics; those of some earlier steps were never read.
+        """Check a step's metrics; earlier steps may have been left out.
 
         Raises:
           UserError: too many updates in a row were skipped.
@@ -127,7 +132,7 @@ class SkipWatch:
             last = self._checkpointer.latest_step()
             saved = "nothing was saved" if last is None else f"step {last} is saved"
             raise UserError(
-                f"loss or gradient is not finite, or the loss a spike, in {most} "
+                f"loss or gradient is not finite, or the loss is a spike, in {most} "
                 f"steps in a row, up to step {step}; {saved}: "
                 "lower config.optim.learning_rate or clip the gradient "
                 "(config.optim.clip_norm) in a new --workdir"
@@ -143,11 +148,11 @@ class SkipWatch:
 class ProfileWindow:
     """Traces steps on the main process for xprof; a context manager.
 
-    In the trace, steps have their numbers, host work the names of `TimeAccount`, device
-    work the names `target`, `encoder`, `predictor`, `loss`, `optimiser` and `ema`.
+    The trace shows the numbers of steps, the parts of `TimeAccount` for the host, and
+    `target`, `encoder`, `predictor`, `loss`, `optimiser` and `ema` for the device.
     """
 
-    def __init__(self, workdir: str, *, start_step: int, num_steps: int):
+    def __init__(self, workdir: str | os.PathLike, *, start_step: int, num_steps: int):
         """Plan the trace.
 
         Args:
@@ -163,14 +168,14 @@ class ProfileWindow:
     def __enter__(self) -> "ProfileWindow":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stop()
 
     def begin(self, step: int) -> None:
         """Start the trace before its first step."""
         if self._is_wanted and step == self._first:
             options = jax.profiler.ProfileOptions()
-            # Traces of every Python call would hide the rest.
+            # A trace of every Python call would hide the rest.
             options.python_tracer_level = 0
             jax.profiler.start_trace(self._folder, profiler_options=options)
             self._is_tracing = True

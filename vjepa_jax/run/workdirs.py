@@ -1,7 +1,7 @@
-"""The folder of a run and its files beside the checkpoints.
+"""The folder of a run and its files, except checkpoints.
 
-It may be remote (gs://). Metrics, lists of bad videos and traces grow during a run, and
-objects of a store cannot: they are written to a local folder and copied.
+It may be remote (gs://). Files that grow during a run (metrics, lists of bad videos,
+traces) are then written to a local folder and copied, since a store cannot append.
 """
 
 import contextlib
@@ -37,8 +37,8 @@ _PER_HOST = (".path", "data.num_workers", "data.prefetch_megabytes")
 _EVERY_SECS = 60.0
 
 
-def check(config: ConfigDict, workdir: str) -> None:
-    """Raise UserError if the workdir is not a folder or holds another config's run."""
+def require_no_other_run(config: ConfigDict, workdir: str) -> None:
+    """Raise UserError if the workdir has a run of another config, or is no folder."""
     path = _path(workdir) / CONFIG_FILE
     if not path.exists():
         if path.parent.exists() and not path.parent.is_dir():
@@ -53,13 +53,13 @@ def check(config: ConfigDict, workdir: str) -> None:
     changed = saved.differences(old, config.to_dict())
     if changed:
         raise UserError(
-            f"{workdir} holds a run of another config ({'; '.join(changed)}): give "
+            f"{workdir} has a run of another config ({'; '.join(changed)}): give "
             "another --workdir, or the values of that run"
         )
 
 
 def claim(config: ConfigDict, workdir: str) -> None:
-    """Write `config.json` atomically: the workdir is that config's from now on."""
+    """Write `config.json`: from now on the workdir belongs to this config."""
     if distributed.is_main():
         path = _path(workdir) / CONFIG_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -70,12 +70,11 @@ def require_same_config(config: ConfigDict) -> None:
     """Raise UserError if this process's config differs from that of process 0."""
     mine = json.dumps(config.to_dict())
     theirs = distributed.from_main("config", mine, distributed.WAIT_SECS)
-    mine, theirs = (flatten(json.loads(text)) for text in (mine, theirs))
+    here, main = (flatten(json.loads(text)) for text in (mine, theirs))
     changed = [
-        f"{key}: {theirs.get(key, 'absent')} on process 0, "
-        f"{mine.get(key, 'absent')} here"
-        for key in sorted(mine.keys() | theirs.keys())
-        if mine.get(key) != theirs.get(key) and not key.endswith(_PER_HOST)
+        f"{key}: {main.get(key, 'absent')} on process 0, {here.get(key, 'absent')} here"
+        for key in sorted(here.keys() | main.keys())
+        if here.get(key) != main.get(key) and not key.endswith(_PER_HOST)
     ]
     if changed:
         raise UserError(
@@ -101,7 +100,7 @@ def _versions() -> Iterator[tuple[str, str]]:
     for package in _PACKAGES:
         try:
             yield package, metadata.version(package)
-        except metadata.PackageNotFoundError:  # such as a folder that is on the path
+        except metadata.PackageNotFoundError:  # a folder on the path, not installed
             continue
 
 
@@ -115,19 +114,14 @@ def _processor() -> str:
 
 
 def log_start(folder: pathlib.Path, step: int) -> None:
-    """Append a line to `starts.jsonl`.
-
-    Args:
-      folder: of the run.
-      step: number of updates finished before this start.
-    """
+    """Append a line to `starts.jsonl`: time, machine, `step` finished updates."""
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     with open(folder / STARTS_FILE, "a", encoding="utf-8") as file:
         file.write(json.dumps({"step": step, "time": now} | environment()) + "\n")
 
 
 def write_shardings(folder: pathlib.Path, decisions: Iterable[Decision]) -> None:
-    """Write `shardings.txt`, one line per array of the state; log it at verbosity 1."""
+    """Write `shardings.txt`, a line per array of the state; log it at verbosity 1."""
     lines = [str(decision) for decision in decisions]
     for line in lines:
         logging.vlog(1, line)
@@ -138,9 +132,9 @@ def write_shardings(folder: pathlib.Path, decisions: Iterable[Decision]) -> None
 class LocalFiles:
     """The local folder of a workdir; a context manager.
 
-    A local workdir is used as it is. From a remote one, the files whose names match
-    `fetched` are copied to a temporary folder. Changed files are copied back: once a
-    minute in a thread, at `copy_back`, and at the end.
+    A local workdir is used directly. For a remote one it is a temporary folder: changed
+    files are copied to the workdir once a minute in a thread, at `copy_back`, and at
+    the end.
 
     Attributes:
       folder: the local folder, which exists.
@@ -151,7 +145,8 @@ class LocalFiles:
 
         Args:
           workdir: local folder, or one of a remote store (`gs://bucket/run`).
-          fetched: pattern of the files to read or continue, such as `*.jsonl`.
+          fetched: pattern of the files to copy from a remote workdir first, such as
+            `*.jsonl`.
         """
         self._remote = _path(workdir) if files.is_remote(workdir) else None
         if self._remote is None:
@@ -172,7 +167,7 @@ class LocalFiles:
             self._thread.start()
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._remote is not None:
             self._done.set()
             self._thread.join()
@@ -180,10 +175,7 @@ class LocalFiles:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def copy_back(self) -> None:
-        """Copy changed files to the remote workdir; log failures.
-
-        The next copy retries what failed.
-        """
+        """Copy changed files to the remote workdir; log failures, which are retried."""
         if self._remote is None:
             return
         with self._lock:
@@ -194,9 +186,8 @@ class LocalFiles:
                     target = self._remote / name
                     target.parent.mkdir(parents=True, exist_ok=True)
                     target.write_bytes((self.folder / name).read_bytes())
-                except (
-                    Exception
-                ) as error:  # clients of stores have no common base class
+                # Clients of stores have no common base class.
+                except Exception as error:
                     logging.warning("%s was not copied: %s", target, error)
                 else:
                     self._copied[name] = stamp
@@ -217,7 +208,7 @@ class LocalFiles:
 
 
 def _path(workdir: str) -> epath.Path:
-    """Return the path of a workdir; raise UserError if its store does not answer."""
+    """Return the path of a workdir; raise UserError if its store cannot be read."""
     path = epath.Path(workdir)
     if files.is_remote(workdir):
         try:
