@@ -21,7 +21,7 @@ from vjepa_jax.base.errors import UserError
 from vjepa_jax.config import smoke
 from vjepa_jax.config.defaults import get_config
 from vjepa_jax.config.rules import validate
-from vjepa_jax.objective.state import abstract_state, make_init
+from vjepa_jax.objective.state import init_shapes, make_init
 from vjepa_jax.parallel import sharding
 from vjepa_jax.program import build, flops
 
@@ -112,7 +112,7 @@ def _tree(model_json: str):
     clips = {"video": jax.ShapeDtypeStruct((1, 2, 16, 16, 3), "uint8")}
     init = make_init(objective, build.make_optimizer(config), clips)
     mesh = sharding.make_mesh(**config_of(NAMES[0]).mesh)
-    return abstract_state(init), sharding.state_shardings(init, mesh)
+    return init_shapes(init), sharding.state_shardings(init, mesh)
 
 
 def tree_of(name: str):

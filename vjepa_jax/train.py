@@ -106,20 +106,20 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> int | None:
             )
             peak = flops.peak_flops(mesh.devices.flat[0].device_kind)
             clock = metrics.StepClock(
+                account,
                 total_steps=config.total_steps,
                 batch_size=program.num_clips,
                 start_step=first,
                 flops_per_clip=program.step_flops / program.num_clips,
                 peak_flops=peak and peak * mesh.size,
-                account=account,
             )
 
             def draw():
-                with clock.measure("data"):
+                with account.measure("data"):
                     return sharding.shard_batch(next(batches), mesh)
 
             def report(step, values):
-                with clock.measure("step"):
+                with account.measure("step"):
                     values = {k: float(v) for k, v in jax.device_get(values).items()}
                 skips.check(step, values)
                 values |= clock.window(step) | metrics.memory_scalars()
@@ -128,7 +128,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> int | None:
                 checkpointer.check_errors()
 
             def save(step, state, is_last):
-                with clock.measure("checkpoint"):
+                with account.measure("checkpoint"):
                     files.copy_back()
                     meta = {
                         "config": config.to_dict(),
@@ -140,7 +140,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> int | None:
                     checkpointer.save(step, state, position, meta, force=is_last)
 
             def evaluate(step, state):
-                with clock.measure("evaluation"), watchdog.paused():
+                with account.measure("evaluation"), watchdog.paused():
                     found = evaluations.run(step, state)
                 writer.write(step, found.scalars | account.scalars(), found.lines)
                 writer.write_images(step, found.images)
@@ -154,7 +154,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> int | None:
             for step in range(first + 1, config.total_steps + 1):
                 profile.begin(step)
                 with (
-                    clock.measure("step"),
+                    account.measure("step"),
                     jax.profiler.StepTraceAnnotation("train", step_num=step),
                 ):
                     state, values = step_fn(state, batch, *frozen)
@@ -173,7 +173,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> int | None:
                     report(*pending)
                     pending = None
                 elif is_saved:
-                    with clock.measure("step"):
+                    with account.measure("step"):
                         values = jax.device_get(values)
                     skips.check(step, values)
                 if is_saved:

@@ -12,7 +12,7 @@ from vjepa_jax.models.predictor import Predictor
 from vjepa_jax.objective import optim
 from vjepa_jax.objective.masked import LossTerms, MaskedObjective, Stream
 from vjepa_jax.objective.masking import MaskSpec
-from vjepa_jax.objective.state import abstract_state, make_init
+from vjepa_jax.objective.state import init_shapes, make_init
 from vjepa_jax.objective.step import make_train_step
 from vjepa_jax.program import build
 
@@ -34,7 +34,7 @@ def abstract_of(config):
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one),
-        abstract_state(init),
+        init_shapes(init),
     )
 
 

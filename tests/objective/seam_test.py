@@ -12,7 +12,7 @@ import pytest
 from step_setup import batch_of, videos
 
 from vjepa_jax.objective import optim
-from vjepa_jax.objective.state import abstract_state, make_init, unbox
+from vjepa_jax.objective.state import init_shapes, make_init, unbox
 from vjepa_jax.objective.step import SpikeGuard, make_train_step
 from vjepa_jax.parallel import sharding
 from vjepa_jax.run import checkpoint
@@ -73,7 +73,7 @@ class Run:
         init = make_init(self.objective, tx, batch_of(BATCH, SHAPE), WINDOW)
         shardings = sharding.state_shardings(init, self.mesh)
         self.abstract = jax.tree.map(
-            lambda x, s: x.update(sharding=s), abstract_state(init), shardings
+            lambda x, s: x.update(sharding=s), init_shapes(init), shardings
         )
         step = make_train_step(
             self.objective,

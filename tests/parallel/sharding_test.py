@@ -19,7 +19,7 @@ from vjepa_jax.models import layers
 from vjepa_jax.models.encoder import VideoEncoder
 from vjepa_jax.models.predictor import Predictor
 from vjepa_jax.objective import optim
-from vjepa_jax.objective.state import abstract_state, unbox
+from vjepa_jax.objective.state import init_shapes, unbox
 from vjepa_jax.parallel import sharding
 
 VIDEO = (4, 8, 8, 3)
@@ -158,7 +158,7 @@ def test_every_logical_axis_has_a_rule(pos_embed):
 def test_fsdp_splits_parameters_moments_and_target_alike():
     mesh = sharding.make_mesh(4, 2)
     init = init_of()
-    shapes = abstract_state(init)
+    shapes = init_shapes(init)
     shardings = sharding.state_shardings(init, mesh)
     for name, leaf in by_name(shapes.params).items():
         is_split = "fsdp" in by_name(shardings.params)[name].spec
@@ -180,7 +180,7 @@ def test_fsdp_splits_parameters_moments_and_target_alike():
 
 def test_without_fsdp_the_state_is_replicated():
     shardings = sharding.state_shardings(init_of(), sharding.make_mesh(8, 1))
-    shapes = abstract_state(init_of())
+    shapes = init_shapes(init_of())
     for s, x in zip(jax.tree.leaves(shardings), jax.tree.leaves(shapes), strict=True):
         assert s.shard_shape(x.shape) == x.shape
 
@@ -270,7 +270,7 @@ def test_a_width_that_fsdp_does_not_divide_leaves_the_rest_sharded():
 
 def test_summary_counts_bytes_in_total_and_per_device():
     init = init_of(width=256, predictor_width=128)
-    shapes = abstract_state(init)
+    shapes = init_shapes(init)
     mebibytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes)) / 2**20
     text = sharding.summary(sharding.decide(init, sharding.make_mesh(8, 1)))
     assert text.count(f"{mebibytes:.1f} MiB") == 2
@@ -315,7 +315,7 @@ PREDICTOR = {
 def test_fsdp_shards_the_input_of_every_kernel():
     init = init_of()
     mesh = sharding.make_mesh(2, 4)
-    shapes, specs = abstract_state(init), sharding.state_shardings(init, mesh)
+    shapes, specs = init_shapes(init), sharding.state_shardings(init, mesh)
     for name, expected in (("encoder", ENCODER), ("predictor", PREDICTOR)):
         ndim = {k: x.ndim for k, x in by_name(shapes.params[name]).items()}
         got = {

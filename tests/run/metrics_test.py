@@ -12,6 +12,7 @@ from tensorboardX.proto import event_pb2
 
 from vjepa_jax.parallel import distributed
 from vjepa_jax.run import metrics
+from vjepa_jax.run.goodput import TimeAccount
 
 
 class Terminal(io.StringIO):
@@ -217,15 +218,16 @@ def test_time_left_has_two_units(seconds, text):
 
 
 def test_clock_splits_the_window(clock_time):
-    clock = metrics.StepClock(total_steps=100, batch_size=8)
+    account = TimeAccount()
+    clock = metrics.StepClock(account, total_steps=100, batch_size=8)
     for _ in range(2):
-        with clock.measure("data"):
+        with account.measure("data"):
             clock_time(1.0)
-        with clock.measure("step"):
+        with account.measure("step"):
             clock_time(2.0)
-    with clock.measure("checkpoint"):
+    with account.measure("checkpoint"):
         clock_time(2.0)
-    with clock.measure("evaluation"):
+    with account.measure("evaluation"):
         clock_time(1.0)
     clock_time(1.0)
     scalars = clock.window(2)
@@ -244,8 +246,9 @@ def test_clock_splits_the_window(clock_time):
 
 
 def test_windows_do_not_overlap(clock_time):
-    clock = metrics.StepClock(total_steps=100, batch_size=1, start_step=50)
-    with clock.measure("data"):
+    account = TimeAccount()
+    clock = metrics.StepClock(account, total_steps=100, batch_size=1, start_step=50)
+    with account.measure("data"):
         clock_time(5.0)
     clock.window(60)
     clock_time(2.0)
@@ -255,7 +258,7 @@ def test_windows_do_not_overlap(clock_time):
 
 
 def test_time_left_forgets_the_compilation(clock_time):
-    clock = metrics.StepClock(total_steps=100, batch_size=1)
+    clock = metrics.StepClock(TimeAccount(), total_steps=100, batch_size=1)
     clock_time(1000.0)
     clock.window(10)
     clock_time(10.0)
@@ -267,28 +270,33 @@ def test_time_left_forgets_the_compilation(clock_time):
 
 def test_utilisation_needs_flops_and_peak(clock_time):
     clock = metrics.StepClock(
-        total_steps=9, batch_size=4, flops_per_clip=3e12, peak_flops=48e12
+        TimeAccount(),
+        total_steps=9,
+        batch_size=4,
+        flops_per_clip=3e12,
+        peak_flops=48e12,
     )
     clock_time(1.0)
     scalars = clock.window(2)
     assert scalars["perf/tflops_per_second"] == pytest.approx(24.0)
     assert scalars["perf/mfu"] == pytest.approx(0.5)
 
-    clock = metrics.StepClock(total_steps=9, batch_size=4, flops_per_clip=3e12)
+    clock = metrics.StepClock(
+        TimeAccount(), total_steps=9, batch_size=4, flops_per_clip=3e12
+    )
     clock_time(1.0)
     assert "perf/mfu" not in clock.window(2)
 
 
 def test_window_without_a_step_is_refused(clock_time):
-    clock = metrics.StepClock(total_steps=9, batch_size=1, start_step=3)
+    clock = metrics.StepClock(TimeAccount(), total_steps=9, batch_size=1, start_step=3)
     clock_time(1.0)
     with pytest.raises(ValueError, match="began at 3"):
         clock.window(3)
 
 
 def test_unknown_part_is_refused():
-    clock = metrics.StepClock(total_steps=9, batch_size=1)
-    with pytest.raises(KeyError), clock.measure("decode"):
+    with pytest.raises(KeyError), TimeAccount().measure("decode"):
         pass
 
 

@@ -8,20 +8,22 @@ from collections.abc import Iterator
 
 from etils import epath
 
+PathLike = str | os.PathLike[str]
 
-def is_remote(path: str | os.PathLike) -> bool:
+
+def is_remote(path: PathLike) -> bool:
     """Whether a path is a URL, such as `gs://bucket/file`."""
     return "://" in os.fspath(path)
 
 
-def absolute(path: str | os.PathLike) -> str:
+def absolute(path: PathLike) -> str:
     """Return a local path as an absolute one, and a URL as it is."""
     text = os.fspath(path)
     return text if is_remote(text) else os.path.abspath(os.path.expanduser(text))
 
 
 @contextlib.contextmanager
-def renamed_when_complete(path: str | os.PathLike) -> Iterator[epath.Path]:
+def renamed_when_complete(path: PathLike) -> Iterator[epath.Path]:
     """Yield a temporary path beside `path`, which is renamed to `path` on success.
 
     A reader therefore sees the complete file, the old one, or none. After an error the
@@ -40,7 +42,7 @@ def renamed_when_complete(path: str | os.PathLike) -> Iterator[epath.Path]:
         raise
 
 
-def write_whole(path: str | os.PathLike, content: bytes | str) -> None:
+def write_whole(path: PathLike, content: bytes | str) -> None:
     """Write a local or remote file that appears when it is complete.
 
     Args:
@@ -51,7 +53,7 @@ def write_whole(path: str | os.PathLike, content: bytes | str) -> None:
         part.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
-def remove(path: str | os.PathLike) -> None:
+def remove(path: PathLike) -> None:
     """Remove a file, or a local folder with its content, if it exists."""
     target = epath.Path(path)
     if is_remote(path) or not target.is_dir():

@@ -84,7 +84,7 @@ def make_init(
     return init
 
 
-def abstract_state(init: Callable[[jax.Array], Any]) -> Any:
+def init_shapes(init: Callable[[jax.Array], Any]) -> Any:
     """Return the shapes and dtypes of `init(key)`, without boxes."""
     return nn.unbox(jax.eval_shape(init, jax.random.key(0)))
 

@@ -21,7 +21,7 @@ from vjepa_jax.models.encoder import VideoEncoder
 from vjepa_jax.models.predictor import Predictor
 from vjepa_jax.objective import masking, optim
 from vjepa_jax.objective.masked import LossTerms, MaskedObjective, Stream
-from vjepa_jax.objective.state import TrainState, abstract_state, make_init, unbox
+from vjepa_jax.objective.state import TrainState, init_shapes, make_init, unbox
 from vjepa_jax.objective.step import SpikeGuard, make_train_step
 from vjepa_jax.parallel import sharding
 from vjepa_jax.program import flops
@@ -398,7 +398,7 @@ def _abstract_params(encoder: VideoEncoder, clip_shape: Any, mesh: Mesh) -> Any:
     def init(key: jax.Array) -> Any:
         return encoder.init(key, jnp.zeros((1, *clip_shape)))["params"]
 
-    shapes, shardings = abstract_state(init), sharding.state_shardings(init, mesh)
+    shapes, shardings = init_shapes(init), sharding.state_shardings(init, mesh)
     return jax.tree.map(lambda x, s: x.update(sharding=s), shapes, shardings)
 
 
@@ -426,7 +426,7 @@ def make_program(
         for name, shape in shapes.items()
     }
     init = make_init(objective, tx, batch, config.optim.spike_window)
-    state, decisions = abstract_state(init), sharding.decide(init, mesh)
+    state, decisions = init_shapes(init), sharding.decide(init, mesh)
     shardings, teacher = sharding.as_tree(decisions, state), objective.teacher
     guard, steps = make_spike_guard(config), config.accumulate_steps
     return Program(

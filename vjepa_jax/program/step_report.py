@@ -12,7 +12,7 @@ from vjepa_jax.program import compilation, flops, hlo, topologies
 from vjepa_jax.program.build import Program
 
 GIB = compilation.GIB
-# Bytes of the largest exchange that is not classified: statistics, counts, norms.
+# Bytes. Smaller arrays that are no parameters are statistics, counts and norms.
 _SMALL = 2**20
 # Scattered arrays are padded to full tiles on every device: at most by this factor.
 _PADDED = 1.2
@@ -48,7 +48,7 @@ class StepReport:
       memory: see `compilation.Memory`.
       executed_flops: with recomputation and the padding of kernels.
       kernel_flops, remat_flops: see `hlo.DeviceWork`.
-      unknown: loops and kernels that could not be work.
+      unknown: loops and kernels that could not be counted.
       traffic: collectives; the purpose `activations` should not occur.
       largest_activations: the largest of that purpose, as text.
     """
@@ -292,7 +292,7 @@ def _purpose(
         _is_form(shape.dims, forms, scatters) for shape in large or collective.shapes
     ):
         return "activations" if large else "small"
-    # Slices are an axis of `data` alone: they exchange gradients only.
+    # Between slices the mesh has only `data`: they exchange gradients.
     if collective.kind in ("all-reduce", "reduce-scatter", "send", "recv"):
         return "gradients"
     return "parameters"

@@ -16,7 +16,7 @@ interrupted save never counts as a checkpoint.
 import contextlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib import metadata
 from typing import Any
 
@@ -156,6 +156,12 @@ class Saved:
         return self.restore(jax.tree.map(abstract, found))
 
 
+def _fields(state: Any, names: Iterable[str]) -> dict[str, Any]:
+    """Return fields of a TrainState, without a target that is None."""
+    fields = {name: getattr(state, name) for name in names}
+    return {name: tree for name, tree in fields.items() if tree is not None}
+
+
 def _read(folder: epath.Path, wanted: Any) -> Any:
     """Read some branches of an item."""
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
@@ -287,9 +293,7 @@ class Checkpointer:
         if not force and not self.should_save(step):
             return False
         items: dict[str, ocp.args.CheckpointArgs] = {
-            "state": ocp.args.StandardSave(
-                {name: getattr(state, name) for name in _STATE_FIELDS}
-            ),
+            "state": ocp.args.StandardSave(_fields(state, _STATE_FIELDS)),
             "data": _json_args(data),
             "meta": _meta_args(meta),
         }
@@ -322,10 +326,8 @@ class Checkpointer:
                 f"{saved.folder} contains converted weights, not a training run: start "
                 "from it with config.init.path, in another --workdir"
             )
-        fields = {name: getattr(abstract_state, name) for name in _STATE_FIELDS}
-        if abstract_state.target is not None:
-            fields["target"] = abstract_state.target
-        state = abstract_state.replace(**saved.restore(fields))
+        wanted = _fields(abstract_state, (*_STATE_FIELDS, "target"))
+        state = abstract_state.replace(**saved.restore(wanted))
         args = ocp.args.Composite(data=ocp.args.JsonRestore())
         return state, self._manager.restore(step, args=args)["data"], saved.meta
 
@@ -458,11 +460,8 @@ def restore_start(
             f"{saved.folder} has no moments of the optimiser: set "
             "config.init.keep_moments=False"
         )
-    names = ["params", *(["opt_state"] if keep_moments else [])]
-    if abstract_state.target is not None:
-        names.append("target")
-    wanted = {name: getattr(abstract_state, name) for name in names}
-    return saved.step, saved.restore(wanted)
+    names = ("params", "target", "opt_state") if keep_moments else ("params", "target")
+    return saved.step, saved.restore(_fields(abstract_state, names))
 
 
 def save_converted(

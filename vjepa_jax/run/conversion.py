@@ -6,10 +6,8 @@ written.
 
 import dataclasses
 import pathlib
-from collections.abc import Callable
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +20,7 @@ from vjepa_jax.models import positions, registry
 from vjepa_jax.models.encoder import VideoEncoder
 from vjepa_jax.models.heads import AttentiveClassifier
 from vjepa_jax.objective.masked import init_models
+from vjepa_jax.objective.state import init_shapes
 from vjepa_jax.program import build
 from vjepa_jax.run import checkpoint
 from vjepa_jax.weights import files, huggingface, official, rules
@@ -65,11 +64,6 @@ class Converted:
         return "\n".join(lines)
 
 
-def _shapes(init: Callable[[jax.Array], Any]) -> Any:
-    """Return the shapes of the parameters of `init(key)`."""
-    return nn.unbox(jax.eval_shape(init, jax.random.key(0)))
-
-
 def _import_action_predictor(
     state: rules.State, hints: official.Hints
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, str]]:
@@ -79,7 +73,7 @@ def _import_action_predictor(
     actions = jnp.zeros((1, 1, state["action_encoder.weight"].shape[-1]))
     tokens = jnp.zeros((1, 1, predictor.out_dim))
     inputs = tokens, actions, actions, None, (1, 1, 1)
-    shapes = _shapes(lambda key: predictor.init(key, *inputs)["params"])
+    shapes = init_shapes(lambda key: predictor.init(key, *inputs)["params"])
     params, ignored = rules.import_state(
         rules.action_predictor_rules(predictor), state, shapes, "predictor"
     )
@@ -93,7 +87,9 @@ def _import_classifiers(
     fields = official.classifier_fields(states[0], hints)
     model = AttentiveClassifier(**fields)
     width = states[0]["pooler.query_tokens"].shape[-1]
-    shapes = _shapes(lambda key: model.init(key, jnp.zeros((1, 1, width)))["params"])
+    shapes = init_shapes(
+        lambda key: model.init(key, jnp.zeros((1, 1, width)))["params"]
+    )
     params: dict[str, Any] = {}
     ignored: dict[str, str] = {}
     for i, state in enumerate(states):
@@ -135,7 +131,7 @@ def import_file(file: files.WeightFile, hints: official.Hints = _NO_HINTS) -> Co
             return Converted(heads, None, meta | {"kind": "probe"}, ignored)
         params["classifier"] = heads["0"]
         for i in range(1, len(heads)):
-            ignored[f"classifier {i}"] = "the first of several is taken"
+            ignored[f"classifier {i}"] = "only the first of several is used"
     has_actions = official.has_actions(file.predictor)
     if has_actions:
         fields, predictor_params, unused = _import_action_predictor(
@@ -155,7 +151,7 @@ def import_file(file: files.WeightFile, hints: official.Hints = _NO_HINTS) -> Co
     )
     encoder, predictor = build.make_models(config)
     clip_shape = (encoder.tubelet_size, encoder.patch_size, encoder.patch_size, 3)
-    shapes = _shapes(
+    shapes = init_shapes(
         lambda key: init_models((key, key), encoder, predictor, clip_shape)
     )
     encoders = {}

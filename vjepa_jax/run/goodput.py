@@ -4,13 +4,15 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal, get_args
 
 import jax
 
 PREFIX = "goodput/"
 WALL_SECONDS = "perf/wall_seconds"
 # `lost` is the time of steps that a restart had to repeat.
-PARTS = ("startup", "compile", "data", "step", "checkpoint", "evaluation", "lost")
+Part = Literal["startup", "compile", "data", "step", "checkpoint", "evaluation", "lost"]
+PARTS: tuple[Part, ...] = get_args(Part)
 
 
 class TimeAccount:
@@ -27,10 +29,10 @@ class TimeAccount:
         """Start to count."""
         self._began = time.perf_counter()
         self._earlier_seconds = self._measured_earlier = 0.0
-        self.seconds = dict.fromkeys(PARTS, 0.0)
+        self.seconds: dict[Part, float] = dict.fromkeys(PARTS, 0.0)
 
     @contextlib.contextmanager
-    def measure(self, part: str) -> Iterator[None]:
+    def measure(self, part: Part) -> Iterator[None]:
         """Add the time spent inside to one of `PARTS`; do not nest.
 
         A profile shows it by the same name.
@@ -73,7 +75,9 @@ class TimeAccount:
     def scalars(self) -> dict[str, float]:
         """Return the shares `goodput/PART`, which add up to 1, and the wall time."""
         total = self.total_seconds()
-        shares = {part: seconds / total for part, seconds in self.seconds.items()}
+        shares: dict[str, float] = {
+            part: seconds / total for part, seconds in self.seconds.items()
+        }
         shares["other"] = max(0.0, 1.0 - sum(shares.values()))
         return {PREFIX + k: v for k, v in shares.items()} | {WALL_SECONDS: total}
 

@@ -4,10 +4,8 @@ A metric's *step* is the number of updates finished when it was measured. A run 
 from the checkpoint of step k thus repeats exactly the metrics of steps above k.
 """
 
-import contextlib
 import json
 import math
-import os
 import pathlib
 import resource
 import sys
@@ -19,6 +17,7 @@ import jax
 import numpy as np
 
 from vjepa_jax.base import files
+from vjepa_jax.base.files import PathLike
 from vjepa_jax.data.stream.bad_videos import REASONS
 from vjepa_jax.parallel import distributed
 from vjepa_jax.run.goodput import TimeAccount, duration
@@ -35,7 +34,7 @@ class MetricWriter:
 
     def __init__(
         self,
-        workdir: str | os.PathLike,
+        workdir: PathLike,
         *,
         total_steps: int,
         start_step: int = 0,
@@ -112,7 +111,7 @@ class MetricWriter:
         self._file.close()
 
 
-def read_metrics(path: str | os.PathLike) -> list[dict[str, float]]:
+def read_metrics(path: PathLike) -> list[dict[str, float]]:
     """Read the metrics of a run.
 
     Args:
@@ -195,32 +194,29 @@ class ProgressLine:
 
 
 class StepClock:
-    """Measures speed and shares of the wall time between two log steps.
-
-    The loop wraps its parts in `measure`; the rest counts as `other`.
-    """
+    """Measures speed and shares of the wall time between two log steps."""
 
     def __init__(
         self,
+        account: TimeAccount,
         *,
         total_steps: int,
         batch_size: int,
         start_step: int = 0,
         flops_per_clip: float | None = None,
         peak_flops: float | None = None,
-        account: TimeAccount | None = None,
     ):
         """Start the first window.
 
         Args:
+          account: in which the loop measures its parts.
           total_steps: updates of the run.
           batch_size: clips per update, over all processes.
           start_step: updates already finished.
           flops_per_clip: of one update, see `flops.train_step_flops`; None: unknown.
           peak_flops: FLOP/s of all devices of the run together; None: unknown.
-          account: measures the time; None: a new one.
         """
-        self._account = account or TimeAccount()
+        self._account = account
         self._total_steps = total_steps
         self._batch_size = batch_size
         self._flops_per_clip = flops_per_clip
@@ -233,10 +229,6 @@ class StepClock:
     def _start_window(self) -> None:
         self._window_start = time.perf_counter()
         self._before = dict(self._account.seconds)
-
-    def measure(self, part: str) -> contextlib.AbstractContextManager[None]:
-        """Add the time spent inside to a part; see `TimeAccount.measure`."""
-        return self._account.measure(part)
 
     def window(self, step: int) -> dict[str, float]:
         """End the window at `step` finished updates and start the next.

@@ -3,7 +3,6 @@
 import contextlib
 import datetime
 import faulthandler
-import os
 import pathlib
 import sys
 import threading
@@ -14,6 +13,7 @@ from typing import Any, TextIO
 import jax
 
 from vjepa_jax.base.errors import UserError
+from vjepa_jax.base.files import PathLike
 from vjepa_jax.parallel import distributed
 from vjepa_jax.run.checkpoint import Checkpointer
 
@@ -28,11 +28,7 @@ class Watchdog:
     """
 
     def __init__(
-        self,
-        workdir: str | os.PathLike,
-        timeout_secs: float,
-        *,
-        stream: TextIO | None = None,
+        self, workdir: PathLike, timeout_secs: float, *, stream: TextIO | None = None
     ):
         """Prepare the dumps.
 
@@ -152,7 +148,7 @@ class ProfileWindow:
     `target`, `encoder`, `predictor`, `loss`, `optimiser` and `ema` for the device.
     """
 
-    def __init__(self, workdir: str | os.PathLike, *, start_step: int, num_steps: int):
+    def __init__(self, workdir: PathLike, *, start_step: int, num_steps: int):
         """Plan the trace.
 
         Args:
