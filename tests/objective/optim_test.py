@@ -15,7 +15,7 @@ from step_setup import make_init_of
 from vjepa_jax.models.encoder import VideoEncoder
 from vjepa_jax.models.predictor import Predictor
 from vjepa_jax.objective import optim
-from vjepa_jax.objective.state import abstract_state
+from vjepa_jax.objective.state import init_shapes
 
 VALUES = st.floats(0, 10)
 
@@ -267,7 +267,7 @@ def test_decay_moves_what_it_should_from_the_state_that_a_run_starts_with(rng):
     tx = optim.make_optimizer(lambda _: 0.1, lambda _: 0.5, clip_norm=1.0)
     encoder = VideoEncoder(2, 24, num_heads=2, mlp_dim=40, patch_size=4)
     predictor = Predictor(2, 16, num_heads=2, mlp_dim=32, out_dim=24)
-    state = abstract_state(make_init_of(encoder, predictor, tx, (2, 8, 8, 3)))
+    state = init_shapes(make_init_of(encoder, predictor, tx, (2, 8, 8, 3)))
     params = jax.tree.map(
         lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), state.params
     )
