@@ -57,10 +57,10 @@ def test_files_are_the_clips_without_loss(rendered):
         shape = clip.objects.shape[1:]
         frames = [label_images.read_image(path, shape) for path in video.frames]
         np.testing.assert_array_equal(frames, clip.video)
-        objects = [label_images.read_mask(path) for path in video.masks]
+        objects = [label_images.read_labels(path) for path in video.labels]
         np.testing.assert_array_equal(objects, clip.objects)
-        folder = video.masks[0].parents[3] / "Classes/480p" / video.name
-        classes = [label_images.read_mask(path) for path in sorted(folder.iterdir())]
+        folder = video.labels[0].parents[3] / "Classes/480p" / video.name
+        classes = [label_images.read_labels(path) for path in sorted(folder.iterdir())]
         np.testing.assert_array_equal(classes, clip.classes)
 
 

@@ -316,7 +316,8 @@ def beside_untrained(
     """Measure a model and, with `config.random_init`, an untrained one beside it.
 
     Args:
-      measure: from a model to {measure: value}.
+      measure: from a model to {measure: value}; measures that the untrained model
+        lacks are None.
       model: to evaluate.
       config: of the evaluation.
 
@@ -327,7 +328,7 @@ def beside_untrained(
     if config.random_init:
         columns["random_init"] = measure(random_init(model, config.seed))
     return {
-        name: {column: values[name] for column, values in columns.items()}
+        name: {column: values.get(name) for column, values in columns.items()}
         for name in columns["pretrained"]
     }
 

@@ -67,7 +67,7 @@ def write_clip(root: pathlib.Path, name: str, clip: LabelledClip) -> None:
     """Write frames and label maps, losslessly; the last map of classes comes last."""
     kinds = {
         davis.FRAMES: clip.video,
-        davis.MASKS: clip.objects,
+        davis.LABELS: clip.objects,
         _CLASS_MAPS: clip.classes,
     }
     for kind, frames in kinds.items():

@@ -1,4 +1,4 @@
-"""Linear heads on patches learn what there is, and are judged as scikit-learn does."""
+"""Linear heads on patches learn classes; measures equal those of scikit-learn."""
 
 import flax.linen as nn
 import jax
@@ -16,8 +16,7 @@ from vjepa_jax.evals import registry, settings
 from vjepa_jax.evals.frozen import FrozenModel
 from vjepa_jax.evals.heads.head_grid import GridTraining, HeadGrid, Schedules
 from vjepa_jax.evals.segmentation import confusion, segmentation
-from vjepa_jax.evals.segmentation import pairs as mask_lists
-from vjepa_jax.evals.segmentation.images import Reader
+from vjepa_jax.evals.segmentation.images import ImageReader, hold_out, list_images
 from vjepa_jax.evals.tokens.frame_features import FrameEncoder
 from vjepa_jax.models.encoder import VideoEncoder
 from vjepa_jax.models.heads import LinearClassifier
@@ -26,35 +25,35 @@ from vjepa_jax.parallel import sharding
 COLOURS = np.array([(40, 40, 40), (220, 40, 40), (40, 40, 220)], np.uint8)
 
 
-def write_pair(root, name, mask, rng):
+def write_files(root, name, labels, rng):
     """Write an image whose colours are its classes."""
-    colours = COLOURS[np.where(mask == label_images.IGNORED, 0, mask)]
-    noise = rng.integers(0, 30, (*mask.shape, 3), dtype=np.uint8)
-    for folder, pixels in (("images", colours + noise), ("masks", mask)):
+    colours = COLOURS[np.where(labels == label_images.IGNORED, 0, labels)]
+    noise = rng.integers(0, 30, (*labels.shape, 3), dtype=np.uint8)
+    for folder, pixels in (("images", colours + noise), ("masks", labels)):
         path = root / folder / f"{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         label_images.write_image(path, pixels)
 
 
-def draw_mask(rng, height, width):
-    mask = np.zeros((height, width), np.uint8)
+def draw_labels(rng, height, width):
+    labels = np.zeros((height, width), np.uint8)
     for k in (1, 2):
         top, left = rng.integers(0, height - 16), rng.integers(0, width - 16)
-        mask[top : top + 16, left : left + 16] = k
-    mask[: rng.integers(0, 4)] = label_images.IGNORED
-    return mask
+        labels[top : top + 16, left : left + 16] = k
+    labels[: rng.integers(0, 4)] = label_images.IGNORED
+    return labels
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    root = tmp_path_factory.mktemp("pairs")
+    root = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
     for split, count in (("train", 24), ("test", 7)):
         for i in range(count):
             # Of several sizes in the test, as real images are.
             height, width = (32, 32) if split == "train" else (30 + 4 * i, 40)
             name = f"{i // 4}/{i}" if split == "train" else str(i)
-            write_pair(root / split, name, draw_mask(rng, height, width), rng)
+            write_files(root / split, name, draw_labels(rng, height, width), rng)
     return root
 
 
@@ -84,12 +83,12 @@ def config(folder):
 # --------------------------------------------------------------------------- the lists
 
 
-def test_folders_and_lists_are_the_same_pairs(folder, tmp_path):
-    pairs = mask_lists.open_pairs(str(folder / "train"))
-    assert len(pairs) == 24 and pairs[0].mask.is_file()
-    lines = [f"{p.image} {p.mask.relative_to(folder)}" for p in pairs]
+def test_folders_and_lists_give_the_same_images(folder, tmp_path):
+    images = list_images(str(folder / "train"))
+    assert len(images) == 24 and images[0].labels.is_file()
+    lines = [f"{p.image} {p.labels.relative_to(folder)}" for p in images]
     (folder / "list.txt").write_text("\n".join(lines) + "\n\n")
-    assert mask_lists.open_pairs(str(folder / "list.txt")) == pairs
+    assert list_images(str(folder / "list.txt")) == images
 
 
 @pytest.mark.parametrize(
@@ -103,38 +102,38 @@ def test_folders_and_lists_are_the_same_pairs(folder, tmp_path):
 def test_bad_lists_are_named(tmp_path, text, pattern):
     (tmp_path / "list.txt").write_text(text)
     with pytest.raises(UserError, match=pattern):
-        mask_lists.open_pairs(str(tmp_path / "list.txt"))
+        list_images(str(tmp_path / "list.txt"))
 
 
-def test_images_without_masks_are_named(tmp_path, rng):
+def test_images_without_labels_are_named(tmp_path, rng):
     with pytest.raises(UserError, match="neither a list"):
-        mask_lists.open_pairs(str(tmp_path / "nothing"))
+        list_images(str(tmp_path / "nothing"))
     with pytest.raises(UserError, match="has no images"):
-        mask_lists.open_pairs(str(tmp_path))
-    write_pair(tmp_path, "a", draw_mask(rng, 20, 20), rng)
+        list_images(str(tmp_path))
+    write_files(tmp_path, "a", draw_labels(rng, 20, 20), rng)
     (tmp_path / "masks" / "a.png").unlink()
     with pytest.raises(UserError, match=r"a\.png has no mask"):
-        mask_lists.open_pairs(str(tmp_path))
+        list_images(str(tmp_path))
 
 
 def test_frames_of_a_folder_are_held_out_together(folder):
-    pairs = mask_lists.open_pairs(str(folder / "train"))
-    fit, held_out = mask_lists.hold_out(pairs, 0.3, seed=1)
-    assert sorted(fit + held_out, key=str) == sorted(pairs, key=str)
+    images = list_images(str(folder / "train"))
+    fit, held_out = hold_out(images, 0.3, seed=1)
+    assert sorted(fit + held_out, key=str) == sorted(images, key=str)
     folders = [{p.image.parent for p in part} for part in (fit, held_out)]
     assert not folders[0] & folders[1] and len(folders[1]) == 2
     # In one folder, each image is for itself.
-    one = mask_lists.open_pairs(str(folder / "test"))
-    fit, held_out = mask_lists.hold_out(one, 0.3, seed=1)
+    one = list_images(str(folder / "test"))
+    fit, held_out = hold_out(one, 0.3, seed=1)
     assert len(held_out) == 3 and len(fit) == 4
     with pytest.raises(UserError, match=r"held_out_share=0\.3 of 1 folders or images"):
-        mask_lists.hold_out(one[:1], 0.3, seed=1)
+        hold_out(one[:1], 0.3, seed=1)
 
 
 def test_frames_around_an_image_are_those_of_its_folder(folder):
-    pair = mask_lists.open_pairs(str(folder / "train"))[6]
-    files, place = mask_lists.frames_around(pair)
-    assert files[place] == pair.image and len(files) == 4
+    image = list_images(str(folder / "train"))[6]
+    files, place = image.frames_around()
+    assert files[place] == image.image and len(files) == 4
 
 
 # ----------------------------------------------------------------------- what is read
@@ -143,23 +142,24 @@ def test_frames_around_an_image_are_those_of_its_folder(folder):
 @given(
     st.integers(1, 9), st.integers(1, 9), st.integers(1, 3), st.integers(0, 2**32 - 1)
 )
-def test_masks_are_resized_to_the_nearest_pixel(height, width, scale, seed):
-    mask = np.random.default_rng(seed).integers(0, 9, (height, width), np.uint8)
-    large = label_images.resize_mask(mask, (height * scale, width * scale))
-    np.testing.assert_array_equal(large, np.kron(mask, np.ones((scale, scale), int)))
-    np.testing.assert_array_equal(label_images.resize_mask(large, mask.shape), mask)
+def test_labels_are_resized_to_the_nearest_pixel(height, width, scale, seed):
+    resize = label_images.resize_labels
+    labels = np.random.default_rng(seed).integers(0, 9, (height, width), np.uint8)
+    large = resize(labels, (height * scale, width * scale))
+    np.testing.assert_array_equal(large, np.kron(labels, np.ones((scale, scale), int)))
+    np.testing.assert_array_equal(resize(large, labels.shape), labels)
     box = (height // 2, width // 3, height - height // 2, width - width // 3)
-    cut = mask[box[0] : box[0] + box[2], box[1] : box[1] + box[3]]
-    np.testing.assert_array_equal(label_images.resize_mask(mask, cut.shape, box), cut)
+    cut = labels[box[0] : box[0] + box[2], box[1] : box[1] + box[3]]
+    np.testing.assert_array_equal(resize(labels, cut.shape, box), cut)
 
 
 def test_shares_are_those_of_a_loop(rng):
-    mask = rng.integers(0, 5, (12, 20), np.uint8)
-    found = label_images.patch_shares(mask, (12, 20), (3, 5), num_labels=4)
+    labels = rng.integers(0, 5, (12, 20), np.uint8)
+    found = label_images.patch_shares(labels, (12, 20), (3, 5), num_labels=4)
     assert found.shape == (3, 5, 4)
     for y in range(3):
         for x in range(5):
-            patch = mask[4 * y : 4 * y + 4, 4 * x : 4 * x + 4]
+            patch = labels[4 * y : 4 * y + 4, 4 * x : 4 * x + 4]
             wanted = [(patch == k).mean() for k in range(4)]
             np.testing.assert_allclose(found[y, x], wanted)
 
@@ -169,17 +169,17 @@ def make_reader(frozen, num_frames=1, **fields):
     fields = {"first_class": 0, "crop_scale": (1.0, 1.0), "flip_probability": 0.0} | (
         fields
     )
-    return Reader(encoder, (32, 32), num_classes=3, **fields)
+    return ImageReader(encoder, (32, 32), num_classes=3, **fields)
 
 
-def test_image_and_mask_are_cropped_and_flipped_together(folder, frozen, rng):
-    """Colours say the class: at every patch they still do."""
-    pair = mask_lists.open_pairs(str(folder / "train"))[3]
+def test_image_and_labels_are_cropped_and_flipped_together(folder, frozen, rng):
+    """Colours show the class, before and after."""
+    image = list_images(str(folder / "train"))[3]
     read = make_reader(frozen, crop_scale=(0.2, 0.9), flip_probability=0.5)
-    whole, seen = read(pair), []
-    np.testing.assert_array_equal(whole.labels, label_images.read_mask(pair.mask))
+    whole, seen = read(image), []
+    np.testing.assert_array_equal(whole.labels, label_images.read_labels(image.labels))
     for number in range(8):
-        sample = read(pair, (int(rng.integers(999)), number))
+        sample = read(image, (int(rng.integers(999)), number))
         seen.append(sample.window.tobytes())
         of_patch = sample.window[0].reshape(8, 4, 8, 4, 3).mean((1, 3))
         distance = np.abs(of_patch[..., None, :] - COLOURS - 15.0).sum(-1)
@@ -192,9 +192,9 @@ def test_image_and_mask_are_cropped_and_flipped_together(folder, frozen, rng):
 
 
 def test_clips_are_the_frames_around(folder, frozen):
-    pairs = mask_lists.open_pairs(str(folder / "train"))[4:8]
-    windows = [make_reader(frozen, num_frames=4)(pair).window for pair in pairs]
-    alone = [make_reader(frozen)(pair).window[0] for pair in pairs]
+    images = list_images(str(folder / "train"))[4:8]
+    windows = [make_reader(frozen, num_frames=4)(image).window for image in images]
+    alone = [make_reader(frozen)(image).window[0] for image in images]
     # The image is the fourth of its clip; before the first one it stands still.
     for i, window in enumerate(windows):
         wanted = [alone[max(0, min(3, i + k))] for k in (-3, -2, -1, 0)]
@@ -202,19 +202,19 @@ def test_clips_are_the_frames_around(folder, frozen):
 
 
 def test_classes_count_from_the_first(tmp_path, frozen, rng):
-    mask = np.full((32, 32), 1, np.uint8)
-    mask[:8], mask[8:12] = 0, label_images.IGNORED
-    mask[12:16] = 3
-    write_pair(tmp_path, "a", np.minimum(mask, 2), rng)
+    labels = np.full((32, 32), 1, np.uint8)
+    labels[:8], labels[8:12] = 0, label_images.IGNORED
+    labels[12:16] = 3
+    write_files(tmp_path, "a", np.minimum(labels, 2), rng)
     path = tmp_path / "masks" / "a.png"
-    label_images.write_image(path, mask)
-    (pair,) = mask_lists.open_pairs(str(tmp_path))
-    found = make_reader(frozen, first_class=1)(pair)
-    wanted = np.where((mask == 0) | (mask == 255), 255, mask - 1)
+    label_images.write_image(path, labels)
+    (image,) = list_images(str(tmp_path))
+    found = make_reader(frozen, first_class=1)(image)
+    wanted = np.where((labels == 0) | (labels == 255), 255, labels - 1)
     np.testing.assert_array_equal(found.labels, wanted)
     np.testing.assert_array_equal(found.shares[:3].sum(-1), 0)
     with pytest.raises(UserError, match=r"a\.png has the class 3, and there are 3"):
-        make_reader(frozen)(pair)
+        make_reader(frozen)(image)
 
 
 # ------------------------------------------------------------------------ the measures
@@ -222,7 +222,7 @@ def test_classes_count_from_the_first(tmp_path, frozen, rng):
 
 def test_miou_is_that_of_scikit_learn(rng):
     truth, found = (rng.integers(0, 6, 400) for _ in range(2))
-    # A class that nobody names has no part in the mean.
+    # A class that is neither true nor predicted is left out of the mean.
     matrix = confusion_matrix(truth, found, labels=range(8))
     wanted = jaccard_score(truth, found, average=None, labels=range(6))
     np.testing.assert_allclose(confusion.class_iou(matrix)[:6], wanted)
@@ -265,15 +265,19 @@ def test_heads_are_counted_as_one_by_one(rng, devices):
             large = jax.image.resize(
                 logits[i], (height, width, classes), "linear", antialias=False
             )
-            for pairs, truth, said in (
+            for counted, truth, predicted in (
                 (patches, patch_labels[i], logits[i].argmax(-1)),
                 (pixels, labels[i, :height, :width], np.argmax(large, -1)),
             ):
                 kept = truth != label_images.IGNORED
-                pairs.append((truth[kept], said[kept]))
-        for pairs, matrix in ((patches, found[number, 0]), (pixels, found[number, 1])):
-            truth, said = (np.concatenate(part) for part in zip(*pairs, strict=True))
-            wanted = confusion_matrix(truth, said, labels=range(classes))
+                counted.append((truth[kept], predicted[kept]))
+        for counted, matrix in (
+            (patches, found[number, 0]),
+            (pixels, found[number, 1]),
+        ):
+            parts = zip(*counted, strict=True)
+            truth, predicted = (np.concatenate(part) for part in parts)
+            wanted = confusion_matrix(truth, predicted, labels=range(classes))
             # Rounding may turn a tie.
             assert np.abs(matrix - wanted).sum() <= 2
             assert matrix.sum() == wanted.sum()

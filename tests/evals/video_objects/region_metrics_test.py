@@ -1,4 +1,4 @@
-"""J and F are what DAVIS defines, by brute force; statistics are those of a loop."""
+"""J and F equal the definitions of DAVIS by brute force, statistics those of a loop."""
 
 import itertools
 import math
@@ -13,17 +13,17 @@ from sklearn.metrics import jaccard_score
 from vjepa_jax.evals.video_objects import region_metrics
 
 
-def plain_boundary(mask):
-    """Pixels with another neighbour to the right, below, or right below."""
-    height, width = mask.shape
+def plain_boundary(region):
+    """Return pixels that differ from a neighbour to the right, below, or both."""
+    height, width = region.shape
     found = []
     for y in range(height):
         for x in range(width):
             beside = (
-                mask[min(y + dy, height - 1), min(x + dx, width - 1)]
+                region[min(y + dy, height - 1), min(x + dx, width - 1)]
                 for dy, dx in ((0, 1), (1, 0), (1, 1))
             )
-            if any(other != mask[y, x] for other in beside):
+            if any(other != region[y, x] for other in beside):
                 found.append((y, x))
     return found
 
@@ -72,17 +72,17 @@ def test_measures_agree_with_brute_force(rng, shape):
 
 
 @given(arrays.arrays(bool, st.tuples(st.integers(1, 9), st.integers(1, 9))), st.data())
-def test_boundaries_of_any_mask_agree_with_brute_force(mask, data):
-    other = data.draw(arrays.arrays(bool, mask.shape))
-    wanted = np.zeros(mask.shape, bool)
-    for place in plain_boundary(mask):
+def test_boundaries_of_any_region_agree_with_brute_force(region, data):
+    other = data.draw(arrays.arrays(bool, region.shape))
+    wanted = np.zeros(region.shape, bool)
+    for place in plain_boundary(region):
         wanted[place] = True
-    np.testing.assert_array_equal(region_metrics.boundary(mask), wanted)
-    found = region_metrics.boundary_accuracy(mask, other)
-    assert found == pytest.approx(plain_f(mask, other))
-    assert region_metrics.boundary_accuracy(other, mask) == pytest.approx(found)
-    assert region_metrics.boundary_accuracy(mask, mask) == 1
-    assert region_metrics.region_similarity(mask, mask) == 1
+    np.testing.assert_array_equal(region_metrics.boundary(region), wanted)
+    found = region_metrics.boundary_accuracy(region, other)
+    assert found == pytest.approx(plain_f(region, other))
+    assert region_metrics.boundary_accuracy(other, region) == pytest.approx(found)
+    assert region_metrics.boundary_accuracy(region, region) == 1
+    assert region_metrics.region_similarity(region, region) == 1
 
 
 def test_tolerance_is_rounded_up_and_inclusive():
@@ -95,7 +95,7 @@ def test_tolerance_is_rounded_up_and_inclusive():
         assert region_metrics.boundary_accuracy(truth, found) == wanted
 
 
-def test_empty_masks():
+def test_empty_regions():
     empty, whole = np.zeros((30, 40), bool), np.zeros((30, 40), bool)
     whole[5:9, 5:9] = True
     for one, other, j, f in (
@@ -108,10 +108,10 @@ def test_empty_masks():
 
 
 def plain_statistics(values):
-    """As the benchmark words it: quarters by rounded places, ends in common."""
-    places = [1 + (len(values) - 1) * k / 4 for k in range(5)]
-    places = [math.floor(place + 0.5) - 1 for place in places]
-    quarters = [values[a : b + 1] for a, b in itertools.pairwise(places)]
+    """Follow the benchmark's text: quarters by rounded positions, ends in common."""
+    ends = [1 + (len(values) - 1) * k / 4 for k in range(5)]
+    ends = [math.floor(end + 0.5) - 1 for end in ends]
+    quarters = [values[a : b + 1] for a, b in itertools.pairwise(ends)]
     return (
         sum(values) / len(values),
         sum(value > 0.5 for value in values) / len(values),

@@ -1,4 +1,4 @@
-"""DAVIS folders are read, followed by features and judged; maps belong to frames."""
+"""DAVIS folders are read, their objects followed and scored; maps belong to frames."""
 
 import shutil
 
@@ -87,21 +87,21 @@ def config(dataset):
 
 def test_videos_are_listed_in_order(dataset):
     walk, cross = davis.list_videos(str(dataset), "2017/val", "480p")
-    assert (walk.name, len(walk.frames), len(cross.masks)) == ("walk", 6, 6)
+    assert (walk.name, len(walk.frames), len(cross.labels)) == ("walk", 6, 6)
     assert [f.name for f in walk.frames][:2] == ["00000.jpg", "00001.jpg"]
-    assert [f.stem for f in cross.masks] == [f.stem for f in cross.frames]
+    assert [f.stem for f in cross.labels] == [f.stem for f in cross.frames]
 
 
-def test_palette_masks_keep_their_numbers(dataset):
+def test_palette_images_keep_their_numbers(dataset):
     path = dataset / "Annotations" / "480p" / "cross" / "00000.png"
     with Image.open(path) as image:
         assert image.mode == "P"
         colours = np.asarray(image.convert("RGB"))
-    mask = label_images.read_mask(path)
-    assert set(np.unique(mask)) == {0, 1, 2, 255}
+    labels = label_images.read_labels(path)
+    assert set(np.unique(labels)) == {0, 1, 2, 255}
     # The colours of DAVIS and VOC.
     for number, colour in ((0, (0, 0, 0)), (1, (128, 0, 0)), (2, (0, 128, 0))):
-        assert np.all(colours[mask == number] == colour)
+        assert np.all(colours[labels == number] == colour)
 
 
 def test_what_is_missing_is_named(dataset, tmp_path):
@@ -117,7 +117,7 @@ def test_what_is_missing_is_named(dataset, tmp_path):
     refused(r"val\.txt is missing", lambda r: shutil.rmtree(r / "ImageSets"))
     refused(r"walk is missing", lambda r: shutil.rmtree(r / "JPEGImages" / walk))
     refused(
-        "00003 is only a frame or only a mask",
+        "00003 is only a frame or only a label image",
         lambda r: (r / "Annotations" / walk / "00003.png").unlink(),
     )
     refused("names no video", lambda r: (r / "ImageSets/2017/val.txt").write_text("\n"))
@@ -131,7 +131,7 @@ def test_what_is_missing_is_named(dataset, tmp_path):
     refused("walk has 2 frames", shorten)
 
 
-def test_files_that_are_no_masks_are_named(dataset, tmp_path, config, frozen):
+def test_files_that_are_not_label_images_are_named(dataset, tmp_path, config, frozen):
     shutil.copytree(dataset, tmp_path / "copy")
     config.path = str(tmp_path / "copy")
     folder = tmp_path / "copy" / "Annotations" / "480p" / "walk"
@@ -143,7 +143,7 @@ def test_files_that_are_no_masks_are_named(dataset, tmp_path, config, frozen):
     with pytest.raises(UserError, match=r"00000\.png has no object to follow"):
         video_objects.evaluate(frozen, config)
     label_images.write_image(first, np.ones((40, 60), np.uint8))
-    with pytest.raises(UserError, match=r"40x64 pixels and its mask 40x60"):
+    with pytest.raises(UserError, match=r"40x64 pixels and its label image 40x60"):
         video_objects.evaluate(frozen, config)
     first.write_bytes(b"nothing")
     with pytest.raises(UserError, match=r"00000\.png cannot be read"):
@@ -206,9 +206,9 @@ def test_network_sizes_are_whole_patches_near_the_shape():
     assert video_objects.network_size((64, 48), 32, 8) == (40, 32)
 
 
-def test_labels_are_stretched_before_the_largest_is_taken(rng):
+def test_labels_are_scaled_before_the_largest_is_taken(rng):
     labels = rng.random((4, 6, 3)).astype(np.float32) * [1, 0.3, 0]
-    found = np.asarray(video_objects._to_mask(jnp.asarray(labels), size=(8, 12)))
+    found = np.asarray(video_objects._most_likely(jnp.asarray(labels), size=(8, 12)))
     large = np.asarray(jax.image.resize(labels, (8, 12, 3), "linear"))
     wanted = np.zeros((8, 12), int)
     for y in range(8):
@@ -218,48 +218,50 @@ def test_labels_are_stretched_before_the_largest_is_taken(rng):
                 for k in range(2)
             ]
             wanted[y, x] = np.argmax(reach)
-    # A label that is nowhere is never found, though it is as high as it gets.
+    # A label without any share is never predicted.
     np.testing.assert_array_equal(found, wanted)
     assert (found == 1).any()
 
 
-def test_judging_leaves_out_the_first_and_the_last_frame(dataset, rng):
+def test_the_first_and_the_last_frame_are_not_scored(dataset, rng):
     _, cross = davis.list_videos(str(dataset), "2017/val", "480p")
-    truth = [np.where(m == 255, 0, m) for m in map(label_images.read_mask, cross.masks)]
+    truth = [
+        np.where(m == 255, 0, m) for m in map(label_images.read_labels, cross.labels)
+    ]
     wrong = np.zeros_like(truth[0])
-    found = video_objects.judge(cross, iter([*truth[1:-1], wrong]))
+    found = video_objects.score_video(cross, iter([*truth[1:-1], wrong]))
     assert found.shape == (2, 2, 3)
     np.testing.assert_allclose(found, np.tile([1, 1, 0], (2, 2, 1)))
-    said = [np.where(rng.random(m.shape) < 0.3, 0, m) for m in truth[1:]]
-    found = video_objects.judge(cross, iter(said))
+    noisy = [np.where(rng.random(m.shape) < 0.3, 0, m) for m in truth[1:]]
+    found = video_objects.score_video(cross, iter(noisy))
     for k in (1, 2):
         for row, measure in enumerate(
             (region_metrics.region_similarity, region_metrics.boundary_accuracy)
         ):
             values = [
                 measure(t == k, s == k)
-                for t, s in zip(truth[1:-1], said[:-1], strict=True)
+                for t, s in zip(truth[1:-1], noisy[:-1], strict=True)
             ]
             wanted = region_metrics.statistics(np.array(values))
             np.testing.assert_allclose(found[k - 1, row], wanted)
 
 
 def test_results_are_means_over_objects(rng):
-    judged = [rng.random((count, 2, 3)) for count in (1, 3, 2)]
-    found = video_objects.summarise(judged, seed=0)
-    objects = np.concatenate(judged)
+    scores = [rng.random((count, 2, 3)) for count in (1, 3, 2)]
+    found = video_objects.average_scores(scores, seed=0)
+    objects = np.concatenate(scores)
     assert found["objects"] == 6 and found["videos"] == 3
     assert found["j_recall"] == pytest.approx(objects[:, 0, 1].mean())
     assert found["f_decay"] == pytest.approx(objects[:, 1, 2].mean())
     both = (found["j_mean"] + found["f_mean"]) / 2
     assert found["j_and_f_mean"] == pytest.approx(both)
-    per_video = [part[..., 0].mean() for part in judged]
+    per_video = [part[..., 0].mean() for part in scores]
     low, high = found["lower_bound"], found["upper_bound"]
     assert min(per_video) - 1e-9 <= low <= both <= high <= max(per_video) + 1e-9
 
 
 def test_objects_are_followed(frozen, config):
-    """Even untrained features tell colours apart; still masks fall behind."""
+    """Even untrained features distinguish colours; repeated labels score lower."""
     found = registry.evaluate(frozen, config)
     columns = {"pretrained", "random_init", "first_mask"}
     assert all(set(row) == columns for row in found.values())
@@ -270,7 +272,7 @@ def test_objects_are_followed(frozen, config):
     assert again == found
 
 
-def test_still_masks_are_judged_by_arithmetic(frozen, config):
+def test_scores_of_repeated_labels(frozen, config):
     """A square of 16 that has moved by 3 i: J is (16 - 3 i) / (16 + 3 i)."""
     config.update(max_videos=1, random_init=False)
     found = video_objects.evaluate(frozen, config)

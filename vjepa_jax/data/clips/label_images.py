@@ -1,4 +1,4 @@
-"""Image files and the masks beside them: a class or an object's number per pixel."""
+"""Images, and label images: the number of a class or an object per pixel."""
 
 import pathlib
 
@@ -31,20 +31,20 @@ def read_image(
       path: of the file.
       size: (height, width) of the output.
       box: (top, left, height, width) to crop; None: the whole image.
-      shape: (height, width) that the file must have, its mask's; None: any.
+      shape: (height, width) of the label image, which must be the file's; None: any.
 
     Returns:
       uint8 [height, width, 3].
 
     Raises:
-      UserError: the file cannot be read, or is not of the mask's size.
+      UserError: the file cannot be read, or its size is not `shape`.
     """
     try:
         with Image.open(path) as image:
             if shape is not None and image.size != shape[::-1]:
                 width, height = image.size
                 raise UserError(
-                    f"{path} has {height}x{width} pixels and its mask "
+                    f"{path} has {height}x{width} pixels and its label image "
                     f"{shape[0]}x{shape[1]}: give both the same size"
                 )
             edges = None
@@ -60,8 +60,8 @@ def read_image(
         raise _unreadable(path, error) from None
 
 
-def read_mask(path: pathlib.Path) -> np.ndarray:
-    """Read a mask of one channel, with or without a palette: uint8 [H, W].
+def read_labels(path: pathlib.Path) -> np.ndarray:
+    """Read a label image of one channel, with or without a palette: uint8 [H, W].
 
     Raises:
       UserError: the file cannot be read, or has more than one channel.
@@ -70,8 +70,8 @@ def read_mask(path: pathlib.Path) -> np.ndarray:
         with Image.open(path) as image:
             if image.mode not in ("P", "L", "1"):
                 raise UserError(
-                    f"{path} is an image of mode {image.mode}: a mask is a PNG with "
-                    "the number of a class or object per pixel, palette or grey"
+                    f"{path} is an image of mode {image.mode}: give a PNG with the "
+                    "number of a class or object per pixel, palette or grey"
                 )
             return np.asarray(image).astype(np.uint8)
     except UserError:
@@ -80,46 +80,46 @@ def read_mask(path: pathlib.Path) -> np.ndarray:
         raise _unreadable(path, error) from None
 
 
-def resize_mask(
-    mask: np.ndarray, size: tuple[int, int], box: Box | None = None
+def resize_labels(
+    labels: np.ndarray, size: tuple[int, int], box: Box | None = None
 ) -> np.ndarray:
-    """Crop and resize a mask; each pixel takes the number of the nearest one.
+    """Crop and resize a label image by nearest neighbours.
 
     Args:
-      mask: uint8 [H, W].
+      labels: uint8 [H, W].
       size, box: see `read_image`.
     """
-    top, left, height, width = box or (0, 0, *mask.shape)
+    top, left, height, width = box or (0, 0, *labels.shape)
     rows, columns = (
         start + ((np.arange(n) + 0.5) * length / n).astype(int)
         for start, length, n in zip((top, left), (height, width), size, strict=True)
     )
-    return mask[rows[:, None], columns]
+    return labels[rows[:, None], columns]
 
 
 def patch_shares(
-    mask: np.ndarray, size: tuple[int, int], grid: tuple[int, int], num_labels: int
+    labels: np.ndarray, size: tuple[int, int], grid: tuple[int, int], num_labels: int
 ) -> np.ndarray:
     """Return the share of each label in every patch: float32 [h, w, num_labels].
 
     Args:
-      mask: uint8 [H, W]; labels of `num_labels` and above are not counted.
-      size: (height, width) in pixels to which the mask is resized first.
-      grid: (h, w) of the patches.
+      labels: uint8 [H, W]; values of `num_labels` and above are not counted.
+      size: (height, width) in pixels, to which the labels are resized first.
+      grid: (h, w), patches.
       num_labels: number of labels.
     """
-    mask = resize_mask(mask, size)
+    labels = resize_labels(labels, size)
     patch = [pixels // count for pixels, count in zip(size, grid, strict=True)]
     rows, columns = (np.arange(n) // side for n, side in zip(size, patch, strict=True))
     places = rows[:, None] * grid[1] + columns
-    counted = mask < num_labels
-    index = places[counted] * num_labels + mask[counted]
+    counted = labels < num_labels
+    index = places[counted] * num_labels + labels[counted]
     counts = np.bincount(index, minlength=grid[0] * grid[1] * num_labels)
     return (counts / (patch[0] * patch[1])).reshape(*grid, -1).astype(np.float32)
 
 
 def write_image(path: pathlib.Path, pixels: np.ndarray) -> None:
-    """Write uint8 [H, W, 3], or a mask [H, W] with a palette, as PNG."""
+    """Write uint8 [H, W, 3], or a label image [H, W] with a palette, as PNG."""
     image = Image.fromarray(pixels)
     if pixels.ndim == 2:
         image = image.convert("P")

@@ -1,4 +1,4 @@
-"""Videos with a mask per object and frame, in the folders of DAVIS 2017.
+"""Videos with the label image of objects of every frame, in the folders of DAVIS 2017.
 
 ROOT/ImageSets/2017/val.txt             a name per line
 ROOT/JPEGImages/480p/NAME/00000.jpg     frames, also PNG
@@ -10,33 +10,33 @@ import pathlib
 
 from vjepa_jax.base.errors import UserError
 
-FRAMES, MASKS, LISTS = "JPEGImages", "Annotations", "ImageSets"
+FRAMES, LABELS, LISTS = "JPEGImages", "Annotations", "ImageSets"
 
 
 @dataclasses.dataclass(frozen=True)
-class MaskedVideo:
-    """Frames and their masks, in order.
+class LabelledVideo:
+    """Frames and their label images, in order.
 
     Attributes:
       name: of the folders.
-      frames, masks: files, as many frames as masks.
+      frames, labels: files, one of each per frame.
     """
 
     name: str
     frames: tuple[pathlib.Path, ...]
-    masks: tuple[pathlib.Path, ...]
+    labels: tuple[pathlib.Path, ...]
 
 
-def list_videos(path: str, split: str, quality: str) -> list[MaskedVideo]:
+def list_videos(path: str, split: str, quality: str) -> list[LabelledVideo]:
     """List the videos of a split.
 
     Args:
       path: the root.
       split: of `ImageSets/`, such as `2017/val`.
-      quality: folder of frames and masks, such as `480p`.
+      quality: folder of frames and label images, such as `480p`.
 
     Raises:
-      UserError: a file is missing, or frames and masks do not match.
+      UserError: something is missing, or frames and label images do not match.
     """
     root = pathlib.Path(path)
     names = root / LISTS / f"{split}.txt"
@@ -47,21 +47,21 @@ def list_videos(path: str, split: str, quality: str) -> list[MaskedVideo]:
         )
     videos = []
     for name in names.read_text().split():
-        frames, masks = (
-            tuple(_files(root / kind / quality / name)) for kind in (FRAMES, MASKS)
+        frames, labels = (
+            tuple(_files(root / kind / quality / name)) for kind in (FRAMES, LABELS)
         )
-        odd = {file.stem for file in frames} ^ {file.stem for file in masks}
+        odd = {file.stem for file in frames} ^ {file.stem for file in labels}
         if odd:
             raise UserError(
-                f"{name}: {min(odd)} is only a frame or only a mask; every frame needs "
-                f"a mask in {root / MASKS / quality / name}"
+                f"{name}: {min(odd)} is only a frame or only a label image; every "
+                f"frame needs a label image in {root / LABELS / quality / name}"
             )
         if len(frames) < 3:
             raise UserError(
-                f"{name} has {len(frames)} frames; the first and the last are not "
-                f"evaluated: remove it from {names}"
+                f"{name} has {len(frames)} frames, and the first and the last are not "
+                f"scored: remove it from {names}"
             )
-        videos.append(MaskedVideo(name, frames, masks))
+        videos.append(LabelledVideo(name, frames, labels))
     if not videos:
         raise UserError(f"{names} names no video")
     return videos
@@ -70,7 +70,7 @@ def list_videos(path: str, split: str, quality: str) -> list[MaskedVideo]:
 def _files(folder: pathlib.Path) -> list[pathlib.Path]:
     if not folder.is_dir():
         raise UserError(f"{folder} is missing, and config.split names it")
-    # A folder may have other files, such as those of a file manager.
+    # File managers leave other files.
     files = [
         f for f in folder.iterdir() if f.suffix.lower() in (".jpg", ".jpeg", ".png")
     ]

@@ -1,11 +1,13 @@
-"""How often each class is taken for each other one, and the intersection over union."""
+"""Confusion matrices of patches and pixels, and the intersection over union."""
 
 import functools
+from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from vjepa_jax.data.clips.label_images import IGNORED
 from vjepa_jax.evals.heads.head_grid import HeadGrid
@@ -21,34 +23,34 @@ def confusions(
     *,
     batch_size: int,
 ) -> np.ndarray:
-    """Count what heads find in images, by patches and by pixels.
+    """Count true and predicted classes of patches and pixels.
 
-    A patch has the class of its largest logit. Logits are upsampled bilinearly to the
-    mask's own resolution, and a pixel has the class of its largest one.
+    The class of a patch is that of its largest logit. For pixels, the logits are
+    upsampled bilinearly to the resolution of the labels.
 
     Args:
       grid: heads from one token to logits.
       features: float32 [B, h, w, D].
-      patch_labels: uint8 [B, h, w]; `IGNORED` counts nowhere.
-      labels: uint8 [B, H, W], masks filled up with `IGNORED`.
-      shapes: int32 [B, 2], their heights and widths without the filling.
-      batch_size: to which the arrays are filled up, for one compilation.
+      patch_labels: uint8 [B, h, w]; `IGNORED` is not counted.
+      labels: uint8 [B, H, W], label images padded with `IGNORED`.
+      shapes: int32 [B, 2], their heights and widths without the padding.
+      batch_size: to which the arrays are padded, for a single compilation.
 
     Returns:
-      int64 [heads, 2, classes, classes], of patches and of pixels: how often a true
-      class (row) is taken for one (column).
+      int64 [heads, 2, classes, classes], of patches and of pixels: counts of true
+      classes (rows) and predicted ones (columns).
     """
     missing = -len(features) % batch_size + -batch_size % grid.mesh.size
 
-    def filled(array, value):
+    def padded(array, value):
         widths = [(0, missing)] + [(0, 0)] * (array.ndim - 1)
         return np.pad(array, widths, constant_values=value)
 
     arrays = (
-        filled(features, 0),
-        filled(patch_labels, IGNORED),
-        filled(labels, IGNORED),
-        filled(shapes, 1),
+        padded(features, 0),
+        padded(patch_labels, IGNORED),
+        padded(labels, IGNORED),
+        padded(shapes, 1),
     )
     placed = jax.device_put(arrays, sharding.batch_sharding(grid.mesh))
     counts = _count(grid.state[0], *placed, head=grid.head, mesh=grid.mesh)
@@ -56,7 +58,18 @@ def confusions(
 
 
 @functools.partial(jax.jit, static_argnames=("head", "mesh"))
-def _count(params, features, patch_labels, labels, shapes, *, head, mesh):
+def _count(
+    params: Any,
+    features: jax.Array,
+    patch_labels: jax.Array,
+    labels: jax.Array,
+    shapes: jax.Array,
+    *,
+    head: nn.Module,
+    mesh: Mesh,
+) -> jax.Array:
+    """Compute `confusions` of padded arrays, int32."""
+
     def of_image(params, features, patch_labels, labels, shape):
         rows = features.reshape(-1, 1, features.shape[-1])
         logits = head.apply({"params": params}, rows)
@@ -66,9 +79,9 @@ def _count(params, features, patch_labels, labels, shapes, *, head, mesh):
             [_confusion(patch_labels, logits), _confusion(labels, upsampled)]
         )
 
-    def of_share(params, *images):
-        # One image and head after the other: logits of many classes in full resolution
-        # are large.
+    def of_shard(params, *images):
+        # Images and heads one by one: logits of many classes in full resolution are
+        # large.
         def of_head(params):
             return jax.lax.map(lambda image: of_image(params, *image), images).sum(0)
 
@@ -76,7 +89,7 @@ def _count(params, features, patch_labels, labels, shapes, *, head, mesh):
 
     over_devices = PartitionSpec(sharding.AXES)
     return jax.shard_map(
-        of_share,
+        of_shard,
         mesh=mesh,
         in_specs=(PartitionSpec(), *(over_devices,) * 4),
         out_specs=PartitionSpec(),
@@ -85,7 +98,7 @@ def _count(params, features, patch_labels, labels, shapes, *, head, mesh):
 
 
 def _upsample(logits: jax.Array, size: tuple[int, int], shape: jax.Array) -> jax.Array:
-    """Resize logits [h, w, C] to `shape` bilinearly, in the corner of `size`."""
+    """Resize logits [h, w, C] bilinearly to `shape`, padded to `size`."""
     scale = shape / jnp.asarray(logits.shape[:2], jnp.float32)
     return jax.image.scale_and_translate(
         logits,
@@ -99,11 +112,11 @@ def _upsample(logits: jax.Array, size: tuple[int, int], shape: jax.Array) -> jax
 
 
 def _confusion(labels: jax.Array, logits: jax.Array) -> jax.Array:
-    """Count pairs of true and found classes: int32 [C, C]."""
+    """Count true and predicted classes: int32 [C, C]."""
     classes = logits.shape[-1]
-    truth, found = labels.astype(jnp.int32).ravel(), logits.argmax(-1).ravel()
-    # What is ignored falls outside and is dropped.
-    pair = jnp.where(truth < classes, truth * classes + found, classes**2)
+    truth, predicted = labels.astype(jnp.int32).ravel(), logits.argmax(-1).ravel()
+    # The index of ignored labels is out of range, so that they are dropped.
+    pair = jnp.where(truth < classes, truth * classes + predicted, classes**2)
     counts = jnp.zeros(classes**2, jnp.int32).at[pair].add(1, mode="drop")
     return counts.reshape(classes, classes)
 
@@ -115,7 +128,7 @@ def class_iou(confusion: np.ndarray) -> np.ndarray:
       confusion: int [C, C], true classes by rows.
 
     Returns:
-      NaN for a class that is neither true nor found anywhere.
+      The values; NaN for a class that is neither true nor predicted anywhere.
     """
     both = np.diag(confusion)
     union = confusion.sum(0) + confusion.sum(1) - both
@@ -123,5 +136,5 @@ def class_iou(confusion: np.ndarray) -> np.ndarray:
 
 
 def mean_iou(confusion: np.ndarray) -> float:
-    """Return the mean of `class_iou` over the classes that have one."""
+    """Return the mean of `class_iou`, without NaN."""
     return float(np.nanmean(class_iou(confusion)))

@@ -1,9 +1,9 @@
-"""Semantic segmentation by frozen features: a linear probe of every patch.
+"""Semantic segmentation by frozen features: a linear probe of patches.
 
-A grid of linear heads is trained on standardised features of single patches, whose
-logits are upsampled to the image; the head is chosen on images held out. The loss is
-the cross-entropy of all pixels, each taking the logits of its patch. See
-docs/segmentation.md.
+A grid of linear heads is trained on standardised features of single patches; the head
+is chosen on held-out images. The loss is the cross-entropy of all pixels, each with the
+logits of its patch; in tests the logits are upsampled to the resolution of the labels.
+See docs/segmentation.md.
 """
 
 import collections
@@ -21,7 +21,7 @@ from vjepa_jax.config.defaults import ConfigDict
 from vjepa_jax.data.clips import label_images
 from vjepa_jax.data.sources.records import evenly_spread
 from vjepa_jax.evals import settings
-from vjepa_jax.evals.frozen import FrozenModel, random_init
+from vjepa_jax.evals.frozen import FrozenModel, beside_untrained
 from vjepa_jax.evals.heads.head_grid import (
     HeadGrid,
     epochs_order,
@@ -29,35 +29,39 @@ from vjepa_jax.evals.heads.head_grid import (
     name_of,
 )
 from vjepa_jax.evals.segmentation.confusion import class_iou, confusions, mean_iou
-from vjepa_jax.evals.segmentation.images import Reader, Sample, open_images
-from vjepa_jax.evals.segmentation.pairs import Pair
+from vjepa_jax.evals.segmentation.images import (
+    ImageReader,
+    LabelledImage,
+    Sample,
+    open_images,
+)
 from vjepa_jax.evals.tokens.frame_features import FrameEncoder
 from vjepa_jax.models.heads import LinearClassifier
 
 _BATCHES_AHEAD = 2
-_STANDARDISED_BY = 256  # images whose features give mean and deviation
-_SHAPE_UNIT = 128  # masks are filled up to multiples, for few compilations
+_STANDARDISED_BY = 256  # images whose features give mean and standard deviation
+_SHAPE_UNIT = 128  # label images are padded to multiples, for few compilations
 
 
-def evaluate(frozen: FrozenModel, config: ConfigDict) -> dict[str, dict[str, Any]]:
-    """Train linear heads on the patches of images and judge them.
+def evaluate(model: FrozenModel, config: ConfigDict) -> dict[str, dict[str, Any]]:
+    """Train linear heads on the patches of images and test them.
 
     Args:
-      frozen: the model.
+      model: of the features.
       config: from `settings.segmentation`.
 
     Returns:
       {measure: {"pretrained": value}}, with `config.random_init` also `random_init`:
 
       `miou`: mean over classes of the intersection over union of their pixels in the
-      test images, in full resolution, of the head that was best on the images held out;
-      a class counts where it is in the masks or was found.
+      test images, in full resolution, of the head that was best on the held-out images;
+      over classes that are true or predicted anywhere.
       `patch_miou`: the same of patches, each with its most frequent class.
-      `pixel_accuracy`: share of pixels in the right class.
-      `held_out_miou`: `miou` on the images that the head was chosen by.
-      `best_on_test_miou`: of the head that is best on the test images; flattering.
-      `chosen_head`, counted from 1, each head's `miou`, and the chosen one's of every
-      class.
+      `pixel_accuracy`: share of correctly classified pixels.
+      `held_out_miou`: `miou` of the chosen head on the held-out images.
+      `best_on_test_miou`: of the head that is best on the test images; biased upwards.
+      `chosen_head`, counted from 1, each head's `miou`, and the IoU of every class with
+      the chosen head.
 
     Raises:
       UserError: config, data and model do not fit.
@@ -68,35 +72,29 @@ def evaluate(frozen: FrozenModel, config: ConfigDict) -> dict[str, dict[str, Any
             f"config.num_classes={config.num_classes} is out of range: give 1 to "
             f"{label_images.IGNORED - 1}"
         )
-    models = {"pretrained": frozen}
-    if config.random_init:
-        models["random_init"] = random_init(frozen, config.seed)
-    fit, held_out, test = open_images(frozen, config)
-    columns = {
-        name: _evaluate(model, config, fit, held_out, test)
-        for name, model in models.items()
-    }
-    measures = columns["pretrained"]
-    return {m: {n: column.get(m) for n, column in columns.items()} for m in measures}
+    images = open_images(model, config)
+    return beside_untrained(
+        lambda network: _evaluate(network, config, *images), model, config
+    )
 
 
 def _evaluate(
-    frozen: FrozenModel,
+    model: FrozenModel,
     config: ConfigDict,
-    fit: list[Pair],
-    held_out: list[Pair],
-    test: list[Pair],
+    fit: list[LabelledImage],
+    held_out: list[LabelledImage],
+    test: list[LabelledImage],
 ) -> dict[str, Any]:
     data = config.data
     encoder = FrameEncoder(
-        frozen,
-        data.num_frames or frozen.video_shape[0],
+        model,
+        data.num_frames or model.video_shape[0],
         min(config.clips_per_call, config.batch_size, config.test_batch_size),
         tuple(config.out_layers),
     )
-    reader = Reader(
+    reader = ImageReader(
         encoder,
-        tuple(data.size) or frozen.video_shape[1:3],
+        tuple(data.size) or model.video_shape[1:3],
         config.num_classes,
         data.first_class,
         tuple(data.crop_scale),
@@ -142,17 +140,20 @@ class Probe:
     grid: HeadGrid
 
     def __init__(
-        self, reader: Reader, config: ConfigDict, pool: concurrent.futures.Executor
+        self,
+        reader: ImageReader,
+        config: ConfigDict,
+        pool: concurrent.futures.Executor,
     ):
-        """Takes how images are read, the evaluation's config, and who reads."""
+        """Store the reader of images, the evaluation's config, and the reading pool."""
         self._reader, self._config, self._pool = reader, config, pool
         self._scaler = StandardScaler()
 
-    def train(self, pairs: Sequence[Pair]) -> None:
-        """Train all heads of the config on images."""
+    def train(self, images: Sequence[LabelledImage]) -> None:
+        """Train all heads of the config."""
         config = self._config
-        self._standardise(pairs)
-        steps_per_epoch = len(pairs) // config.batch_size
+        self._standardise(images)
+        steps_per_epoch = len(images) // config.batch_size
         training = make_training(config, steps_per_epoch, optax.softmax_cross_entropy)
         self.grid = HeadGrid(
             LinearClassifier(config.num_classes),
@@ -161,15 +162,15 @@ class Probe:
             seed=config.seed,
             mesh=self._reader.encoder.model.mesh,
         )
-        self.grid.fit(self._batches(pairs, training.total_steps), steps_per_epoch)
+        self.grid.fit(self._batches(images, training.total_steps), steps_per_epoch)
 
     def _batches(
-        self, pairs: Sequence[Pair], steps: int
+        self, images: Sequence[LabelledImage], steps: int
     ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Yield patches of drawn images as `HeadGrid.update` takes them."""
+        """Yield patches of drawn images, as arguments of `HeadGrid.update`."""
         config = self._config
-        order = epochs_order(len(pairs), config.batch_size, steps, config.seed)
-        drawn = ((pairs[i], (config.seed, n)) for n, i in enumerate(order))
+        order = epochs_order(len(images), config.batch_size, steps, config.seed)
+        drawn = ((images[i], (config.seed, n)) for n, i in enumerate(order))
         for batch in self._read(drawn, config.batch_size):
             rows = self._encode(batch)
             rows = rows.reshape(-1, 1, rows.shape[-1])
@@ -179,30 +180,31 @@ class Probe:
             shares /= np.maximum(weights, 1e-9)[:, None]
             yield rows, shares, weights
 
-    def confusions(self, pairs: Sequence[Pair]) -> np.ndarray:
-        """Count what every head finds in images: see `confusion.confusions`.
+    def confusions(self, images: Sequence[LabelledImage]) -> np.ndarray:
+        """Add up the confusion matrices of images, see `confusion.confusions`.
 
         Returns:
-          int64 [heads, 2, classes, classes]: of patches and of pixels.
+          int64 [heads, 2, classes, classes], of patches and of pixels.
         """
         total: np.ndarray | int = 0
         size = self._config.test_batch_size
-        for batch in self._read(((pair, None) for pair in pairs), size):
+        for batch in self._read(((image, None) for image in images), size):
             features = self._encode(batch)
             shares = np.stack([sample.shares for sample in batch])
             frequent = shares.argmax(-1).astype(np.uint8)
             frequent[shares.sum(-1) == 0] = label_images.IGNORED
-            labels, shapes = _stacked([sample.labels for sample in batch])
-            found = confusions(
+            labels, shapes = _stack_padded([sample.labels for sample in batch])
+            total = total + confusions(
                 self.grid, features, frequent, labels, shapes, batch_size=size
             )
-            total = total + found
         return total
 
     def _read(
-        self, items: Iterator[tuple[Pair, tuple[int, int] | None]], batch_size: int
+        self,
+        items: Iterator[tuple[LabelledImage, tuple[int, int] | None]],
+        batch_size: int,
     ) -> Iterator[list[Sample]]:
-        """Yield batches in order, some of them read ahead; the last may be smaller."""
+        """Yield batches in order, some of them prefetched; the last may be smaller."""
         waiting: collections.deque[list[concurrent.futures.Future]]
         waiting = collections.deque()
         while part := list(itertools.islice(items, batch_size)):
@@ -221,20 +223,20 @@ class Probe:
     def _features(self, batch: Sequence[Sample]) -> np.ndarray:
         return self._reader.encoder(np.stack([sample.window for sample in batch]))
 
-    def _standardise(self, pairs: Sequence[Pair]) -> None:
-        """Take mean and deviation of the features' channels from some images."""
-        chosen = evenly_spread(len(pairs), _STANDARDISED_BY)
-        items = ((pairs[i], None) for i in chosen)
+    def _standardise(self, images: Sequence[LabelledImage]) -> None:
+        """Compute mean and standard deviation of channels from some images."""
+        chosen = evenly_spread(len(images), _STANDARDISED_BY)
+        items = ((images[i], None) for i in chosen)
         for batch in self._read(items, self._config.test_batch_size):
             features = self._features(batch)
             self._scaler.partial_fit(features.reshape(-1, features.shape[-1]))
 
 
-def _stacked(labels: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Return masks of several sizes filled up to one, and the sizes, int32 [B, 2]."""
-    shapes = np.array([mask.shape for mask in labels], np.int32)
+def _stack_padded(labels: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Return label images padded to one size [B, H, W], and their sizes [B, 2]."""
+    shapes = np.array([image.shape for image in labels], np.int32)
     size = -(-shapes.max(0) // _SHAPE_UNIT) * _SHAPE_UNIT
     stacked = np.full((len(labels), *size), label_images.IGNORED, np.uint8)
-    for filled, mask in zip(stacked, labels, strict=True):
-        filled[: mask.shape[0], : mask.shape[1]] = mask
+    for padded, image in zip(stacked, labels, strict=True):
+        padded[: image.shape[0], : image.shape[1]] = image
     return stacked, shapes
