@@ -11,7 +11,7 @@ from vjepa_jax.config.defaults import get_config
 from vjepa_jax.config.rules import validate
 from vjepa_jax.data.clips import label_images
 from vjepa_jax.data.sources import davis
-from vjepa_jax.evals.segmentation import pairs as image_lists
+from vjepa_jax.evals.segmentation.images import list_images
 from vjepa_jax.world import labelled, motion, render
 
 LOOKS = motion.World(size=32, num_frames=6)
@@ -67,11 +67,11 @@ def test_files_are_the_clips_without_loss(rendered):
 def test_lists_of_classes_are_of_the_same_videos(rendered):
     root = f"{rendered[1].path}/{ROOT}"
     for key, split in (("train_path", "train"), ("test_path", "val")):
-        pairs = image_lists.open_pairs(f"{root}/{labelled.CLASS_LISTS[key]}")
+        images = list_images(f"{root}/{labelled.CLASS_LISTS[key]}")
         videos = davis.list_videos(root, f"2017/{split}", "480p")
         frames = [frame for video in videos for frame in video.frames]
-        assert [pair.image for pair in pairs] == frames
-        assert [pair.mask.name for pair in pairs] == [f.name for f in frames]
+        assert [image.image for image in images] == frames
+        assert [image.labels.name for image in images] == [f.name for f in frames]
 
 
 def test_label_maps_are_what_is_painted():
