@@ -15,7 +15,11 @@ from step_setup import one_device
 from vjepa_jax.base.errors import UserError
 from vjepa_jax.evals import registry, settings
 from vjepa_jax.evals.anticipation import anticipation
-from vjepa_jax.evals.anticipation.anticipation import Anticipator, make_loss, measure
+from vjepa_jax.evals.anticipation.anticipation import (
+    Anticipator,
+    make_loss,
+    measure_heads,
+)
 from vjepa_jax.evals.anticipation.epic_kitchens import Classes
 from vjepa_jax.evals.classification import Predictions
 from vjepa_jax.evals.frozen import FrozenModel
@@ -96,7 +100,7 @@ def test_recall_is_averaged_over_classes(rng):
     for name, count in (("verb", 3), ("noun", 5), ("action", 13)):
         scores[name] = rng.normal(size=(2, 200, count))
         best[name] = np.argsort(-scores[name])[..., :5]
-    found = measure(Predictions(labels, best), CLASSES)
+    found = measure_heads(Predictions(labels, best), CLASSES)
     for name, table in CLASSES.tables().items():
         of_name = table[labels]
         weights = compute_sample_weight("balanced", of_name)

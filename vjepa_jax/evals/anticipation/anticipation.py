@@ -1,11 +1,11 @@
-"""Action anticipation: what will be done a second from now, by frozen features.
+"""Action anticipation by frozen features: which action follows in a second?
 
 V-JEPA 2's protocol on EPIC-KITCHENS-100 (paper section 6,
-`evals/action_anticipation_frozen`): a clip is seen that ends one second before an
-action. Heads see its tokens by the target encoder and the predictor's for the time of
-the action; three queries pool them for verb, noun and action, a pair of both. The
-measure is the recall among five answers, averaged over classes. Paper and code differ
-in where an action's time is; both are measured. See docs/anticipation.md.
+`evals/action_anticipation_frozen`): the model sees a clip that ends one second before
+an action. Heads see the target encoder's tokens of the clip and the predictor's tokens
+for the time of the action; three queries pool them for verb, noun and action, which is
+a pair of both. The measure is recall at 5, averaged over classes. Paper and code define
+the time of an action differently; both are measured. See docs/anticipation.md.
 """
 
 import dataclasses
@@ -46,18 +46,18 @@ _ALPHA, _GAMMA = 0.25, 2.0
 
 @dataclasses.dataclass(frozen=True)
 class Anticipator:
-    """From clips to the tokens that heads see.
+    """Turns clips into the tokens that heads see.
 
     Attributes:
       frozen: the model.
-      clips_per_call: clips that it sees at once.
+      clips_per_call: clips that it encodes at once.
       fps: frames of a clip per second.
-      num_output_frames: to predict; one tubelet at least.
-      mask_index: which of the predictor's mask tokens stands for them.
-      use_predictor: False leaves the predictions out.
+      num_output_frames: frames to predict, at least one tubelet.
+      mask_index: which of the predictor's mask tokens stands for the predicted tokens.
+      use_predictor: whether tokens are predicted; else they are those of the clip.
     """
 
-    num_clips: ClassVar[int] = 1  # a context is one
+    num_clips: ClassVar[int] = 1  # a context is one clip
 
     frozen: FrozenModel
     clips_per_call: int
@@ -67,17 +67,18 @@ class Anticipator:
     use_predictor: bool
 
     def __call__(self, video: np.ndarray, ahead_secs: np.ndarray) -> np.ndarray:
-        """Encode clips and predict what comes so many seconds after each.
+        """Encode clips and predict the features of some time after each.
 
         Args:
           video: uint8 [B, T, H, W, 3].
-          ahead_secs: float [B], rounded down to time steps of tokens.
+          ahead_secs: float [B], from the end of each clip to the predicted time,
+            rounded down to time steps of tokens.
 
         Returns:
           float32 [B, N, D].
         """
         tubelet = self.frozen.encoder.tubelet_size
-        # A time that is whole steps may be a little less by rounding.
+        # Rounding may have made a whole number of steps slightly smaller.
         steps = np.floor(ahead_secs * self.fps / tubelet + 1e-6).astype(np.int32)
         num_steps = max(1, self.num_output_frames // tubelet)
 
@@ -98,7 +99,7 @@ class Anticipator:
 
 @dataclasses.dataclass(frozen=True)
 class ContextVideos(Videos):
-    """Contexts as heads see them, see `clip_tokens.Videos`."""
+    """Tokens of contexts, see `clip_tokens.Videos`."""
 
     source: Contexts
     encoder: Anticipator
@@ -109,29 +110,30 @@ class ContextVideos(Videos):
 
 
 def evaluate(frozen: FrozenModel, config: ConfigDict) -> dict[str, dict[str, Any]]:
-    """Train heads on annotated actions and judge what they anticipate.
+    """Train heads on annotated actions and test what they anticipate.
 
     Args:
       frozen: the model.
       config: from `settings.anticipation`.
 
     Returns:
-      {measure: {anchor: value}}, with `config.random_init` also of `ANCHOR_random`. Of
-      each of `OUTPUTS`, by the head whose recall of actions was best on the actions
-      held out for choosing:
+      {measure: {anchor: value}}, with `config.random_init` also {"ANCHOR_random":
+      value}. For each of `OUTPUTS`, of the head with the best recall of actions on the
+      held-out actions:
 
       `*_recall_at_5`: the share of a class's test actions for which it is among the
-      five most probable, averaged over the classes that occur. `*_accuracy`,
+      five most probable classes, averaged over the classes that occur. `*_accuracy`,
       `*_top5_accuracy`: over all test actions. `*_class_mean_accuracy`: averaged over
       classes.
       `official_best_on_test_*_recall_at_5`: of the head that is best on the test
-      itself, for each of `OUTPUTS` another one, as the released code reports.
+      actions, a different one for each of `OUTPUTS`, as reported by the released code.
       `held_out_action_recall_at_5`, `chosen_head` (from 1), and both recalls of actions
       of every head.
-      `actions_*`: how many were fitted, held out, tested, unreadable; of a pair that
-      is not among the training annotations and left out of the test, as in the
-      released code (`actions_unknown`). `tests_that_see_the_action`: share of the
-      tested contexts that end after the action has begun.
+      `actions_fitted`, `actions_held_out`, `actions_tested`, `actions_unreadable`:
+      their numbers. `actions_unknown`: number of test actions whose pair is not among
+      the training annotations; they are left out, as in the released code.
+      `tests_that_see_the_action`: share of the tested contexts that end after the
+      action has begun.
 
     Raises:
       UserError: config, data and model do not fit.
@@ -151,7 +153,7 @@ def evaluate(frozen: FrozenModel, config: ConfigDict) -> dict[str, dict[str, Any
         for name, model in models.items()
     }
     measures = next(iter(columns.values()))
-    return {m: {name: found[m] for name, found in columns.items()} for m in measures}
+    return {m: {name: of[m] for name, of in columns.items()} for m in measures}
 
 
 def _check_predictor(frozen: FrozenModel, mask_index: int) -> None:
@@ -215,13 +217,13 @@ def _evaluate(frozen: FrozenModel, config: ConfigDict, anchor: str) -> dict[str,
         mesh=frozen.mesh,
     )
     size = config.test_batch_size
-    # The tests are not looked at before all heads are trained and one is chosen.
+    # The test actions are not used before all heads are trained and one is chosen.
     chosen_by = classification.predict(grid, prepare(contexts(held_out), 1), size)
-    held_out_recalls = measure(chosen_by, classes)["action_recall_at_5"]
+    held_out_recalls = measure_heads(chosen_by, classes)["action_recall_at_5"]
     chosen = int(np.argmax(held_out_recalls))
-    tested = contexts(test)
-    judged = classification.predict(grid, prepare(tested, 1), size)
-    measures = measure(judged, classes)
+    test_contexts = contexts(test)
+    tested = classification.predict(grid, prepare(test_contexts, 1), size)
+    measures = measure_heads(tested, classes)
     results = {name: values[chosen] for name, values in measures.items()}
     for name in OUTPUTS:
         key = f"{name}_recall_at_5"
@@ -231,13 +233,13 @@ def _evaluate(frozen: FrozenModel, config: ConfigDict, anchor: str) -> dict[str,
         "chosen_head": chosen + 1,
         "actions_fitted": len(fit),
         "actions_held_out": len(chosen_by.labels),
-        "actions_tested": len(judged.labels),
+        "actions_tested": len(tested.labels),
         "actions_unreadable": len(held_out)
         - len(chosen_by.labels)
         + len(test)
-        - len(judged.labels),
+        - len(tested.labels),
         "actions_unknown": num_test - len(test),
-        "tests_that_see_the_action": float(tested.sees_action().mean()),
+        "tests_that_see_the_action": float(test_contexts.sees_action().mean()),
     }
     for number, pair in enumerate(grid.heads):
         prefix = f"head {number + 1}: {name_of(pair)}"
@@ -302,7 +304,7 @@ def _training_batches(
     fit: Actions,
     per_epoch: int,
 ) -> Iterator[TokenBatch]:
-    """Yield the batches of all epochs; where times are drawn, anew in each."""
+    """Yield the batches of all epochs; times, if random, are drawn in each epoch."""
     config, data = prepare.config, prepare.config.data
     if not data.augment:
         steps = config.epochs * per_epoch
@@ -320,18 +322,18 @@ def _training_batches(
 
 
 def make_loss(classes: Classes) -> Callable[[dict[str, jax.Array], jax.Array], Any]:
-    """Make the loss: sigmoid focal losses of verb, noun and action, added up.
+    """Make the loss: the sum of the sigmoid focal losses of verb, noun and action.
 
     Args:
       classes: of the labels.
 
     Returns:
-      A function of logits {name: [B, classes]} and actions, int [B], to losses [B],
-      each summed over classes.
+      A function from logits {name: [B, classes]} and actions, int [B], to losses [B],
+      summed over classes.
     """
     tables = {name: jnp.asarray(table) for name, table in classes.tables().items()}
 
-    def loss(logits, labels):
+    def loss(logits: dict[str, jax.Array], labels: jax.Array) -> jax.Array:
         total = 0.0
         for name, of_name in logits.items():
             wanted = jax.nn.one_hot(tables[name][labels], of_name.shape[-1])
@@ -342,13 +344,13 @@ def make_loss(classes: Classes) -> Callable[[dict[str, jax.Array], jax.Array], A
     return loss
 
 
-def measure(found: Predictions, classes: Classes) -> dict[str, list[float]]:
+def measure_heads(predictions: Predictions, classes: Classes) -> dict[str, list[float]]:
     """Return every measure of every head, {measure: [H]}; see `evaluate`."""
-    measures = {}
+    measures: dict[str, list[float]] = {}
     for name in OUTPUTS:
-        labels = classes.tables()[name][found.labels]
-        for best in found.best[name]:
-            # What is among the best counts as found; the rest as no class at all.
+        labels = classes.tables()[name][predictions.labels]
+        for best in predictions.best[name]:
+            # An action whose class is among the best counts as correctly predicted.
             among = np.where((best == labels[:, None]).any(1), labels, -1)
             values = {
                 "recall_at_5": _class_mean(labels, among),
@@ -361,5 +363,5 @@ def measure(found: Predictions, classes: Classes) -> dict[str, list[float]]:
     return measures
 
 
-def _class_mean(labels: np.ndarray, found: np.ndarray) -> float:
-    return recall_score(labels, found, labels=np.unique(labels), average="macro")
+def _class_mean(labels: np.ndarray, predicted: np.ndarray) -> float:
+    return recall_score(labels, predicted, labels=np.unique(labels), average="macro")

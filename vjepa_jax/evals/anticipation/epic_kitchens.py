@@ -1,7 +1,7 @@
-"""EPIC-KITCHENS-100: its annotations, and the clips that are seen before each action.
+"""EPIC-KITCHENS-100: its annotations, and the clip before each action.
 
-Annotations are the released CSV files; times of an action are in them both as time
-stamps and as frames. Videos lie as the data set is distributed (see `_LAYOUTS`).
+Annotations are the released CSV files, which give the times of an action both as time
+stamps and as frames. The layouts of the videos' folders are in `_LAYOUTS`.
 """
 
 import csv
@@ -20,15 +20,15 @@ from vjepa_jax.data.sources.file_lists import VideoList
 from vjepa_jax.data.sources.records import Record, Source, digest_of
 from vjepa_jax.evals.anticipation.context_sampling import ContextSampling
 
-# Where the moment to anticipate is, as a share of the way from the action's start to
-# its end. The paper counts `anticipation_point` from the start; the released code takes
-# `start * point + stop * (1 - point)`, so that its 0 is the end of the action.
+# By the definition of `anticipation_point`: the moment to anticipate, as a share of the
+# way from the action's start to its end. The paper counts from the start; the released
+# code computes `start * point + stop * (1 - point)`, so that 0 is the action's end.
 ANCHORS = {
     "paper": lambda point: point,
     "released": lambda point: 1 - point,
 }
 
-# A video's file, of which the first that exists is the layout of all.
+# Paths of a video's file; the first one that exists is the layout of all videos.
 _LAYOUTS = tuple(
     f"{folder}{{video}}{suffix}"
     for folder in ("{participant}/videos/", "{participant}/", "")
@@ -41,11 +41,11 @@ class Actions:
     """Annotated actions, in the order of their file; arrays are [n].
 
     Attributes:
-      name: the file they come from.
+      name: path of the file.
       video: names of videos, such as P01_01.
       start_secs, stop_secs: float64, from the beginning of the video.
       start_frame, stop_frame: int64, the same in frames.
-      verb, noun: int64, as the data set numbers them.
+      verb, noun: int64, numbers of the data set.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Actions:
         return len(self.video)
 
     def take(self, chosen: np.ndarray) -> "Actions":
-        """Return some of them, by their places or as bool [n]."""
+        """Return some of the actions, chosen by index or by bool [n]."""
         fields = dataclasses.asdict(self)
         name = fields.pop("name")
         return Actions(name, **{key: array[chosen] for key, array in fields.items()})
@@ -72,10 +72,10 @@ def read_actions(path: str) -> Actions:
     """Read annotations, `EPIC_100_train.csv` or `EPIC_100_validation.csv`.
 
     Columns: video_id, start_timestamp, stop_timestamp (HH:MM:SS.ff), start_frame,
-    stop_frame, verb_class, noun_class; others are passed over.
+    stop_frame, verb_class, noun_class; others are ignored.
 
     Raises:
-      UserError: the file cannot be read, or is no such list; names file and line.
+      UserError: the file cannot be read, or is not such a list; names file and line.
     """
     columns: dict[str, list] = {
         field.name: [] for field in dataclasses.fields(Actions) if field.name != "name"
@@ -119,9 +119,9 @@ class Classes:
     """The verbs, nouns and pairs of both that occur in the training annotations.
 
     Attributes:
-      verbs: int64 [V], as the data set numbers them, in increasing order.
+      verbs: int64 [V], numbers of the data set in increasing order.
       nouns: int64 [N], likewise.
-      actions: int64 [A, 2], (verb, noun), likewise.
+      actions: int64 [A, 2], pairs (verb, noun), likewise.
     """
 
     verbs: np.ndarray
@@ -140,11 +140,11 @@ class Classes:
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many there are, by the name of a head's output."""
+        """Return the numbers of classes by the name of a head's output."""
         return {name: int(table.max()) + 1 for name, table in self.tables().items()}
 
     def tables(self) -> dict[str, np.ndarray]:
-        """Return verb, noun and action of every class of actions, each int64 [A]."""
+        """Return the classes of verb, noun and action of every action, int64 [A]."""
         return {
             "verb": np.searchsorted(self.verbs, self.actions[:, 0]),
             "noun": np.searchsorted(self.nouns, self.actions[:, 1]),
@@ -160,7 +160,7 @@ class Classes:
 
 @dataclasses.dataclass(frozen=True)
 class Context(Record):
-    """What is to be seen before an action, in a video that may be hours long.
+    """The clip before an action, in a video that may be hours long.
 
     Attributes:
       moment_secs, moment_frame, ahead_secs: see `ContextSampling`.
@@ -199,8 +199,8 @@ class Contexts(Source):
     """The contexts of actions.
 
     Attributes:
-      name: the file of the annotations.
-      actions: what follows each context.
+      name: path of the annotations.
+      actions: the action after each context.
       labels: int64 [n], numbers of `Classes.actions`.
       ahead_secs: float64 [n], from the end of each context to the moment anticipated.
     """
@@ -212,21 +212,21 @@ class Contexts(Source):
         videos_path: str,
         *,
         anchor: str,
-        point: np.ndarray,
-        ahead_secs: np.ndarray,
+        point: np.ndarray | float,
+        ahead_secs: np.ndarray | float,
     ):
-        """Places the contexts.
+        """Compute the times of the contexts.
 
         Args:
-          actions: what is to be anticipated, n of them.
+          actions: to anticipate, n of them.
           labels: int64 [n].
           videos_path: folder or URL of the videos.
           anchor: one of `ANCHORS`.
-          point: float [n] or a number, where in the action the moment is.
+          point: float [n] or a number, the position of the moment in the action.
           ahead_secs: float [n] or a number.
 
         Raises:
-          UserError: no video is in the folder.
+          UserError: none of the videos is in the folder.
         """
         count = len(actions)
         share = ANCHORS[anchor](np.broadcast_to(np.asarray(point, float), (count,)))
@@ -260,9 +260,9 @@ class Contexts(Source):
         return self._videos.path_of(index)
 
     def digest(self) -> str:
-        """Identify videos, places of the contexts and labels."""
-        places = (self._moment_secs, self._moment_frame, self.ahead_secs)
-        parts = (array.astype("<f8").tobytes() for array in places)
+        """Identify videos, times of the contexts and labels."""
+        times = (self._moment_secs, self._moment_frame, self.ahead_secs)
+        parts = (array.astype("<f8").tobytes() for array in times)
         return digest_of((self._videos.digest().encode(), *parts))
 
     def sees_action(self) -> np.ndarray:
@@ -279,7 +279,7 @@ def _entry(layout: str, video: str) -> str:
 
 
 def _find_layout(actions: Actions, videos_path: str) -> str:
-    """Return the layout by which the first video that is there lies."""
+    """Return the layout of the first video that exists."""
     if not videos_path:
         raise UserError(
             "config.data.videos_path is not set: give the folder of EPIC-KITCHENS' "
