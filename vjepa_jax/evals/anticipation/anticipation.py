@@ -49,7 +49,7 @@ class Anticipator:
     """Turns clips into the tokens that heads see.
 
     Attributes:
-      frozen: the model.
+      model: of the features.
       clips_per_call: clips that it encodes at once.
       fps: frames of a clip per second.
       num_output_frames: frames to predict, at least one tubelet.
@@ -59,7 +59,7 @@ class Anticipator:
 
     num_clips: ClassVar[int] = 1  # a context is one clip
 
-    frozen: FrozenModel
+    model: FrozenModel
     clips_per_call: int
     fps: float
     num_output_frames: int
@@ -77,15 +77,15 @@ class Anticipator:
         Returns:
           float32 [B, N, D].
         """
-        tubelet = self.frozen.encoder.tubelet_size
+        tubelet = self.model.encoder.tubelet_size
         # Rounding may have made a whole number of steps slightly smaller.
         steps = np.floor(ahead_secs * self.fps / tubelet + 1e-6).astype(np.int32)
         num_steps = max(1, self.num_output_frames // tubelet)
 
         def encode(video, steps):
             if self.use_predictor:
-                return self.frozen.anticipate(video, steps, num_steps, self.mask_index)
-            tokens = self.frozen.encode(video)
+                return self.model.anticipate(video, steps, num_steps, self.mask_index)
+            tokens = self.model.encode(video)
             return tokens.reshape(len(tokens), -1, tokens.shape[-1])
 
         return encode_in_calls(encode, self.clips_per_call, video, steps)
@@ -109,11 +109,11 @@ class ContextVideos(Videos):
         return self.encoder(video[:, 0], self.source.ahead_secs[index])[:, None]
 
 
-def evaluate(frozen: FrozenModel, config: ConfigDict) -> dict[str, dict[str, Any]]:
+def evaluate(model: FrozenModel, config: ConfigDict) -> dict[str, dict[str, Any]]:
     """Train heads on annotated actions and test what they anticipate.
 
     Args:
-      frozen: the model.
+      model: of the features.
       config: from `settings.anticipation`.
 
     Returns:
@@ -143,27 +143,27 @@ def evaluate(frozen: FrozenModel, config: ConfigDict) -> dict[str, dict[str, Any
     if not anchors or not set(anchors) <= set(ANCHORS):
         raise UserError(f"config.data.anchors={anchors}: known: {', '.join(ANCHORS)}")
     if config.use_predictor:
-        _check_predictor(frozen, config.mask_index)
-    models = {"": frozen}
+        _check_predictor(model, config.mask_index)
+    networks = {"": model}
     if config.random_init:
-        models["_random"] = random_init(frozen, config.seed)
+        networks["_random"] = random_init(model, config.seed)
     columns = {
-        f"{anchor}{name}": _evaluate(model, config, anchor)
+        f"{anchor}{name}": _evaluate(network, config, anchor)
         for anchor in anchors
-        for name, model in models.items()
+        for name, network in networks.items()
     }
     measures = next(iter(columns.values()))
     return {m: {name: of[m] for name, of in columns.items()} for m in measures}
 
 
-def _check_predictor(frozen: FrozenModel, mask_index: int) -> None:
+def _check_predictor(model: FrozenModel, mask_index: int) -> None:
     try:
-        frozen.require_predictor(mask_index)
+        model.require_predictor(mask_index)
     except UserError as error:
         raise UserError(
             f"{error}; or leave the predictor out with config.use_predictor=False"
         ) from None
-    tokens = np.asarray(frozen.params["predictor"]["mask_tokens"])
+    tokens = np.asarray(model.params["predictor"]["mask_tokens"])
     if not tokens[mask_index].any():
         logging.warning(
             "mask token %d of the predictor is zero: it was never trained "
@@ -172,7 +172,7 @@ def _check_predictor(frozen: FrozenModel, mask_index: int) -> None:
         )
 
 
-def _evaluate(frozen: FrozenModel, config: ConfigDict, anchor: str) -> dict[str, Any]:
+def _evaluate(model: FrozenModel, config: ConfigDict, anchor: str) -> dict[str, Any]:
     data = config.data
     train, test = (_read(config, key) for key in ("train_path", "test_path"))
     classes = Classes.of(train)
@@ -196,15 +196,15 @@ def _evaluate(frozen: FrozenModel, config: ConfigDict, anchor: str) -> dict[str,
     classification.require_batch(config, len(fit))
 
     prepare = Preparation(
-        frozen,
+        model,
         config,
-        lambda source, num_views: _make_videos(frozen, config, source),
+        lambda source, num_views: _make_videos(model, config, source),
         with_predictor=config.use_predictor,
     )
     head = classification.make_attentive_head(
         config,
-        frozen,
-        frozen.encoder.out_dim,
+        model,
+        model.encoder.out_dim,
         outputs=tuple((name, classes.counts[name]) for name in OUTPUTS),
     )
     per_epoch = len(fit) // config.batch_size
@@ -214,7 +214,7 @@ def _evaluate(frozen: FrozenModel, config: ConfigDict, anchor: str) -> dict[str,
         _training_batches(prepare, contexts, fit, per_epoch),
         per_epoch,
         seed=config.seed,
-        mesh=frozen.mesh,
+        mesh=model.mesh,
     )
     size = config.test_batch_size
     # The test actions are not used before all heads are trained and one is chosen.
@@ -271,22 +271,22 @@ def _known(actions: Actions, classes: Classes) -> Actions:
 
 
 def _make_videos(
-    frozen: FrozenModel, config: ConfigDict, source: Contexts
+    model: FrozenModel, config: ConfigDict, source: Contexts
 ) -> ContextVideos:
     data = config.data
     reader = ContextReader(
         Sampling(
-            data.num_frames or frozen.video_shape[0],
+            data.num_frames or model.video_shape[0],
             fps=data.fps,
             rule=data.sampling,
         ),
-        data.resolution or frozen.video_shape[1],
+        data.resolution or model.video_shape[1],
         data.resize,
         Limits(data.max_pixels, data.time_limit_secs),
     )
-    frozen.grid(reader.shape()[1:])
+    model.grid(reader.shape()[1:])
     anticipator = Anticipator(
-        frozen,
+        model,
         config.clips_per_call,
         data.fps,
         config.num_output_frames,
