@@ -1,4 +1,4 @@
-"""A tiny EPIC-KITCHENS-100, made on the spot."""
+"""Write a tiny EPIC-KITCHENS-100."""
 
 import csv
 
@@ -25,7 +25,7 @@ COLUMNS = (
 
 
 def stamp(secs):
-    """Write a time as the data set does, to hundredths."""
+    """Format a time as in the data set, to hundredths of a second."""
     hours, rest = divmod(round(secs * 100), 360000)
     minutes, rest = divmod(rest, 6000)
     return f"{hours:02d}:{minutes:02d}:{rest / 100:05.2f}"

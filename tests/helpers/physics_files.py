@@ -1,4 +1,4 @@
-"""Small data sets of possible and impossible videos, made on the spot."""
+"""Write small data sets of possible and impossible videos."""
 
 import json
 import pathlib

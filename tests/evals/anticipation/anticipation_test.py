@@ -1,4 +1,4 @@
-"""Actions are anticipated, judged and reported as the protocol says."""
+"""Actions are anticipated, scored and reported by the protocol."""
 
 import dataclasses
 
@@ -43,7 +43,7 @@ def kitchen(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def frozen():
-    """An untrained model, whose features tell colours apart all the same."""
+    """An untrained model, whose features still distinguish colours."""
     encoder = VideoEncoder(depth=2, width=16, num_heads=2, mlp_dim=32, patch_size=8)
     predictor = Predictor(depth=1, width=16, num_heads=2, mlp_dim=32, out_dim=16)
     shape = (8, SIDE, SIDE, 3)
@@ -82,7 +82,7 @@ def config(kitchen):
 
 @pytest.fixture(scope="module")
 def found_at_first(kitchen, frozen):
-    """What the config without changes finds."""
+    """Results of the unchanged config."""
     return anticipation.evaluate(frozen, make_config(kitchen))
 
 
@@ -94,7 +94,7 @@ def of_paper(found):
 
 
 def test_recall_is_averaged_over_classes(rng):
-    """As scikit-learn's share of the best, balanced, and class by class by hand."""
+    """Compare with scikit-learn, and with a loop over classes."""
     labels = rng.choice(10, 200, p=np.arange(1, 11) / 55)  # some classes never occur
     best, scores = {}, {}
     for name, count in (("verb", 3), ("noun", 5), ("action", 13)):
@@ -149,7 +149,7 @@ def test_loss_is_the_focal_loss_of_all_three(rng):
 
 
 def test_each_query_has_a_linear_layer_of_its_own(rng):
-    """Cross-attention, its MLP and the layers in plain NumPy."""
+    """Compute cross-attention, its MLP and the output layers in plain NumPy."""
     head = AttentiveClassifier(
         0, num_heads=2, outputs=(("verb", 3), ("noun", 5), ("action", 7))
     )
@@ -190,7 +190,7 @@ def test_each_query_has_a_linear_layer_of_its_own(rng):
 
 
 def test_time_ahead_is_rounded_down_to_steps_of_tokens(rng, frozen):
-    """At 8 frames a second and tubelets of 2, a second is 4 steps."""
+    """At 8 frames per second and tubelets of 2, a second is 4 steps."""
     video = rng.integers(0, 256, (5, *frozen.video_shape), dtype=np.uint8)
     see = Anticipator(frozen, 2, 8.0, 2, 1, True)
     found = see(video, np.array([1.0, 0.24, 0.25, 1.7499, 0.75 - 1e-12]))
@@ -219,7 +219,7 @@ def test_anticipation_is_learned_with_both_anchors(tmp_path, frozen, config):
 
 
 def test_anticipation_is_learned_from_what_is_drawn_anew(frozen, config):
-    """Times and crops, that is."""
+    """Times and crops are drawn in every epoch."""
     config.data.update(augment=True, rand_augment="", erase_probability=0.0)
     config.data.update(train_anticipation_secs=(0.5, 1.2), crop_scale=(0.5, 1.0))
     config.epochs = 20
@@ -264,7 +264,7 @@ def test_times_are_drawn_anew_in_each_epoch_from_the_seed(frozen, config, monkey
 def test_cached_equals_on_the_fly(
     tmp_path, frozen, config, found_at_first, monkeypatch
 ):
-    """And the second time nothing is computed."""
+    """The second time nothing is computed."""
     config.cache.path = str(tmp_path)
     assert anticipation.evaluate(frozen, config) == found_at_first
     monkeypatch.setattr(FrozenModel, "anticipate", None)
@@ -288,7 +288,7 @@ def test_the_cache_is_of_the_predictor_as_well(frozen):
 def test_what_cannot_be_judged_is_left_out_and_counted(
     tmp_path, kitchen, frozen, config, found_at_first
 ):
-    """Nor does what is tested change which head is chosen."""
+    """The test actions do not change which head is chosen."""
     _, lists = kitchen
     wanted = of_paper(found_at_first)
     rows = [*lists["test"][:20]]

@@ -1,4 +1,4 @@
-"""Annotations of EPIC-KITCHENS-100 are read, and contexts placed before actions."""
+"""Annotations of EPIC-KITCHENS-100 are read; contexts end before actions."""
 
 import numpy as np
 import pytest
@@ -32,7 +32,7 @@ def actions(tmp_path):
 
 @pytest.fixture(scope="module")
 def kitchen(tmp_path_factory):
-    """Write a video of 10 s in which no two frames are alike."""
+    """Write a video of 10 s whose frames all differ."""
     root = tmp_path_factory.mktemp("kitchen")
     grey = np.arange(100, dtype=np.uint8)[:, None, None, None] * 2 + 20
     frames = np.broadcast_to(grey, (100, SIDE, SIDE, 3))
@@ -105,7 +105,7 @@ def plain_frames(row, anchor, rule, point, ahead_secs, num_frames, fps):
 @pytest.mark.parametrize("rule", ["exact", "official"])
 @pytest.mark.parametrize("anchor", ["paper", "released"])
 def test_contexts_end_before_the_moment(rng, actions, kitchen, anchor, rule):
-    """Also before the moment of the training, and where they begin too early."""
+    """Contexts of training, too, and contexts that begin before the video."""
     actions = actions.take(actions.video == "P01_01")
     rows = [row for row in ROWS if row[0] == "P01_01"]
     reader = ContextReader(Sampling(6, fps=5, rule=rule), SIDE)
@@ -127,7 +127,7 @@ def test_contexts_end_before_the_moment(rng, actions, kitchen, anchor, rule):
 
 
 def test_the_anchors_differ_by_the_action(actions, kitchen):
-    """At point 0 the paper's is the first frame, the released code's the last."""
+    """At point 0 the paper takes the first frame, the released code the last one."""
     moments = {
         anchor: [c.moment_secs for c in contexts_of(actions, kitchen, anchor)]
         for anchor in ("paper", "released")
@@ -162,7 +162,7 @@ def test_contexts_are_a_source(actions, kitchen):
     ["P01/videos/P01_01.MP4", "P01/P01_01.MP4", "P01_01.MP4", "P01/P01_01.mp4"],
 )
 def test_layouts_of_the_videos(tmp_path, actions, file):
-    """A video that is there settles where all are."""
+    """The first video that exists determines the layout of all."""
     (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / file).touch()
     actions = actions.take(np.array([2, 0]))
