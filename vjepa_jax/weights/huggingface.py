@@ -142,7 +142,7 @@ def from_official(parts: Mapping[str, State]) -> dict[str, np.ndarray]:
     if "classifier" in parts:
         depths["classifier"] = count_numbered(parts["classifier"], "pooler.blocks")
     num_tokens = count_numbered(parts.get("predictor", ()), "mask_tokens")
-    out = {}
+    out: dict[str, np.ndarray] = {}
     for part, name, theirs in _correspondence(parts, depths, num_tokens):
         pieces = np.split(parts[part][name], len(theirs))
         out |= dict(zip(theirs, pieces, strict=True))

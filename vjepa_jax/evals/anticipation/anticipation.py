@@ -312,10 +312,12 @@ def _training_batches(
         return
     for epoch in range(config.epochs):
         rng = np.random.default_rng((config.seed, epoch))
+        first_point, last_point = data.train_anticipation_point
+        least_secs, most_secs = data.train_anticipation_secs
         drawn = contexts(
             fit,
-            rng.uniform(*data.train_anticipation_point, len(fit)),
-            rng.uniform(*data.train_anticipation_secs, len(fit)),
+            rng.uniform(first_point, last_point, len(fit)),
+            rng.uniform(least_secs, most_secs, len(fit)),
         )
         seed = int(rng.integers(1 << 31))
         yield from prepare.training_batches(drawn, per_epoch, seed)
@@ -334,7 +336,7 @@ def make_loss(classes: Classes) -> Callable[[dict[str, jax.Array], jax.Array], A
     tables = {name: jnp.asarray(table) for name, table in classes.tables().items()}
 
     def loss(logits: dict[str, jax.Array], labels: jax.Array) -> jax.Array:
-        total = 0.0
+        total: Any = 0.0
         for name, of_name in logits.items():
             wanted = jax.nn.one_hot(tables[name][labels], of_name.shape[-1])
             each = optax.sigmoid_focal_loss(of_name, wanted, alpha=_ALPHA, gamma=_GAMMA)

@@ -10,6 +10,7 @@ import functools
 import json
 import os
 import pathlib
+from collections.abc import Callable
 
 import numpy as np
 
@@ -85,7 +86,7 @@ def open_groups(dataset: str, path: str, lists: str = "") -> list[Group]:
     Raises:
       UserError: there is no such data set, or the folder does not hold it.
     """
-    layouts = {
+    layouts: dict[str, Callable[[pathlib.Path], list[Group]]] = {
         "world": _list_world,
         "intphys": _list_intphys,
         "grasp": _list_grasp,

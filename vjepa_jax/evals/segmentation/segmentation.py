@@ -186,7 +186,7 @@ class Probe:
         Returns:
           int64 [heads, 2, classes, classes], of patches and of pixels.
         """
-        total: np.ndarray | int = 0
+        total: Any = 0
         size = self._config.test_batch_size
         for batch in self._read(((image, None) for image in images), size):
             features = self._encode(batch)
