@@ -52,11 +52,11 @@ class ContextSampling(Sampling):
         if self.rule == "exact":
             before_end = np.arange(self.num_frames, 0, -1) / self.fps
             return self.moment_secs - self.ahead_secs - before_end
-        step = int((average_fps or 0) / self.fps)
+        average_fps = average_fps or 0.0
+        step = int(average_fps / self.fps)
         if step < 1:
             raise LowFrameRateError(
-                f"{average_fps or 0:g} frames per second are too few for a step of one "
-                "frame"
+                f"{average_fps:g} frames per second are too few for a step of one frame"
             )
         stop = int(self.moment_frame - int(self.ahead_secs * average_fps))
         frames = np.arange(stop - self.num_frames * step, stop, step)
