@@ -294,7 +294,7 @@ def test_a_test_set_without_labels_gives_the_surprise_of_every_video(
         ({"context_frames": ()}, "context_frames"),
         ({"reported_context": 6}, "reported_context=6: give 0 or one of"),
         ({"null_seeds": 1}, "null_seeds=1"),
-        ({"null_seeds": -1}, "null_seeds=-1 is out of range: give zero or more"),
+        ({"null_seeds": -1}, "null_seeds=-1 is out of range: give zero or a"),
         ({"groups_at_once": 0}, "groups_at_once=0 is out of range"),
         ({"frame_step": 0}, "frame_step=0 is out of range"),
         ({"mask_index": 2}, "mask_index=2: the predictor has 2 mask tokens, counted"),
