@@ -152,7 +152,7 @@ def main() -> None:
             "several: start it once, outside of their job, or with "
             "JAX_NUM_PROCESSES=1 if it is alone"
         )
-    path = _WORKDIR.value or _CHECKPOINT.value
+    path = _WORKDIR.value or _CHECKPOINT.value or ""
     checkpoint.quiet_orbax()
     results = probe(_CONFIG.value, path)
     print(format_table(results))

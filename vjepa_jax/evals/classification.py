@@ -140,8 +140,8 @@ def _evaluate(model: FrozenModel, config: ConfigDict) -> dict[str, Any]:
         + len(test)
         - len(labels),
     }
-    for number, head in enumerate(grid.heads):
-        prefix = f"head {number + 1}: {name_of(head)}"
+    for number, pair in enumerate(grid.heads):
+        prefix = f"head {number + 1}: {name_of(pair)}"
         results[f"{prefix}, held-out accuracy"] = float(held_out_accuracies[number])
         results[f"{prefix}, test accuracy"] = float(accuracies[number])
     classes = range(num_classes)
@@ -217,9 +217,9 @@ class Preparation:
           steps: batches.
           seed: of order, windows and augmentation.
         """
-        config, videos = self.config, self(source, num_views=1)
-        data, size = config.data, config.batch_size
+        data, size = self.config.data, self.config.batch_size
         if data.augment:
+            videos = self._make_videos(source, 1)
             fields = {key: data[key] for key in _AUGMENTATION}
             batches = clip_tokens.augmented_batches(
                 videos,
@@ -231,7 +231,7 @@ class Preparation:
             )
         else:
             order = epochs_order(len(source), size, steps, seed)
-            batches = videos.batches(size, order)
+            batches = self(source, num_views=1).batches(size, order)
         with contextlib.closing(batches):
             yield from itertools.islice(batches, steps)
 

@@ -113,13 +113,13 @@ class FrozenModel:
         Raises:
           UserError: tubelets do not fill the clips; and see `require_predictor`.
         """
-        self.require_predictor(mask_index)
+        predictor = self.require_predictor(mask_index)
         self.grid(video.shape)
         return self.call(
             _predict,
             video,
             encoder=self.encoder,
-            predictor=self.predictor,
+            predictor=predictor,
             ctx_idx=tuple(map(int, ctx_idx)),
             tgt_idx=tuple(map(int, tgt_idx)),
             mask_index=mask_index,
@@ -153,19 +153,19 @@ class FrozenModel:
           UserError: tubelets do not fill the clips, or the predictor has no such
             positions; and see `require_predictor`.
         """
-        self.require_predictor(mask_index)
-        grid, predictor = self.grid(video.shape), self.predictor
+        predictor, grid = self.require_predictor(mask_index), self.grid(video.shape)
         steps_ahead = np.asarray(steps_ahead, np.int32)
-        if predictor.pos_embed == "sincos":
+        if predictor.pos_embed == "sincos" and predictor.base_grid:
             # A table has an end, beyond which nothing was trained; a rotation has none.
-            last, known = grid[0] + steps_ahead.max() + num_steps, predictor.base_grid
-            if last > known[0]:
+            known = predictor.base_grid[0]
+            last = grid[0] + steps_ahead.max() + num_steps
+            if last > known:
                 raise UserError(
-                    f"the predictor has positions for {known[0]} time steps of tokens, "
+                    f"the predictor has positions for {known} time steps of tokens, "
                     f"and a clip with what is ahead of it takes {last}: shorten "
                     "config.data.num_frames"
                 )
-            grid = known[0], *grid[1:]
+            grid = known, *grid[1:]
         return self.call(
             _anticipate,
             video,
@@ -184,8 +184,8 @@ class FrozenModel:
         except ValueError as error:
             raise UserError(str(error)) from None
 
-    def require_predictor(self, mask_index: int = 0) -> None:
-        """Raise UserError unless there is a predictor of the target's features.
+    def require_predictor(self, mask_index: int = 0) -> Predictor:
+        """Return the predictor, or raise UserError unless it predicts target features.
 
         Args:
           mask_index: a mask token that the predictor must have.
@@ -207,6 +207,7 @@ class FrozenModel:
                 f"mask_index={mask_index}: the predictor has {count} mask tokens, "
                 "counted from 0"
             )
+        return self.predictor
 
 
 def require_blocks(encoder: VideoEncoder, out_layers: Sequence[int]) -> tuple[int, ...]:
@@ -255,6 +256,7 @@ def load(path: str, step: int | None = None, mesh: Mesh | None = None) -> Frozen
     if "config" not in meta:
         raise UserError(f"{path} holds a {kind}, not an encoder")
     config = restored(meta["config"])
+    predictor: Predictor | None
     encoder, predictor = build.make_models(config)
     # An action-conditioned predictor is another module.
     if "predictor" not in params or kind == "action":
@@ -385,7 +387,7 @@ def encode(
     """
     if video.dtype == jnp.uint8:
         video = normalise(video)
-    tokens = encoder.apply({"params": params}, video, out_layers=out_layers)
+    tokens: Any = encoder.apply({"params": params}, video, out_layers=out_layers)
     if out_layers:
         tokens = jnp.concatenate([*tokens], axis=-1)
     return tokens.astype(jnp.float32)
@@ -406,7 +408,7 @@ def target_features(params: Any, video: jax.Array, encoder: VideoEncoder) -> jax
     Returns:
       float32 [B, N, D].
     """
-    features = encoder.apply({"params": params["target"]}, video)
+    features: Any = encoder.apply({"params": params["target"]}, video)
     return losses.normalise_target(features, encoder.num_levels)
 
 
@@ -420,16 +422,16 @@ def predicted_features(
     mask_index: int,
 ) -> jax.Array:
     """Return the prediction of `tgt_idx` [M] from `ctx_idx` [K]: float32 [B, M, D]."""
-    ctx_idx, tgt_idx = (
+    of_context, of_target = (
         jnp.broadcast_to(jnp.asarray(idx, jnp.int32), (len(video), len(idx)))
         for idx in (ctx_idx, tgt_idx)
     )
-    context = encoder.apply({"params": params["encoder"]}, video, ctx_idx)
+    context = encoder.apply({"params": params["encoder"]}, video, of_context)
     prediction, _ = predictor.apply(
         {"params": params["predictor"]},
         context,
-        ctx_idx,
-        tgt_idx,
+        of_context,
+        of_target,
         encoder.grid(video.shape),
         mask_index=mask_index,
         is_image=encoder.is_image(video.shape),

@@ -98,7 +98,7 @@ def measure(tokens: np.ndarray, pooled: np.ndarray) -> dict[str, float]:
       pooled clips of unit length; lower is better.
     """
     _, clips, width = pooled.shape
-    results = {}
+    results: dict[str, float] = {}
     for name, features in (("token", tokens), ("pooled", pooled)):
         flat = jnp.asarray(features.reshape(-1, 1, width))
         statistics = losses.collapse_statistics(flat, max_tokens=len(flat))

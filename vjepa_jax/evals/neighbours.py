@@ -108,13 +108,13 @@ def knn_accuracies(
     ks = tuple(k for k in ks if k <= len(train)) or (len(train),)
     num_classes = int(max(train_labels.max(), test_labels.max())) + 1
 
-    train, test = jnp.asarray(normalize(train)), normalize(test)
+    unit_train, test = jnp.asarray(normalize(train)), normalize(test)
     labels = jnp.asarray(train_labels, jnp.int32)
     vote = functools.partial(
         _vote, ks=ks, num_classes=num_classes, temperature=temperature
     )
     parts = [
-        np.asarray(vote(test[i : i + queries_at_once], train, labels))
+        np.asarray(vote(test[i : i + queries_at_once], unit_train, labels))
         for i in range(0, len(test), queries_at_once)
     ]
     predicted = np.concatenate(parts, axis=1)

@@ -6,6 +6,7 @@ Pretrained features, untrained ones and raw pixels get the same probes.
 import dataclasses
 import pathlib
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -105,7 +106,7 @@ def _truth_file(world: ConfigDict, split: str) -> pathlib.Path:
 
 
 def read_features(
-    encodes: dict[str, Encode],
+    encodes: Mapping[str, Encode],
     world: ConfigDict,
     reader: ClipReader,
     batch_size: int,
@@ -210,9 +211,9 @@ def measure(
     quantities = ("position", "velocity", "time_to_collision")
     attentive_shown = attentive_r2(quantities, shown, everywhere, regression)
     # More epochs, so that the fewer occluded time steps get as many updates.
-    count = np.count_nonzero(occluded(hidden[0][1]))
-    epochs = regression.epochs * max(1, shown[0][1].visibility.size // count)
-    longer = dataclasses.replace(regression, epochs=epochs)
+    count = int(np.count_nonzero(occluded(hidden[0][1])))
+    factor = max(1, shown[0][1].visibility.size // count)
+    longer = dataclasses.replace(regression, epochs=factor * regression.epochs)
     attentive_hidden = attentive_r2(("position",), hidden, occluded, longer)
     predicted = probes.attentive_classes(
         train.flat(), train.labels, test.flat(), attentive
@@ -263,7 +264,7 @@ def evaluate(model: FrozenModel, config: ConfigDict) -> dict[str, dict[str, Any]
             "the run has no config.world.path: this evaluation takes runs of the "
             "synthetic world"
         )
-    encodes = {"pretrained": model.encode}
+    encodes: dict[str, Encode] = {"pretrained": model.encode}
     if config.random_init:
         encodes["random_init"] = random_init(model, config.seed).encode
         encodes["pixels"] = make_pixel_encode(encoder.patch_size, encoder.tubelet_size)

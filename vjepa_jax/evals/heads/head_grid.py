@@ -266,11 +266,11 @@ def _make_functions(
         optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity(),
         optax.scale_by_adam(),
     )
-    over_heads = jax.vmap
-    if 0 < at_once < count:
 
-        def over_heads(one):
+    def over_heads(one):
+        if 0 < at_once < count:
             return lambda each: jax.lax.map(one, each, batch_size=at_once)
+        return jax.vmap(one)
 
     def init(key):
         keys = jax.random.split(key, count)

@@ -5,7 +5,7 @@ A head sees the tokens of all clips of a video together, once per view.
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 
 import numpy as np
 
@@ -65,6 +65,9 @@ class TokenBatch:
     labels: np.ndarray
     index: np.ndarray
     valid: np.ndarray
+
+
+TokenBatches = Generator[TokenBatch, None, None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,9 +146,7 @@ class Videos:
         del index
         return self.encoder(video)
 
-    def batches(
-        self, batch_size: int, order: np.ndarray | None = None
-    ) -> Iterator[TokenBatch]:
+    def batches(self, batch_size: int, order: np.ndarray | None = None) -> TokenBatches:
         """Yield batches of one size; padding fills the last one.
 
         Args:
@@ -166,7 +167,7 @@ class Videos:
         most = max(1, self.encoder.clips_per_call // per_video)
         return max(n for n in range(1, most + 1) if batch_size % n == 0)
 
-    def _parts(self, batch_size: int, order: np.ndarray | None) -> Iterator[TokenBatch]:
+    def _parts(self, batch_size: int, order: np.ndarray | None) -> TokenBatches:
         for batch in read_all(
             self.source,
             reader=self.reader,
@@ -193,7 +194,7 @@ def augmented_batches(
     seed: int,
     prefetch_megabytes: float,
     max_bad_fraction: float,
-) -> Iterator[TokenBatch]:
+) -> TokenBatches:
     """Yield batches of augmented clips without end, one view of each.
 
     An epoch goes through all videos in a new order. Unreadable ones are replaced.
@@ -221,7 +222,7 @@ def augmented_batches(
     return _join(_augmented_parts(videos, iterator), batch_size)
 
 
-def _augmented_parts(videos: Videos, iterator: TrainIterator) -> Iterator[TokenBatch]:
+def _augmented_parts(videos: Videos, iterator: TrainIterator) -> TokenBatches:
     num_clips = videos.reader.sampling.num_clips
     labels = np.asarray(videos.source.labels)
     with iterator:
@@ -233,7 +234,7 @@ def _augmented_parts(videos: Videos, iterator: TrainIterator) -> Iterator[TokenB
             yield TokenBatch(tokens, labels[index], index, valid)
 
 
-def _join(parts: Iterator[TokenBatch], batch_size: int) -> Iterator[TokenBatch]:
+def _join(parts: TokenBatches, batch_size: int) -> TokenBatches:
     """Join parts, whose size divides `batch_size`, to batches; pad the last one."""
     with contextlib.closing(parts):
         group: list[TokenBatch] = []

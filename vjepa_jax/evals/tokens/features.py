@@ -1,7 +1,7 @@
 """Features of all videos of a source in memory: an encoder's, or the pixels."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -63,7 +63,7 @@ def make_pixel_encode(patch_size: int, tubelet_size: int, cell: int = 2) -> Enco
 
 
 def extract(
-    encodes: dict[str, Encode],
+    encodes: Mapping[str, Encode],
     source: Source,
     reader: ClipReader,
     batch_size: int,

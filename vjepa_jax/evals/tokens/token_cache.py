@@ -13,7 +13,7 @@ import dataclasses
 import hashlib
 import pathlib
 import shutil
-from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ from vjepa_jax.base import files
 from vjepa_jax.base.errors import UserError
 from vjepa_jax.data.sources.records import digest_of
 from vjepa_jax.evals.frozen import FrozenModel
-from vjepa_jax.evals.tokens.clip_tokens import TokenBatch, Videos
+from vjepa_jax.evals.tokens.clip_tokens import TokenBatch, TokenBatches, Videos
 
 _FORMAT = "vjepa_jax tokens 1"
 # Rows are read in any order, so that reading ahead is useless.
@@ -44,7 +44,7 @@ def weights_digest(model: FrozenModel, with_predictor: bool = False) -> str:
       with_predictor: whether to include its predictor.
     """
     digest = hashlib.sha256()
-    parts = [(model.encoder, "target")]
+    parts: list[tuple[Any, str]] = [(model.encoder, "target")]
     if with_predictor:
         parts.append((model.predictor, "predictor"))
     for module, name in parts:
@@ -77,9 +77,7 @@ class CachedVideos:
         """Return the number of videos."""
         return len(self.row)
 
-    def batches(
-        self, batch_size: int, order: np.ndarray | None = None
-    ) -> Iterator[TokenBatch]:
+    def batches(self, batch_size: int, order: np.ndarray | None = None) -> TokenBatches:
         """Yield batches of one size, see `clip_tokens.Videos.batches`."""
         order = np.arange(len(self)) if order is None else np.asarray(order)
         path = str(self.folder / _RECORDS)
