@@ -1,8 +1,11 @@
 """Links, files, commands and config keys that the documents name exist."""
 
+import ast
+import importlib
 import importlib.util
 import pathlib
 import re
+import textwrap
 
 import pytest
 
@@ -55,6 +58,27 @@ def test_files_named_in_code_exist(page):
 def test_commands_are_modules(page):
     names = set(re.findall(r"python -m (vjepa_jax[\w.]*)", page.read_text()))
     assert [name for name in names if importlib.util.find_spec(name) is None] == []
+
+
+def imports_in(block: str) -> list[tuple[str, str]]:
+    """Return (module, name) of what Python code imports from the package."""
+    return [
+        (node.module, alias.name)
+        for node in ast.walk(ast.parse(block))
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("vjepa_jax")
+        for alias in node.names
+    ]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=IDS)
+def test_python_code_imports_what_exists(page):
+    blocks = re.findall(r"^ *```python\n(.*?)```", page.read_text(), re.DOTALL | re.M)
+    for block in map(textwrap.dedent, blocks):
+        if "import" not in block:
+            continue  # lines of a larger file
+        for module, name in imports_in(block):
+            if not hasattr(importlib.import_module(module), name):
+                importlib.import_module(f"{module}.{name}")
 
 
 def known_keys() -> set[str]:

@@ -175,8 +175,8 @@ def host() -> Picture:
         64,
         174,
         56,
-        "thread: puller",
-        "draws batches in order;\nits wait can time out",
+        "drawing thread",
+        "next batch of Grain;\nits wait can time out",
         "blue",
     )
     p.label(
