@@ -19,7 +19,7 @@ from vjepa_jax.train import train_and_evaluate
 
 @pytest.fixture
 def config(tmp_path):
-    """A config that would train, on a list of one video."""
+    """Return a config that would train, on a list of one video."""
     config = get_config()
     frames = video_files.moving_frames(8, height=16, width=16)
     video_files.write_video(tmp_path / "a.mp4", frames)

@@ -55,7 +55,7 @@ def videos(tmp_path_factory):
 
 @pytest.fixture
 def bucket(monkeypatch):
-    """Fills gs:// from a dict of contents, in memory."""
+    """Fill gs:// from a dict of contents, in memory."""
 
     def filesystem(name, **_):
         assert name in ("gcs", "gs")

@@ -19,7 +19,7 @@ from vjepa_jax.evals.tokens import clip_tokens, token_cache
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory):
-    """Lists of videos to train on and to test on."""
+    """Return lists of videos to train on and to test on."""
     folder = tmp_path_factory.mktemp("videos")
     write_videos(folder, "train", 40)
     write_videos(folder, "test", 19)

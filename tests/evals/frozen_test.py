@@ -25,7 +25,7 @@ SHAPE = (4, 16, 16, 3)  # a grid of 2 x 2 x 2 tokens
 
 @pytest.fixture(scope="module", autouse=True)
 def pico():
-    """A model smaller than the named ones."""
+    """Return a model smaller than the named ones."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sizes.SIZES, "pico", sizes.Size(2, 16, 2, 32))
         yield
@@ -240,7 +240,7 @@ def make_evaluation(**fields):
 
 @pytest.fixture
 def plain(monkeypatch):
-    """An evaluation that knows its model."""
+    """Register an evaluation that knows its model."""
 
     def evaluate(model, config):
         width = model.encoder.width

@@ -35,7 +35,7 @@ HEALTH = "num_videos=5 data.num_clips=1 data.num_workers=0"
 
 @pytest.fixture(scope="module", autouse=True)
 def own_evaluations():
-    """A copy of the table of evaluations, to which config files add theirs."""
+    """Use a copy of the table of evaluations, to which config files add theirs."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(registry, "EVALUATIONS", dict(registry.EVALUATIONS))
         yield

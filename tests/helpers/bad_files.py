@@ -49,7 +49,7 @@ CASES: dict[str, Case] = {}
 
 
 def _case(name: str, *outcomes: str, deep: tuple[str, ...] = (), is_found=True):
-    """Registers the function that makes a file."""
+    """Register the function that makes a file."""
 
     def register(make: Maker) -> Maker:
         deep_outcomes = frozenset(deep) if deep else None
@@ -423,7 +423,7 @@ def _long_name(path):
 
 
 def main() -> None:
-    """Fills the folder named on the command line."""
+    """Fill the folder named on the command line."""
     if len(sys.argv) != 2:
         sys.exit(__doc__)
     made = make_all(sys.argv[1])

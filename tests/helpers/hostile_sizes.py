@@ -21,7 +21,7 @@ def sample_entry(content: bytes) -> int:
 
 
 def with_frame_side(content: bytes, side: int) -> bytes:
-    """Changes the frame size in the H.264 parameters of an MP4, `moov` at its end."""
+    """Change the frame size in the H.264 parameters of an MP4, `moov` at its end."""
     boxes = (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"stsd", b"avcC")
     # The set follows version, profile, level, two counts and its own length.
     start = content.index(b"avcC") + 4 + 6

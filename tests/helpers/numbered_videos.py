@@ -19,7 +19,7 @@ def write_folder(folder):
 
 
 def make_list(path, folder, *, bad=(), name="list.csv"):
-    """Lists all videos by name, some of them replaced by broken files."""
+    """List all videos by name, some of them replaced by broken files."""
     lines = []
     for i in range(NUM_VIDEOS):
         entry = folder / "ab"[i % 2] / f"{i:02}.mp4"

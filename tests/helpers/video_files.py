@@ -53,7 +53,7 @@ def write_video(
     codec_options: dict[str, str] | None = None,
     container_options: dict[str, str] | None = None,
 ) -> str:
-    """Encodes uint8 `[T, H, W, 3]` and returns the path as a string.
+    """Encode uint8 `[T, H, W, 3]` and return the path as a string.
 
     `stamps` gives each frame's time in milliseconds, for variable frame rates and late
     starts.
@@ -74,7 +74,7 @@ def write_video(
 
 
 def write_rotated_video(path, frames: np.ndarray) -> str:
-    """Encodes frames as they are, with the order to show them turned clockwise."""
+    """Encode frames as they are, with the order to show them turned clockwise."""
     write_video(path, frames)
     with open(path, "r+b") as file:
         content = file.read()
@@ -85,7 +85,7 @@ def write_rotated_video(path, frames: np.ndarray) -> str:
 
 
 def write_trimmed_video(path, frames: np.ndarray, num_hidden: int) -> str:
-    """Encodes all frames, with the order not to show the first `num_hidden`."""
+    """Encode all frames, with the order not to show the first `num_hidden`."""
     write_video(path, frames, fps=12, container_options={"video_track_timescale": "12"})
     with open(path, "r+b") as file:
         content = file.read()
@@ -110,7 +110,7 @@ def write_sound(path) -> str:
 
 
 def decode_plainly(path: str | io.BytesIO) -> np.ndarray:
-    """Decodes every frame from the first to the last: uint8 `[T, H, W, 3]`."""
+    """Decode every frame from the first to the last: uint8 `[T, H, W, 3]`."""
     with av.open(path) as container:
         return np.stack(
             [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
@@ -118,7 +118,7 @@ def decode_plainly(path: str | io.BytesIO) -> np.ndarray:
 
 
 def decode_content(content: bytes) -> np.ndarray:
-    """Decodes every frame of a file in memory, see `decode_plainly`."""
+    """Decode every frame of a file in memory, see `decode_plainly`."""
     return decode_plainly(io.BytesIO(content))
 
 

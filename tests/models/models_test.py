@@ -117,7 +117,7 @@ def test_tubelet_embedding_equals_a_strided_convolution(rng):
 
 @pytest.fixture(scope="module", params=["rope", "sincos"])
 def encode(request):
-    """An encoder with random parameters, as a compiled function."""
+    """Return an encoder with random parameters, as a compiled function."""
     rng = np.random.default_rng()
     encoder = make_encoder(request.param)
     params = filled(encoder, rng, normal(rng, 1, *VIDEO))

@@ -120,7 +120,7 @@ PROFILE = {"profile.start_step": 3, "profile.num_steps": 2}
 
 @pytest.fixture(scope="module")
 def alone(folder):
-    """The same from beginning to end in one process, with a profile.
+    """Train the same from beginning to end in one process, with a profile.
 
     The trace of steps 3 and 4 is written only after the watchdog has reported the wait.
     """

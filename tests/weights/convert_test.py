@@ -257,7 +257,7 @@ def test_two_names_that_are_one_without_prefixes():
 
 
 def with_table(grid, num_tokens):
-    """A V-JEPA 2 whose file has a position table, as the public ones have."""
+    """Return a V-JEPA 2 whose file has a position table, like the public ones."""
     golden = Golden.named("vjepa2_train")
     table = positions.sincos_table(grid, 64)[None]
     for name in ("encoder", "target_encoder"):

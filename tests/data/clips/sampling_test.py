@@ -123,7 +123,7 @@ def test_clips_of_evaluation_are_spread_over_the_video():
 
 
 def plain_official_clip(num, num_frames, step, num_clips, k, overlap, end):
-    """The official rule as its paper trail describes it, in plain numbers.
+    """Return frame numbers by the official rule, in plain numbers.
 
     `end` is where a random window ends in its part, None for the first.
     """

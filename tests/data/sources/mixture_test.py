@@ -96,7 +96,7 @@ def test_shares_are_those_stated_on_every_host(parts, seed, hosts):
 
 @pytest.fixture
 def window(monkeypatch):
-    """A short window of shuffled turns."""
+    """Use a short window of shuffled turns."""
     monkeypatch.setattr(records_module, "_WINDOW", 300)
     return 300
 

@@ -70,7 +70,7 @@ def videos(folder):
 
 
 def by_label(source):
-    """Records in the order of their labels: TFDS shuffles what it stores."""
+    """Return records in the order of their labels: TFDS shuffles what it stores."""
     return sorted(source, key=lambda record: record.label)
 
 

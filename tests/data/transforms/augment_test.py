@@ -37,7 +37,7 @@ def luma(frame):
 
 
 def blend(dull, frame, factor):
-    """What lies at `factor` on the line from `dull`, at 0, to `frame`, at 1."""
+    """Return the point at `factor` of the line from `dull` (0) to `frame` (1)."""
     return np.clip(dull + factor * (frame.astype(float) - dull), 0, 255)
 
 

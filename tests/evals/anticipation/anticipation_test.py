@@ -43,7 +43,7 @@ def kitchen(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def frozen():
-    """An untrained model, whose features still distinguish colours."""
+    """Return an untrained model, whose features still distinguish colours."""
     encoder = VideoEncoder(depth=2, width=16, num_heads=2, mlp_dim=32, patch_size=8)
     predictor = Predictor(depth=1, width=16, num_heads=2, mlp_dim=32, out_dim=16)
     shape = (8, SIDE, SIDE, 3)

@@ -38,7 +38,7 @@ CONFIG = pathlib.Path(__file__).parents[3] / "configs" / "probe_physics.py"
 
 @pytest.fixture(scope="module")
 def model():
-    """A model of random numbers: its online encoder is not its target encoder."""
+    """Return a random model: its online encoder is not its target encoder."""
     config = get_config()
     config.data.num_frames, config.data.resolution = 8, SIZE
     config.model.update(dtype="float32", pos_embed="rope", scan_layers=False)
