@@ -1,5 +1,7 @@
 """The video encoder: a vision transformer on the visible tubelets of a clip."""
 
+from typing import cast
+
 import chex
 import flax.linen as nn
 import jax
@@ -153,9 +155,10 @@ class VideoEncoder(nn.Module):
         if self.is_initializing():
             for norm in unused:
                 norm(x)
+        if not out_layers and not self.levels:
+            return norms[0](x)
+        kept = cast(jax.Array, kept)
         if out_layers:
             return norms[-1](kept)
-        if self.levels:
-            normed = [norm(y) for norm, y in zip(norms, kept, strict=True)]
-            return jnp.concatenate(normed, axis=-1)
-        return norms[0](x)
+        normed = [norm(y) for norm, y in zip(norms, kept, strict=True)]
+        return jnp.concatenate(normed, axis=-1)

@@ -53,10 +53,11 @@ def _dense_backward(dtype, saved, d_y):
     leading = tuple(range(x.ndim - 1))
     d_x = (d_y @ kernel.astype(dtype).T).astype(x.dtype)
     # CPUs copy the transpose of the first operand: make that the narrower one.
-    pair = (x.astype(dtype), d_y)
     is_narrowing = x.shape[-1] > d_y.shape[-1]
+    first, second = (d_y, x.astype(dtype)) if is_narrowing else (x.astype(dtype), d_y)
     d_kernel = jax.lax.dot_general(
-        *(reversed(pair) if is_narrowing else pair),
+        first,
+        second,
         ((leading, leading), ((), ())),
         preferred_element_type=jnp.float32,
     )

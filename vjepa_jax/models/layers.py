@@ -5,7 +5,7 @@ Parameters carry logical axis names (`embed`, `mlp`, `heads`, `layers`, ...), wh
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 import chex
 import flax.linen as nn
@@ -94,6 +94,18 @@ class TransformerConfig:
         return cls(**{n: getattr(module, n) for n in names if hasattr(module, n)})
 
 
+def parameter(
+    module: nn.Module,
+    name: str,
+    init: nn.initializers.Initializer,
+    axes: tuple[str | None, ...],
+    shape: tuple[int, ...],
+) -> jax.Array:
+    """Return a float32 parameter of a module, with logical axes."""
+    init = nn.with_logical_partitioning(init, axes)
+    return cast(jax.Array, module.param(name, init, shape, jnp.float32))
+
+
 class Dense(nn.Module):
     """Dense layer: [..., in] -> [..., features].
 
@@ -101,24 +113,23 @@ class Dense(nn.Module):
       features: channels of the output.
       axes: logical axes of the kernel.
       dtype: dtype of the computation; parameters are float32.
-      init: initialiser of the kernel.
+      kernel_init: initialiser of the kernel.
       matmul_dtype: see `TransformerConfig`.
     """
 
     features: int
     axes: tuple[str, str]
     dtype: jnp.dtype
-    init: nn.initializers.Initializer = _normal
+    kernel_init: nn.initializers.Initializer = _normal
     matmul_dtype: str = ""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map [..., in] to [..., features]."""
-        init = nn.with_logical_partitioning(self.init, self.axes)
         shape = x.shape[-1], self.features
-        kernel = self.param("kernel", init, shape, jnp.float32)
-        init = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[-1:])
-        bias = self.param("bias", init, (self.features,))
+        kernel = parameter(self, "kernel", self.kernel_init, self.axes, shape)
+        zeros = nn.initializers.zeros
+        bias = parameter(self, "bias", zeros, self.axes[-1:], shape[-1:])
         if self.matmul_dtype:
             args = self.dtype, self.matmul_dtype
             return functional.quantised_dense(x, kernel, bias, *args)
@@ -134,13 +145,9 @@ class LayerNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map [..., D] to [..., D]."""
-
-        def param(name, init):
-            init = nn.with_logical_partitioning(init, ("norm",))
-            return self.param(name, init, x.shape[-1:])
-
-        scale = param("scale", nn.initializers.ones)
-        bias = param("bias", nn.initializers.zeros)
+        shape = x.shape[-1:]
+        scale = parameter(self, "scale", nn.initializers.ones, ("norm",), shape)
+        bias = parameter(self, "bias", nn.initializers.zeros, ("norm",), shape)
         return functional.layer_norm(x, scale, bias, self.eps, self.dtype)
 
 
@@ -183,11 +190,8 @@ def modality(module: nn.Module, width: int, is_image: bool) -> jax.Array:
 
     Call it in a compact method of `module`, which owns the parameter.
     """
-    table = module.param(
-        "modality",
-        nn.with_logical_partitioning(nn.initializers.normal(1e-6), (None, "embed")),
-        (2, width),
-    )
+    init = nn.initializers.normal(1e-6)
+    table = parameter(module, "modality", init, (None, "embed"), (2, width))
     return table[0 if is_image else 1]
 
 

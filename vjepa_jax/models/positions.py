@@ -86,9 +86,9 @@ def rope_at(
       cos, sin: float32 [B, N, 1, head_dim] (the head axis broadcasts).
     """
     axis_dim = 2 * (head_dim // 3 // 2)
-    frequency = 10000.0 ** (-np.arange(axis_dim // 2) / (axis_dim / 2))
-    frequency = np.tile(frequency, 2) if tiled else np.repeat(frequency, 2)
-    frequency = jnp.asarray(frequency, jnp.float32)
+    bands = 10000.0 ** (-np.arange(axis_dim // 2) / (axis_dim / 2))
+    paired = np.tile(bands, 2) if tiled else np.repeat(bands, 2)
+    frequency = jnp.asarray(paired, jnp.float32)
     angles = [c[..., None] * frequency for c in coordinates]
     rest = jnp.zeros((*coordinates[0].shape, head_dim - 3 * axis_dim), jnp.float32)
     angle = jnp.concatenate([*angles, rest], axis=-1)[..., None, :]
@@ -124,8 +124,8 @@ def rotate(x: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
     if platform() == "tpu":
         # Pairs in the innermost axis would fill 2 of 128 lanes. A matmul with a
         # constant of 0 and +-1 swaps them instead, exactly in any precision.
-        swap = np.kron(np.eye(x.shape[-1] // 2), np.array([[0, 1], [-1, 0]]))
-        swap = jnp.asarray(swap, x.dtype)
+        signs = np.kron(np.eye(x.shape[-1] // 2), np.array([[0, 1], [-1, 0]]))
+        swap = jnp.asarray(signs, x.dtype)
         turned = jnp.matmul(
             x, swap, precision="highest", preferred_element_type=jnp.float32
         )

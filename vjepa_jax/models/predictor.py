@@ -76,9 +76,11 @@ class Predictor(nn.Module):
         chex.assert_shape(ctx_idx, context.shape[:2])
         chex.assert_shape(tgt_idx, (len(context), None))
         chex.assert_type([context, ctx_idx, tgt_idx], [float, int, int])
-        mask_tokens = self.param(
+        mask_tokens = layers.parameter(
+            self,
             "mask_tokens",
-            nn.with_logical_partitioning(nn.initializers.zeros, (None, "embed")),
+            nn.initializers.zeros,
+            (None, "embed"),
             (self.num_mask_tokens, self.width),
         )
         num_context, num_target = ctx_idx.shape[1], tgt_idx.shape[1]
@@ -188,14 +190,14 @@ class ActionPredictor(nn.Module):
         cell = np.maximum(offset, 0)  # tokens before the patches: row 0, column 0
         column = cell % width * (height / width)
         tables = positions.rope_at(
-            tuple(jnp.asarray(c) for c in (frame, cell // width, column)),
+            (jnp.asarray(frame), jnp.asarray(cell // width), jnp.asarray(column)),
             self.width // self.num_heads,
             tiled=True,
         )
         stack = layers.Stack(layers.TransformerConfig.of(self), name="stack")
         x, _ = stack(
             x.reshape(batch, -1, self.width),
-            tuple(t[None] for t in tables),
+            (tables[0][None], tables[1][None]),
             mask=jnp.asarray(frame[:, None] >= frame[None, :]),
         )
         x = x.reshape(batch, frames, -1, self.width)[:, :, len(groups) :]

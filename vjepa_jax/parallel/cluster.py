@@ -63,8 +63,8 @@ def detect(
     given = {key: value for key, value in given.items() if value is not None}
     if is_slurm:
         return given | _slurm_devices(env)
-    if len(given) == 3:
-        _check_explicit(**given)
+    if address and count is not None and index is not None:
+        _check_explicit(address, count, index)
         return given
     if _is_tpu_pod(env):
         return given
@@ -124,7 +124,7 @@ def _slurm_devices(env: Mapping[str, str]) -> dict[str, list[int]]:
     if 0 < visible < on_node:
         return {"local_device_ids": list(range(visible))}
     nodes = _number(env, "SLURM_STEP_NUM_NODES") or 1
-    tasks = max(_number(env, "SLURM_NTASKS") // nodes, 1)
+    tasks = max((_number(env, "SLURM_NTASKS") or 1) // nodes, 1)
     share = max(on_node // tasks, 1)
     first = (_number(env, "SLURM_LOCALID") or 0) * share
     return {"local_device_ids": list(range(first, first + share))}

@@ -12,7 +12,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 from absl import logging
@@ -271,7 +271,7 @@ class StopRequest:
         """Create a request; enter the context to install the signal handlers."""
         self._is_alone = process_count() == 1
         self._signal: int | None = None
-        self._old: dict[int, object] = {}
+        self._old: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
         numbers = [signal.SIGINT]

@@ -173,7 +173,7 @@ def _choose(
         return PartitionSpec(), ""
     if len(named) == 1:
         return PartitionSpec(), "one axis: replicated"
-    missed = []
+    missed: list[str] = []
     for i in named:
         if axes[i] in _SHARDED and shape[i] % fsdp == 0:
             return PartitionSpec(*(None,) * i, "fsdp"), ", ".join(missed)

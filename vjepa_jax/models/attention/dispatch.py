@@ -5,6 +5,7 @@ V-JEPA gathers visible tokens and never pads, so pretraining needs no attention 
 
 import functools
 import math
+from typing import Literal, cast
 
 import chex
 import flax.linen as nn
@@ -78,7 +79,9 @@ def attention(
         )
     if mask is not None:
         mask = jnp.asarray(mask)[None, None]
-    out = jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=impl)
+    out = jax.nn.dot_product_attention(
+        q, k, v, mask=mask, implementation=cast(Literal["xla", "cudnn"], impl)
+    )
     return checkpoint_name(out, OUTPUT_NAME)
 
 
@@ -104,7 +107,7 @@ def _over_batch(function, q, k, v, *replicated):
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return function(q, k, v, *replicated)
-    spec = nn.logical_to_mesh_axes(("act_batch",))
+    spec = nn.logical_to_mesh_axes(("act_batch",)) or jax.P()
     names = spec[0] if isinstance(spec[0], tuple) else (spec[0],)
     if len(q) % math.prod(mesh.shape[name] for name in names if name):
         spec = jax.P()  # initialisation runs on one sample: every device computes it
