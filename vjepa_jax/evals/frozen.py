@@ -18,6 +18,7 @@ from vjepa_jax.models.encoder import VideoEncoder, normalise
 from vjepa_jax.models.layers import take_tokens
 from vjepa_jax.models.predictor import Predictor
 from vjepa_jax.objective import losses
+from vjepa_jax.objective.masked import init_models
 from vjepa_jax.objective.state import TrainState, unbox
 from vjepa_jax.parallel import sharding
 from vjepa_jax.program import build
@@ -346,19 +347,11 @@ def _make_init(encoder, predictor, video_shape):
 
     def init(key):
         # Keys differ from those of training: a run with this seed started elsewhere.
-        video = jnp.zeros((1, *video_shape))
-        weights = encoder.init(jax.random.fold_in(key, 1), video)["params"]
-        if predictor is None:
-            return {"target": weights}
-        one = jnp.zeros((1, 1), jnp.int32)
-        of_predictor = predictor.init(
-            jax.random.fold_in(key, 2),
-            jnp.zeros((1, 1, encoder.out_dim)),
-            one,
-            one,
-            encoder.grid(video_shape),
-        )["params"]
-        return {"target": weights, "encoder": weights, "predictor": of_predictor}
+        keys = jax.random.fold_in(key, 1), jax.random.fold_in(key, 2)
+        params = init_models(keys, encoder, predictor, video_shape)
+        # Without a predictor only the target encoder is used.
+        target = params["encoder"] if predictor else params.pop("encoder")
+        return {"target": target, **params}
 
     return init
 

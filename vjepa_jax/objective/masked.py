@@ -77,30 +77,29 @@ class LossTerms:
 def init_models(
     keys: tuple[jax.Array, jax.Array],
     encoder: VideoEncoder,
-    predictor: Predictor,
+    predictor: Predictor | None,
     clip_shape: tuple[int, ...],
 ) -> Params:
     """Initialise encoder and predictor.
 
     Args:
       keys: random keys of encoder and predictor.
-      encoder, predictor: modules.
+      encoder: module.
+      predictor: module; None without one.
       clip_shape: (T, H, W, C) of a clip; the parameters' shapes do not depend on it.
 
     Returns:
       {"encoder", "predictor"}: parameters boxed with their logical axes.
     """
     encoder_key, predictor_key = keys
-    encoder_params = encoder.init(encoder_key, jnp.zeros((1, *clip_shape)))["params"]
-    one = jnp.zeros((1, 1), jnp.int32)
-    predictor_params = predictor.init(
-        predictor_key,
-        jnp.zeros((1, 1, encoder.out_dim)),
-        one,
-        one,
-        encoder.grid(clip_shape),
-    )["params"]
-    return {"encoder": encoder_params, "predictor": predictor_params}
+    video = jnp.zeros((1, *clip_shape))
+    params = {"encoder": encoder.init(encoder_key, video)["params"]}
+    if predictor is not None:
+        context = jnp.zeros((1, 1, encoder.out_dim))
+        one, grid = jnp.zeros((1, 1), jnp.int32), encoder.grid(clip_shape)
+        variables = predictor.init(predictor_key, context, one, one, grid)
+        params["predictor"] = variables["params"]
+    return params
 
 
 @dataclasses.dataclass(frozen=True)
