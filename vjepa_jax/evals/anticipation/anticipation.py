@@ -10,7 +10,7 @@ the time of an action differently; both are measured. See docs/anticipation.md.
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -198,7 +198,7 @@ def _evaluate(model: FrozenModel, config: ConfigDict, anchor: str) -> dict[str, 
     prepare = Preparation(
         model,
         config,
-        lambda source, num_views: _make_videos(model, config, source),
+        lambda contexts, _: _make_videos(model, config, cast(Contexts, contexts)),
         with_predictor=config.use_predictor,
     )
     head = classification.make_attentive_head(

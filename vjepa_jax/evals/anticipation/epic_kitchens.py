@@ -8,6 +8,7 @@ import csv
 import dataclasses
 import io
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -185,12 +186,12 @@ class ContextReader(ClipReader):
 
     def read(
         self,
-        record: Context,
+        record: Any,
         crop: Crop | Sequence[Crop],
         rng: np.random.Generator | None = None,
         out: np.ndarray | None = None,
     ) -> np.ndarray:
-        """Read the clip of a context, uint8 [1, T, S, S, 3]; see `ClipReader.read`."""
+        """Read the clip of a `Context`, uint8 [1, T, S, S, 3]; see `ClipReader.read`."""
         placed = dataclasses.replace(self, sampling=record.sampling(self.sampling))
         return ClipReader.read(placed, record, crop, rng, out)
 

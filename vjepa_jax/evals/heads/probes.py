@@ -7,6 +7,7 @@ probe pools with a learned query, as V-JEPA does (paper §4.2).
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -143,7 +144,7 @@ class ProbeTraining:
         return grid
 
     def in_batches(
-        self, function: Callable[[np.ndarray], np.ndarray], tokens: np.ndarray
+        self, function: Callable[..., Any], tokens: np.ndarray
     ) -> np.ndarray:
         """Call a function from tokens [B, ...] to [H, B, ...] on all of [N, ...]."""
         (filled,) = fill_up([tokens], self.batch_size)  # one shape, one compilation

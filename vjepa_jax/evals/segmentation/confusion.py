@@ -72,8 +72,8 @@ def _count(
 
     def of_image(params, features, patch_labels, labels, shape):
         rows = features.reshape(-1, 1, features.shape[-1])
-        logits = head.apply({"params": params}, rows)
-        logits = logits.reshape(*features.shape[:2], -1)
+        of_rows: Any = head.apply({"params": params}, rows)
+        logits = of_rows.reshape(*features.shape[:2], -1)
         upsampled = _upsample(logits, labels.shape, shape)
         return jnp.stack(
             [_confusion(patch_labels, logits), _confusion(labels, upsampled)]

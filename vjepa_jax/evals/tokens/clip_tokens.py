@@ -6,6 +6,7 @@ A head sees the tokens of all clips of a video together, once per view.
 import contextlib
 import dataclasses
 from collections.abc import Callable, Generator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -132,7 +133,7 @@ class Videos:
 
     source: Source
     reader: ClipReader
-    encoder: Encoder
+    encoder: Any  # `Encoder`, or what a subclass encodes with
     num_views: int
     num_workers: int
     worker_timeout_secs: float
