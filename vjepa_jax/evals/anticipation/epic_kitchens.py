@@ -191,7 +191,7 @@ class ContextReader(ClipReader):
         rng: np.random.Generator | None = None,
         out: np.ndarray | None = None,
     ) -> np.ndarray:
-        """Read the clip of a `Context`, uint8 [1, T, S, S, 3]; see `ClipReader.read`."""
+        """Read the clip of a `Context`, uint8 [1, T, S, S, 3], see `ClipReader`."""
         placed = dataclasses.replace(self, sampling=record.sampling(self.sampling))
         return ClipReader.read(placed, record, crop, rng, out)
 
