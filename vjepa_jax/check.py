@@ -46,7 +46,9 @@ _TIMEOUT_SECS, _DEEP_TIMEOUT_SECS = 60.0, 600.0
 
 def clips_per_second(flops_per_clip: float, chip: str) -> float:
     """Return the clips per second that a chip of `CHIPS` trains on at `ASSUMED_MFU`."""
-    return ASSUMED_MFU * flops.peak_flops(CHIPS[chip]) / flops_per_clip
+    peak = flops.peak_flops(CHIPS[chip])
+    assert peak is not None  # known of all `CHIPS`
+    return ASSUMED_MFU * peak / flops_per_clip
 
 
 def flops_per_clip(config: ConfigDict) -> float:

@@ -60,7 +60,7 @@ def main() -> None:
 def _encode_shards() -> None:
     encoding = Encoding(_SHORT_SIDE.value, _GOP.value, _CRF.value, _FPS.value)
     max_bad_fraction, path = _MAX_BAD_FRACTION.value, _DATA.value
-    if not 0 <= max_bad_fraction <= 1:  # not a number either
+    if not 0 <= max_bad_fraction <= 1:  # NaN is refused as well
         raise UserError(f"--max_bad_fraction must lie in 0..1, not {max_bad_fraction}")
     if "," in path and not is_remote(path) and not os.path.exists(path):
         raise UserError(

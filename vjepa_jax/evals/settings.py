@@ -203,14 +203,14 @@ def segmentation() -> Settings:
     s.add("test_batch_size", 16, POSITIVE)  # images evaluated at once
     s.add("heads_at_once", 0, NOT_NEGATIVE)  # heads updated together; 0: all
 
-    # Lists of `image mask` lines or folders with images/ and masks/, see
+    # Lists of `IMAGE LABELS` lines or folders with images/ and masks/, see
     # docs/segmentation.md. "": those of the run's world.
     s.add("data.train_path", "")  # images to learn from
     s.add("data.val_path", "")  # images to choose the head; "": held out of train
     s.add("data.test_path", "")  # images to evaluate on
     s.add("data.held_out_share", 0.1, INNER_SHARE)  # of train_path without val_path
     s.add("data.max_images", 0, NOT_NEGATIVE)  # per list, evenly spread; 0: all
-    # Number in the masks of the first class; pixels below it are ignored.
+    # Number of the first class in the label images; pixels below it are ignored.
     s.add("data.first_class", 0, NOT_NEGATIVE)
     # Frames seen for one image. 1: the image itself; more: the frames around it, of its
     # folder; 0: as in training.
@@ -238,7 +238,7 @@ def video_objects() -> Settings:
     s.add("clips_per_call", 16, POSITIVE)
     s.add("path", "")  # folder with the layout of DAVIS 2017; "": the run's world
     s.add("split", "2017/val")  # list in the folder ImageSets
-    s.add("quality", "480p")  # folder of frames and masks
+    s.add("quality", "480p")  # folder of frames and label images
     s.add("max_videos", 0, NOT_NEGATIVE)  # of the list, evenly spread; 0: all
     s.add("resolution", 480, NOT_NEGATIVE)  # short side, pixels; 0: as in training
     # Frames seen for one frame. 1: itself; more: those around it; 0: as in training.

@@ -47,7 +47,7 @@ def make_labelled(
     """Make clip `index` of the stream `seed`."""
     scene, track, _, behind = play.simulate_clip(world, seed, index)
     clip = paint(world, scene, track, behind, play.LABEL)
-    # New numbers for those of `Clip.objects`: 0, the objects from 1 on, the occluder.
+    # Indexed by `Clip.objects`: the background, the objects, the occluder.
     is_followed = clip.visibility[0] >= _MIN_VISIBILITY
     numbers = np.where(is_followed, np.cumsum(is_followed), 0)
     classes = [0, *(scene.shape + 1), NUM_CLASSES - 1]

@@ -260,7 +260,8 @@ class _Renderer:
             parts.append(part)
             self.progress.update(len(next(iter(part.values()))))
         truth = {key: np.concatenate([p[key] for p in parts]) for key in parts[0]}
-        np.savez_compressed(self.root / f"{name}.npz", **truth)
+        # mypy takes `**` for `allow_pickle` as well.
+        np.savez_compressed(self.root / f"{name}.npz", **truth)  # type: ignore[arg-type]
         return truth
 
     def _write_list(self, name: str, clips: list[str], labels: np.ndarray) -> None:

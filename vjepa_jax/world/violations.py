@@ -327,7 +327,8 @@ def _launch(world: World, rng: np.random.Generator, is_odd: bool) -> _Draft:
     gap = speed * frames + rng.uniform(_GAP, 3 * _GAP)
     one, two = (centre + s * heading * (r + gap / 2) for s in (-1, 1))
     still, moves = np.zeros(2), heading * speed
-    # Towards the other, or away from it; places at the frame before the onset.
+    # The first moves towards the second, or the second away from the first. Places are
+    # those of the frame before the onset.
     first, second = (
         stage.track(stage.fly(one, v, onset - 1), stage.fly(two, w, onset - 1))
         for v, w in ((moves, still), (still, moves))

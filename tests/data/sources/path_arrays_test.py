@@ -38,7 +38,7 @@ def test_damaged_arrays_of_paths_are_a_users_error(tmp_path):
         try:
             source = VideoList.from_array_file(str(path))
         except UserError as error:
-            assert str(error).startswith(f"{path} is no .npy array of paths: ")
+            assert str(error).startswith(f"{path} is not a .npy array of paths: ")
             assert "\n" not in str(error) and len(str(error)) < 200 + len(str(path))
             num_refused += 1
         else:
@@ -67,5 +67,5 @@ def test_files_that_are_no_arrays_are_refused(tmp_path):
     whole = npy_bytes(["a", "b"])
     for content in (b"", b"text 1", whole[:-4], whole[:60]):
         (tmp_path / "list.npy").write_bytes(content)
-        with pytest.raises(UserError, match=r"list\.npy is no \.npy array of paths"):
+        with pytest.raises(UserError, match=r"list\.npy is not a \.npy array of paths"):
             open_source(str(tmp_path / "list.npy"))

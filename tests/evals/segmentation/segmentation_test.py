@@ -95,7 +95,7 @@ def test_folders_and_lists_give_the_same_images(folder, tmp_path):
     ("text", "pattern"),
     [
         ("", "is empty"),
-        ("one\n", "list.txt:1 is not 'image mask'"),
+        ("one\n", "list.txt:1 is not 'IMAGE LABELS'"),
         ("\na.png b.png\n", "list.txt:2 names .*a.png, which is missing"),
     ],
 )
@@ -112,7 +112,7 @@ def test_images_without_labels_are_named(tmp_path, rng):
         list_images(str(tmp_path))
     write_files(tmp_path, "a", draw_labels(rng, 20, 20), rng)
     (tmp_path / "masks" / "a.png").unlink()
-    with pytest.raises(UserError, match=r"a\.png has no mask"):
+    with pytest.raises(UserError, match=r"a\.png has no label image"):
         list_images(str(tmp_path))
 
 

@@ -120,7 +120,9 @@ def test_what_is_missing_is_named(dataset, tmp_path):
         "00003 is only a frame or only a label image",
         lambda r: (r / "Annotations" / walk / "00003.png").unlink(),
     )
-    refused("names no video", lambda r: (r / "ImageSets/2017/val.txt").write_text("\n"))
+    refused(
+        "lists no videos", lambda r: (r / "ImageSets/2017/val.txt").write_text("\n")
+    )
 
     def shorten(root):
         for part in ("JPEGImages", "Annotations"):

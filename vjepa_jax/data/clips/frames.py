@@ -68,7 +68,7 @@ class ClipWriter:
         """Crop the RGB frame, whose pixels are those of a plain decode."""
         # One thread: a pool of them costs more than the conversion of a small frame.
         frame = self._to_rgb.reformat(frame, format="rgb24", threads=1)
-        pixels = _plane(frame.planes[0], frame.height, 3 * frame.width)
+        pixels = view_plane(frame.planes[0], frame.height, 3 * frame.width)
         pixels = pixels.reshape(frame.height, frame.width, 3)
         top, left, height, width = box
         pixels = np.rot90(pixels[top : top + height, left : left + width], self._turns)
@@ -83,7 +83,7 @@ class ClipWriter:
         self._scalers[box].vpush(frame)
         frame = self._scalers[box].vpull()
         for channel, plane in zip((1, 2, 0), frame.planes, strict=True):  # G, B, R
-            pixels = _plane(plane, frame.height, frame.width)
+            pixels = view_plane(plane, frame.height, frame.width)
             out[..., channel] = np.rot90(pixels, self._turns)
 
 
@@ -160,9 +160,11 @@ def _chroma_position(base: int, step: int, start: int, length: int) -> int:
     return max(-512, base - 256 * (start % step) + 128 * (length % 2))
 
 
-def _plane(plane: av.video.plane.VideoPlane, height: int, row_bytes: int) -> np.ndarray:
+def view_plane(
+    plane: av.video.plane.VideoPlane, height: int, row_bytes: int
+) -> np.ndarray:
     """View a plane, whose rows may be padded, as uint8 [height, row_bytes]."""
-    rows = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)
+    rows = np.frombuffer(memoryview(plane), np.uint8).reshape(-1, plane.line_size)
     return rows[:height, :row_bytes]
 
 

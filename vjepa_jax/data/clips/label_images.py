@@ -16,7 +16,7 @@ _ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
 def _unreadable(path: pathlib.Path, error: Exception) -> UserError:
-    return UserError(f"{path} cannot be read ({error}): repair it, or leave it out")
+    return UserError(f"{path} cannot be read ({error}): fix or remove it")
 
 
 def read_image(

@@ -16,7 +16,7 @@ import os
 import stat
 import time
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import av
 from etils import epath
@@ -85,7 +85,7 @@ class DecodeError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What one record may cost.
+    """Limits of the size and the decoding time of one record.
 
     Attributes:
       max_pixels: larger frames are refused before memory is allocated for them.
@@ -124,7 +124,7 @@ def open_media(path: str, content: bytes | None, limits: Limits) -> Iterator["Me
     Args:
       path: name of the record; a local or remote file, unless there is `content`.
       content: the bytes, if the source itself holds them.
-      limits: what decoding may cost.
+      limits: of size and decoding time.
 
     Raises:
       DecodeError: why the record cannot be decoded.
@@ -226,6 +226,7 @@ class Media:
         try:
             return av.open(
                 self,
+                "r",
                 options=options,
                 # Metadata is not used, and its encoding may be broken.
                 metadata_errors="ignore",
@@ -240,10 +241,9 @@ class Media:
 
     def _open_stream(self, container: av.container.InputContainer) -> av.VideoStream:
         """Open the decoder of the video stream and turn the other streams off."""
-        stream = container.streams.best("video")
+        stream = _video_stream(container)
         if (
             stream is None
-            or stream.codec_context is None
             or stream.disposition & av.stream.Disposition.attached_pic  # cover art
         ):
             raise DecodeError(self.path, "no_video_stream")
@@ -255,7 +255,7 @@ class Media:
         for other in container.streams:
             if other is not stream:
                 other.discard = av.stream.Discard.all
-        # The header may lie: the decoder refuses larger frames before it allocates.
+        # The header may be wrong: the decoder rejects large frames before it allocates.
         context.options = self._codec_options
         # Threads cost more than they gain while each core decodes a clip of its own.
         context.thread_type = "NONE"
@@ -335,13 +335,18 @@ def _refuse_to_open(url: str, flags: int, options: dict) -> None:
     raise PermissionError(errno.EACCES, "a video may not refer to other files", url)
 
 
+def _video_stream(container: av.container.InputContainer) -> av.VideoStream | None:
+    """Return the video stream; None if there is none of a known codec."""
+    stream = cast("av.VideoStream | None", container.streams.best("video"))
+    return None if stream is None or stream.codec_context is None else stream
+
+
 def _has_full_header(container: av.container.InputContainer) -> bool:
     """Whether the header has all that the decoder and the official sampling need."""
-    stream = container.streams.best("video")
+    stream = _video_stream(container)
     return (
         container.format.name in _FORMATS_WITH_FULL_HEADERS
         and stream is not None
-        and stream.codec_context is not None
         and stream.codec_context.width > 0
         and bool(stream.average_rate)
     )

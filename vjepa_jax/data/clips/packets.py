@@ -10,6 +10,8 @@ frame rate is trusted.
 import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator
+from fractions import Fraction
+from typing import cast
 
 import av
 import numpy as np
@@ -68,17 +70,18 @@ def read_index(video: VideoStream, window: tuple[float, float] | None = None) ->
     Raises:
       DecodeError: there is no frame, or all are at the same time.
     """
-    stamps, positions, key_stamps, key_positions = [], [], [], []
+    stamps: list[int | None] = []
+    positions, key_stamps, key_positions = [], [], []
     packets: list[av.Packet] | None = []
     num_bytes = 0
     origin = last = None
-    time_base = video.stream.time_base
+    time_base = cast(Fraction, video.stream.time_base)  # every file's streams have one
     remaining = video.packets()
     if window is not None:
         head = list(itertools.islice(remaining, _MAX_REORDERED))
         origin = _first_stamp(head)
         remaining = itertools.chain(head, remaining)
-    if origin is not None:
+    if window is not None and origin is not None:
         start, last = (
             max(origin, origin + round(secs / time_base))
             for secs in (window[0] - _MARGIN_SECS, window[1] + _MARGIN_SECS)
@@ -109,12 +112,13 @@ def read_index(video: VideoStream, window: tuple[float, float] | None = None) ->
 
     order = times = in_order = None
     fps = video.stated_fps
-    if None not in stamps:
-        if num_frames > 1 and min(stamps) == max(stamps):
+    known = [stamp for stamp in stamps if stamp is not None]
+    if len(known) == num_frames:
+        if num_frames > 1 and min(known) == max(known):
             raise DecodeError(path, "zero_duration")
-        if len(set(stamps)) == num_frames:
-            sorter = np.argsort(stamps)
-            order = np.array(stamps)[sorter]
+        if len(set(known)) == num_frames:
+            sorter = np.argsort(known)
+            order = np.array(known)[sorter]
             in_order = np.array(positions)[sorter]
             origin = order[0] if origin is None else origin
             times = (order - origin) * float(time_base)
@@ -136,7 +140,8 @@ def read_index(video: VideoStream, window: tuple[float, float] | None = None) ->
 def _first_stamp(packets: Iterable[av.Packet]) -> int | None:
     """Return when the first frame is shown; None if a packet has no time stamp."""
     stamps = [p.pts for p in packets if p.size and not p.is_discard]
-    return None if None in stamps else min(stamps, default=None)
+    known = [stamp for stamp in stamps if stamp is not None]
+    return min(known, default=None) if len(known) == len(stamps) else None
 
 
 @dataclasses.dataclass
@@ -151,6 +156,7 @@ class _Span:
 
 def _spans(index: Index, wanted: np.ndarray) -> Iterator[_Span]:
     """Yield the spans to decode for frames with the given increasing numbers."""
+    assert index.order is not None and index.positions is not None
     span = None
     for number in wanted.tolist():
         stamp, position = int(index.order[number]), int(index.positions[number])
@@ -187,6 +193,7 @@ def decode_indexed(
     Raises:
       av.FFmpegError: the decoder refuses a packet.
     """
+    assert index.order is not None
     number_of = {int(index.order[number]): number for number in wanted.tolist()}
     context = video.stream.codec_context
     is_fresh = True

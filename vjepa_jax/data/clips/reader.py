@@ -38,7 +38,7 @@ class ClipReader:
       resolution: side of the square clips in pixels, S.
       resize: one of `choices.RESIZES`. "antialias" filters when it shrinks;
         "official" does not, like the official code, and takes a third longer.
-      limits: what decoding one record may cost.
+      limits: of size and decoding time of one record.
     """
 
     sampling: Sampling
@@ -126,7 +126,7 @@ class ClipReader:
             with media.open(probe=probe) as video:
                 window = clips.window(video.stated_fps)
                 index = packets.read_index(video, window)
-                if index.order is None:
+                if index.times is None:
                     break
                 if window is not None and index.times[0] > max(window[0], 0):
                     break  # the file was sought too far
@@ -211,7 +211,7 @@ class _Clips:
         Args:
           times, average_fps: see `Sampling.frames`.
         """
-        if self._rng is not None:
+        if self._rng is not None and self._rng_state is not None:
             self._rng.bit_generator.state = self._rng_state
         try:
             chosen = self._sampling.frames(times, average_fps, self._rng)
@@ -231,7 +231,7 @@ class _Clips:
         return np.unique(chosen)
 
     def put(self, frame: av.VideoFrame, number: int) -> None:
-        """Write a decoded frame to the clips that want it."""
+        """Write a decoded frame to the clips that contain it."""
         if number not in self._slots:
             return
         if not self._is_started:
@@ -277,7 +277,7 @@ def inspect(
       record: see `ClipReader.read`.
       deep: decode every frame; one packet that the decoder refuses makes the video
         undecodable.
-      limits: what decoding may cost; a deep look at a long video costs more.
+      limits: of size and decoding time; `deep` takes longer on a long video.
 
     Raises:
       DecodeError: why the video cannot be read.

@@ -145,7 +145,7 @@ class Sampling:
         if self.frame_step:
             # Frames are counted, whenever they are shown.
             times = np.arange(len(times), dtype=np.float64)
-        spacing = self.frame_step or self.spacing_secs
+        spacing = self.spacing_secs or self.frame_step
         offsets = np.arange(self.num_frames) * spacing
         between = (times[1:] + times[:-1]) / 2
         # The last frame is shown as long as the others are on average.
@@ -171,8 +171,8 @@ class Sampling:
         for k in range(self.num_clips):
             if part_len > clip_len:
                 end = clip_len if rng is None else rng.integers(clip_len, part_len)
-                frames = np.linspace(end - clip_len, end, self.num_frames)
-                frames = np.minimum(frames, end - 1).astype(np.int64) + k * part_len
+                places = np.linspace(end - clip_len, end, self.num_frames)
+                frames = np.minimum(places, end - 1).astype(np.int64) + k * part_len
             elif not self.allow_clip_overlap:
                 frames = self._official_padded(part_len, step) + k * part_len
             else:

@@ -162,7 +162,9 @@ def prepare(
     else:
         _check_notes(folder, job)
     inputs, content = io.BytesIO(), json.dumps(job.to_json(), indent=1)
-    np.savez(inputs, root=np.array(os.fsencode(source.root)), **source.to_arrays())
+    arrays = {"root": np.array(os.fsencode(source.root)), **source.to_arrays()}
+    # mypy takes `**` for `allow_pickle` as well.
+    np.savez(inputs, **arrays)  # type: ignore[arg-type]
     try:
         files.write_whole(folder / _INPUTS, inputs.getvalue())
         files.write_whole(folder / _JOB, content.encode())
@@ -501,16 +503,16 @@ def _parse_options(options: Sequence[str]) -> "PipelineOptions":
         StandardOptions,
     )
 
-    complaint = io.StringIO()
+    messages = io.StringIO()
     parsed = PipelineOptions([*options])
     try:
-        with contextlib.redirect_stderr(complaint), _no_warnings():
+        with contextlib.redirect_stderr(messages), _no_warnings():
             known = parsed.get_all_options()
             unknown = parsed.get_all_options(retain_unknown_options=True).keys() - known
             runner = parsed.view_as(StandardOptions).runner
             mode = parsed.view_as(DirectOptions).direct_running_mode
     except SystemExit:
-        reason = complaint.getvalue().strip().rsplit("error: ", 1)[-1]
+        reason = messages.getvalue().strip().rsplit("error: ", 1)[-1]
         raise UserError(f"Beam rejects the options after --: {reason}") from None
     if runner not in (None, "DirectRunner"):
         return parsed  # it may know more options than Beam does

@@ -13,6 +13,7 @@ import io
 import math
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
+from typing import cast
 
 import av
 import numpy as np
@@ -24,6 +25,7 @@ from av.video.reformatter import (
 )
 
 from vjepa_jax.base.errors import UserError
+from vjepa_jax.data.clips.frames import view_plane
 from vjepa_jax.data.clips.media import (
     DecodeError,
     Limits,
@@ -44,6 +46,9 @@ _TIME_BASE = Fraction(1, 90000)  # of stored times; all common rates divide it
 
 # More than the frames that an H.264 decoder holds back to reorder them.
 _MAX_LATE_FRAMES = 16
+
+# A time or a duration; a float only in a stream without times and without a rate.
+_Seconds = Fraction | float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,8 +145,8 @@ def _frames(video: VideoStream) -> Iterator[av.VideoFrame]:
 
 
 def _timed(
-    frames: Iterable[av.VideoFrame], interval: Fraction, path: str
-) -> Iterator[tuple[Fraction, av.VideoFrame]]:
+    frames: Iterable[av.VideoFrame], interval: _Seconds, path: str
+) -> Iterator[tuple[_Seconds, av.VideoFrame]]:
     """Pair frames with their strictly increasing times in seconds from the first.
 
     A frame without a time comes `interval` after the one before. A frame that does not
@@ -151,14 +156,16 @@ def _timed(
     Raises:
       DecodeError: there are several frames, all at the same time.
     """
-    start = last = None
+    start: _Seconds | None = None
+    last: _Seconds | None = None
     num_frames = num_late = 0
     is_still = True
     for frame in frames:
         num_frames += 1
-        at = due = Fraction(0) if last is None else last + interval
+        due = Fraction(0) if last is None else last + interval
+        at = due
         if frame.pts is not None:
-            stamp = frame.pts * frame.time_base
+            stamp = frame.pts * cast(Fraction, frame.time_base)
             if start is None:
                 start = stamp - due
             at = stamp - start
@@ -175,8 +182,8 @@ def _timed(
 
 
 def _thinned(
-    timed: Iterable[tuple[Fraction, av.VideoFrame]], fps: float
-) -> Iterator[tuple[Fraction, av.VideoFrame]]:
+    timed: Iterable[tuple[_Seconds, av.VideoFrame]], fps: float
+) -> Iterator[tuple[_Seconds, av.VideoFrame]]:
     """Keep the frames nearest to multiples of `1 / fps`; 0 keeps all.
 
     A frame is nearest to the times between the midpoints to its two neighbours. It is
@@ -187,10 +194,11 @@ def _thinned(
         return
     rate = Fraction(fps).limit_denominator(10000)
 
-    def multiples_before(seconds: Fraction) -> int:
+    def multiples_before(seconds: _Seconds) -> int:
         return math.ceil(seconds * rate)
 
-    since, before = Fraction(0), None
+    since: _Seconds = Fraction(0)
+    before: tuple[_Seconds, av.VideoFrame] | None = None
     for at, frame in timed:
         if before is not None:
             until = (before[0] + at) / 2
@@ -205,7 +213,7 @@ def _thinned(
 
 
 def _encode(
-    timed: Iterator[tuple[Fraction, av.VideoFrame]], encoding: Encoding
+    timed: Iterator[tuple[_Seconds, av.VideoFrame]], encoding: Encoding
 ) -> EncodedVideo:
     content = io.BytesIO()
     convert, stream, times = None, None, []
@@ -220,6 +228,7 @@ def _encode(
             converted.pts = round(at / _TIME_BASE)
             times.append(at)
             container.mux(stream.encode(converted))
+        assert stream is not None  # `_frames` yields at least one
         container.mux(stream.encode())
     fps = (len(times) - 1) / times[-1] if len(times) > 1 else _DEFAULT_FPS
     return EncodedVideo(
@@ -264,7 +273,7 @@ class _Converter:
         stored = first.height, first.width
         self._turns = round(first.rotation / 90) % 4
         self._size = output_size(*stored, short_side)
-        # Cropped: scaling by a percent would blur.
+        # Cropped, not scaled: scaling by one percent would blur.
         is_kept = min(stored) <= short_side and min(stored) > 1
         self._scaled_to = stored if is_kept else self._size
         self._reformatter = VideoReformatter()
@@ -285,8 +294,7 @@ class _Converter:
         height, width = self._size
         planes = []
         for plane, half in zip(scaled.planes, (1, 2, 2), strict=True):
-            pixels = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)
-            pixels = pixels[: height // half, : width // half]
+            pixels = view_plane(plane, height // half, width // half)
             planes.append(np.rot90(pixels, self._turns).ravel())
         if self._turns % 2:
             height, width = width, height

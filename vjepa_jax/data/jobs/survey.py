@@ -256,6 +256,7 @@ class Summary:
             if len(self._bad) < _MAX_LISTED:
                 self._bad.append(finding)
             return
+        assert finding.frames is not None  # known of every readable video
         secs = finding.frames / finding.fps if finding.fps else None
         self._counts["codec"][finding.codec] += 1
         self._counts["size"][f"{finding.width}x{finding.height}"] += 1

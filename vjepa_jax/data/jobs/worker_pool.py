@@ -196,11 +196,11 @@ class _Worker:
         # A terminal sends Ctrl-C to all processes; this one decides what follows. The
         # server is started here and inherits the block, and its workers from it.
         resource_tracker.ensure_running()  # it would lift the block
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             self.process.start()
         finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         other_end.close()
 
     def end(self, kill: bool) -> str:

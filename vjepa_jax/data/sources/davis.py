@@ -63,13 +63,13 @@ def list_videos(path: str, split: str, quality: str) -> list[LabelledVideo]:
             )
         videos.append(LabelledVideo(name, frames, labels))
     if not videos:
-        raise UserError(f"{names} names no video")
+        raise UserError(f"{names} lists no videos")
     return videos
 
 
 def _files(folder: pathlib.Path) -> list[pathlib.Path]:
     if not folder.is_dir():
-        raise UserError(f"{folder} is missing, and config.split names it")
+        raise UserError(f"{folder} is missing, but config.split lists its video")
     # File managers leave other files.
     files = [
         f for f in folder.iterdir() if f.suffix.lower() in (".jpg", ".jpeg", ".png")

@@ -48,7 +48,7 @@ class VideoList(Source):
         encoded = [os.fsencode(entry) for entry in entries]
         self.name = name
         self.root = root
-        self.labels = np.array(labels, np.int64)
+        self.labels: np.ndarray = np.array(labels, np.int64)
         self._entries = b"".join(encoded)
         self._ends = np.cumsum([len(entry) for entry in encoded], dtype=np.int64)
         if len(self.labels) != len(encoded):
@@ -148,7 +148,7 @@ class VideoList(Source):
             return cls(path, os.path.dirname(path), entries, [0] * len(entries))
         except Exception as error:  # NumPy raises many kinds for damaged files
             reason = _shortened(str(error)) or type(error).__name__
-            raise UserError(f"{path} is no .npy array of paths: {reason}") from error
+            raise UserError(f"{path} is not a .npy array of paths: {reason}") from error
 
     @classmethod
     def from_folder(cls, path: str) -> "VideoList":

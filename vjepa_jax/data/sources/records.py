@@ -8,7 +8,7 @@ import abc
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -45,20 +45,35 @@ class Record:
     fps: float | None = None
 
 
-class Source(Sequence[Record]):
+class Source(abc.ABC):
     """Records in a fixed order.
 
     Picklable and compact, since every worker process gets a copy.
 
-    Indexing raises OSError if the storage cannot give a record.
-
     Attributes:
       name: where the records come from, for messages.
-      labels: class of each record, int64 [len(self)].
+      labels: class of each record, int64 [len(self)]; an attribute or a property.
     """
 
     name: str
-    labels: np.ndarray
+
+    if TYPE_CHECKING:  # an abstract property would refuse attributes of subclasses
+
+        @property
+        @abc.abstractmethod
+        def labels(self) -> np.ndarray: ...
+
+    @abc.abstractmethod
+    def __len__(self) -> int:
+        """Return the number of records."""
+
+    @abc.abstractmethod
+    def __getitem__(self, index: int) -> Record:
+        """Return a record; raise OSError if its storage fails."""
+
+    def __iter__(self) -> Iterator[Record]:
+        """Yield all records in order."""
+        return (self[index] for index in range(len(self)))
 
     @abc.abstractmethod
     def path_of(self, index: int) -> str:

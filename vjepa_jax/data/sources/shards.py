@@ -127,7 +127,8 @@ def write_index(
         "id_end": np.cumsum([len(name) for name in ids], dtype="<i8"),
     }
     content = io.BytesIO()
-    np.savez(content, **arrays)
+    # mypy takes `**` for `allow_pickle` as well.
+    np.savez(content, **arrays)  # type: ignore[arg-type]
     files.write_whole(epath.Path(folder) / INDEX, content.getvalue())
     return {
         "sha256": hashlib.sha256(content.getvalue()).hexdigest(),
@@ -214,7 +215,7 @@ class ShardSource(Source):
         for shard, name in zip(manifest["shards"], self._names, strict=True):
             _check_size(os.path.join(path, name), shard["num_bytes"])
         index = _read_index(path, manifest["index"]["sha256"])
-        self.labels = index["label"].astype(np.int64)
+        self.labels: np.ndarray = index["label"].astype(np.int64)
         self.num_frames = index["num_frames"].astype(np.int32)
         if len(self.labels) != sum(counts):
             raise UserError(

@@ -212,7 +212,7 @@ class TrainIterator(Iterator[Batch]):
         clips_per_video = reader.sampling.num_clips
         num_records = batching.local_size(clips_per_video) // clips_per_video
         batch_bytes = num_records * math.prod(reader.shape())
-        # Grain keeps as many again in a thread per worker.
+        # Grain buffers the same number again in a thread per worker.
         ahead = workers.prefetch_megabytes * 1e6 / batch_bytes
         ahead = int(ahead / max(2 * workers.count, 1))
         self._ahead = min(max(ahead, 1), _MAX_BATCHES_AHEAD)

@@ -125,7 +125,7 @@ def read_all(
     try:
         for batch in batches:
             video = batch["video"]
-            # Copies: to keep these must not keep a worker's shared memory.
+            # Copied: who keeps these arrays should not keep a worker's shared memory.
             label, index = np.array(batch["label"]), np.array(batch["index"])
             valid = batch["reason"] < 0
             for i in np.flatnonzero(~valid):

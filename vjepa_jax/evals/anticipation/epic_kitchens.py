@@ -235,7 +235,7 @@ class Contexts(Source):
         entries = (_entry(layout, video) for video in actions.video.tolist())
         self.name = actions.name
         self.actions = actions
-        self.labels = np.asarray(labels, np.int64)
+        self.labels: np.ndarray = np.asarray(labels, np.int64)
         self.ahead_secs = np.broadcast_to(np.asarray(ahead_secs, float), (count,))
         self._moment_secs = _between(actions.start_secs, actions.stop_secs, share)
         self._moment_frame = _between(actions.start_frame, actions.stop_frame, share)

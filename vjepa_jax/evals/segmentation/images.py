@@ -51,10 +51,10 @@ def list_images(path: str) -> list[LabelledImage]:
     """List the images of a data set.
 
     Args:
-      path: a text file with a line `image mask` per image, where `mask` is the label
-        image and relative paths count from the file's folder; or a folder with
-        `images/` and `masks/`, where an image and its label image have the same name
-        but for the suffix, in the same subfolders.
+      path: a text file with a line `IMAGE LABELS` per image: the paths of the image
+        and of its label image, absolute or relative to the file's folder. Or a folder
+        with `images/` and `masks/`, where both have the same name but for the suffix,
+        in the same subfolders.
 
     Raises:
       UserError: there are no such images; names what is missing.
@@ -64,8 +64,8 @@ def list_images(path: str) -> list[LabelledImage]:
         return _list_folder(root)
     if not root.is_file():
         raise UserError(
-            f"{path} is neither a list of 'image mask' lines nor a folder with images/ "
-            "and masks/"
+            f"{path} is neither a list of 'IMAGE LABELS' lines nor a folder with "
+            "images/ and masks/"
         )
     images = []
     for number, line in enumerate(root.read_text().splitlines(), start=1):
@@ -74,7 +74,7 @@ def list_images(path: str) -> list[LabelledImage]:
             continue
         if len(names) != 2:
             raise UserError(
-                f"{path}:{number} is not 'image mask', separated by a space: {line!r}"
+                f"{path}:{number} is not 'IMAGE LABELS', separated by a space: {line!r}"
             )
         files = [root.parent / name for name in names]
         for file in files:
@@ -82,7 +82,7 @@ def list_images(path: str) -> list[LabelledImage]:
                 raise UserError(f"{path}:{number} names {file}, which is missing")
         images.append(LabelledImage(*files))
     if not images:
-        raise UserError(f"{path} is empty: give a line 'image mask' per image")
+        raise UserError(f"{path} is empty: give a line 'IMAGE LABELS' per image")
     return images
 
 
@@ -93,7 +93,7 @@ def _list_folder(root: pathlib.Path) -> list[LabelledImage]:
             continue
         name = image.relative_to(root / "images").with_suffix(".png")
         if not (root / "masks" / name).is_file():
-            raise UserError(f"{image} has no mask {root / 'masks' / name}")
+            raise UserError(f"{image} has no label image {root / 'masks' / name}")
         images.append(LabelledImage(image, root / "masks" / name))
     if not images:
         raise UserError(f"{root} has no images in {root / 'images'}")
@@ -161,7 +161,7 @@ def _list_of_world(model: FrozenModel, key: str) -> str:
     if not path.is_file():
         raise UserError(
             f"config.data.{key} is not set, and {path} is missing: give a list of "
-            "'image mask' lines, or render a world with world.segmentation_videos"
+            "'IMAGE LABELS' lines, or render a world with world.segmentation_videos"
         )
     return str(path)
 
