@@ -14,6 +14,7 @@ batch.
 import dataclasses
 import json
 import math
+import pathlib
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -70,8 +71,7 @@ def check_step(
     text = compiled.as_text()
     assert text is not None
     if hlo_file:
-        with open(hlo_file, "w") as file:
-            file.write(text)
+        pathlib.Path(hlo_file).write_text(text)
     memory, work = compilation.memory_of(compiled), hlo.count_work(text)
     return step_report.complete_report(report, program, memory, work, seconds)
 
@@ -170,13 +170,9 @@ def main() -> None:
         mesh = sharding.make_mesh(**config.mesh, devices=devices)
         print(compilation.suggest_less_memory(config, mesh))
     if _JSON.value:
-        with open(_JSON.value, "w") as file:
-            json.dump(
-                {"topology": _TOPOLOGY.value, "slices": _NUM_SLICES.value}
-                | report.to_dict(),
-                file,
-                indent=2,
-            )
+        machine = {"topology": _TOPOLOGY.value, "slices": _NUM_SLICES.value}
+        values = machine | report.to_dict()
+        pathlib.Path(_JSON.value).write_text(json.dumps(values, indent=2))
     if not report.fits:
         sys.exit(EXIT_DOES_NOT_FIT)
 

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import NamedTuple
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -119,12 +120,7 @@ def test_mesh_accumulation_scan_and_remat_do_not_change_the_run(
 
 def test_target_is_the_moving_average_of_the_encoder(setup, rng):
     start = setup.initial_state.params["encoder"]
-    for leaf, copied in zip(
-        jax.tree.leaves(start),
-        jax.tree.leaves(setup.initial_state.target),
-        strict=True,
-    ):
-        np.testing.assert_array_equal(leaf, copied)
+    chex.assert_trees_all_equal(start, setup.initial_state.target)
     state, history, momenta = setup.initial_state, [], []
     for k in range(4):
         state, metrics = setup.compiled_step(state, as_batch(videos(rng, BATCH)))

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import chex
 import jax
 import numpy as np
 import process_config
@@ -129,13 +130,12 @@ def test_a_cooldown_starts_from_another_run_at_step_zero(
         np.testing.assert_allclose(new, old - rate * direction, atol=2e-6)
         moved.append(np.abs(new - old).max())
     assert np.median(moved) > 1e-4
-    for old, online, target in zip(
-        *map(
-            jax.tree.leaves, (start["target"], end["params"]["encoder"], end["target"])
-        ),
-        strict=True,
-    ):
-        np.testing.assert_allclose(target, (old + online) / 2, atol=1e-6)
+    expected = jax.tree.map(
+        lambda old, online: (old + online) / 2,
+        start["target"],
+        end["params"]["encoder"],
+    )
+    chex.assert_trees_all_close(end["target"], expected, rtol=1e-7, atol=1e-6)
 
 
 def test_a_cooldown_keeps_or_zeroes_the_moments(first, cooldowns):
@@ -216,8 +216,7 @@ def test_a_student_of_a_frozen_teacher(folder, first):
     assert models["target"]["norm"]["scale"].shape == (WIDTHS["nano_wide"],)
     assert models["predictor"]["proj"]["bias"].shape == (WIDTHS["pico"],)
     after = checkpoint.restore_target(str(folder / "first"))[0]
-    for a, b in zip(*map(jax.tree.leaves, (before, after)), strict=True):
-        np.testing.assert_array_equal(a, b)
+    chex.assert_trees_all_equal(before, after)
     assert json.loads((workdir / "config.json").read_text())["teacher"]["path"]
 
 

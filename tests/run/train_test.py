@@ -15,8 +15,8 @@ import sys
 import time
 from typing import NamedTuple
 
+import chex
 import jax
-import numpy as np
 import pytest
 from step_setup import abstract_of
 
@@ -215,12 +215,7 @@ def test_a_broken_run_repeats_the_unbroken_one_bit_for_bit(broken, unbroken):
             k: v for k, v in b.items() if k.startswith(kept)
         }
     states = [restore(w, TOTAL_STEPS) for w in (broken.workdir, unbroken[0])]
-    for (path, a), b in zip(
-        jax.tree_util.tree_leaves_with_path(states[0]),
-        jax.tree.leaves(states[1]),
-        strict=True,
-    ):
-        np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
+    chex.assert_trees_all_equal(*states)
     assert int(states[0].step) == TOTAL_STEPS
 
 

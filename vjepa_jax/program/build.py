@@ -211,21 +211,17 @@ def make_masks(
             if is_complement and (context or target):
                 budget = num_tokens - target, num_tokens - context
             context, target = context or budget[0], target or budget[1]
+        counts = f"config.{key}.{name}: num_context={context} and num_target={target}"
         if min(context, target) < 1:
-            raise UserError(
-                f"config.{key}.{name}: num_context={context} and num_target={target}; "
-                "both must be positive: hide less, or more"
-            )
+            raise UserError(f"{counts}; both must be positive: hide less, or more")
         if context + target > num_tokens:
             raise UserError(
-                f"config.{key}.{name}: num_context={context} and num_target={target} "
-                f"exceed the clip's {num_tokens} tokens: lower one of them"
+                f"{counts} exceed the clip's {num_tokens} tokens: lower one of them"
             )
         if is_complement and context + target < num_tokens:
             raise UserError(
-                f"config.{key}.{name}: num_context={context} and num_target={target} "
-                f"do not add up to the clip's {num_tokens} tokens, as a complement "
-                "must: set one of them to 0"
+                f"{counts} do not add up to the clip's {num_tokens} tokens, as a "
+                "complement must: set one of them to 0"
             )
         fields |= {"num_context": context, "num_target": target}
         specs[name] = masking.MaskSpec(**fields)

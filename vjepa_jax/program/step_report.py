@@ -16,6 +16,7 @@ GIB = compilation.GIB
 _SMALL = 2**20
 # Scattered arrays are padded to full tiles on every device: at most by this factor.
 _PADDED = 1.2
+Dims = tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,13 +97,13 @@ class StepReport:
         sizes = " + ".join(f"{n} {name}" for name, n in self.batch_sizes.items())
         yield (
             f"{self.devices} x {self.device_kind}, mesh {dict(self.mesh)}; "
-            f"batch {sizes}, {self.clips_per_device:g} a device in each of "
+            f"batch {sizes}, {self.clips_per_device:g} per device in each of "
             f"{self.accumulate_steps} microbatches; remat {self.remat}, attention "
             f"{self.attention}"
         )
         ideal = f"{1e3 * self.ideal_secs:.0f} ms" if self.ideal_secs else "unknown"
         yield (
-            f"model       {self.model_flops / 1e12:.2f} TFLOP a step and device, "
+            f"model       {self.model_flops / 1e12:.2f} TFLOP per step and device, "
             f"{ideal} at the device's peak"
         )
         if self.failure:
@@ -203,7 +204,7 @@ def complete_report(
     )
 
 
-def _parameter_forms(program: Program) -> set[tuple[int, ...]]:
+def _parameter_forms(program: Program) -> set[Dims]:
     """Return the forms in which parameters and gradients are exchanged.
 
     A form is the sorted dimensions above one. The array is a stack or one of its
@@ -240,11 +241,11 @@ def _parameter_forms(program: Program) -> set[tuple[int, ...]]:
     return forms
 
 
-def _form(dims: tuple[int, ...]) -> tuple[int, ...]:
+def _form(dims: Dims) -> Dims:
     return tuple(sorted(size for size in dims if size > 1))
 
 
-def _is_form(dims: tuple[int, ...], forms: set[tuple[int, ...]], padded: bool) -> bool:
+def _is_form(dims: Dims, forms: set[Dims], padded: bool) -> bool:
     """Whether dimensions are a form or, if `padded`, one that is padded on one axis."""
     wanted = _form(dims)
     if wanted in forms or not padded:
@@ -257,7 +258,7 @@ def _is_form(dims: tuple[int, ...], forms: set[tuple[int, ...]], padded: bool) -
     )
 
 
-def _is_shift(shape: hlo.Shape, forms: set[tuple[int, ...]], parts: int) -> bool:
+def _is_shift(shape: hlo.Shape, forms: set[Dims], parts: int) -> bool:
     """Whether rows of a gradient move to the next device.
 
     A scatter over `parts` devices with k rows of padding on each shifts the rows of
@@ -278,19 +279,15 @@ def _is_shift(shape: hlo.Shape, forms: set[tuple[int, ...]], parts: int) -> bool
     return False
 
 
-def _purpose(
-    collective: hlo.Collective, forms: set[tuple[int, ...]], parts: int
-) -> str:
+def _purpose(collective: hlo.Collective, forms: set[Dims], parts: int) -> str:
     """Classify: `parameters`, `gradients`, `activations` or `small`."""
     large = [shape for shape in collective.shapes if shape.bytes > _SMALL]
-    if collective.kind == "collective-permute" and all(
-        _is_shift(shape, forms, parts) for shape in large or collective.shapes
-    ):
+    arrays = large or collective.shapes
+    is_permute = collective.kind == "collective-permute"
+    if is_permute and all(_is_shift(shape, forms, parts) for shape in arrays):
         return "gradients"
-    scatters = collective.kind == "reduce-scatter"
-    if not all(
-        _is_form(shape.dims, forms, scatters) for shape in large or collective.shapes
-    ):
+    is_scatter = collective.kind == "reduce-scatter"
+    if not all(_is_form(shape.dims, forms, is_scatter) for shape in arrays):
         return "activations" if large else "small"
     # Between slices the mesh has only `data`: they exchange gradients.
     if collective.kind in ("all-reduce", "reduce-scatter", "send", "recv"):
