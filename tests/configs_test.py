@@ -28,8 +28,8 @@ from vjepa_jax.program import build, flops
 ROOT = pathlib.Path(__file__).parents[1]
 TREES = ROOT / "tests" / "goldens" / "trees"
 V5P, H100, UTILISATION = 459e12, 989e12, 0.4
-# Parameters of the encoder: exact, or in millions. The fixed table of positions is in
-# none of these counts, though V-JEPA 2's files hold one; 2.1's count the embedding of
+# Parameters of the encoder: exact, or in millions. None includes the fixed table of
+# positions, which V-JEPA 2's files contain; those of 2.1 include the embedding of
 # images, both modality embeddings and four norms.
 PUBLISHED = {
     "vjepa2:vitl16": 303.9,
@@ -72,7 +72,7 @@ def complete(config):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_recipe_validates_and_demands_what_it_continues_from(name):
+def test_recipe_validates_and_requires_what_it_continues_from(name):
     config = complete(config_of(name))
     validate(config)
     assert config.init.is_required == ("cooldown" in name)
@@ -292,7 +292,7 @@ def test_docstring_has_the_cost_of_every_variant(family):
     assert rows[2:] == wanted
 
 
-# Per clip, in TFLOP: an estimate made apart from this code, with other mask counts.
+# Per clip, in TFLOP: an independent estimate with other mask counts.
 @pytest.mark.parametrize(
     ("name", "tera"),
     [
@@ -369,7 +369,7 @@ def _two_steps(config_json: str):
         name: rng.integers(0, 256, clips.shape, np.uint8)
         for name, clips in program.batch.items()
     }
-    # The time of this test is the compiler's: spare it the start and its best work.
+    # Compilation takes most of the time: skip that of `init`, and optimise less.
     state = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), program.state)
     params = jax.tree.map(
         lambda x: rng.normal(0, 0.1, x.shape).astype(x.dtype), state.params
@@ -415,7 +415,7 @@ def test_small_form_validates_and_takes_two_steps(name):
             for path, has_moved in jax.tree.leaves_with_path(moved)
             if not has_moved
         }
-        # Norms of levels that only the teacher's are compared to are not trained.
+        # A distilled encoder does not train the norms of its other levels.
         distilled = part == "encoder" and full.teacher.is_required
         unused = {f"norm_{i}/{leaf}" for i in range(3) for leaf in ("bias", "scale")}
         assert still == (unused if distilled else set())

@@ -60,7 +60,7 @@ def make_toy(spike_guard=None):
 
 
 def batch_of(loss, slope=1.0):
-    """Spread a loss and a slope over a batch whose mean they are."""
+    """Make a batch whose means are a loss and a slope."""
     noise = np.linspace(-1, 1, BATCH) * 0.1
     values = {"loss": loss + noise, "slope": slope + noise}
     return {k: v.astype(np.float32) for k, v in values.items()}
@@ -95,12 +95,12 @@ def test_updates_that_are_not_finite_are_skipped():
         assert int(state.step) == 1 + count
         assert int(state.guard.skipped) == int(state.guard.skipped_in_row) == count
         assert metrics["optim/skipped"] == metrics["optim/skipped_in_row"] == count
-        # Schedules go by the step, though nothing was updated.
+        # Schedules depend on the step, although nothing was updated.
         for name, schedule in SCHEDULES.items():
             np.testing.assert_allclose(
                 metrics[f"optim/{name}"], schedule(count), rtol=1e-6
             )
-    # The next update is that of a run that never met them, at this step.
+    # The next update is that of a run without these batches, at this step.
     zero = jnp.zeros((), jnp.int32)
     unharmed = state.replace(guard=Guard(zero, zero, zero, jnp.full(1, jnp.nan)))
     expected, _ = step(unharmed, batch_of(0.9, 2.0))
@@ -114,7 +114,7 @@ def test_updates_that_are_not_finite_are_skipped():
 
 
 def test_a_model_that_is_not_finite_is_left_as_it_is(rng):
-    """The same with a real model, one of whose weights is not a number."""
+    """The same with a real model that has a NaN among its weights."""
     setup = Setup(encoder={"depth": 1}, terms=LossTerms())
     state = setup.random_state(rng)
     poisoned = state.params["encoder"]["norm"]["scale"].copy()
@@ -128,7 +128,7 @@ def test_a_model_that_is_not_finite_is_left_as_it_is(rng):
 
 
 def decide(losses, window, deviations):
-    """Decide plainly which losses are taken."""
+    """Decide with a plain rule which losses are accepted."""
     recent, taken = [], []
     for loss in losses:
         is_spike = len(recent) == window and loss > (
@@ -141,7 +141,7 @@ def decide(losses, window, deviations):
 
 
 def spiky_losses(rng, count, window, deviations):
-    """Draw losses around the border of what is taken, but never on it."""
+    """Draw losses around the threshold, but never on it."""
     losses, recent = [], []
     for _ in range(count):
         if len(recent) < window:
@@ -184,7 +184,7 @@ def test_spikes_are_those_of_the_plain_rule_and_do_not_enter_the_window(
     assert taken == expected
     kept = [loss for loss, is_taken in zip(losses, expected, strict=True) if is_taken]
     np.testing.assert_allclose(state.guard.losses, kept[-window:], rtol=1e-5)
-    # Before the window is full nothing is a spike, whatever its size.
+    # Before the window is full no loss is a spike.
     first = next(i for i in range(60) if sum(expected[:i]) == window)
     assert expected[:first] == np.isfinite(losses[:first]).tolist()
 
@@ -219,5 +219,5 @@ def test_a_new_state_has_skipped_nothing_and_holds_no_empty_array(window, rememb
     init = make_init(setup.objective, setup.tx, shapes_of(1), window)
     state = nn.unbox(jax.eval_shape(init, jax.random.key(0)))
     assert state.guard.losses.shape == (remembered,)
-    # Orbax stores none of them.
+    # Orbax does not store empty arrays.
     assert all(leaf.size for leaf in jax.tree.leaves(state))

@@ -68,7 +68,7 @@ def test_the_context_weight_rises_between_its_steps():
     factors = [float(terms.context_factor(step)) for step in steps]
     expected = [0, 0, 0, 0.05, 0.25, 0.45, 0.5, 0.5, 0.5]
     np.testing.assert_allclose(factors, expected, rtol=1e-6)
-    # Without a warm-up it is there from the start, or from its step.
+    # Without a warm-up it acts from the start, or from its step.
     assert LossTerms(context_weight=0.5).context_factor(0) == 0.5
     late = LossTerms(context_weight=0.5, context_warmup=(7, 7))
     assert [float(late.context_factor(step)) for step in (6, 7, 8)] == [0, 0.5, 0.5]

@@ -45,8 +45,8 @@ class Run(NamedTuple):
 
 def run_on(mesh, clips, **kwargs):
     """Make len(clips) updates, as the training script does."""
-    # A large epsilon: Adam divides gradients that are zero but for rounding (those of
-    # the keys' biases) by their own size, and would make them large.
+    # A large epsilon: gradients of the keys' biases are zero except for rounding. Adam
+    # divides them by their own size, which would make them large.
     #
     # Plain objective: the regularisers are not linear in the samples, so accumulation
     # changes them.
@@ -114,7 +114,7 @@ def test_mesh_accumulation_scan_and_remat_do_not_change_the_run(
         name = jax.tree_util.keystr(path)
         np.testing.assert_allclose(ours, theirs, atol=1e-5, err_msg=name)
         moved.append(np.abs(ours - start).max())
-    # The updates were far larger than what the comparison lets pass.
+    # The updates were far larger than the tolerance.
     assert np.median(moved) > 1e-4
 
 
@@ -127,7 +127,7 @@ def test_target_is_the_moving_average_of_the_encoder(setup, rng):
         history.append(copy_to_host(state.params["encoder"]))
         momenta.append(0.99 + 0.01 * k / STEPS)
         np.testing.assert_allclose(metrics["optim/ema_momentum"], momenta[-1], 1e-6)
-    # sum_i (1 - m_i) prod_{j > i} m_j theta_i, the start having the rest of the weight.
+    # sum_i (1 - m_i) prod_{j > i} m_j theta_i; the start has the remaining weight.
     later = np.cumprod([1.0, *momenta[::-1]])[::-1]
     weights = [later[0], *((1 - np.array(momenta)) * later[1:])]
     np.testing.assert_allclose(sum(weights), 1.0)
@@ -145,7 +145,7 @@ def test_target_is_the_moving_average_of_the_encoder(setup, rng):
 
 
 def perturbed(state, rng):
-    """Return the state with target and encoder apart, mask tokens other than zero."""
+    """Return the state with other targets and with mask tokens other than zero."""
 
     def shift(tree):
         def shifted(x):
@@ -227,7 +227,7 @@ def test_masks_depend_on_seed_and_step_and_share_their_box_shape(
 
 @pytest.mark.parametrize("accumulate_steps", [1, 2])
 def test_mask_types_keep_their_mask_tokens(accumulate_steps, monkeypatch, rng):
-    """Not the order of their names, in which JAX passes dictionaries on."""
+    """JAX sorts dictionaries by name, which must not change the tokens."""
     seen = set()
 
     def record(predictor, _, context, ctx_idx, tgt_idx, grid, mask_index, is_image):
@@ -293,7 +293,7 @@ def test_a_tiny_run_learns_a_batch_without_collapse(setup):
         for rows in (history[:5], history[-5:])
     )
     # Predicting zero costs about 0.8, as targets have unit variance; a run without
-    # gradients stays there, to 0.01. Much lower it cannot get, since targets move.
+    # gradients stays there, to 0.01. Targets move, so it cannot become much lower.
     assert last < 0.93 * first
     assert history[-1]["repr/target_std"] > 0.3
     assert history[-1]["repr/target_effective_rank"] > 3

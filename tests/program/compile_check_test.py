@@ -60,8 +60,8 @@ def test_report_counts_what_the_step_costs(report):
     config = small_config()
     program = build.make_program(config, sharding.make_mesh(2, 4))
     assert report.model_flops == program.step_flops / 8
-    # Beside the model's matmuls, those of the covariances, which are large here; and
-    # blockwise attention computes scores twice.
+    # More than the model's matmuls: covariances, which are large here, and blockwise
+    # attention, which computes scores twice.
     assert 1.0 < report.executed_flops / report.model_flops < 1.6
     assert not report.unknown and not report.failure and report.fits
     assert dict(report.mesh) == {"data": 2, "fsdp": 4}
@@ -85,7 +85,7 @@ def test_report_is_printed_and_stored_in_full(report):
     assert "does not fit: too large" in failed and "executed" not in failed
 
 
-def test_what_fits_is_decided_with_the_next_batch(report):
+def test_the_next_batch_must_fit_too(report):
     needed = report.memory.peak + report.batch_bytes
     for limit, fits in ((needed, True), (needed - 1, False)):
         at_limit = dataclasses.replace(report, limit_bytes=limit)
@@ -99,7 +99,7 @@ def gathered(kind, *dims, count=3):
 
 
 def test_collectives_of_activations_are_found(report):
-    """Parameters and gradients travel as stacks, layers or parts of them."""
+    """Parameters and gradients are exchanged as stacks, layers or parts of them."""
     config = small_config()
     config.model.encoder.size = "2x1024x16x4096"
     program = build.make_program(config, sharding.make_mesh(2, 4))
@@ -166,7 +166,7 @@ def test_search_finds_the_largest_batch(monkeypatch, rng, image_batch, report):
     assert best.fits == (most >= unit)
     assert best.clips_per_device == max(most // unit, 1) * unit
     assert len(tried) == len(set(tried)) <= 2 * int(np.log2(most + 1)) + 2
-    assert config.batch_size == 16  # the config itself is as it was
+    assert config.batch_size == 16  # the config is unchanged
 
 
 def test_search_needs_to_know_the_memory():
@@ -234,7 +234,7 @@ def test_missing_compiler_is_named():
         ({"batch_size": 48, "accumulate_steps": 3}, 8, ("remat=dots", "_steps=6")),
     ],
 )
-def test_lack_of_memory_names_what_to_change(changes, fsdp, ways):
+def test_out_of_memory_errors_name_what_to_change(changes, fsdp, ways):
     config, mesh = small_config(**changes), sharding.make_mesh(-1, fsdp)
     text = (
         "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for "
@@ -263,7 +263,7 @@ def test_other_errors_of_jax_pass():
 
 
 def test_compiled_programs_are_kept(tmp_path):
-    """In processes of their own: jax has one cache per process."""
+    """In a new process: jax has one cache per process."""
     code = (
         "import sys, jax; from vjepa_jax.program import compilation;"
         "jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0);"
@@ -299,7 +299,7 @@ def test_topologies_are_listed():
     assert done.returncode == 0 and "v5e:4x4" in done.stdout
 
 
-def test_what_cannot_be_compiled_ends_in_one_line():
+def test_an_unknown_topology_gives_one_line():
     done = command("--config=configs/vjepa2.py:vitl16", "--topology=v5e-17")
     assert done.returncode == cli.EXIT_USER_ERROR
     (line,) = [t for t in done.stderr.splitlines() if t.startswith("error: ")]
@@ -307,7 +307,7 @@ def test_what_cannot_be_compiled_ends_in_one_line():
 
 
 @pytest.mark.parametrize(("limit", "code"), [(2**40, None), (2**10, 1)])
-def test_exit_code_says_whether_it_fits(
+def test_exit_code_shows_whether_it_fits(
     limit, code, report, monkeypatch, tmp_path, capsys
 ):
     values = {

@@ -11,8 +11,9 @@ from vjepa_jax.models.encoder import VideoEncoder
 from vjepa_jax.models.predictor import Predictor
 from vjepa_jax.program import build, flops
 
-# Lowering runs nothing, so real widths are free. Stacks are unrolled: the compiler
-# counts the body of a scan once. What is left out (norms, softmax, GELU) is below this.
+# Lowering runs nothing, so real widths cost nothing. Stacks are unrolled: the compiler
+# counts the body of a scan once. Norms, softmax and GELU, which do not count, are below
+# this share.
 TOLERANCE = 0.02
 SIZE = flops.Transformer(depth=2, width=768, mlp_dim=3072)
 NARROW = flops.Transformer(depth=2, width=384, mlp_dim=1536)
@@ -114,7 +115,7 @@ def test_gated_mlp_agrees_with_compiler():
 
 def test_predictor_of_levels_and_context_agrees_with_compiler():
     """The form of V-JEPA 2.1: four levels in, and every token out."""
-    # Wide, and few tokens: what is left out is small beside it.
+    # Wide, and few tokens: operations that do not count are a small share.
     feature_dim, num_context, num_target = 4 * SIZE.width, 100, 200
     model = Predictor(
         num_heads=12,

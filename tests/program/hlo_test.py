@@ -116,10 +116,10 @@ def test_collectives_are_listed_by_kind_size_and_count():
     assert counted.matmul_flops == 3 * depth * 2 * batch // 8 * width * width
 
 
-# As the TPU compiler writes, shortened: a loop of two layers that steps by one, whose
-# gather shows in two fusions under one channel; a fused reduction and scatter, and one
-# more after the loop; two moves under one channel; a matmul of attention as a dilated
-# convolution; a kernel with a line break in its metadata.
+# Shortened text of the TPU compiler: a loop whose gather is two fusions with one
+# channel; a fused reduction and scatter, and another after the loop; two permutes
+# with one channel; a matmul of attention as a dilated convolution; a kernel with a
+# line break in its metadata.
 TPU = textwrap.dedent("""\
     HloModule jit_step, is_scheduled=true
 
@@ -222,7 +222,7 @@ def test_loops_without_a_known_end_or_start_are_named(unknown):
     assert {c.count for c in counted.collectives} == {1}
 
 
-# Likewise: a loop in another one, through which its counter's start is carried.
+# The same for a loop in another loop, which carries the start of its counter.
 NESTED = textwrap.dedent("""\
     HloModule jit_step, is_scheduled=true
 
@@ -294,7 +294,7 @@ def test_starts_are_followed_out_of_loops(carried, trips, unknown, state, result
     assert counted.matmul_flops == 3 * trips * 2 * 8 * 8 * 8
 
 
-# As XLA writes for GPUs, shortened: a covariance and a mean, exchanged as one array.
+# Shortened text of XLA for GPUs: a covariance and a mean, exchanged as one array.
 GPU = textwrap.dedent("""\
     HloModule jit_step, is_scheduled=true
 
@@ -333,7 +333,7 @@ GPU = textwrap.dedent("""\
     """)  # noqa: E501
 
 
-def test_arrays_exchanged_as_one_are_told_apart():
+def test_arrays_exchanged_as_one_are_listed():
     found = hlo.count_work(GPU).collectives
     reduced = [c for c in found if c.kind == "all-reduce"]
     flat, joined = sorted(

@@ -64,7 +64,7 @@ def test_a_start_takes_parameters_and_target_and_moments_if_asked(
     step, fields = restore_start(run[0], abstract, keep_moments)
     assert step == 4
     names = {"params", "target"} | ({"opt_state"} if keep_moments else set())
-    assert fields.keys() == names  # neither the step nor what the guard remembers
+    assert fields.keys() == names  # neither step nor guard
     for name in names:
         assert_identical(to_host(fields[name]), getattr(run[1], name))
         wanted = jax.tree.map(lambda leaf: leaf.sharding, getattr(abstract, name))
@@ -104,7 +104,7 @@ def test_a_start_that_is_not_there_is_named(tmp_path, abstract):
         restore_start(str(tmp_path), abstract, True)
 
 
-def test_models_of_a_run_are_restored_whole(run):
+def test_all_models_of_a_run_are_restored(run):
     models, meta = restore_models(run[0])
     assert models.keys() == {"encoder", "predictor", "target"}
     state = run[1]
@@ -139,14 +139,14 @@ def test_converted_weights_have_no_moments(converted, abstract, name):
         restore_start(converted / name, abstract, keep_moments=True)
 
 
-def test_a_converted_encoder_is_no_whole_model(converted, abstract):
+def test_a_converted_encoder_is_not_a_complete_model(converted, abstract):
     with pytest.raises(UserError, match="does not fit this model") as error:
         restore_start(converted / "encoder", abstract, keep_moments=False)
     assert "params/encoder/fc/bias: in checkpoint missing" in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["whole", "encoder"])
-def test_converted_weights_are_no_run_to_resume(converted, abstract, name):
+def test_converted_weights_cannot_be_resumed(converted, abstract, name):
     with (
         Checkpointer(converted / name, every_steps=1, keep=1) as checkpointer,
         pytest.raises(UserError, match=r"config\.init\.path") as error,

@@ -36,7 +36,7 @@ class TrainState(flax.struct.PyTreeNode):
 
 
 def init(key, width=256):
-    # A kernel of 1 MiB: large buffers take other paths in memory than small ones do.
+    # A kernel of 1 MiB: large and small buffers are handled differently.
     encoder = {
         "fc": {
             "kernel": jax.random.normal(key, (1024, width)),
@@ -155,7 +155,7 @@ def test_state_is_restored_on_another_mesh(run, mesh_shape):
 
 def test_state_may_be_donated_right_after_save(tmp_path, abstract):
     step = make_step(abstract)
-    # Compiled beforehand, so that the donation does meet the running save.
+    # Compile first, so that the donation happens during the save.
     state, _ = step(make_state(abstract), batch(0))
     saved = to_host(state)
     with Checkpointer(tmp_path, every_steps=1, keep=1) as checkpointer:
@@ -206,7 +206,7 @@ def test_checkpoints_follow_the_interval(tmp_path, abstract):
     assert folders == {"6", "7"}
 
 
-def test_dictionaries_are_taken_as_they_are_at_save(tmp_path, abstract):
+def test_dictionaries_may_change_after_save(tmp_path, abstract):
     data = dict(DATA)
     with Checkpointer(tmp_path, every_steps=1, keep=1) as checkpointer:
         checkpointer.save(1, make_state(abstract), data, META)
@@ -319,7 +319,7 @@ def test_restoring_a_target_changes_nothing(run, tmp_path):
     unfinished = workdir / checkpoint.FOLDER / "6.orbax-checkpoint-tmp"
     unfinished.mkdir()
     restore_target(workdir)
-    # A probe may run beside the training that is writing this.
+    # A probe may run during the training that writes this.
     assert unfinished.is_dir()
 
 
@@ -391,7 +391,7 @@ def test_background_failure_surfaces(tmp_path, abstract, monkeypatch, look):
 
     async def write_and_obstruct(*args):
         await write(*args)
-        # The last act of a save, its renaming, does not replace a folder.
+        # The renaming at the end of a save does not replace a folder.
         (folder / "1").mkdir(exist_ok=True)
 
     monkeypatch.setattr(

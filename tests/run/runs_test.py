@@ -96,7 +96,7 @@ def make_cooldown(folder, **values):
 
 @pytest.fixture(scope="module")
 def cooldowns(folder, first):
-    """{keep_moments: last state} of two runs alike but for that."""
+    """Return {keep_moments: last state} of two runs that differ only in that."""
     states = {}
     for keep in (True, False):
         config = make_cooldown(folder, **{"init.keep_moments": keep})
@@ -111,7 +111,7 @@ def cooldowns(folder, first):
 def test_a_cooldown_starts_from_another_run_at_step_zero(
     folder, first, cooldowns, keep
 ):
-    """The update is recomputed from its moments: it began at the first run's end."""
+    """The update, recomputed from its moments, began at the first run's end."""
     start, end = first[1], cooldowns[keep]
     adam = adam_of(end)
     assert int(adam.count) == (3 if keep else 1)
@@ -139,7 +139,7 @@ def test_a_cooldown_starts_from_another_run_at_step_zero(
 
 
 def test_a_cooldown_keeps_or_zeroes_the_moments(first, cooldowns):
-    """Both have seen the same gradient: what differs is what they started with."""
+    """Both got the same gradient; only the initial moments differ."""
     old, kept, zeroed = map(adam_of, (first[1], cooldowns[True], cooldowns[False]))
     for name, share in (("mu", 0.9), ("nu", 0.999)):
         largest = 0.0
@@ -158,7 +158,7 @@ def test_two_streams_run_together(folder, cooldowns):
     assert all(0.3 < loss < 3 for loss in losses)
     expected = 0.75 * losses[0] + 0.25 * losses[1]
     np.testing.assert_allclose(row["train/loss"], expected, rtol=1e-5)
-    # The image's embedding is trained by the image alone, and does move.
+    # Only images train the image's embedding.
     of_image = adam_of(cooldowns[False]).mu["encoder"]["image_embed"]["proj"]["kernel"]
     assert np.abs(of_image).max() > 0
 
@@ -176,7 +176,7 @@ def test_a_start_that_fails_leaves_the_workdir_free(folder, first, monkeypatch):
         folder,
         **{"init.path": str(folder / "first"), "model.encoder.size": "nano_wide"},
     )
-    # Not "a run of another config": none has begun.
+    # Not "a run of another config": no run has begun.
     with pytest.raises(UserError, match="does not fit this model"):
         train_and_evaluate(config, workdir)
     monkeypatch.setattr(compilation, "compile_step", run_out_of_memory)

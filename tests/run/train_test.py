@@ -54,7 +54,7 @@ class Ended(NamedTuple):
 
 
 class Process:
-    """The training command, in a process group of its own like a shell's job."""
+    """The training command in a new process group, like a job of a shell."""
 
     def __init__(self, data, workdir, **changes):
         values = OVERRIDES | {
@@ -231,7 +231,7 @@ def test_a_broken_video_is_replaced_and_listed_once(broken, unbroken, data):
 def test_a_run_that_is_no_longer_finite_ends_with_one_line_and_saves_nothing(
     data, tmp_path
 ):
-    """The first update throws the weights so far that no loss is a number again."""
+    """The first update is so large that all later losses are NaN."""
     changes = {
         "optim.start_learning_rate": 1e38,
         "optim.learning_rate": 1e38,

@@ -71,7 +71,7 @@ def test_a_step_restarts_the_timeout(tmp_path, stream, monkeypatch):
             now[0] = 0.04 * step
             dog.finished(step)
             looks.clear()
-            wait_until(lambda: len(looks) > 4)  # twice at the least
+            wait_until(lambda: len(looks) > 4)  # at least twice
         assert not dumps
         now[0] += 0.06
         wait_until(lambda: dumps)
@@ -91,6 +91,6 @@ def test_a_pause_may_take_long(tmp_path, stream, monkeypatch):
         assert 0.1 <= dumps[0] <= time.monotonic() - resumed
 
 
-def test_a_workdir_that_cannot_be_written_ends_nothing(tmp_path, stream):
+def test_a_workdir_that_cannot_be_written_does_not_end_the_run(tmp_path, stream):
     with Watchdog(str(tmp_path / "gone"), 0.05, stream=stream):
         wait_until(lambda: "No such file" in text_of(stream))

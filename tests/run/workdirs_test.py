@@ -35,7 +35,7 @@ def test_files_are_continued_and_copied_back(bucket):
     }
 
 
-def test_what_others_write_is_left_alone(bucket):
+def test_files_of_other_processes_are_not_changed(bucket):
     bucket({"gs://b/run/bad_videos_1.jsonl": b"old"})
     with workdirs.LocalFiles("gs://b/run", fetched="*.jsonl") as files:
         bucket({"gs://b/run/bad_videos_1.jsonl": b"newer"})  # by another process
@@ -67,7 +67,7 @@ def test_a_copy_that_fails_is_logged_and_retried(bucket, monkeypatch, caplog):
     assert stored()["a"] == b"a"
 
 
-def test_a_file_that_vanishes_while_it_is_looked_at_is_left_out(bucket, monkeypatch):
+def test_a_file_that_vanishes_is_skipped(bucket, monkeypatch):
     walk = os.walk
 
     def walk_with_ghosts(folder):
@@ -80,7 +80,7 @@ def test_a_file_that_vanishes_while_it_is_looked_at_is_left_out(bucket, monkeypa
     assert stored() == {"a": b"a"}
 
 
-def test_a_local_workdir_is_itself(tmp_path):
+def test_a_local_workdir_is_used_directly(tmp_path):
     with workdirs.LocalFiles(str(tmp_path / "run"), fetched="*.jsonl") as files:
         assert files.folder == tmp_path / "run"
         (files.folder / "a").write_text("a")

@@ -90,6 +90,7 @@ def make_models(config: ConfigDict) -> tuple[VideoEncoder, Predictor]:
     if num_mask_tokens < used:
         raise UserError(
             f"config.model.predictor.num_mask_tokens={num_mask_tokens}: {used} are used"
+            ": give that many, or 0"
         )
     predictor = registry.make_predictor(
         **fields,

@@ -102,7 +102,7 @@ def restore_or_init(
         if meta.get("teacher_step", teacher_step) != teacher_step:
             raise UserError(
                 f"the teacher of this run is step {meta['teacher_step']} of "
-                f"{config.teacher.path}, and now step {teacher_step} was read: set "
+                f"{config.teacher.path}, but step {teacher_step} was read: set "
                 f"config.teacher.step={meta['teacher_step']}"
             )
         distributed.print_on_main(f"resumed from step {step}")
