@@ -188,7 +188,7 @@ def test_a_start_that_fails_leaves_the_workdir_free(folder, first, monkeypatch):
 def test_a_teacher_must_fit_the_student(folder, first):
     path = {"teacher.path": str(folder / "first")}
     config = make_config(folder, **path, **{"model.encoder.size": "nano_wide"})
-    with pytest.raises(UserError, match=r"out_dim=0.*12 channels, set it to that"):
+    with pytest.raises(UserError, match=r"out_dim=0.*12 channels; set it to that"):
         train_and_evaluate(config, str(folder / "never"))
     config = make_config(folder, **path, **{"model.encoder.patch_size": 4})
     with pytest.raises(UserError, match=r"\(2, 2, 2\).*\(2, 4, 4\)"):
