@@ -15,9 +15,6 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-).strip()
 
 # Both workers, and the processes that tests start, share what they compile.
 if "PYTEST_XDIST_WORKER" not in os.environ:
@@ -26,6 +23,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
+import chex
 import fsspec
 import numbered_videos
 import numpy as np
@@ -35,6 +33,7 @@ from buckets import Bucket
 from etils.epath import backend
 from pod import Pod
 
+chex.set_n_cpu_devices(8)
 # Grain's workers read absl flags, which only an absl entry point parses.
 flags.FLAGS.mark_as_parsed()
 

@@ -40,11 +40,10 @@ class Run(NamedTuple):
     losses: list[float]
     state: TrainState  # NumPy arrays
     donated: list[bool]  # whether a step's old state was deleted
-    compilations: int
 
 
 def run_on(mesh, clips, **kwargs):
-    """Make len(clips) updates, as the training script does."""
+    """Make len(clips) updates by one trace of the step, as the training loop does."""
     # A large epsilon: gradients of the keys' biases are zero except for rounding. Adam
     # divides them by their own size, which would make them large.
     #
@@ -56,7 +55,7 @@ def run_on(mesh, clips, **kwargs):
     with sharding.use(mesh):
         state = jax.device_put(setup.initial_state, shardings)
         step = jax.jit(
-            setup.step,
+            chex.assert_max_traces(setup.step, n=1),
             out_shardings=(shardings, sharding.replicated(mesh)),
             donate_argnums=0,
         )
@@ -66,7 +65,7 @@ def run_on(mesh, clips, **kwargs):
             state, metrics = step(state, sharding.shard_batch(as_batch(video), mesh))
             values.append(float(metrics["train/loss"]))
             donated.append(all(leaf.is_deleted() for leaf in old))
-    return Run(values, copy_to_host(state), donated, step._cache_size())
+    return Run(values, copy_to_host(state), donated)
 
 
 @pytest.fixture(scope="module")
@@ -200,8 +199,7 @@ def test_there_is_no_gradient_to_the_target(setup, rng):
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(online))
 
 
-def test_steps_compile_once_and_donate_the_state(reference):
-    assert reference.compilations == 1
+def test_steps_donate_the_state(reference):
     # The first step gets arrays of the host.
     assert all(reference.donated[1:])
 
