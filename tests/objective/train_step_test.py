@@ -52,6 +52,7 @@ def run_on(mesh, clips, **kwargs):
     streams = {"video": Stream({"short": MASKS["short"]})}
     setup = Setup(streams, LossTerms(), eps=1e-3, **kwargs)
     shardings = sharding.state_shardings(setup.init, mesh)
+    chex.clear_trace_counter()  # it counts by the function's name
     with sharding.use(mesh):
         state = jax.device_put(setup.initial_state, shardings)
         step = jax.jit(
