@@ -20,7 +20,7 @@ QUANTISED_DTYPES = ("int8", "float8_e4m3fn")
 MASK_KINDS = ("multiblock", "tube")
 # Which of the visible and hidden tokens are kept, see `objective.masking.MaskSpec`.
 MASK_MODES = ("official", "unbiased")
-# What shares a mask token of the predictor, see `model.predictor.mask_token_per`.
+# Which masks share a mask token of the predictor, see `config.defaults`.
 MASK_TOKENS_PER = ("mask", "stream", "run")
 # What is predicted, see `objective.masked.LossTerms`.
 TARGETS = ("features", "pixels")

@@ -78,8 +78,8 @@ def _run() -> Settings:
     s.add("accumulate_steps", 1, POSITIVE)  # microbatches; divides batch_size
 
     s.add("mesh.data", -1)  # devices that split the batch only; -1: all that are left
-    # Devices that split the parameters, too; -1: all that are left; 0: the largest
-    # number up to 8 that divides.
+    # Devices that split batch and parameters; -1: all that are left; 0: the largest
+    # divisor of the number of devices up to 8.
     s.add("mesh.fsdp", 1)
     # Folder, also gs://, where compiled programs are kept for later starts; "": none.
     s.add("compilation_cache", "")
@@ -91,7 +91,7 @@ def _run() -> Settings:
     s.add("data.num_workers", 8, NOT_NEGATIVE)  # decoding processes per stream; 0: none
     s.add("data.prefetch_megabytes", 2048.0, POSITIVE)  # decoded batches, per stream
     s.add("data.worker_timeout_secs", 300.0, POSITIVE)  # longest time for one video
-    s.add("data.max_bad_fraction", 0.05, SHARE)  # unreadable videos that end the run
+    s.add("data.max_bad_fraction", 0.05, SHARE)  # share of bad videos that ends a run
     s.add("data.accept_change", False)  # continue a run with other videos than before
     s.add("data.num_frames", 16)  # frames per clip
     # Distance of a clip's frames: exactly one of these three is positive.
@@ -100,7 +100,7 @@ def _run() -> Settings:
     s.add("data.duration_secs", 0.0)  # of the clip
     s.add("data.num_clips", 1, POSITIVE)  # clips per video, side by side in the batch
     s.add("data.sampling", "exact", one_of(choices.SAMPLINGS))  # of frames
-    s.add("data.allow_clip_overlap", False)  # of `official`, in videos too short
+    s.add("data.allow_clip_overlap", False)  # `official`: clips of short videos overlap
     s.add("data.resolution", 224)  # side of the clip, pixels
     s.add("data.resize", "antialias", one_of(choices.RESIZES))  # `official`: no filter
     s.add("data.max_pixels", 1 << 25, POSITIVE)  # per frame (8K); larger is refused
@@ -135,12 +135,14 @@ def _run() -> Settings:
     s.add("world.hidden_test_videos", 500, POSITIVE)  # videos of occlusions, to test
     s.add("world.play_fraction", 0.0, SHARE)  # of pretrain_videos: several objects meet
     even = Range(lambda v: v >= 0 and v % 2 == 0, "give zero or a positive even number")
-    # Possible and impossible clips per property, for intuitive physics; twins.
+    # Pairs of a possible and an impossible clip per property, for intuitive physics; an
+    # even number, since pairs 2k and 2k + 1 are twins.
     s.add("world.physics_pairs", 0, even)
-    # Labelled pixel by pixel, half of them to fit; 0: none.
+    # Videos with a class for each pixel, half of them to fit heads; 0: none.
     some = Range(lambda v: v == 0 or v >= 4, "give 0, or 4 or more")
     s.add("world.segmentation_videos", 0, some)
-    # Clips of play with a list of coming events, and half as many to test; 0: none.
+    # Clips of play with labels of the next events, to fit heads; half as many more are
+    # rendered to test them; 0: none.
     pairs = Range(lambda v: v == 0 or v >= 2, "give 0, or 2 or more")
     s.add("world.action_clips", 0, pairs)
     s.add("world.size", 32, EVEN)  # side, pixels
@@ -163,8 +165,8 @@ def _run() -> Settings:
     s.add("model.remat", "none", one_of(choices.REMATS))
     s.add("model.attention", "auto", one_of(choices.ATTENTIONS))  # implementation
     s.add("model.dtype", "bfloat16", one_of(choices.DTYPES))  # of the computation
-    # Of the target encoder's matmuls, scaled per token: int8 (TPUs) or float8_e4m3fn
-    # (GPUs from Hopper on); "": model.dtype.
+    # 8-bit dtype of the target encoder's matmuls: int8 (TPUs) or float8_e4m3fn (GPUs
+    # from Hopper on); "": model.dtype.
     s.add("model.target_dtype", "", one_of(("", *choices.QUANTISED_DTYPES)))
     s.add("model.encoder.size", "large")  # see models/registry.py
     s.add("model.encoder.patch_size", 16, POSITIVE)  # pixels
@@ -176,8 +178,8 @@ def _run() -> Settings:
     s.add("model.predictor.num_heads", 16, POSITIVE)
     s.add("model.predictor.mlp", "", one_of(("", *choices.MLPS)))  # "": model.mlp
     s.add("model.predictor.num_mask_tokens", 0, NOT_NEGATIVE)  # 0: as many as are used
-    # Mask token of a hidden place: `mask` as each mask's `token` says (V-JEPA),
-    # `stream` one per stream (V-JEPA 2), `run` the first for all (V-JEPA 2.1).
+    # Mask token of a hidden place. `mask`: that of the index `token` of its mask type
+    # (V-JEPA); `stream`: one per stream (V-JEPA 2); `run`: the first (V-JEPA 2.1).
     s.add("model.predictor.mask_token_per", "mask", one_of(choices.MASK_TOKENS_PER))
     s.add("model.predictor.out_dim", 0, NOT_NEGATIVE)  # of a teacher; 0: encoder's
     s.add("model.predictor.deep_input", False)  # two input layers, for several levels
@@ -197,9 +199,9 @@ def _run() -> Settings:
     )
     s.add("objective.context_warmup", (0, 0), warmup)
     s.add("objective.context_distance", True)  # divide it by sqrt(distance to a hole)
-    # Of V-JEPA 1's term on predictions, `reg_coeff`.
+    # Weight of V-JEPA 1's variance term on predictions, its `reg_coeff`.
     s.add("objective.prediction_variance_weight", 0.0, NOT_NEGATIVE)
-    # Of VICReg's terms on the context encoder's tokens; 0 in all of V-JEPA.
+    # Weights of VICReg's terms on the context encoder's tokens; 0 in all of V-JEPA.
     s.add("objective.variance_weight", 0.0, NOT_NEGATIVE)
     s.add("objective.covariance_weight", 0.0, NOT_NEGATIVE)
 

@@ -43,10 +43,10 @@ def split_argument(argument: str, variants: Collection[str]) -> tuple[str, bool]
 def shrink(config: ConfigDict) -> ConfigDict:
     """Return the config at the size of a smoke test.
 
-    Streams, mask types, positions, levels, the predictor's parts, the objective, the
-    forms of schedules and rematerialisation stay. Model, clips and batch become small.
-    The run to continue and the teacher are removed. The data is a small synthetic
-    world, rendered at the start.
+    It keeps streams, mask types, positions, levels, the predictor's parts, the
+    objective, the forms of schedules and rematerialisation. Model, clips and batch
+    become small. The run to start from and the teacher are removed. The data is a small
+    synthetic world, rendered at the start.
     """
     with config.unlocked():
         config.total_steps = STEPS
