@@ -16,8 +16,8 @@ the head that is best on the validation set (`official_best_on_test_action_recal
 here); by which of the two anchors is not known, see docs/anticipation.md. Twice: both
 anchors, each with heads of its own; one takes half
 (`--config.data.anchors="('paper',)"`). Hours are of one H100 at 40 % of its bf16 peak
-for encoder, predictor and heads, by `vjepa_jax/flops.py`; an estimate, none was run
-here. `mask_index` is that of the released code; for a run that has trained one mask
+for encoder, predictor and heads, by `vjepa_jax/program/flops.py`: an estimate, none was
+run here. `mask_index` is that of the released code; for a run that has trained one mask
 token alone, `--config.mask_index=0`.
 
 Command, DIR being a run (`--workdir`) or converted weights with a predictor:

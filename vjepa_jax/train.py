@@ -5,7 +5,7 @@
 The same command continues an interrupted run. The workdir receives `config.json`,
 `metrics.jsonl`, `tensorboard/`, `checkpoints/`, `bad_videos.jsonl`, `starts.jsonl`
 (hardware and versions of every start), `shardings.txt` (how each array of the state is
-sharded; logged at `--verbosity=1`, too), `profile/` with a trace if one is asked for,
+sharded; also logged at `--verbosity=1`), `profile/` with a trace if one is requested,
 and `stacks_0.txt` if a step took too long.
 `--config.evals.health.every_steps=500` evaluates the target encoder during training.
 """
@@ -38,7 +38,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> int | None:
 
     Raises:
       UserError: an error that the user can fix; nothing was overwritten.
-      LostProcess: other processes of the run ended or do not answer.
+      LostProcess: other processes of the run ended or do not respond.
     """
     account = TimeAccount()
     rules.validate(config)

@@ -100,7 +100,7 @@ class VideoEncoder(nn.Module):
         if not self.image_embed:
             return video_embed(video, idx)
         image_embed = embed("image_embed", 1)
-        if self.is_initializing():  # both have parameters, whatever the first clip is
+        if self.is_initializing():  # both get parameters, for any first clip
             tubelet = (1, self.tubelet_size, self.patch_size, self.patch_size, 3)
             video_embed(jnp.zeros(tubelet))
             image_embed(jnp.zeros(tubelet)[:, :1])

@@ -1,8 +1,8 @@
 """Dense layer, layer norm and GELU with custom derivatives that save memory.
 
-Automatic differentiation would keep every intermediate result: of the norm three fp32
-copies of its input, of GELU four of the largest activation, of a dense layer a rounded
-copy of its kernel. It would also round the kernels' gradients to bf16 before they are
+Automatic differentiation would keep every intermediate result: three fp32 copies of a
+norm's input, four copies of the largest activation for GELU, and a rounded copy of each
+dense kernel. It would also round the kernels' gradients to bf16 before they are
 summed over devices.
 """
 

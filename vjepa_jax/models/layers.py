@@ -46,7 +46,7 @@ REMAT_POLICIES = {
     ),
 }
 
-# The official code truncates at +-2, which is 100 standard deviations: plain normal.
+# The official code truncates at +-2. At 100 standard deviations this has no effect.
 _normal = nn.initializers.normal(0.02)
 
 
@@ -304,7 +304,7 @@ class _Layer(nn.Module):
         x, kept = carry
         x = self.block(x, layer, tables, mask)
         if kept is not None:
-            # The slot of a layer that is not requested lies beyond the end: dropped.
+            # Layers that are not requested have a slot beyond the end: it is dropped.
             kept = kept.at[slot].set(x, mode="drop")
         return (x, kept), None
 

@@ -85,7 +85,7 @@ def init_models(
     Args:
       keys: random keys of encoder and predictor.
       encoder: module.
-      predictor: module; None without one.
+      predictor: module; None: only the encoder is initialised.
       clip_shape: (T, H, W, C) of a clip; the parameters' shapes do not depend on it.
 
     Returns:
@@ -104,7 +104,7 @@ def init_models(
 
 @dataclasses.dataclass(frozen=True)
 class MaskedObjective:
-    """Prediction of masked tokens; see `objective.Objective` for the methods.
+    """Prediction of masked tokens; for the methods see `objective.objective.Objective`.
 
     Attributes:
       encoder, predictor: the trained modules.
@@ -115,6 +115,7 @@ class MaskedObjective:
         target's (distillation); `loss` takes its parameters as `target` then.
       target_dtype: 8-bit dtype of the target encoder's matmuls, see `layers.Dense`;
         "": the encoder's dtype.
+      probe_item: see `Objective`.
     """
 
     encoder: VideoEncoder
@@ -254,7 +255,8 @@ class MaskedObjective:
         metrics: Metrics = {}
         values: dict[str, list[jax.Array]] = collections.defaultdict(list)
         predictions: list[jax.Array] = []
-        # The mask tokens' order is the config's: jax sorts the keys of its inputs.
+        # In the order of `stream.masks`, which numbers the mask tokens; jax has sorted
+        # the keys of `masks`.
         indices = stream.mask_indices or range(len(stream.masks))
         for index, name in zip(indices, stream.masks, strict=True):
             ctx_idx, tgt_idx = masks[name]
@@ -318,7 +320,7 @@ class MaskedObjective:
             "repr/target_std": of_target["std"],
             "repr/target_effective_rank": of_target["effective_rank"],
             "repr/target_cosine": of_target["cosine"],
-            # Of the last mask type.
+            # These three describe the last mask type.
             "repr/context_std": of_encoder["std"],
             "repr/context_effective_rank": of_encoder["effective_rank"],
             "repr/predictor_std_ratio": of_prediction["std"] / of_target["std"],
@@ -327,7 +329,7 @@ class MaskedObjective:
 
 
 def _statistics(features: jax.Array, num_levels: int) -> dict[str, jax.Array]:
-    # Of one level: covariances are summed over devices, and those of all levels of a
-    # ViT-G would be a tenth of its gradients, for values that are only logged.
+    # One level is enough for values that are only logged: covariances are summed over
+    # devices, and for all levels of a ViT-G they are a tenth as large as its gradients.
     level = losses.deepest_level(features, num_levels)
     return losses.collapse_statistics(level)

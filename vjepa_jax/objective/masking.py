@@ -36,7 +36,7 @@ _OFFICIAL_BUDGETS = {
 _OFFICIAL_ASPECT = (0.75, 1.5)
 
 _CANDIDATES = 8  # masks drawn per sample
-_MAX_REDRAWS = 200  # batches drawn to fill a group with samples that see any token
+_MAX_REDRAWS = 200  # draws to fill a group with samples that have a visible token
 
 
 @dataclasses.dataclass(frozen=True)
@@ -283,8 +283,8 @@ def simulate_counts(
 def default_budget(spec: MaskSpec, grid: Grid, group_size: int = 24) -> tuple[int, int]:
     """Return (num_context, num_target): mean counts after the official trimming.
 
-    They are rounded to multiples of T, because boxes that last the whole clip leave
-    nothing else. The arguments are those of `simulate_counts`.
+    They are rounded to multiples of T, because boxes that last the whole clip hide all
+    T time steps of a position. The arguments are those of `simulate_counts`.
     """
     context, target = _trimmed_budget(spec, grid, group_size)
     num_tokens = int(np.prod(grid))

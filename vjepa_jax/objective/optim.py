@@ -125,7 +125,7 @@ def make_optimizer(
     """
     clip = clip_by_module_norm(clip_norm, clip_start_step)
     return optax.chain(
-        # Without clipping an identity, so that the state has the same structure.
+        # The identity keeps the state's structure the same with and without clipping.
         clip if clip_norm else optax.identity(),
         optax.scale_by_adam(b1, b2, eps),
         _decay_and_scale(learning_rate, weight_decay),

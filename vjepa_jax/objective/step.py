@@ -90,7 +90,8 @@ def make_train_step(
       seed: the objective samples with `fold_in(key(seed), step)` alone, so neither the
         mesh nor accumulation matters.
       accumulate_steps: microbatches per update, computed one after the other.
-      spike_guard: skips updates of outlying loss; the state contains its window.
+      spike_guard: skips updates whose loss is a spike; None: off. The state holds its
+        recent losses.
 
     Returns:
       The step. The batch is {stream: array [B, ...]}; `frozen`, if given, replaces

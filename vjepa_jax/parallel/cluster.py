@@ -29,7 +29,7 @@ def detect(
 ) -> dict[str, Any] | None:
     """Return arguments for `jax.distributed.initialize`, or None for a single process.
 
-    Recognised are: an explicit description, by the arguments or by the variables
+    It recognises: an explicit description, by the arguments or by the variables
     `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` (or the index of
     a Kubernetes pod); a Slurm step of several tasks; a TPU pod, or several slices; an
     indexed Kubernetes job, if the package `kubernetes` is installed.

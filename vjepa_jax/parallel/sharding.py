@@ -15,8 +15,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from vjepa_jax.base.errors import UserError
 
 AXES = ("data", "fsdp")
-# The GPUs of a host, or a ring of a TPU slice. More shards save little memory and make
-# gathers slow.
+# Largest `fsdp` that 0 stands for: the GPUs of a host, or a ring of a TPU slice. More
+# shards save little memory and make gathers slow.
 _AUTO_FSDP = 8
 # Logical axis -> mesh axes. Batches are sharded over both mesh axes. Parameters,
 # moments and target are sharded over `fsdp` along their first axis that has this rule
@@ -41,7 +41,7 @@ _BATCH = PartitionSpec(AXES)
 def make_mesh(
     data: int = -1, fsdp: int = 1, devices: Sequence[Any] | None = None
 ) -> Mesh:
-    """Make the (data, fsdp) mesh. One of the two sizes may be -1: all other devices.
+    """Make the (data, fsdp) mesh. One of the sizes may be -1: all that remain.
 
     With several TPU slices, only `data` crosses them, so that between slices only
     gradients are exchanged, once per update.
@@ -118,7 +118,7 @@ def check_divides(mesh: Mesh, batch_size: int, accumulate_steps: int) -> None:
     """Check that every device gets equally many clips of every microbatch.
 
     Raises:
-      UserError: it does not.
+      UserError: the batch size is not divisible.
     """
     parts = mesh.size * accumulate_steps
     if batch_size % parts:

@@ -26,7 +26,7 @@ from vjepa_jax.objective.step import SpikeGuard, make_train_step
 from vjepa_jax.parallel import sharding
 from vjepa_jax.program import flops
 
-# Of encoder and predictor.
+# Fields that encoder and predictor share.
 _SHARED_FIELDS = (
     "scale_init",
     "image_embed",

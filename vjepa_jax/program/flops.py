@@ -82,7 +82,7 @@ def predictor_flops(
       num_target: tokens to predict.
       feature_dim: channels of the context tokens.
       input_dim: channels of a hidden layer before the input projection; 0: none.
-      predict_context: whether context tokens are projected back, too.
+      predict_context: whether the features of context tokens are also predicted.
       out_dim: channels of the predictions; 0: those of the context tokens.
     """
     if input_dim:

@@ -204,7 +204,7 @@ def _result(computation: Computation) -> Instruction | None:
 def _initial(
     loop: Instruction, index: int, owner: str, computations: Computations, loops: Loops
 ) -> int | None:
-    """Return the constant at which element `index` of a loop's state starts, if any.
+    """Return the initial value of element `index` of a loop's state, if constant.
 
     The loop is an instruction of the computation `owner`. If that is the body of
     another loop, the constant may be carried through it.
@@ -308,7 +308,7 @@ def _executions(
 def _taps(
     out: int, has: int, size: int, stride: int, low: int, dilate: int, by: int
 ) -> int:
-    """Count the pairs of output and window index that meet one of `has` inputs."""
+    """Count the pairs of output and window index that read an input, not padding."""
     indices = np.arange(out)[:, None] * stride + np.arange(size)[None] * by - low
     is_real = (indices >= 0) & (indices % dilate == 0) & (indices // dilate < has)
     return int(is_real.sum())
@@ -326,7 +326,7 @@ def _convolution_flops(instruction: Instruction, left: Shape, right: Shape) -> f
     def field(key: str, default: str) -> list[int]:
         found = re.search(rf"\b{key}=(\S+)", window)
         texts = found.group(1).split("x") if found else [default] * len(spatial)
-        return [int(text.split("_")[0]) for text in texts]  # of LOW_HIGH the first
+        return [int(text.split("_")[0]) for text in texts]  # LOW of LOW_HIGH
 
     flops = 2.0 * math.prod(out) * right.dims[rhs.index("i")]
     for digit, *fields in zip(
@@ -346,12 +346,12 @@ def _convolution_flops(instruction: Instruction, left: Shape, right: Shape) -> f
 def _dot_flops(instruction: Instruction, left: Shape, axes_pattern: str) -> float:
     axes = re.findall(r"\d+", instruction.attribute(axes_pattern))
     contracted = math.prod(left.dims[int(i)] for i in axes)
-    # Of cuBLAS's two results the second is scratch space.
+    # cuBLAS has two results; the second is scratch space.
     return 2.0 * math.prod(instruction.shapes[0].dims) * contracted
 
 
 def _attention_flops(instruction: Instruction, operands: list[Shape]) -> float | None:
-    """Count two matmuls forward, five backward, of queries against all keys.
+    """Count the matmuls between queries and all keys: two forward, five backward.
 
     The first three operands of floats are q, k and v; their last two axes are tokens
     and channels.
@@ -438,7 +438,7 @@ def _collective(
         return None
     shapes = instruction.shapes
     if instruction.opcode.endswith("-start"):
-        # Operands, results and contexts; of an all-reduce the results alone.
+        # `shapes` are operands, results and contexts; an all-reduce has only results.
         count = len(instruction.operands)
         shapes = shapes[count : 2 * count] or shapes
     if kind in ("send", "recv"):  # the array, a context and a token

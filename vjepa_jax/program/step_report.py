@@ -12,9 +12,9 @@ from vjepa_jax.program import compilation, flops, hlo, topologies
 from vjepa_jax.program.build import Program
 
 GIB = compilation.GIB
-# Bytes. Smaller arrays that are no parameters are statistics, counts and norms.
+# Bytes. Smaller arrays that are not parameters are statistics, counts and norms.
 _SMALL = 2**20
-# Scattered arrays are padded to full tiles on every device: at most by this factor.
+# Largest factor by which scattered arrays are padded to full tiles on every device.
 _PADDED = 1.2
 Dims = tuple[int, ...]
 
@@ -262,7 +262,7 @@ def _is_shift(shape: hlo.Shape, forms: set[Dims], parts: int) -> bool:
     """Whether rows of a gradient move to the next device.
 
     A scatter over `parts` devices with k rows of padding on each shifts the rows of
-    device i by i k: by (parts - 1) k on the last.
+    device i by i * k, at most by (parts - 1) * k on the last device.
     """
     wanted = _form(shape.dims)
     if shape.dtype != "f32" or parts == 1:

@@ -31,7 +31,7 @@ from vjepa_jax.base import files
 from vjepa_jax.base.errors import UserError
 
 FOLDER = "checkpoints"
-# Raise it when a reader of the old layout would misread the new one.
+# Increase it when a reader of the old layout would misread the new one.
 FORMAT_VERSION = 1
 _STATE_FIELDS = ("step", "params", "opt_state", "guard")
 _MAX_LISTED = 10
@@ -229,7 +229,7 @@ class Checkpointer:
     def __init__(self, workdir: str, *, every_steps: int, keep: int):
         """Open `<workdir>/checkpoints`; make it if it is missing.
 
-        Leftovers of interrupted saves are removed, hence one run per workdir.
+        Leftovers of interrupted saves are removed, so only one run may use a workdir.
 
         Args:
           workdir: folder of the run, local or remote (`gs://`).
@@ -364,8 +364,8 @@ class _Manager(ocp.CheckpointManager):
     """A manager that does not detect preemptions: the run does, and forces a save."""
 
     def reached_preemption(self, step: int) -> bool:
-        # Orbax would query jax's service again from a thread, for a step that is over,
-        # and the service would lose the later step of this process.
+        # Orbax would query jax's service again from a thread, for an earlier step, and
+        # the service would forget the later step that this process has reported.
         return False
 
 
@@ -445,11 +445,11 @@ def restore_start(
     Args:
       path: see `open_saved`.
       abstract_state: TrainState of `jax.ShapeDtypeStruct` with shardings.
-      keep_moments: restore the optimiser's state, too.
+      keep_moments: also restore the optimiser's state.
 
     Returns:
-      (step, fields): of the checkpoint; the TrainState's `params`, `target` and, with
-      `keep_moments`, `opt_state`.
+      (step, fields): the checkpoint's step; the TrainState's `params`, `target` and,
+      with `keep_moments`, `opt_state`.
 
     Raises:
       UserError: see `open_saved` and `Saved.restore`; or there are no moments.

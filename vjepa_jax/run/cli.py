@@ -35,7 +35,7 @@ def define_cluster_flags() -> Callable[[], dict[str, Any]]:
             "num_processes", None, "Processes of the run", lower_bound=1
         ),
         "process_id": flags.DEFINE_integer(
-            "process_id", None, "Index of this process, from 0", lower_bound=0
+            "process_id", None, "Rank of this process, from 0", lower_bound=0
         ),
         "start_timeout_secs": flags.DEFINE_integer(
             "start_timeout_secs",

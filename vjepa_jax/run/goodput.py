@@ -19,7 +19,7 @@ class TimeAccount:
     """Measures how the wall time is spent on `PARTS`; the rest counts as `other`.
 
     Steps run asynchronously: the host spends their time where it waits for results, so
-    measure that wait as `step`, too.
+    that wait must also be measured as `step`.
 
     Attributes:
       seconds: {part: measured so far}.
@@ -45,7 +45,7 @@ class TimeAccount:
             self.seconds[part] += time.perf_counter() - start
 
     def end_startup(self) -> None:
-        """Count the time since this start that was not measured as start-up."""
+        """Add the time since this start that no part has measured to `startup`."""
         measured = sum(self.seconds.values()) - self._measured_earlier
         self.seconds["startup"] += time.perf_counter() - self._began - measured
 

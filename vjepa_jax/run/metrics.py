@@ -29,7 +29,7 @@ TENSORBOARD_FOLDER = "tensorboard"
 class MetricWriter:
     """Writes scalars to JSON lines, TensorBoard and the console; a context manager.
 
-    TensorBoard gets images, too. Only the main process writes.
+    TensorBoard also gets images. Only the main process writes.
     """
 
     def __init__(
@@ -209,7 +209,7 @@ class StepClock:
         """Start the first window.
 
         Args:
-          account: in which the loop measures its parts.
+          account: the time account of the loop.
           total_steps: updates of the run.
           batch_size: clips per update, over all processes.
           start_step: updates already finished.

@@ -13,11 +13,11 @@ from vjepa_jax.program import compilation
 from vjepa_jax.program.build import Program
 from vjepa_jax.run import checkpoint
 
-_SLOW_SECS = 60  # a longer compilation is worth keeping
+_SLOW_SECS = 60  # for shorter compilations no hint about the cache is printed
 
 
 class Teacher(NamedTuple):
-    """A trained encoder whose features a run predicts; all None without one.
+    """A trained encoder whose features a run predicts; without one all are None.
 
     Attributes:
       config: of its training.

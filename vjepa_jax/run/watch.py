@@ -35,7 +35,7 @@ class Watchdog:
         Args:
           workdir: folder of the run, for `stacks_<process>.txt`.
           timeout_secs: longest time without a step; 0 turns the watchdog off.
-          stream: prints the stacks, too; it needs a file descriptor. None: the standard
+          stream: also gets the stacks; it needs a file descriptor. None: the standard
             error output.
         """
         self._path = pathlib.Path(workdir)
@@ -97,7 +97,7 @@ class Watchdog:
                 print(message, file=file, flush=True)
                 faulthandler.dump_traceback(file)
                 print(file=file)
-        except OSError as error:  # often what the run hangs on
+        except OSError as error:  # the run may hang on the same file system
             print(f"{self._path}: {error}", file=self._stream, flush=True)
 
 

@@ -240,8 +240,8 @@ def write_official(path: str, parts: Mapping[str, Any], prefix: str) -> None:
     Args:
       path: of the file.
       parts: {part: state dict, or list of state dicts}.
-      prefix: of all names but those of probes, whose prefix always is `module.`: no
-        wrapper of the official code holds them.
+      prefix: of all names except those of probes, whose prefix is always `module.`,
+        because the official code does not wrap them in a backbone.
 
     Raises:
       UserError: `path` exists.

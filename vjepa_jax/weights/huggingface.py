@@ -1,7 +1,7 @@
-"""V-JEPA 2 in Hugging Face's `transformers`: its names, and the official ones.
+"""Translate weights of V-JEPA 2 between Hugging Face's names and the official ones.
 
-Theirs have other names, separate queries, keys and values, and the mask tokens in one
-array; nothing is transposed. Source: `models/vjepa2/modeling_vjepa2.py`, 5.23.
+In `transformers`, queries, keys and values are separate, and all mask tokens are in one
+array. Nothing is transposed. Source: `models/vjepa2/modeling_vjepa2.py`, 5.23.
 """
 
 import math
@@ -45,8 +45,8 @@ def _correspondence(
 ) -> Iterator[tuple[str, str, tuple[str, ...]]]:
     """Yield (official part, official name, their names) of every official array.
 
-    An official array of several of their names, such as queries, keys and values, is
-    their concatenation.
+    An official array with several of their names, such as queries, keys and values, is
+    the concatenation of their arrays.
     """
 
     def both(part, name, *theirs):

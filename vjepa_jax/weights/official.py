@@ -1,7 +1,7 @@
-"""The config of the model that official weights belong to.
+"""Make the config of the model that official weights belong to.
 
-Depths, widths and kinds of layers are read off the arrays, which do not show the number
-of heads: that of the published sizes is known by their width, others must be given.
+The arrays show depths, widths and kinds of layers, but not the number of heads. For
+published sizes it follows from the width; for other sizes the user states it.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ _PREDICTOR_HEADS = {
 _PROBE_HEADS = 16  # of every official probe
 # Outputs of a probe of action anticipation (EK100), in the order of its queries.
 _ANTICIPATED = ("verb", "noun", "action")
-# By the mask tokens of public files: V-JEPA has one for each of its two mask types.
+# {number of mask tokens in public files: family}; V-JEPA has one per mask type.
 _FAMILY_BY_MASK_TOKENS = {2: "vjepa", 10: "vjepa2"}
 _FRAMES, _RESOLUTION = 16, 256  # of a clip, where the file does not state them
 
@@ -62,7 +62,9 @@ def _table_grid(table: np.ndarray) -> positions.Grid | None:
     """Return the grid of a position table [1, N, D]; None if it is not V-JEPA's."""
     table, axis_dim = table[0], 2 * -(-table.shape[-1] // 6)
 
-    def run_length(rows, axis):  # rows from the first that agree with it on an axis
+    def run_length(
+        rows, axis
+    ):  # number of leading rows that equal the first on an axis
         part = rows[:, axis * axis_dim : (axis + 1) * axis_dim]
         same = np.isclose(part, part[0], rtol=0, atol=1e-4).all(1)
         return len(rows) if same.all() else int(same.argmin())
@@ -140,7 +142,7 @@ def make_config(
     Args:
       family: one of `FAMILIES`, or `ACTION_FAMILY`.
       encoder, predictor: official arrays without prefixes; `predictor` may be empty.
-      hints: see there.
+      hints: what the user states.
       clip: (frames, side in pixels) of the clips; None: unknown.
 
     Raises:
@@ -239,7 +241,7 @@ def classifier_fields(state: State, hints: Hints) -> dict[str, Any]:
     width = _require_array(state, "pooler.query_tokens", "probe", 3).shape[-1]
     published = {s.width: _PROBE_HEADS for s in registry.SIZES.values() if s.depth > 11}
     cross = "pooler.cross_attention_block"
-    # Only V-JEPA 1's cross-attention has, and never uses, an output projection.
+    # Only V-JEPA 1's cross-attention has an output projection; it is never used.
     is_first = any(f"{cross}.{n}.weight" in state for n in ("xattn.proj", "proj"))
     outputs = {
         name: len(_require_array(state, f"{name}_classifier.weight", "probe", 2))

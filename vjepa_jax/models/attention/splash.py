@@ -9,8 +9,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from vjepa_jax.models.attention.blockwise import OUTPUT_NAME
 
-# Chosen by compiling for TPU v5e. A block with all keys leaves no partial sums of the
-# queries' gradient to write and add, but long rows do not fit the vector memory.
+# Chosen by compiling for TPU v5e. With all keys in one block, no partial sums of the
+# queries' gradient are written and added, but long rows exceed the vector memory.
 _BLOCK_Q = 128
 _MAX_BLOCK_KV = 2048
 _LANES = 128  # lengths are multiples of the width of a vector register
@@ -134,7 +134,8 @@ def _keep_tokens(
     """
     _, heads, padded_n, _ = operands[0].shape
     counts = {padded_n: n}
-    # Where both are padded to one length, a few zeros are stored with the shorter.
+    # If both are padded to the same length, they share a count, and a few zeros are
+    # stored with the shorter one.
     counts[operands[1].shape[2]] = max(m, counts.get(operands[1].shape[2], 0))
 
     @jax.custom_vjp
