@@ -90,6 +90,20 @@ def test_read_all_gives_segments_and_views(tmp_path, num_workers):
         np.testing.assert_array_equal(clip, expected)
 
 
+def test_default_view_is_the_whole_square_and_one_view_is_smaller(tmp_path):
+    frames = video_files.moving_frames(2, height=64, width=80)
+    path = video_files.write_video(tmp_path / "wide.mp4", frames)
+    plain = video_files.decode_plainly(path)
+    source = open_source(str(tmp_path))
+    # At the size of a crop nothing is resized: the pixels are those of a plain decode.
+    for views, side in (({}, 64), ({"views": make_views(1)}, 56)):
+        reader = ClipReader(Sampling(2, frame_step=1), resolution=side)
+        (batch,) = read_all(source, reader=reader, **views)
+        top, left = (64 - side) // 2, (80 - side) // 2
+        expected = plain[:, top : top + side, left : left + side]
+        np.testing.assert_array_equal(batch["video"][0], expected)
+
+
 def test_read_all_pads_the_last_batch_if_asked(tmp_path, videos):
     source = make_list(tmp_path, videos)
     last = read_all(source, padded=True)[-1]

@@ -142,6 +142,12 @@ def test_views_of_known_frames(height, width, num_views, expected):
     assert transforms.spatial_views(height, width, num_views) == expected
 
 
+def test_one_view_is_smaller_than_the_central_square():
+    (view,) = transforms.make_views(1)
+    assert view(256, 340) == (16, 58, 224, 224)
+    assert transforms.central_box(256, 340) == (0, 42, 256, 256)
+
+
 @given(sides, sides)
 def test_the_single_view_is_central(height, width):
     ((top, left, side, width_of_box),) = transforms.spatial_views(height, width, 1)
