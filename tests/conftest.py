@@ -48,7 +48,7 @@ def rng():
 
 @pytest.fixture(scope="session")
 def videos(tmp_path_factory):
-    """Folder of short videos whose frames tell which they are; not to be changed."""
+    """Folder of short videos whose frames show their numbers; not to be changed."""
     return numbered_videos.write_folder(tmp_path_factory.mktemp("videos"))
 
 

@@ -4,9 +4,10 @@
         [--output=FILE.jsonl] [--config=configs/vjepa.py]
 
 Reads each video's packets and one clip of it; with --deep every frame. With --config,
-clips are read as that config does, and the report adds how many host cores its training
-step needs. FILE gets a line per video: path, frames, width, height, fps, codec, error.
-An interrupted command leaves FILE.partial; the same command continues from it.
+clips are read as that config defines, and the report adds how many host cores its
+training step needs. FILE gets a line per video: path, frames, width, height, fps,
+codec, error. An interrupted command leaves FILE.partial; the same command continues
+from it.
 
 The exit code is 1 if the share of unreadable videos is above --max_bad_fraction.
 """
@@ -47,7 +48,7 @@ _TIMEOUT_SECS, _DEEP_TIMEOUT_SECS = 60.0, 600.0
 def clips_per_second(flops_per_clip: float, chip: str) -> float:
     """Return the clips per second that a chip of `CHIPS` trains on at `ASSUMED_MFU`."""
     peak = flops.peak_flops(CHIPS[chip])
-    assert peak is not None  # known of all `CHIPS`
+    assert peak is not None  # the peaks of all `CHIPS` are known
     return ASSUMED_MFU * peak / flops_per_clip
 
 
@@ -56,7 +57,7 @@ def flops_per_clip(config: ConfigDict) -> float:
 
     A teacher is counted as if it had the size of the encoder.
     """
-    # It imports JAX, which the workers, which import this module, do not need.
+    # Imported here: the workers import this module, and do not need JAX.
     from vjepa_jax.program import build
 
     objective = build.make_objective(config)
@@ -64,7 +65,7 @@ def flops_per_clip(config: ConfigDict) -> float:
 
 
 def _host_cores(config: ConfigDict, rate: float) -> Iterator[str]:
-    """Yield the report of the host cores that feed one chip."""
+    """Yield the lines on how many host cores keep one chip busy."""
     per_clip = flops_per_clip(config)
     yield (
         f"\nto keep a chip busy with this config ({per_clip / 1e12:.3g} TFLOP per clip "
@@ -93,7 +94,7 @@ def check(
     """Examine the videos of `config.data`; the report is on stdout, progress on stderr.
 
     Args:
-      config: of a run; clips are read as it does.
+      config: of a run, which defines how clips are read.
       deep: decode every frame.
       output_path: JSON lines file, or None.
       num_workers: processes.
@@ -173,12 +174,12 @@ def _report(
     rate, data = summary.clips_per_second, config.data
     if rate is None:
         return
-    apart = {
+    spacings = {
         "frame_step": f"step {data.frame_step}",
         "fps": f"{data.fps:g} per second",
         "duration_secs": f"{data.duration_secs:g} s",
     }
-    (step,) = (words for key, words in apart.items() if data[key])
+    (step,) = (words for key, words in spacings.items() if data[key])
     yield (
         f"\n{rate:.1f} clips/s per core ({data.num_frames} frames, {step}, "
         f"{data.resolution} pixels; processor time)"

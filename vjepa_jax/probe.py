@@ -148,8 +148,8 @@ def main() -> None:
         )
     if cluster.detect(os.environ) is not None:
         raise UserError(
-            "an evaluation is one process, and by the environment this is one of "
-            "several: start it once, outside of their job, or with "
+            "an evaluation is one process, but the environment variables describe one "
+            "of several: start it once, outside of their job, or set "
             "JAX_NUM_PROCESSES=1 if it is alone"
         )
     path = _WORKDIR.value or _CHECKPOINT.value or ""

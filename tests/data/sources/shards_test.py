@@ -246,7 +246,7 @@ def test_other_folders_with_a_manifest_are_no_shards(tmp_path):
         shards.verify(str(tmp_path / "nowhere"))
 
 
-def test_remote_shards_are_refused_with_the_mend():
+def test_remote_shards_are_refused_with_the_fix():
     with pytest.raises(UserError, match="mount the bucket"):
         shards.ShardSource("gs://bucket/folder")
 

@@ -228,7 +228,7 @@ def test_labels_have_64_bits(tmp_path):
     assert VideoList.from_list_file(path).labels.tolist() == labels
 
 
-def test_what_the_file_system_refuses_is_told_in_a_line(tmp_path, monkeypatch):
+def test_errors_of_the_file_system_are_reported_in_one_line(tmp_path, monkeypatch):
     make_files(tmp_path, "a.mp4")
     path = write_list(tmp_path, "a.mp4 1\n")
 

@@ -155,7 +155,7 @@ def test_what_cannot_be_chosen_is_listed(tmp_path):
         open_source(path)
 
 
-def test_video_features_are_refused_with_the_mend(tmp_path):
+def test_video_features_are_refused_with_the_fix(tmp_path):
     kinds = {"video": features.Sequence(features.Image(encoding_format="jpeg"))}
     example = {"video": [io.BytesIO(jpeg(moving_frames(1)[0]))]}
     path = prepare("typed", kinds, [example], tmp_path)

@@ -7,9 +7,10 @@ import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
 
-Box = tuple[int, int, int, int]
-# From the height and width of the displayed frame to one box inside it for all frames
-# of a clip, or to one for each frame: int [T, 4].
+from vjepa_jax.data.transforms.transforms import Box
+
+# Takes the height and the width of the displayed frame. Returns a box inside it for all
+# frames of a clip, or one box for each frame, int [T, 4].
 Crop = Callable[[int, int], Box | np.ndarray]
 
 # Colours are mostly stored at half the resolution and are scaled directly to the size

@@ -165,7 +165,7 @@ class Media:
         # The time of this thread, in which all decoding is done: on a busy machine the
         # same files are given up as on an idle one.
         self._end_secs = time.thread_time() + limits.time_limit_secs
-        # The decoder counts rows and columns of padding, too.
+        # The decoder also counts the rows and columns with which it pads a frame.
         self._codec_options = {"max_pixels": str(2 * limits.max_pixels + (1 << 16))}
 
     def check_time(self) -> None:

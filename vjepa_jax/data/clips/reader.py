@@ -1,4 +1,4 @@
-"""Read clips of uint8 frames from a record, or give the reason why not.
+"""Read clips of uint8 frames from a record, or report why it gives none.
 
 A record is a video or an image: a local or remote file, encoded bytes, or frames in
 memory. A still image gives clips of equal frames.
@@ -78,7 +78,7 @@ class ClipReader:
             height, width)` inside it, or to one for each frame, int [T, 4]; called once
             per clip, in the clips' order, after all starts are drawn. Each of several
             crops gives a view of every clip.
-          rng: draws the clips' starts; None takes those of an evaluation.
+          rng: draws the clips' starts; None: the fixed starts of an evaluation.
           out: where to write the clips, such as a part of a batch; None: a new array.
 
         Returns:

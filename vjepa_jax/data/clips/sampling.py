@@ -1,4 +1,4 @@
-"""Choose the frames of a video's clips, by their times only; nothing is read here."""
+"""Choose the frames of a video's clips by their times; no file is read here."""
 
 import dataclasses
 import math
@@ -11,7 +11,8 @@ from vjepa_jax.config.defaults import ConfigDict
 
 _CLIP_KEYS = ("num_frames", "frame_step", "fps", "duration_secs")
 
-# Decides between two frames that are equally near to a time, instead of rounding.
+# Added to times: the later of two equally near frames is then chosen whatever the
+# rounding error.
 TIE_SECS = 1e-6
 
 
@@ -143,7 +144,7 @@ class Sampling:
         self, times: np.ndarray, rng: np.random.Generator | None
     ) -> np.ndarray:
         if self.frame_step:
-            # Frames are counted, whenever they are shown.
+            # Frames are counted; it does not matter when they are shown.
             times = np.arange(len(times), dtype=np.float64)
         spacing = self.spacing_secs or self.frame_step
         offsets = np.arange(self.num_frames) * spacing

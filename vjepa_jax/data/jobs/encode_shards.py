@@ -170,7 +170,7 @@ def prepare(
         files.write_whole(folder / _JOB, content.encode())
     except OSError as error:
         raise UserError(f"--output={output} cannot be written: {error}") from None
-    # Written again when all shards are complete; the run may end before.
+    # Removed until all shards are complete, since the run may end before that.
     (folder / shards.MANIFEST).unlink(missing_ok=True)
     if retry_failures:
         notes = _read_notes(folder, job)
@@ -402,7 +402,7 @@ def _num_shards_of_notes(folder: epath.Path) -> int:
 
 
 def _check_notes(folder: epath.Path, job: Job) -> None:
-    """Raise if notes belong to another job, where only notes are left."""
+    """Raise if the folder holds notes of another job, and no description of it."""
     for path in folder.glob("shard-*.json"):
         try:
             is_of_job = json.loads(path.read_text())["job"] == job.key
@@ -477,7 +477,7 @@ def run_on_beam(
     """
     logging.getLogger("apache_beam").setLevel(logging.ERROR)  # no log of its stages
     try:
-        with _no_warnings():  # about Google's clients, which few need
+        with _no_warnings():  # that Google's clients are missing, which few users need
             import apache_beam as beam
     except ImportError as error:
         raise UserError(

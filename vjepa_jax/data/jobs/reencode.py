@@ -222,7 +222,7 @@ def _encode(
             convert = convert or _Converter(frame, encoding.short_side)
             converted = convert(frame)
             stream = stream or _add_stream(container, converted, encoding)
-            # Otherwise key frames of the original would become key frames.
+            # Otherwise every key frame of the original would be one here.
             converted.pict_type = PictureType.NONE
             converted.time_base = _TIME_BASE
             converted.pts = round(at / _TIME_BASE)
@@ -258,7 +258,7 @@ def _add_stream(
     context = stream.codec_context
     context.time_base = _TIME_BASE
     context.thread_count = 1
-    # Readers convert to RGB by these, as they would for the original.
+    # Readers convert to RGB by these two, as they do for the original.
     context.color_range = ColorRange.MPEG
     if frame.colorspace:  # 0: the frames were RGB
         context.colorspace = frame.colorspace

@@ -32,7 +32,7 @@ _MAX_ROWS = 16
 _MAX_LISTED = 20
 _NAME_WIDTH = 16
 _BAR = 40
-# Reasons to which the error message of the system adds nothing.
+# For these reasons the system's error message adds nothing.
 _CLEAR_REASONS = ("empty", "missing")
 
 
@@ -86,7 +86,7 @@ class Examination:
             start_secs = time.process_time()
             clips = self.reader.read(record, crop, rng)
         except DecodeError as error:
-            # Without the path, which the finding has already.
+            # The message without the path, which the finding already holds.
             detail = getattr(error.__cause__, "strerror", None) or ""
             return Finding(record.path, error=error.reason, detail=detail)
         return Finding(
@@ -256,7 +256,7 @@ class Summary:
             if len(self._bad) < _MAX_LISTED:
                 self._bad.append(finding)
             return
-        assert finding.frames is not None  # known of every readable video
+        assert finding.frames is not None  # every readable video has it
         secs = finding.frames / finding.fps if finding.fps else None
         self._counts["codec"][finding.codec] += 1
         self._counts["size"][f"{finding.width}x{finding.height}"] += 1

@@ -1,10 +1,10 @@
 """Processes for work that may kill its process or hang.
 
-FFmpeg may crash on a hostile file, or read it for ever. Only another process can bound
-that. `pebble.ProcessPool` (5.2.3) does not serve here. A worker that dies before the
-pool has read that it took a task is not noticed: with large results under way, 15 of
-60 crashes were reported as timeouts, after the whole time limit. It also waits without
-limit for a killed process, which may hang in a dead network file system.
+FFmpeg may crash on a hostile file, or read it forever. Only a separate process can
+limit that. `pebble.ProcessPool` (5.2.3) is not suitable. It does not notice a worker
+that dies before the pool has read that it took a task: with large results under way, 15
+of 60 crashes were reported as timeouts, after the whole time limit. It also waits
+without limit for a killed process, which may hang in a dead network file system.
 """
 
 import concurrent.futures
@@ -23,10 +23,10 @@ from typing import Any
 CRASHED = "crashed"  # the process died, or raised an unexpected error
 TIMED_OUT = "timed_out"  # the process gave no result in time
 
-# To import the function's module and to receive its state; no video is involved yet.
+# Time to import the function's module and to receive its state, before any item.
 _START_TIMEOUT_SECS = 300
 _END_TIMEOUT_SECS = 5
-_POLL_SECS = 1.0  # until a thread notices that the pool is closed
+_POLL_SECS = 1.0  # a thread notices within this time that the pool is closed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +107,7 @@ class WorkerPool:
           iterator closes the pool.
         """
         items = iter(items)
-        # Closed twice: to end the threads, and to end the workers that they leave.
+        # Closed twice: first to end the threads, then the workers that they left.
         with (
             contextlib.closing(self),
             concurrent.futures.ThreadPoolExecutor(num_workers) as threads,

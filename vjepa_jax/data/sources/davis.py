@@ -1,4 +1,4 @@
-"""Videos with the label image of objects of every frame, in the folders of DAVIS 2017.
+"""Videos with a label image of objects for every frame, laid out as DAVIS 2017.
 
 ROOT/ImageSets/2017/val.txt             a name per line
 ROOT/JPEGImages/480p/NAME/00000.jpg     frames, also PNG

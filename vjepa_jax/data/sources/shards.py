@@ -9,7 +9,7 @@
 A record is a MessagePack map with the keys `video` (an encoded file, MP4 with H.264),
 `label`, `id` (the path as listed), `path` (of the original), `fps`, `num_frames`,
 `width` and `height`, which any language can read. ArrayRecord keeps a checksum of every
-record; the checksums of whole files stand in the manifest.
+record; the manifest holds the checksums of whole files.
 """
 
 import collections

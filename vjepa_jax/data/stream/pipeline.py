@@ -78,7 +78,7 @@ class Batching:
 
 
 class _ReadTrainClips(grain.transforms.Map):
-    """From the samples of a batch to augmented clips and reports of bad records."""
+    """Reads the samples of a batch: augmented clips, and reports of bad records."""
 
     def __init__(
         self,
@@ -244,7 +244,7 @@ class TrainIterator(Iterator[Batch]):
     def _open_batches(
         self, step: int, quarantined: Mapping[int, str]
     ) -> grain.DatasetIterator:
-        """Return the batches from `step` on, without the given records as well."""
+        """Return the batches from `step` on; also skip the given records."""
         codes = {record: CODES[reason] for record, reason in quarantined.items()}
         batching = self._batching
         read_clips = _ReadTrainClips(

@@ -1,4 +1,4 @@
-"""Read every video once, in order, for evaluations: nothing is drawn."""
+"""Read every video once, in order, for evaluations; nothing is random."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,7 +28,7 @@ _BATCHES_AHEAD = 2
 
 
 class _ReadEvalClips(grain.transforms.Map):
-    """From record indices to clips; those of bad files are zeros with a reason."""
+    """Reads records by index; clips of bad files are zeros, with a reason."""
 
     def __init__(
         self,
@@ -75,7 +75,7 @@ def read_all(
     padded: bool = False,
     order: np.ndarray | None = None,
 ) -> Iterator[Batch]:
-    """Read every video once, in order; nothing is drawn.
+    """Read every video once, in order; nothing is random.
 
     Args:
       source: the videos.
@@ -83,7 +83,8 @@ def read_all(
       batch_size: videos per batch, B.
       num_workers: decoding processes; 0 decodes in a thread of this process.
       worker_timeout_secs: longest time that a worker may take for one record.
-      views: crops of every clip, see `ClipReader.read`; picklable.
+      views: crops of every clip, see `ClipReader.read`; picklable. By default one,
+        the largest centred square.
       padded: fill the last batch up to `batch_size` with invalid rows, for compiled
         functions of one shape; otherwise the last batch may be smaller.
       order: int [n], the videos to read in this order, with repetitions, such as the
@@ -92,8 +93,8 @@ def read_all(
     Yields:
       `{"video": uint8 [B, K, T, H, W, 3], "label": int64 [B], "index": int64 [B],
       "valid": bool [B]}`. K counts the clips of a video and their views; if it is 1,
-      there is no axis K. Rows of unreadable videos, which are logged, and of padding
-      are zeros with `valid` False; the index of padding is -1.
+      there is no axis K. Rows without a video are zeros, with `valid` False: those of
+      unreadable videos, which are logged, and the padding, whose index is -1.
     """
     if order is None:
         numbers = grain.MapDataset.range(len(source))
@@ -125,7 +126,7 @@ def read_all(
     try:
         for batch in batches:
             video = batch["video"]
-            # Copied: who keeps these arrays should not keep a worker's shared memory.
+            # Copied, so that a caller who keeps them does not keep shared memory.
             label, index = np.array(batch["label"]), np.array(batch["index"])
             valid = batch["reason"] < 0
             for i in np.flatnonzero(~valid):

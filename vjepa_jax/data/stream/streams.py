@@ -140,9 +140,6 @@ class StreamIterator(Iterator[Batch]):
     """Yields `{stream: uint8 [B, T, H, W, 3]}`, one batch of each stream.
 
     Use it as a context manager, which ends the workers of all streams.
-
-    Attributes:
-      bad_counts: unreadable videos known so far, by reason, over all streams.
     """
 
     def __init__(self, streams: Mapping[str, TrainIterator]):
@@ -151,7 +148,7 @@ class StreamIterator(Iterator[Batch]):
 
     @property
     def bad_counts(self) -> Mapping[str, int]:
-        """Unreadable videos known so far, by reason."""
+        """Unreadable videos known so far, by reason, over all streams."""
         return sum((Counter(s.bad_counts) for s in self._streams.values()), Counter())
 
     def __next__(self) -> Batch:

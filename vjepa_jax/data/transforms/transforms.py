@@ -157,7 +157,7 @@ class ClipTransform:
       resolution: side of the square output in pixels, S.
       crop_scale: lowest and highest share of the frame's area, in (0, 1].
       crop_aspect_ratio: lowest and highest width / height of the crop.
-      motion_shift: whether the box moves during the clip, between two that are drawn.
+      motion_shift: whether the box moves during the clip, between two drawn boxes.
       color_jitter: strengths of brightness, contrast, saturation and hue; zeros are
         off. See `augment.draw_color_jitter`.
       grayscale_probability: probability of a clip without colour, in [0, 1].
