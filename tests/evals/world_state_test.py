@@ -1,4 +1,4 @@
-"""The state that the world's probes ask for is what the clips' physics says."""
+"""The state that the world's probes predict follows from the clips' physics."""
 
 import math
 
@@ -20,7 +20,7 @@ NUM_CLIPS, TIME_STEPS, STRIDE = 66, 4, 2
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory):
+def world_truth(tmp_path_factory):
     """(config, split, simulated position, velocity and label of its clips)."""
     config = get_config()
     config.world.path = str(tmp_path_factory.mktemp("world"))
@@ -47,8 +47,8 @@ def told(tmp_path_factory):
     return config, split, truth
 
 
-def test_state_is_that_of_the_frames_that_are_seen(told):
-    config, split, truth = told
+def test_state_is_that_of_the_frames_that_are_seen(world_truth):
+    config, split, truth = world_truth
     reader = streams.make_reader(config.data, config.data)
     (frames,) = reader.sampling.frames(np.arange(16))
     index = np.arange(NUM_CLIPS)[::STRIDE]
@@ -59,7 +59,7 @@ def test_state_is_that_of_the_frames_that_are_seen(told):
             wanted = truth[name][index][:, seen, 0].mean(1)
             np.testing.assert_allclose(getattr(state, name)[:, step], wanted, rtol=1e-5)
     assert np.isnan(state.time_to_collision[:, :-1]).all()
-    # The end of the video, which is not seen, shows the collisions that are foretold.
+    # The end of the video, which is not seen, shows the collisions that are predicted.
     last = frames[-1]
     assert last < 15
     known = 0

@@ -15,7 +15,7 @@ from vjepa_jax.base.extras import imports_of
 from vjepa_jax.objective import masking
 
 # {caption: uint8 [T, H, W, 3], or [T, H, W, 4] with an opacity}. Rows that belong
-# together show the same time span, with a frame per frame or per tubelet.
+# together show the same time span; a picture stands for one frame or for one tubelet.
 Rows = dict[str, np.ndarray]
 
 _CURVES = (

@@ -157,13 +157,13 @@ class FrozenModel:
         predictor, grid = self.require_predictor(mask_index), self.grid(video.shape)
         steps_ahead = np.asarray(steps_ahead, np.int32)
         if predictor.pos_embed == "sincos" and predictor.base_grid:
-            # A table has an end, beyond which nothing was trained; a rotation has none.
+            # A table of positions has an end; rotations (rope) have none.
             known = predictor.base_grid[0]
             last = grid[0] + steps_ahead.max() + num_steps
             if last > known:
                 raise UserError(
                     f"the predictor has positions for {known} time steps of tokens, "
-                    f"and a clip with what is ahead of it takes {last}: shorten "
+                    f"and a clip with the predicted time takes {last}: shorten "
                     "config.data.num_frames"
                 )
             grid = known, *grid[1:]
@@ -228,7 +228,7 @@ def fill_up(batch: Sequence[np.ndarray], unit: int) -> list[np.ndarray]:
 
 
 def _to_host(tree: Any) -> Any:
-    """Return arrays with all rows; all processes of a mesh gather what is sharded."""
+    """Return arrays with all rows; sharded ones are gathered from all processes."""
 
     def one(x):
         is_here = x.is_fully_addressable or x.is_fully_replicated

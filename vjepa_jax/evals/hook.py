@@ -20,7 +20,7 @@ from absl import logging
 
 from vjepa_jax.base.errors import UserError
 from vjepa_jax.config.defaults import ConfigDict, flatten
-from vjepa_jax.data.sources.records import Source
+from vjepa_jax.data.sources.records import Source, evenly_spread
 from vjepa_jax.data.stream import streams
 from vjepa_jax.evals import drawing, frozen, registry, settings
 from vjepa_jax.evals.frozen import FrozenModel
@@ -168,7 +168,7 @@ def load(name: str, entry: ConfigDict) -> ConfigDict:
         get_config = settings.DEFAULTS.get(file) or runpy.run_path(file)["get_config"]
         config = get_config(*([argument] if argument else []))
         registry.find(config)
-    except Exception as error:  # in code of the user's own
+    except Exception as error:  # raised by the user's own code
         raise UserError(
             f"config.evals.{name}.file={entry.file!r} gives no config of an "
             f"evaluation: {type(error).__name__}: {error}"
@@ -251,7 +251,7 @@ def _read_clips(run: ConfigDict, source: Source, count: int) -> np.ndarray:
     """Read clips of videos spread over the list: uint8 [n, T, H, W, 3]."""
     data = run.data.copy_and_resolve_references()
     data.num_clips = 1
-    order = np.unique(np.linspace(0, len(source) - 1, count).astype(np.int64))
+    order = evenly_spread(len(source), count)
     clips = read_clips(source, streams.make_reader(data, data), order)
     if not len(clips):
         raise UserError(f"none of {len(order)} videos to draw can be read")

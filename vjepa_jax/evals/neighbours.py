@@ -31,10 +31,10 @@ def evaluate(model: FrozenModel, config: ConfigDict) -> dict[str, dict[str, Any]
 
     Returns:
       {measure: {"pretrained": value}}, with `config.random_init` also `random_init`:
-      `knn_K_accuracy`; for N labelled videos per class `few_shot_N_nearest_mean_
-      accuracy` and `few_shot_N_linear_accuracy`, means over draws, and their standard
-      deviations (`spread` instead of `accuracy`); and `videos_tested`, the number of
-      readable ones.
+      `knn_K_accuracy`; for N labelled videos per class, means over draws,
+      `few_shot_N_nearest_mean_accuracy` and `few_shot_N_linear_accuracy`, and their
+      standard deviations (`spread` instead of `accuracy`); and `videos_tested`, the
+      number of readable test videos.
 
     Raises:
       UserError: config, data and model do not fit.

@@ -60,7 +60,7 @@ def _of_features(evaluation: str) -> Settings:
 
 
 def _of_videos(evaluation: str) -> Settings:
-    """Add videos; keys that a run's `data` has too mean the same."""
+    """Add the keys of videos; those that a run's `data` has too mean the same."""
     s = _of_features(evaluation)
     s.add("data.train_path", "")  # labelled videos to learn from, as data.path of a run
     s.add("data.test_path", "")  # labelled videos to evaluate on

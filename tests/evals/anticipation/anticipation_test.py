@@ -315,7 +315,7 @@ def test_an_untrained_model_stands_beside(frozen, config, monkeypatch):
     assert found["paper_random"] == ("untrained", "paper")
 
 
-def test_without_a_predictor_the_mend_is_said(frozen, config):
+def test_without_a_predictor_the_message_names_the_fix(frozen, config):
     params = {"target": frozen.params["target"]}
     alone = dataclasses.replace(frozen, predictor=None, params=params)
     with pytest.raises(UserError, match=r"no predictor.*config\.use_predictor=False"):

@@ -1,11 +1,12 @@
-"""Action anticipation by frozen features: which action follows in a second?
+"""Action anticipation by frozen features: which action follows a second later?
 
 V-JEPA 2's protocol on EPIC-KITCHENS-100 (paper section 6,
 `evals/action_anticipation_frozen`): the model sees a clip that ends one second before
 an action. Heads see the target encoder's tokens of the clip and the predictor's tokens
-for the time of the action; three queries pool them for verb, noun and action, which is
-a pair of both. The measure is recall at 5, averaged over classes. Paper and code define
-the time of an action differently; both are measured. See docs/anticipation.md.
+for the time of the action. Three queries pool them for the verb, the noun and the
+action, which is the pair of verb and noun. The measure is recall at 5, averaged over
+classes. Paper and code define the time of an action differently; results are given for
+both definitions. See docs/anticipation.md.
 """
 
 import dataclasses

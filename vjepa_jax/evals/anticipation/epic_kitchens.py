@@ -21,9 +21,9 @@ from vjepa_jax.data.sources.file_lists import VideoList
 from vjepa_jax.data.sources.records import Record, Source, digest_of
 from vjepa_jax.evals.anticipation.context_sampling import ContextSampling
 
-# By the definition of `anticipation_point`: the moment to anticipate, as a share of the
-# way from the action's start to its end. The paper counts from the start; the released
-# code computes `start * point + stop * (1 - point)`, so that 0 is the action's end.
+# Definitions of `anticipation_point`: each gives the moment to anticipate as a share of
+# the action's length, counted from its start. For the paper, the point is this share.
+# The released code computes `start * point + stop * (1 - point)`: 0 is the end.
 ANCHORS = {
     "paper": lambda point: point,
     "released": lambda point: 1 - point,
@@ -172,7 +172,7 @@ class Context(Record):
     ahead_secs: float = 0.0
 
     def sampling(self, common: Sampling) -> ContextSampling:
-        """Return which frames of the video it is, by what all contexts share."""
+        """Return this context's sampling; `common` holds what all contexts share."""
         return ContextSampling(
             **dataclasses.asdict(common),
             moment_secs=self.moment_secs,
@@ -261,7 +261,7 @@ class Contexts(Source):
         return self._videos.path_of(index)
 
     def digest(self) -> str:
-        """Identify videos, times of the contexts and labels."""
+        """Return a hash of videos, times of the contexts and labels."""
         times = (self._moment_secs, self._moment_frame, self.ahead_secs)
         parts = (array.astype("<f8").tobytes() for array in times)
         return digest_of((self._videos.digest().encode(), *parts))

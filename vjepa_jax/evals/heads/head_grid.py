@@ -24,7 +24,7 @@ from vjepa_jax.evals.frozen import fill_up
 from vjepa_jax.objective import optim
 from vjepa_jax.parallel import sharding
 
-# (outputs, labels [B, ...]) -> float32 [B]; outputs are those of a head, in float32.
+# (a head's outputs in float32, labels [B, ...]) -> float32 [B]
 Loss = Callable[[Any, jax.Array], jax.Array]
 
 
@@ -135,7 +135,7 @@ class HeadGrid:
 
     Attributes:
       head: module of each.
-      training: see there.
+      training: how they are trained.
       heads: (learning rate, weight decay) of every head, H of them.
       state: parameters, moments and step; leaves of the first two have a leading axis
         of H.
@@ -156,10 +156,10 @@ class HeadGrid:
         Args:
           head: module from tokens [B, N, D] to outputs [B, K], logits or values, or to
             several outputs by name.
-          training: see there.
+          training: how the heads are trained.
           token_shape: (N, D).
           seed: of the initialisation.
-          mesh: see there.
+          mesh: devices that share every batch.
         """
         self.head, self.training, self.mesh = head, training, mesh
         self.heads = training.heads()
@@ -184,8 +184,8 @@ class HeadGrid:
         began, losses = time.perf_counter(), None
         for step, batch in enumerate(batches, start=1):
             if losses is not None:
-                # One update at a time: devices that are threads of one processor starve
-                # each other, until the process ends, when many updates are queued.
+                # One update at a time: on CPU, devices are threads of one process. With
+                # many queued updates they starve each other until the process aborts.
                 losses.block_until_ready()
             losses = self.update(*batch)
             if step % steps_per_epoch == 0:

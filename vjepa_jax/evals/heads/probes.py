@@ -166,12 +166,12 @@ def attentive_classes(
 ) -> np.ndarray:
     """Train attentive probes at several learning rates and classify with the best.
 
-    A tenth of the training clips is held out to choose it.
+    The best one is chosen on a held-out tenth of the training clips.
 
     Args:
       train, test: float [N, T' * S, D], tokens.
       train_labels: int [N].
-      training: see there.
+      training: of the probes.
 
     Returns:
       int32 [N], predicted classes of the test clips.
@@ -200,9 +200,9 @@ def attentive_r2(
 ) -> dict[str, float]:
     """Train attentive probes to predict quantities; return the test R² of each.
 
-    The probe is that of classes with a query for each quantity and the squared error.
-    The learning rate is chosen for each quantity on a tenth of the training clips,
-    which is held out.
+    The probe is that of `attentive_classes`, but with a query for each quantity and the
+    squared error as loss. The learning rate is chosen for each quantity on a held-out
+    tenth of the training clips.
 
     Args:
       train, test: float [N, S, D], tokens.
@@ -210,7 +210,7 @@ def attentive_r2(
         training and R². R² is averaged over the K values.
       train_clips: int [N], the clip of the tokens; tokens of one clip are held out
         together.
-      training: see there.
+      training: of the probes.
     """
     train, test = _standardised(train, test)
     rng = np.random.default_rng(training.seed)

@@ -165,7 +165,7 @@ class Outcome:
     videos: list[tuple[np.ndarray, bool]]
 
     def hits(self, context: int | None) -> np.ndarray:
-        """Return 1 for each pair whose possible video surprises less, else 0.
+        """Return 1 for each pair whose possible video has the lower score, else 0.
 
         The score of a video is the mean over its windows.
 

@@ -1,4 +1,4 @@
-"""Confusion matrices of patches and pixels, and the intersection over union."""
+"""Confusion matrices of patches and pixels, and intersection over union (IoU)."""
 
 import functools
 from typing import Any

@@ -39,7 +39,7 @@ from vjepa_jax.evals.tokens.frame_features import FrameEncoder
 from vjepa_jax.models.heads import LinearClassifier
 
 _BATCHES_AHEAD = 2
-_STANDARDISED_BY = 256  # images whose features give mean and standard deviation
+_STANDARDISED_BY = 256  # images from which mean and standard deviation are computed
 _SHAPE_UNIT = 128  # label images are padded to multiples, for few compilations
 
 

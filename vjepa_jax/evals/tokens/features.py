@@ -42,13 +42,14 @@ class Features:
         return self.tokens.reshape(n, t * s, d)
 
 
-def make_pixel_encode(patch_size: int, tubelet_size: int, cell: int = 2) -> Encode:
-    """Make tokens of raw pixels: the encoder's tubelets, averaged over small cells.
+def make_pixel_encode(patch_size: int, tubelet_size: int) -> Encode:
+    """Make tokens of raw pixels: the tubelets, averaged over cells of 2 x 2 pixels.
 
     Args:
-      patch_size, tubelet_size: of the tubelets.
-      cell: side of the cells in pixels; a divisor of the patch size.
+      patch_size: side of a tubelet in pixels, even.
+      tubelet_size: frames of a tubelet.
     """
+    cell = 2
 
     def encode(video: np.ndarray) -> np.ndarray:
         t, h, w = token_grid(video.shape, patch_size, tubelet_size)
@@ -74,7 +75,7 @@ def extract(
     Unreadable videos are left out.
 
     Args:
-      encodes: by name.
+      encodes: functions that encode clips, by name.
       source: the videos.
       reader: how to cut the clips.
       batch_size: clips per call of an encode.

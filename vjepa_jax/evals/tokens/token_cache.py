@@ -4,8 +4,8 @@
     <folder>/<key>/index.npz            the record of each video, shape of the tokens
 
 The key is a digest of everything that the tokens depend on. Files are written into a
-folder with a temporary name that is renamed when it is complete: the rest of an
-interrupted program is never read.
+folder with a temporary name that is renamed when it is complete, so that what an
+interrupted program left is never read.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ from vjepa_jax.evals.frozen import FrozenModel
 from vjepa_jax.evals.tokens.clip_tokens import TokenBatch, TokenBatches, Videos
 
 _FORMAT = "vjepa_jax tokens 1"
-# Rows are read in any order, so that reading ahead is useless.
+# Rows are read in random order: reading ahead would be useless.
 _READER_OPTIONS = "readahead_buffer_size:0"
 _RECORDS, _INDEX = "tokens.arrayrecord", "index.npz"
 

@@ -111,8 +111,9 @@ def _step(
       labels: [1 + n, h w, K], labels of the sources; donated.
       frame: index of the frame in the video; fewer slots are filled before frame n.
       slot: where the frame is put, if `propagation.last_frames` is not 0.
-      propagation, mesh: see there.
+      propagation: settings.
       width: w.
+      mesh: of the devices that compute.
 
     Returns:
       The frame's labels [h w, K], context and labels.
