@@ -25,8 +25,8 @@ _NUM_COLOURED, _NUM_QUERIES = 3, 4  # clips that show features, and their neighb
 _NUM_FITTED = 32  # clips on which principal components are fitted
 _NUM_NEIGHBOURS = 5
 _NEIGHBOUR_FRAMES = 8
-# Large models take time: after so many seconds no more clips are read, or encoded,
-# than this.
+# Large models are slow: after so many seconds, reading and encoding stop once they have
+# the least number of clips.
 _SECONDS, _MIN_CLIPS = 20.0, 16
 _BATCH_SIZE = 8
 
@@ -53,7 +53,7 @@ class Clips:
 def read_clips(
     config: ConfigDict, stream: str = MAIN_STREAM, count: int = NUM_CLIPS
 ) -> Clips:
-    """Read clips of a run's data, evenly spaced in it, and cut as in an evaluation.
+    """Read clips of evenly spaced videos of a run's data, as an evaluation does.
 
     Raises:
       UserError: the data is missing, or none of the clips can be read.
@@ -121,13 +121,15 @@ class Features:
 
 
 def encode(models: dict[str, FrozenModel], video: np.ndarray) -> dict[str, Features]:
-    """Encode clips with several networks, as many as the first has the time for."""
+    """Encode clips with several networks; the first one's time limits their number."""
     features: dict[str, Features] = {}
     for name, model in models.items():
         tokens, pooled, began = [], [], time.perf_counter()
         for start in range(0, len(video), _BATCH_SIZE):
             batch = video[start : start + _BATCH_SIZE]
-            missing = _BATCH_SIZE - len(batch)  # filled: one shape, one compilation
+            missing = _BATCH_SIZE - len(
+                batch
+            )  # filled up, so that one compilation serves
             padded = np.concatenate([batch, batch[:1].repeat(missing, 0)])
             encoded = model.encode(padded)[: len(batch)]
             if start < _NUM_FITTED:

@@ -107,7 +107,7 @@ def _layout(axis: Axis) -> dict[str, Any]:
 
 
 def _range_of_constant(lines: Sequence[Line]) -> tuple[float, float] | None:
-    """Return 0 to twice the value of lines with one value, whose own range is empty."""
+    """Return 0 to twice the value if all lines have one value, else None."""
     values = {y for line in lines for y in line.y if math.isfinite(y)}
     if len(values) != 1:
         return None

@@ -30,7 +30,7 @@ class Run:
       folder: local folder with the small files of the workdir.
       config: resolved config, or None.
       metrics: a row per log step, see `metrics.read_metrics`.
-      starts: a row per start of the run, see `environment`.
+      starts: a row per start of the run, see `workdirs.STARTS_FILE`.
       results: results of evaluations, by file name without suffix.
       confusions: {"pretrained": matrix, ...}, by file name without suffix.
       bad_videos: unreadable videos, {"path", "reason", "step"}.

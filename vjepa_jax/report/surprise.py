@@ -136,7 +136,7 @@ def per_frame(
 def make_views(
     pairs: list[VideoPair], models: dict[str, FrozenModel]
 ) -> list[PairView]:
-    """Measure the surprise of each pair by each network; the first one's line is solid.
+    """Measure the surprise of each network at each pair; the first has a solid line.
 
     Raises:
       UserError: a network has no predictor, or the videos are too short for it.
@@ -180,6 +180,6 @@ def make_views(
 
 
 def context_frames(frozen: FrozenModel, video: np.ndarray) -> int:
-    """Return the most frames that the network sees before those that it predicts."""
+    """Return how many frames the network sees, at most, before those it predicts."""
     tubelet = frozen.encoder.tubelet_size
     return max(tubelet, len(video) // 2 // tubelet * tubelet)

@@ -39,7 +39,7 @@ class Event:
     Attributes:
       frame: the first frame after it.
       verb: index into `VERBS`.
-      noun: index into `SHAPES`, of the object; of a strike, of the faster one.
+      noun: index into `SHAPES`, of the object; in a strike, of the faster object.
     """
 
     frame: int

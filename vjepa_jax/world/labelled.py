@@ -64,7 +64,7 @@ def name_of(index: int) -> str:
 
 
 def write_clip(root: pathlib.Path, name: str, clip: LabelledClip) -> None:
-    """Write frames and label maps, losslessly; the last map of classes comes last."""
+    """Write frames and label maps losslessly, the maps of classes last."""
     kinds = {
         davis.FRAMES: clip.video,
         davis.LABELS: clip.objects,

@@ -8,8 +8,8 @@ By construction no single frame reveals the label. Position, shape, size, colour
 companions, occluder, background and light are drawn *before* the class, at the middle
 frame. The class only chooses velocities (and growth, spin and gravity); the motion is
 integrated forwards and backwards from the middle frame. Elastic physics is reversible,
-so both halves obey it. The middle frame does not show either whether the main object is
-in front of the occluder or behind it, since there is a gap between them.
+so both halves obey it. A gap between the main object and the occluder ensures that the
+middle frame does not show which of them is in front.
 """
 
 import math
@@ -92,8 +92,8 @@ def draw_scene(world: World, rng: np.random.Generator) -> Scene:
     half[axis] = radius[0] + rng.uniform(0.01, 0.04)
     half[1 - axis] = radius[0] + rng.uniform(0.03, 0.10)
     centre = position[0].copy()
-    # Corners reach beyond the radius, and their soft edges a pixel further. Where they
-    # touched, the middle frame would show which is in front.
+    # Corners reach beyond the radius, and their soft edges a pixel further. If object
+    # and occluder touched, the middle frame would show which is in front.
     reach = CORNER * radius[0] + 1 / world.size
     centre[axis] += side * (reach + half[axis] + rng.uniform(0, 0.045))
     centre[1 - axis] += rng.uniform(-0.02, 0.02)
@@ -128,7 +128,7 @@ def draw_scene(world: World, rng: np.random.Generator) -> Scene:
         phases=_walk(rng, world, num_waves) * world.background_change,
         light=np.exp(_walk(rng, world, 3) * world.light_change),
     )
-    if touches_occluder(world, scene):  # with its own soft edge, of half a pixel
+    if touches_occluder(world, scene):  # by the occluder's soft edge of half a pixel
         scene.occluder[axis] += side * 0.5 / world.size
     return scene
 
@@ -187,7 +187,7 @@ def draw_motion(
         offset = scene.occluder[:2] - scene.position[0]
         axis = int(np.argmax(np.abs(offset)))
         travel = abs(offset[axis]) + scene.occluder[2 + axis] + scene.radius[0]
-        # Fully through at the fastest, well hidden at the slowest.
+        # The fastest passes the occluder, the slowest ends well hidden behind it.
         speed = rng.uniform(0.7, 1.05) * travel / reach
         velocity[0, axis] = sign * np.sign(offset[axis]) * speed
         behind[0] = True

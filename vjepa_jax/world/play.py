@@ -15,7 +15,7 @@ from vjepa_jax.world.motion import CLASSES, CORNER, advance, draw_scene
 from vjepa_jax.world.painting import paint
 from vjepa_jax.world.scenes import Clip, Scene, Track, World
 
-LABEL = len(CLASSES)  # in lists, which need a label; not a class of the probes
+LABEL = len(CLASSES)  # lists need a label; the probes do not use this one
 NUM_OBJECTS = 3
 _GRAVITY_SHARE = 0.25  # of the clips
 _RADIUS = (0.07, 0.13)

@@ -37,8 +37,8 @@ MANIFEST = "world.json"
 FPS = 12
 PHYSICS = "physics"  # the split of matched pairs
 ACTIONS = ("actions_train", "actions_test")  # clips of play with a list of events
-PHYSICS_STREAM = 5  # of its random numbers, beside the seed
-_LABELLED_STREAM = 7  # that of actions_test: the same scenes
+PHYSICS_STREAM = 5  # number of its random stream, beside the seed
+_LABELLED_STREAM = 7  # the same as of actions_test, hence the same scenes
 _CHUNK = 64  # items per task of a rendering process
 
 # A part of a split's ground truth: {field: array of one row per clip}.
@@ -105,7 +105,7 @@ def splits(config: ConfigDict) -> list[Split]:
 def write_video(
     path: pathlib.Path, video: np.ndarray, fps: int = FPS, is_causal: bool = False
 ) -> None:
-    """Write H.264; the file appears when it is complete, with the same bytes each time.
+    """Write H.264, with the same bytes each time; the file appears when complete.
 
     Args:
       path: of the file.

@@ -34,7 +34,7 @@ from vjepa_jax.world.motion import CORNER, draw_scene
 from vjepa_jax.world.painting import paint
 from vjepa_jax.world.scenes import SHAPES, Clip, Scene, Track, World
 
-MIN_FRAMES = 12  # of a clip, to show a law first obeyed and then broken
+MIN_FRAMES = 12  # of a clip, which must show a law obeyed before it is broken
 _AFTER = 4  # least number of frames from the violation to the end
 _ATTEMPTS = 5000
 _GAP = 0.02  # least distance of objects that do not interact
@@ -322,13 +322,13 @@ def _draw_line(
 def _launch(world: World, rng: np.random.Generator, is_odd: bool) -> _Draft:
     stage, onset = _Stage(world, rng), _draw_onset(world, rng)
     centre, heading, r, speed = _draw_line(stage, rng)
-    # In no frame of either clip do they touch.
+    # They do not touch in any frame of either clip.
     frames = max(onset - 1, stage.frames - onset)
     gap = speed * frames + rng.uniform(_GAP, 3 * _GAP)
     one, two = (centre + s * heading * (r + gap / 2) for s in (-1, 1))
     still, moves = np.zeros(2), heading * speed
-    # The first moves towards the second, or the second away from the first. Places are
-    # those of the frame before the onset.
+    # The first object moves towards the second, or the second away from the first. Both
+    # are at their places in the frame before the onset.
     first, second = (
         stage.track(stage.fly(one, v, onset - 1), stage.fly(two, w, onset - 1))
         for v, w in ((moves, still), (still, moves))
