@@ -121,15 +121,13 @@ class Features:
 
 
 def encode(models: dict[str, FrozenModel], video: np.ndarray) -> dict[str, Features]:
-    """Encode clips with several networks; the first one's time limits their number."""
+    """Encode clips with several networks; fewer clips if the first is slow."""
     features: dict[str, Features] = {}
     for name, model in models.items():
         tokens, pooled, began = [], [], time.perf_counter()
         for start in range(0, len(video), _BATCH_SIZE):
             batch = video[start : start + _BATCH_SIZE]
-            missing = _BATCH_SIZE - len(
-                batch
-            )  # filled up, so that one compilation serves
+            missing = _BATCH_SIZE - len(batch)  # filled: equal shapes compile once
             padded = np.concatenate([batch, batch[:1].repeat(missing, 0)])
             encoded = model.encode(padded)[: len(batch)]
             if start < _NUM_FITTED:

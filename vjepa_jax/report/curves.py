@@ -107,8 +107,8 @@ def _draw_one(runs: Sequence[Run], chart: Chart) -> Figure | None:
             name = key.split("/", 1)[1].replace("_", " ")
             if len(runs) > 1:
                 name = run.label if len(keys) == 1 else f"{run.letter}: {name}"
-            # Colours distinguish metrics, dashes runs. With one metric, colours too
-            # distinguish runs.
+            # Colours distinguish metrics, dashes distinguish runs. With one metric,
+            # colours distinguish runs as well.
             colour = run_index if len(keys) == 1 else key_index
             lines.append(Line(name, x, y, colour, _DASHES[run_index]))
     if not lines:
