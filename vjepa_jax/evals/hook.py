@@ -35,7 +35,7 @@ IMAGES = "images"  # the name under which a failure to draw is logged and counte
 _TIMEOUT_SECS = 24 * 3600  # longest wait of the other processes
 _SHOWN = 6  # measures of an evaluation on the console
 _COLOURED_CLIPS = 8  # clips that the principal components of features are fitted to
-# Untrained models, whose results are the same at every step.
+# Turns off untrained models, whose results are the same at every step.
 _LEFT_OUT = {"random_init": False, "null_seeds": 0}
 
 

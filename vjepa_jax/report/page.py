@@ -1,4 +1,4 @@
-"""What a page consists of, and how it becomes one HTML file without other files."""
+"""The parts of a page, and how they become one self-contained HTML file."""
 
 import dataclasses
 import datetime

@@ -1,4 +1,4 @@
-"""What the small files of a workdir contain; no weights are read."""
+"""Read the small files of a workdir, but no weights."""
 
 import contextlib
 import dataclasses
@@ -67,7 +67,7 @@ class Run:
 
 @contextlib.contextmanager
 def opened(workdir: str, label: str, letter: str) -> Iterator[Run]:
-    """Read the files of a run; a file written to its `folder` is put into the workdir.
+    """Read the files of a run; what is written to its `folder` reaches the workdir.
 
     Raises:
       UserError: the folder does not exist or holds no run.

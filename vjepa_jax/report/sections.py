@@ -89,7 +89,7 @@ def make_sections(runs: Sequence[Run]) -> list[Section]:
 
 
 def group_by_shape(models: dict[str, FrozenModel]) -> list[dict[str, FrozenModel]]:
-    """Put models together that take clips of the same shape."""
+    """Group the models that take clips of the same shape."""
     groups: dict[tuple[int, ...], dict[str, FrozenModel]] = {}
     for label, model in models.items():
         groups.setdefault(model.video_shape, {})[label] = model

@@ -69,7 +69,7 @@ def events(scene: Scene, track: Track, gravity: float) -> list[Event]:
 
 
 def action_of(world: World, seed: int | tuple[int, ...], index: int) -> Event | None:
-    """Return the action of clip `index` of play of the stream `seed`, or None."""
+    """Return the action of clip `index` of play in the stream `seed`, or None."""
     scene, track, gravity, _ = play.simulate_clip(world, seed, index)
     first = world.num_frames * 3 // 4
     late = (event for event in events(scene, track, gravity) if event.frame >= first)

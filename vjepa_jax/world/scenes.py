@@ -62,7 +62,7 @@ class Scene:
 
 @dataclasses.dataclass
 class Motion:
-    """What a class determines: velocities at the middle frame, spin, growth, gravity."""
+    """The motion of a class: velocities at the middle frame, spin, growth, gravity."""
 
     velocity: np.ndarray  # [K, 2]
     spin: np.ndarray  # [K] radians per frame

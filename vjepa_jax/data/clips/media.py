@@ -162,8 +162,8 @@ class Media:
         self.is_probed = False
         self._file = file
         self._limits = limits
-        # The time of this thread, in which all decoding is done: on a busy machine the
-        # same files are given up as on an idle one.
+        # CPU time of this thread, which does all decoding: a busy machine gives up on
+        # the same files as an idle one.
         self._end_secs = time.thread_time() + limits.time_limit_secs
         # The decoder also counts the rows and columns with which it pads a frame.
         self._codec_options = {"max_pixels": str(2 * limits.max_pixels + (1 << 16))}

@@ -24,7 +24,7 @@ _MAX_HELD_BYTES = 64 << 20
 # Added before and after a window: the key frame before it is found by its decoding
 # time, which is some frames before its presentation time.
 _MARGIN_SECS = 1.0
-# In no codec do more packets come before that of the first frame shown.
+# No codec has more packets than this before that of the first frame shown.
 _MAX_REORDERED = 32
 
 

@@ -150,7 +150,7 @@ class ClipReader:
     def _decode_by_count(
         self, media: Media, clips: "_Clips", index: packets.Index
     ) -> None:
-        """Decode all frames from the start, up to the last that is wanted."""
+        """Decode all frames from the start up to the last one wanted."""
         num_frames = index.num_frames
         while True:
             times = index.times
@@ -206,11 +206,7 @@ class _Clips:
             raise DecodeError(self.path, "low_frame_rate", str(error)) from error
 
     def choose(self, times: np.ndarray, average_fps: float | None) -> np.ndarray:
-        """Draw the clips; return the numbers of all frames wanted, increasing.
-
-        Args:
-          times, average_fps: see `Sampling.frames`.
-        """
+        """Draw the clips; return the numbers of all frames wanted, increasing."""
         if self._rng is not None and self._rng_state is not None:
             self._rng.bit_generator.state = self._rng_state
         try:

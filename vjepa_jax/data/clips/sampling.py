@@ -104,10 +104,8 @@ class Sampling:
         """Return the seconds (from, to) of the video that hold all clips, if known.
 
         A subclass whose clips lie at known times returns them, so that only this part
-        of a long video is read. Here clips may lie anywhere.
-
-        Args:
-          average_fps: see `frames`.
+        of a long video is read. Here clips may lie anywhere. See `frames` for the
+        argument.
         """
         del average_fps
         return None

@@ -57,7 +57,7 @@ class Source(abc.ABC):
 
     name: str
 
-    if TYPE_CHECKING:  # an abstract property would refuse attributes of subclasses
+    if TYPE_CHECKING:  # at run time, subclasses may set an attribute instead
 
         @property
         @abc.abstractmethod

@@ -129,8 +129,8 @@ class _ReadTrainClips(grain.transforms.Map):
                     return
                 except DecodeError as error:
                     reasons[attempt] = CODES[error.reason]
-        # An exception would reach the main process as text only. It is raised there,
-        # from this report, in which no try succeeded.
+        # No exception here: it would reach the main process as text only. The main
+        # process raises one when it finds that no try in this report succeeded.
         clips[:] = 0
 
     def _candidates(self, index: int, rng: np.random.Generator) -> Iterator[int]:

@@ -102,7 +102,7 @@ class WorkLog:
         self._has_workers = has_workers
         self._folder = tempfile.mkdtemp(prefix="vjepa_workers_")
         self._notes: dict[int, np.ndarray] = {}
-        # Removed when this process ends at the latest, but not by copies in workers.
+        # Removed at the latest when this process ends, but never by copies in workers.
         self._remove = weakref.finalize(self, shutil.rmtree, self._folder, True)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -288,8 +288,8 @@ class SupervisedBatches(Iterator):
             self._batches = None
 
     def _draw(self) -> Any:
-        # In a thread, so that waiting can time out. A daemon: a thread that waits for a
-        # hanging worker must not keep the program from ending.
+        # In a thread, so that waiting can time out. It is a daemon, since a thread that
+        # waits for a hanging worker must not keep the program from ending.
         drawn: queue.SimpleQueue[Any] = queue.SimpleQueue()
         arguments = self._batches, drawn
         threading.Thread(target=_put_next, args=arguments, daemon=True).start()
@@ -305,7 +305,7 @@ class SupervisedBatches(Iterator):
                 records = {w.record for w in works if w.secs > limit} - {-1}
                 if records:
                     if 1 < len(works) == len(records):
-                        # All at once: the cause is the file system, not a record.
+                        # All at once: the file system is the cause, not a record.
                         records = set()
                     detail = f"took more than {limit:g} s"
                     raise _Failure("hung", records, detail) from None

@@ -133,7 +133,7 @@ class Videos:
 
     source: Source
     reader: ClipReader
-    encoder: Any  # `Encoder`, or what a subclass encodes with
+    encoder: Any  # `Encoder`, or the one of a subclass
     num_views: int
     num_workers: int
     worker_timeout_secs: float
@@ -143,7 +143,7 @@ class Videos:
         return len(self.source)
 
     def encode(self, video: np.ndarray, index: np.ndarray) -> np.ndarray:
-        """Encode clips, see `Encoder`; `index` [B] are the indices of their videos."""
+        """Encode clips, see `Encoder`; `index` [B] holds the videos' indices."""
         del index
         return self.encoder(video)
 
