@@ -45,7 +45,7 @@ def _sized_parameters(parameters: bytes, num_blocks: int) -> bytes:
       num_blocks: side in macroblocks of 16 pixels.
     """
     # Header, profile, constraints, level: 4 bytes. What follows are Exp-Golomb codes.
-    # 00 00 03 stands for 00 00, lest it look like a start code.
+    # 00 00 is written as 00 00 03, so that it does not look like a start code.
     plain = parameters.replace(b"\0\0\3", b"\0\0")
     bits = "".join(f"{byte:08b}" for byte in plain[4:])
     position = 0

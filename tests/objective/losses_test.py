@@ -81,7 +81,7 @@ def test_distances_are_those_to_the_nearest_predicted_token(rng):
 
 
 def test_prediction_variance_is_the_official_hinge(rng):
-    """Deviations as PyTorch's `var`, unbiased; averaged over mask types beforehand."""
+    """The hinge is of unbiased deviations, averaged over mask types first."""
     sizes, deviations = (4, 9), []
     predictions = [normal(rng, 3, m, 6) for m in sizes]
     scale = rng.uniform(0.2, 1.5, 6)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 Grid = tuple[int, int, int]
 
 
-def normalise_target(h: jax.Array, num_levels: int = 1, eps: float = 1e-5) -> jax.Array:
+def normalise_target(h: jax.Array, num_levels: int = 1) -> jax.Array:
     """Layer-normalise features over channels in fp32, without parameters.
 
     The official code does this with the target encoder's output (`app/vjepa/train.py`),
@@ -18,7 +18,6 @@ def normalise_target(h: jax.Array, num_levels: int = 1, eps: float = 1e-5) -> ja
     Args:
       h: [..., D].
       num_levels: number of equal parts of the channels that are normalised separately.
-      eps: added to the variance.
 
     Returns:
       float32 [..., D].
@@ -26,7 +25,7 @@ def normalise_target(h: jax.Array, num_levels: int = 1, eps: float = 1e-5) -> ja
     levels = h.astype(jnp.float32).reshape(*h.shape[:-1], num_levels, -1)
     mean = levels.mean(-1, keepdims=True)
     variance = jnp.square(levels - mean).mean(-1, keepdims=True)
-    return ((levels - mean) * jax.lax.rsqrt(variance + eps)).reshape(h.shape)
+    return ((levels - mean) * jax.lax.rsqrt(variance + 1e-5)).reshape(h.shape)
 
 
 def deepest_level(h: jax.Array, num_levels: int) -> jax.Array:

@@ -237,7 +237,7 @@ def sample(
 
 
 def simulate_counts(
-    spec: MaskSpec, grid: Grid, group_size: int, groups: int, seed: int = 0
+    spec: MaskSpec, grid: Grid, group_size: int, groups: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Simulate the token counts of the official generator, in NumPy.
 
@@ -249,7 +249,6 @@ def simulate_counts(
       grid: (T, H, W).
       group_size: samples per group, which is a device's batch in the official code.
       groups: number of groups.
-      seed: random seed.
 
     Returns:
       Visible and hidden tokens that every sample of a group keeps, int [groups] each.
@@ -257,7 +256,7 @@ def simulate_counts(
     Raises:
       ValueError: nearly all masks hide every token.
     """
-    rng = np.random.RandomState(seed)
+    rng = np.random.RandomState(0)
     num_tokens = int(np.prod(grid))
     visible = np.empty(groups, int)
     hidden = np.empty(groups, int)

@@ -100,7 +100,7 @@ def _import_classifiers(
     return fields, params, ignored
 
 
-def import_file(file: files.WeightFile, hints: official.Hints = _NO_HINTS) -> Converted:
+def import_file(file: files.WeightFile, hints: official.Hints) -> Converted:
     """Convert the content of a file.
 
     Args:
