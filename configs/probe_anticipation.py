@@ -2,8 +2,8 @@ r"""What will happen next in the synthetic world's play: action anticipation.
 
 A context of 8 frames ends a third of a second (4 frames) before an object bounces off
 a wall or strikes another one. The verb is which of the walls, or a strike; the noun is
-the object's shape. An untrained model stands beside (`paper_random`); what the demo has
-is in docs/anticipation.md.
+the object's shape. Results of an untrained model are added (`paper_random`). Measured
+numbers are in docs/anticipation.md.
 
 The world must have been rendered with clips for it, here in a folder of its own:
 
@@ -22,7 +22,7 @@ def get_config():
     """Return the config."""
     config = settings.anticipation()
     config.random_init = True
-    config.epochs = 36  # in 12 the heads have hardly begun to fit
+    config.epochs = 36  # after 12 the heads have hardly begun to fit
     config.batch_size = 64
     config.test_batch_size = 128
     config.num_output_frames = 4

@@ -15,7 +15,7 @@ is best on the test set (`official_best_on_test_accuracy` here).
 Hours are estimates (docs/evaluation.md). V-JEPA's variants (`vjepa_*`) have its one
 head with one block.
 
-Command, DIR being a run (`--workdir`) or converted weights:
+Command; DIR is a run (`--workdir`) or converted weights:
 
     python -m vjepa_jax.probe --config=configs/probe_coin.py:vitl16 --checkpoint=DIR \
         --config.data.train_path=coin_train.csv --config.data.test_path=coin_test.csv

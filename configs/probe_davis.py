@@ -16,7 +16,7 @@ Published J&F, of V-JEPA 2.1's paper:
 Cost: the encoder once on every frame of the split, 2000 frames of 480 x 848 pixels in
 30 videos of `val`; J and F on the host. Neither data nor weights were at hand here.
 
-Commands, DIR being a run (`--workdir`) or converted weights:
+Commands; DIR is a run (`--workdir`) or converted weights:
 
     python -m vjepa_jax.probe --config=configs/probe_davis.py --checkpoint=DIR \
         --config.path=DAVIS

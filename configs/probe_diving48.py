@@ -12,11 +12,11 @@ encoder each; 3 views in tests; 100 epochs; 3 heads.
 | `vjepa_vith16`     | 87.9            |               |             |        |
 
 V-JEPA 2.1, by its paper: ViT-g 384 89.0, ViT-G 384 89.2. Published numbers are those of
-the head that is best on the test set (`official_best_on_test_accuracy` here); that of
-V-JEPA 1's ViT-H is by this protocol too, hence with 4 blocks.
+the head that is best on the test set (`official_best_on_test_accuracy` here). V-JEPA
+1's ViT-H was evaluated with the same protocol, so with 4 blocks.
 Hours are estimates (docs/evaluation.md).
 
-Command, DIR being a run (`--workdir`) or converted weights:
+Command; DIR is a run (`--workdir`) or converted weights:
 
     python -m vjepa_jax.probe --config=configs/probe_diving48.py:vitl16 \
         --checkpoint=DIR --config.data.train_path=diving48_train.csv \

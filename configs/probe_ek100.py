@@ -20,7 +20,7 @@ for encoder, predictor and heads, by `vjepa_jax/program/flops.py`: an estimate, 
 run here. `mask_index` is that of the released code; for a run that has trained one mask
 token alone, `--config.mask_index=0`.
 
-Command, DIR being a run (`--workdir`) or converted weights with a predictor:
+Command; DIR is a run (`--workdir`) or converted weights with a predictor:
 
     python -m vjepa_jax.probe --config=configs/probe_ek100.py:vitl16 --checkpoint=DIR \
         --config.data.train_path=EPIC_100_train.csv \

@@ -20,7 +20,7 @@ as videos are; the official code takes timm's policy for images.
 Hours are estimates (docs/evaluation.md). V-JEPA's variants (`vjepa_*`) have its one
 head with one block.
 
-Command, DIR being a run (`--workdir`) or converted weights; the images are a list, a
+Command; DIR is a run (`--workdir`) or converted weights; the images are a list, a
 folder of class folders, or of TFDS:
 
     python -m vjepa_jax.probe --config=configs/probe_in1k.py:vitl16 --checkpoint=DIR \

@@ -12,11 +12,11 @@ encoder each; 3 views in tests; 100 epochs; 3 heads.
 | `vjepa_vith16`     | 97.7            |               |             |        |
 
 Published numbers are those of the head that is best on the test set
-(`official_best_on_test_accuracy` here); that of V-JEPA 1's ViT-H is by this protocol
-too, hence with 4 blocks.
+(`official_best_on_test_accuracy` here). V-JEPA 1's ViT-H was evaluated with the same
+protocol, so with 4 blocks.
 Hours are estimates (docs/evaluation.md).
 
-Command, DIR being a run (`--workdir`) or converted weights:
+Command; DIR is a run (`--workdir`) or converted weights:
 
     python -m vjepa_jax.probe --config=configs/probe_jester.py:vitl16 \
         --checkpoint=DIR --config.data.train_path=jester_train.csv \
@@ -26,7 +26,7 @@ Command, DIR being a run (`--workdir`) or converted weights:
 import pathlib
 import runpy
 
-# Config files are no package: that of the same protocol is found beside this one.
+# Config files are not a package: the file of the same protocol is loaded by its path.
 _DIVING48 = runpy.run_path(str(pathlib.Path(__file__).with_name("probe_diving48.py")))
 
 

@@ -5,7 +5,7 @@ k-NN by cosine with weights exp(cosine / 0.07), as is usual for self-supervised 
 videos per class, ten draws of each; beside an untrained encoder. Cost: the encoder once
 on every video.
 
-Command, DIR being a run (`--workdir`) or converted weights:
+Command; DIR is a run (`--workdir`) or converted weights:
 
     python -m vjepa_jax.probe --config=configs/probe_neighbours.py --checkpoint=DIR \
         --config.data.train_path=ssv2_train.csv --config.data.test_path=ssv2_val.csv

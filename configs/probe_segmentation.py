@@ -14,7 +14,7 @@ Published mIoU, of V-JEPA 2.1's paper, whose training of the probe is not publis
 Cost: the encoder on every image of every epoch, and heads that cost little beside it.
 Neither data nor weights were at hand here: no published number is reproduced.
 
-Commands, DIR being a run (`--workdir`) or converted weights:
+Commands; DIR is a run (`--workdir`) or converted weights:
 
     python -m vjepa_jax.probe --config=configs/probe_segmentation.py:ade20k \
         --checkpoint=DIR --config.data.train_path=ade_train.txt \

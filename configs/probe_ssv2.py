@@ -18,7 +18,7 @@ the head that is best on the test set (`official_best_on_test_accuracy` here).
 Hours are estimates (docs/evaluation.md). V-JEPA's variants (`vjepa_*`) have its one
 head with one block.
 
-Command, DIR being a run (`--workdir`) or converted weights:
+Command; DIR is a run (`--workdir`) or converted weights:
 
     python -m vjepa_jax.probe --config=configs/probe_ssv2.py:vitl16 --checkpoint=DIR \
         --config.data.train_path=ssv2_train.csv --config.data.test_path=ssv2_val.csv

@@ -14,7 +14,7 @@ Command:
 import pathlib
 import runpy
 
-# Config files are not a package: the demo's file is found beside this one.
+# Config files are not a package: the demo's file is loaded by its path.
 _TINY = runpy.run_path(str(pathlib.Path(__file__).with_name("world_tiny.py")))
 
 

@@ -4,11 +4,11 @@
     python -m vjepa_jax.probe --config=configs/probe_X.py --checkpoint=CONVERTED
 
 `--config` takes the name of an evaluation (`health`, `physics:intphys`), with its
-defaults, or a file. Reads the checkpoint of a run, or converted weights; prints a table
-and writes it to `results_NAME.json` beside the checkpoints, NAME being the config's
-`name` or else its `evaluation`, and confusion matrices to `confusion_NAME.json`. The
-probe of the synthetic world writes `results.json`, `confusion.json` and pictures. One
-process computes, on all its devices.
+defaults, or a file. The command reads the checkpoint of a run, or converted weights. It
+prints a table, and writes it to `results_NAME.json` beside the checkpoints, and
+confusion matrices to `confusion_NAME.json`. NAME is the config's `name`, or its
+`evaluation` if it has no `name`. The evaluation of the synthetic world writes
+`results.json`, `confusion.json` and pictures. One process computes, on all its devices.
 """
 
 import json
