@@ -41,7 +41,7 @@ def _mask() -> Settings:
     s.add("inv_block", False)  # see the boxes, predict the rest
     s.add("token", 0, NOT_NEGATIVE)  # index of the mask token, see mask_token_per
     s.add("num_context", 0, NOT_NEGATIVE)  # visible tokens per clip; 0: from group_size
-    s.add("num_target", 0, NOT_NEGATIVE)  # predicted tokens per clip; 0: likewise
+    s.add("num_target", 0, NOT_NEGATIVE)  # predicted tokens per clip; 0: also from it
     return s
 
 
