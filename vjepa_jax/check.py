@@ -36,7 +36,6 @@ from vjepa_jax.program import flops
 from vjepa_jax.run import cli
 
 EXIT_TOO_MANY_BAD = 1
-EXIT_INTERRUPTED = 130
 
 # The share of a chip's peak that a step is assumed to reach; few steps reach more.
 ASSUMED_MFU = 0.5
@@ -215,7 +214,7 @@ def main() -> None:
             message = "--data" + message.removeprefix("data.path")
         raise UserError(message) from error
     except KeyboardInterrupt:
-        sys.exit(EXIT_INTERRUPTED)
+        sys.exit(cli.EXIT_INTERRUPTED)
     if share > limit:
         print(
             f"{share:.1%} of the videos are unreadable, more than {limit:.1%}: fix or "

@@ -34,8 +34,6 @@ from vjepa_jax.data.sources.open import open_source
 from vjepa_jax.run import cli
 from vjepa_jax.world import render
 
-EXIT_INTERRUPTED = 130
-
 _DEFAULTS = Encoding()
 
 
@@ -113,7 +111,7 @@ def _end_on_interrupt() -> None:
             file=sys.stderr,
             flush=True,
         )
-        os._exit(EXIT_INTERRUPTED)
+        os._exit(cli.EXIT_INTERRUPTED)
 
     threading.Thread(target=end, daemon=True).start()
 

@@ -13,6 +13,7 @@ from vjepa_jax.base.errors import UserError
 from vjepa_jax.base.host_memory import keep_freed_memory
 
 EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130  # as shells report a process that Ctrl-C ended
 
 # How ml_collections begins the message about a file that cannot be read.
 _NOT_LOADED = (

@@ -30,6 +30,7 @@ from vjepa_jax.data.jobs.worker_pool import CRASHED, TIMED_OUT
 from vjepa_jax.data.sources.open import open_mixture, open_source
 from vjepa_jax.data.sources.records import Joined, Record
 from vjepa_jax.data.transforms.transforms import ClipTransform
+from vjepa_jax.run import cli
 
 
 def run(*arguments, **options):
@@ -276,7 +277,7 @@ def test_interrupted_command_loses_nothing_and_continues(tmp_path):
             break
         time.sleep(0.002)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == check.EXIT_INTERRUPTED, err
+    assert process.returncode == cli.EXIT_INTERRUPTED, err
     assert f"of {num_videos + 1} videos; {partial} has them" in err
     assert "Traceback" not in err and "readable" in out
     assert not output.exists()
