@@ -87,7 +87,7 @@ def _run() -> Settings:
     # A folder of videos or images, a list of `path label` lines, a folder of prepared
     # shards, or tfds:NAME:SPLIT; several are separated by commas. See docs/data.md.
     s.add("data.path", "", Range(bool, "give a folder of videos or a list"))
-    s.add("data.mix_weights", ())  # share of clips of each path; (): by their lengths
+    s.add("data.mix_weights", ())  # share of clips of each path; (): by video counts
     s.add("data.num_workers", 8, NOT_NEGATIVE)  # decoding processes per stream; 0: none
     s.add("data.prefetch_megabytes", 2048.0, POSITIVE)  # decoded batches, per stream
     s.add("data.worker_timeout_secs", 300.0, POSITIVE)  # longest time for one video

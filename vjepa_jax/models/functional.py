@@ -19,8 +19,8 @@ _LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0}
 def platform() -> str:
     """Return the platform to compile for: `cpu`, `gpu` or `tpu`.
 
-    It is that of the mesh in use, else of the default backend, because the step is also
-    compiled for machines that are not present.
+    It is the platform of the mesh in use; without a mesh, that of the default backend.
+    The two differ when a step is compiled for a machine that is not present.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform

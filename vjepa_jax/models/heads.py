@@ -26,9 +26,9 @@ class AttentiveClassifier(nn.Module):
       num_heads: heads of every attention; divides the tokens' channels.
       depth: number of blocks, including the cross-attention.
       blocks_on_query: the other blocks follow the cross-attention and see only its
-        output (V-JEPA 1); otherwise they come first and see all tokens (V-JEPA 2). In
-        the former case the cross-attention also has the parameters of an output
-        projection that is not used, as in the official files.
+        output (V-JEPA 1); otherwise they come first and see all tokens (V-JEPA 2).
+        V-JEPA 1's cross-attention also has the parameters of an output projection that
+        is not used, as in the official files.
       outputs: (name, classes) of several linear layers, each with its own learned
         query, instead of the one of `num_classes` (V-JEPA 2's action anticipation).
       complete_block: False removes norms, residuals and MLP from the cross-attention

@@ -119,7 +119,7 @@ def make_teacher(
         another number of channels than the student predicts.
     """
     teacher, _ = make_models(trained)
-    # The student chooses how it computes.
+    # The teacher computes in the way that the student's config sets.
     teacher = teacher.clone(
         dtype=encoder.dtype,
         attention=encoder.attention,
@@ -156,7 +156,7 @@ def make_teacher(
 def _mask_indices(config: ConfigDict) -> dict[str, tuple[int, ...]]:
     """Return {stream: mask token of each of its mask types, in their order}.
 
-    A ConfigDict sorts its keys, hence the explicit `token` of mask types.
+    A ConfigDict sorts its keys, so mask types have an explicit `token`.
     """
     masks = {MAIN_STREAM: config.masks}
     masks |= {name: fields.masks for name, fields in config.streams.items()}

@@ -409,8 +409,8 @@ def _joined(name: str, computations: Computations, owner: str) -> tuple[Shape, .
     """Return the arrays that were concatenated to be exchanged as one.
 
     GPU programs exchange one flat array instead of several; a fusion or an instruction
-    concatenates them. An array that is no concatenation is returned as it is; a name
-    that is no instruction of `owner` gives ().
+    concatenates them. An array that is not a concatenation is returned unchanged; a
+    name that is not an instruction of `owner` gives ().
     """
     outer = computations[owner]
     if name not in outer:

@@ -279,7 +279,7 @@ class Checkpointer:
           data: JSON-like position of the data stream, `{"step", "fingerprint"}`.
           meta: JSON-like description of the run (config, model). The keys
             `format_version` and `versions` are added here.
-          force: save although none is due, as at the end of a run.
+          force: save even if no checkpoint is due, as at the end of a run.
 
         Returns:
           Whether a save was started; False if `step` is already saved.

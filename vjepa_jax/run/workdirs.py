@@ -38,7 +38,7 @@ _EVERY_SECS = 60.0
 
 
 def require_no_other_run(config: ConfigDict, workdir: str) -> None:
-    """Raise UserError if the workdir has a run of another config, or is no folder."""
+    """Raise UserError if the workdir has a run of another config or is no folder."""
     path = _path(workdir) / CONFIG_FILE
     if not path.exists():
         if path.parent.exists() and not path.parent.is_dir():

@@ -20,7 +20,7 @@ from vjepa_jax.weights import huggingface, rules
 from vjepa_jax.weights.rules import State
 
 # The encoders of an official file, in the order in which evaluations prefer them.
-# Distilled models keep the average of the student beside the others.
+# Files of distilled models also have the student's moving average, `ema_encoder`.
 ENCODER_KEYS = ("ema_encoder", "target_encoder", "encoder")
 # Entries that are not weights of a model, with the reason why they are not used.
 _NOT_A_MODEL = {
@@ -68,7 +68,7 @@ def read(path: str, key: str = "") -> WeightFile:
         `ENCODER_KEYS` that the file has.
 
     Raises:
-      UserError: there is no such file, it is not one of weights, or it has no such key.
+      UserError: the file is missing, has no weights, or does not have this key.
     """
     place = pathlib.Path(path).expanduser()
     if not place.exists():
