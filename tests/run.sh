@@ -6,4 +6,4 @@ bin=.venv/bin
 "$bin/ruff" format --check .
 "$bin/mypy"
 # Two workers, each test file in one of them: the tests of a file share their fixtures.
-exec "$bin/python" -m pytest -n 2 --dist loadfile "$@"
+exec "$bin/python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
