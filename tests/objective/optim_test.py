@@ -171,8 +171,7 @@ def test_updates_are_those_of_pytorchs_adamw_under_both_schedules(b2, rng):
     tx = optim.make_optimizer(
         optim.warmup_cosine(0.01, 0.1, 0.0, 4, 15),
         optim.cosine(0.1, 0.9, 15),
-        0.8,
-        b2,
+        (0.8, b2),
         eps,
     )
     expected = pytorch_adamw(

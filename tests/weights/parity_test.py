@@ -221,8 +221,8 @@ def check_training(golden, report):
     check_forward(golden, encoder, predictor, params, target, report)
 
     rate, decay, momentum = make_schedules(meta["optimizer"])
-    b1, b2 = meta["optimizer"]["betas"]
-    tx = optim.make_optimizer(rate, decay, b1, b2, meta["optimizer"]["eps"])
+    betas = tuple(meta["optimizer"]["betas"])
+    tx = optim.make_optimizer(rate, decay, betas, meta["optimizer"]["eps"])
     opt_state = quick_jit(tx.init)(params)
     compute_grads = quick_jit(jax.grad(objective.loss, has_aux=True))
 

@@ -105,8 +105,7 @@ def is_decayed(params: Any) -> Any:
 def make_optimizer(
     learning_rate: Schedule,
     weight_decay: Schedule,
-    b1: float = 0.9,
-    b2: float = 0.999,
+    betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     clip_norm: float = 0.0,
     clip_start_step: int = 0,
@@ -118,7 +117,7 @@ def make_optimizer(
 
     Args:
       learning_rate, weight_decay: schedules.
-      b1, b2, eps: Adam's constants.
+      betas, eps: Adam's constants.
       clip_norm: largest global norm of each module's gradient (encoder and predictor
         separately, as V-JEPA does); 0: no clipping.
       clip_start_step: first step whose gradient is clipped.
@@ -127,7 +126,7 @@ def make_optimizer(
     return optax.chain(
         # The identity keeps the state's structure the same with and without clipping.
         clip if clip_norm else optax.identity(),
-        optax.scale_by_adam(b1, b2, eps),
+        optax.scale_by_adam(*betas, eps),
         _decay_and_scale(learning_rate, weight_decay),
     )
 

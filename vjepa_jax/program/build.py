@@ -253,7 +253,7 @@ def make_optimizer(config: ConfigDict) -> optax.GradientTransformationExtraArgs:
     schedules, o = make_schedules(config), config.optim
     rates = schedules["learning_rate"], schedules["weight_decay"]
     return optim.make_optimizer(
-        *rates, o.b1, o.b2, o.eps, o.clip_norm, o.clip_start_step
+        *rates, (o.b1, o.b2), o.eps, o.clip_norm, o.clip_start_step
     )
 
 
