@@ -172,7 +172,7 @@ def test_anticipate_refuses_unknown_mask_tokens_and_positions(tmp_path, model, r
     tabled = frozen.load(save(tmp_path, config, random_params(config)))
     far = tabled.anticipate(video, [1], num_steps=1)
     assert np.abs(tabled.anticipate(video, [0]) - far)[:, 8:].max() > 1e-3
-    with pytest.raises(UserError, match=r"for 4 time steps .* ahead of it takes 5"):
+    with pytest.raises(UserError, match=r"for 4 time steps .* predicted time takes 5"):
         tabled.anticipate(video, [2])
 
 
