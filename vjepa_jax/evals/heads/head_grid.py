@@ -24,6 +24,8 @@ from vjepa_jax.evals.frozen import fill_up
 from vjepa_jax.objective import optim
 from vjepa_jax.parallel import sharding
 
+_LOG_SECS = 10  # between two lines about the progress of training
+
 # (a head's outputs in float32, labels [B, ...]) -> float32 [B]
 Loss = Callable[[Any, jax.Array], jax.Array]
 
@@ -189,8 +191,10 @@ class HeadGrid:
                 losses.block_until_ready()
             losses = self.update(*batch)
             if step % steps_per_epoch == 0:
-                logging.info(
+                logging.log_every_n_seconds(
+                    logging.INFO,
                     "epoch %d of %d: lowest loss of %d heads %.4f after %.0f s",
+                    _LOG_SECS,
                     step // steps_per_epoch,
                     self.training.total_steps // steps_per_epoch,
                     len(self.heads),
