@@ -117,7 +117,7 @@ def rooms() -> Picture:
         right - left,
         44,
         "commands",
-        "train  probe  report  convert  compile_check  prepare  check",
+        "train  probe  report  convert  compile_check  prepare  check  make_list",
         "orange",
     )
     colours = {

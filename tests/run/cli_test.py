@@ -29,6 +29,7 @@ def run(*command, **env):
         ("data.prepare", ["--config", "--data", "--output"]),
         ("check", ["--config", "--data", "--deep"]),
         ("data.check", ["--config", "--data", "--deep"]),
+        ("make_list", ["--table", "--output", "--class"]),
     ],
 )
 def test_help_explains_the_command_and_its_own_flags(module, shown):
