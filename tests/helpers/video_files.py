@@ -9,8 +9,7 @@ from fractions import Fraction
 import av
 import numpy as np
 
-# Turns the frame clockwise by 90 degrees: 16.16 and 2.30 fixed point numbers.
-_CLOCKWISE = struct.pack(">9i", 0, 1 << 16, 0, -(1 << 16), 0, 0, 0, 0, 1 << 30)
+CLOCKWISE = ((0, 1), (-1, 0))  # a matrix that turns a frame by 90 degrees
 
 
 def moving_frames(
@@ -73,14 +72,20 @@ def write_video(
     return str(path)
 
 
-def write_rotated_video(path, frames: np.ndarray) -> str:
-    """Encode frames as they are, with the order to show them turned clockwise."""
+def write_rotated_video(path, frames: np.ndarray, matrix=CLOCKWISE) -> str:
+    """Encode frames as they are in an MP4 or MOV file, with a matrix to show them.
+
+    A pixel stored in column x and row y is shown in column `a x + c y` and row
+    `b x + d y`, where `matrix` is `((a, b), (c, d))`.
+    """
     write_video(path, frames)
+    (a, b), (c, d) = (np.asarray(matrix) * (1 << 16)).astype(int).tolist()
     with open(path, "r+b") as file:
         content = file.read()
-        # The matrix of a version 0 track header starts 44 bytes after the box's type.
+        # The matrix of a version 0 track header starts 44 bytes after the box's type:
+        # 16.16 and 2.30 fixed point numbers.
         file.seek(content.index(b"tkhd") + 44)
-        file.write(_CLOCKWISE)
+        file.write(struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30))
     return str(path)
 
 

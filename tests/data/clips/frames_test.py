@@ -117,19 +117,6 @@ def test_official_resize_is_that_of_pytorch():
         assert np.abs(out - expected.numpy()).max() <= 0.501
 
 
-@pytest.mark.parametrize("turns", range(4))
-@pytest.mark.parametrize("box", [(0, 0, 50, 70), (3, 8, 21, 30), (49, 69, 1, 1)])
-def test_boxes_of_turned_frames(turns, box):
-    top, left, height, width = box
-    stored = np.arange(50 * 70).reshape(50, 70)
-    if turns % 2:
-        stored = stored.reshape(70, 50)
-    shown = np.rot90(stored, turns)
-    a, b, c, d = frames._stored_box(box, *stored.shape, turns)
-    cut = np.rot90(stored[a : a + c, b : b + d], turns)
-    np.testing.assert_array_equal(cut, shown[top : top + height, left : left + width])
-
-
 @pytest.mark.parametrize("resize", RESIZES)
 def test_frames_of_another_size_keep_to_the_first(resize):
     first, second = (

@@ -1,4 +1,4 @@
-"""Write decoded frames into a clip: rotated, cropped and resized, as RGB."""
+"""Write decoded frames into a clip: upright, cropped and resized, as RGB."""
 
 from collections.abc import Callable, Iterable
 from fractions import Fraction
@@ -7,6 +7,7 @@ import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
 
+from vjepa_jax.data.clips.orientation import Orientation
 from vjepa_jax.data.transforms.transforms import Box
 
 # Takes the height and the width of the displayed frame. Returns a box inside it for all
@@ -33,23 +34,24 @@ class ClipWriter:
 
     def start(self, frame: av.VideoFrame) -> None:
         """Choose the boxes and the layout by the first decoded frame of the clips."""
-        self._layout = frame.width, frame.height, frame.format.name
+        self._format = frame.format.name
+        self._shown = Orientation.of(frame).swap(frame.height, frame.width)
         self._to_layout = VideoReformatter()
         self._to_rgb = VideoReformatter()
-        self._scalers: dict[Box, av.filter.Graph] = {}
-        self._turns = round(frame.rotation / 90) % 4
-        shape = frame.height, frame.width
-        boxes = self._crop(*shape[:: -1 if self._turns % 2 else 1])
+        self._scalers: dict[tuple[int, Box], av.filter.Graph] = {}
+        boxes = self._crop(*self._shown)
         boxes = np.broadcast_to(boxes, (len(self.frames), 4)).tolist()
-        self._boxes = [_stored_box(tuple(b), *shape, self._turns) for b in boxes]
+        self._boxes = [tuple(box) for box in boxes]
 
     def put(self, frame: av.VideoFrame, slots: Iterable[int]) -> None:
         """Write a decoded frame as the clip's frames with the indices `slots`."""
-        width, height, pixel_format = self._layout
-        if (frame.width, frame.height, frame.format.name) != self._layout:
-            # The layout may change within a stream; that of the first frame is kept.
+        orientation = Orientation.of(frame)
+        # All may change within a stream; what the first frame shows keeps its size.
+        height, width = orientation.swap(*self._shown)
+        layout = height, width, self._format
+        if (frame.height, frame.width, frame.format.name) != layout:
             frame = self._to_layout.reformat(
-                frame, width=width, height=height, format=pixel_format, threads=1
+                frame, width=width, height=height, format=self._format, threads=1
             )
         written: dict[Box, int] = {}
         for slot in slots:
@@ -59,46 +61,37 @@ class ClipWriter:
                 continue
             written[box] = slot
             if box[2:] == out.shape[:2] or self._resize == "official":
-                self._convert_then_crop(frame, box, out)
+                self._convert_then_crop(frame, orientation, box, out)
             else:
-                self._crop_then_scale(frame, box, out)
+                self._crop_then_scale(frame, orientation, box, out)
 
     def _convert_then_crop(
-        self, frame: av.VideoFrame, box: Box, out: np.ndarray
+        self, frame: av.VideoFrame, orientation: Orientation, box: Box, out: np.ndarray
     ) -> None:
         """Crop the RGB frame, whose pixels are those of a plain decode."""
         # One thread: a pool of them costs more than the conversion of a small frame.
         frame = self._to_rgb.reformat(frame, format="rgb24", threads=1)
         pixels = view_plane(frame.planes[0], frame.height, 3 * frame.width)
-        pixels = pixels.reshape(frame.height, frame.width, 3)
+        pixels = orientation.apply(pixels.reshape(frame.height, frame.width, 3))
         top, left, height, width = box
-        pixels = np.rot90(pixels[top : top + height, left : left + width], self._turns)
+        pixels = pixels[top : top + height, left : left + width]
         if pixels.shape != out.shape:
             pixels = resize_bilinear(pixels, len(out))
         out[:] = pixels
 
-    def _crop_then_scale(self, frame: av.VideoFrame, box: Box, out: np.ndarray) -> None:
+    def _crop_then_scale(
+        self, frame: av.VideoFrame, orientation: Orientation, box: Box, out: np.ndarray
+    ) -> None:
         """Scale the stored pixels of the box only, with antialiasing."""
-        if box not in self._scalers:
-            self._scalers[box] = _make_scaler(frame, box, len(out))
-        self._scalers[box].vpush(frame)
-        frame = self._scalers[box].vpull()
+        box = orientation.stored_box(box, self._shown)
+        key = frame.width, box
+        if key not in self._scalers:
+            self._scalers[key] = _make_scaler(frame, box, len(out))
+        self._scalers[key].vpush(frame)
+        frame = self._scalers[key].vpull()
         for channel, plane in zip((1, 2, 0), frame.planes, strict=True):  # G, B, R
             pixels = view_plane(plane, frame.height, frame.width)
-            out[..., channel] = np.rot90(pixels, self._turns)
-
-
-def _stored_box(box: Box, height: int, width: int, turns: int) -> Box:
-    """Return where a box of the displayed frame lies in the stored frame.
-
-    The displayed frame is the stored one after `turns` quarter turns to the left.
-    """
-    for turn in range(turns, 0, -1):
-        # Undo one turn to the left: rows were columns, counted from the right.
-        top, left, box_height, box_width = box
-        across = width if turn % 2 else height
-        box = left, across - top - box_height, box_width, box_height
-    return box
+            out[..., channel] = orientation.apply(pixels)
 
 
 def _make_scaler(frame: av.VideoFrame, box: Box, size: int) -> av.filter.Graph:

@@ -1,9 +1,13 @@
-"""Images, and label images: the number of a class or an object per pixel."""
+"""Images, and label images: the number of a class or an object per pixel.
 
+Both are read upright: turned and mirrored as their EXIF data states.
+"""
+
+import contextlib
 import pathlib
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from vjepa_jax.base import files
 from vjepa_jax.base.errors import UserError
@@ -19,6 +23,12 @@ def _unreadable(path: pathlib.Path, error: Exception) -> UserError:
     return UserError(f"{path} cannot be read ({error}): fix or remove it")
 
 
+def _turn_upright(image: Image.Image) -> None:
+    image.load()
+    with contextlib.suppress(Exception):  # damaged EXIF data states nothing
+        ImageOps.exif_transpose(image, in_place=True)
+
+
 def read_image(
     path: pathlib.Path,
     size: tuple[int, int],
@@ -30,8 +40,8 @@ def read_image(
     Args:
       path: of the file.
       size: (height, width) of the output.
-      box: (top, left, height, width) to crop; None: the whole image.
-      shape: (height, width) of the label image, which must be the file's; None: any.
+      box: (top, left, height, width) of the upright image to crop; None: all of it.
+      shape: (height, width) of the label image, which must be the image's; None: any.
 
     Returns:
       uint8 [height, width, 3].
@@ -41,10 +51,13 @@ def read_image(
     """
     try:
         with Image.open(path) as image:
+            stored = image.size
+            _turn_upright(image)
             if shape is not None and image.size != shape[::-1]:
                 width, height = image.size
+                turned = ", turned as its EXIF data state," * (image.size != stored)
                 raise UserError(
-                    f"{path} has {height}x{width} pixels and its label image "
+                    f"{path}{turned} has {height}x{width} pixels and its label image "
                     f"{shape[0]}x{shape[1]}: give both the same size"
                 )
             edges = None
@@ -73,6 +86,7 @@ def read_labels(path: pathlib.Path) -> np.ndarray:
                     f"{path} is an image of mode {image.mode}: give a PNG with the "
                     "number of a class or object per pixel, palette or grey"
                 )
+            _turn_upright(image)
             return np.asarray(image).astype(np.uint8)
     except UserError:
         raise

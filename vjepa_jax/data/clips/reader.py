@@ -23,6 +23,7 @@ from vjepa_jax.data.clips.media import (
     open_media,
     retried,
 )
+from vjepa_jax.data.clips.orientation import Orientation
 from vjepa_jax.data.clips.sampling import LowFrameRateError, Sampling
 from vjepa_jax.data.sources.records import Record, Source
 
@@ -68,9 +69,9 @@ class ClipReader:
     ) -> np.ndarray:
         """Read the clips of one record in one pass, cropped and resized to squares.
 
-        Rotation given in the container is applied; a pixel aspect ratio is not. The
-        crop is resized bilinearly. If it has the right size already, the pixels are
-        those of a plain decode.
+        Turns and mirroring that the file states are applied (see `Orientation`); a
+        pixel aspect ratio is not. The crop is resized bilinearly. If it has the right
+        size already, the pixels are those of a plain decode.
 
         Args:
           record: a record, or the path or URL of a file.
@@ -296,12 +297,11 @@ def _inspect(path: str, content: bytes | None, deep: bool, limits: Limits) -> Vi
         with media.open(probe=True) as video:
             for frame, _ in packets.decode_counted(video, strict=deep):
                 if not num_decoded:
-                    shape = frame.width, frame.height
-                    is_upright = round(frame.rotation / 90) % 2 == 0
+                    shown = Orientation.of(frame).swap(frame.height, frame.width)
                 num_decoded += 1
                 if not deep:
                     break
-    width, height = shape if is_upright else shape[::-1]
+    height, width = shown
     num, fps = num_decoded if deep else index.num_frames, index.fps
     return VideoInfo(num, width, height, fps, codec, num / fps if fps else None)
 

@@ -33,6 +33,7 @@ from vjepa_jax.data.clips.media import (
     open_media,
     retried,
 )
+from vjepa_jax.data.clips.orientation import Orientation
 
 # x264's macroblock tree reads uninitialised memory: with it the same frames may make
 # different files.
@@ -94,11 +95,11 @@ def reencode(path: str, encoding: Encoding) -> EncodedVideo:
     """Re-encode a local or remote video or image, without sound.
 
     Frames keep their times; with `encoding.fps`, only the frames nearest to multiples
-    of its inverse are kept. They are rotated as the container states, and scaled down
-    to the short side. In a damaged stream, packets that the decoder rejects and frames
-    that are late for their time are skipped. Odd sides lose a row or a column. Colours
-    keep their matrix and become 8-bit, limited-range 4:2:0. The pixel aspect ratio is
-    dropped, since `ClipReader` ignores it.
+    of its inverse are kept. They are turned and mirrored as the source states (see
+    `Orientation`), and scaled down to the short side. In a damaged stream, packets that
+    the decoder rejects and frames that are late for their time are skipped. Odd sides
+    lose a row or a column. Colours keep their matrix and become 8-bit, limited-range
+    4:2:0. The pixel aspect ratio is dropped, since `ClipReader` ignores it.
 
     Raises:
       DecodeError: the source has no frame, or several that all have the same time.
@@ -266,20 +267,20 @@ def _add_stream(
 
 
 class _Converter:
-    """Scales frames in 8-bit 4:2:0, crops them to even sides and rotates them."""
+    """Scales frames in 8-bit 4:2:0, crops them to even sides and turns them upright."""
 
     def __init__(self, first: av.VideoFrame, short_side: int):
-        # Size and rotation of the first frame hold for all, even if the stream changes.
-        stored = first.height, first.width
-        self._turns = round(first.rotation / 90) % 4
-        self._size = output_size(*stored, short_side)
+        # What the first frame shows has the size of all, even if the stream changes.
+        shown = Orientation.of(first).swap(first.height, first.width)
+        self._size = output_size(*shown, short_side)
         # Cropped, not scaled: scaling by one percent would blur.
-        is_kept = min(stored) <= short_side and min(stored) > 1
-        self._scaled_to = stored if is_kept else self._size
+        is_kept = min(shown) <= short_side and min(shown) > 1
+        self._scaled_to = shown if is_kept else self._size
         self._reformatter = VideoReformatter()
 
     def __call__(self, frame: av.VideoFrame) -> av.VideoFrame:
-        height, width = self._scaled_to
+        orientation = Orientation.of(frame)
+        height, width = orientation.swap(*self._scaled_to)
         scaled = self._reformatter.reformat(
             frame,
             width=width,
@@ -289,16 +290,15 @@ class _Converter:
             dst_color_range=ColorRange.MPEG,
             threads=1,
         )
-        if not self._turns and self._scaled_to == self._size:
+        if orientation == Orientation() and self._scaled_to == self._size:
             return scaled
-        height, width = self._size
+        height, width = orientation.swap(*self._size)
         planes = []
         for plane, half in zip(scaled.planes, (1, 2, 2), strict=True):
             pixels = view_plane(plane, height // half, width // half)
-            planes.append(np.rot90(pixels, self._turns).ravel())
-        if self._turns % 2:
-            height, width = width, height
+            planes.append(orientation.apply(pixels).ravel())
+        height, width = self._size
         stacked = np.concatenate(planes).reshape(height * 3 // 2, width)
-        turned = av.VideoFrame.from_ndarray(stacked, format="yuv420p")
-        turned.colorspace, turned.color_range = scaled.colorspace, scaled.color_range
-        return turned
+        upright = av.VideoFrame.from_ndarray(stacked, format="yuv420p")
+        upright.colorspace, upright.color_range = scaled.colorspace, scaled.color_range
+        return upright
