@@ -84,7 +84,7 @@ def _display_matrix(frame: av.VideoFrame) -> np.ndarray | None:
         side_data = _with_named_data(frame).side_data
     for data in cast("Iterable[SideData]", side_data):  # PyAV's hint is wrong
         if data.type is Type.DISPLAYMATRIX:  # `ffmpeg` takes the first one, too
-            return np.frombuffer(data, np.int32).reshape(3, 3)
+            return np.frombuffer(bytes(data), np.int32).reshape(3, 3)
     return None
 
 
