@@ -1,5 +1,6 @@
 """Handle paths that may be remote; write files that appear when they are complete."""
 
+import codecs
 import contextlib
 import os
 import shutil
@@ -8,7 +9,17 @@ from collections.abc import Iterator
 
 from etils import epath
 
+from vjepa_jax.base.errors import UserError
+
 PathLike = str | os.PathLike[str]
+
+# The mark of UTF-32 begins with that of UTF-16.
+_MARKS = (
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
 
 
 def is_remote(path: PathLike) -> bool:
@@ -20,6 +31,27 @@ def absolute(path: PathLike) -> str:
     """Return a local path as an absolute one, and a URL as it is."""
     text = os.fspath(path)
     return text if is_remote(text) else os.path.abspath(os.path.expanduser(text))
+
+
+def read_text(path: PathLike) -> str:
+    """Read a local or remote text file: UTF-8, or what its byte order mark says.
+
+    Bytes that are not UTF-8 become surrogates, as in Python's names of files.
+
+    Raises:
+      UserError: its byte order mark is wrong.
+    """
+    content = epath.Path(path).read_bytes()
+    for mark, encoding in _MARKS:
+        if content.startswith(mark):
+            try:
+                return content.decode(encoding)
+            except UnicodeDecodeError as error:
+                raise UserError(
+                    f"{os.fspath(path)} begins like {encoding.upper()} text, but is "
+                    "none: save it as UTF-8"
+                ) from error
+    return content.decode("utf-8-sig", "surrogateescape")
 
 
 @contextlib.contextmanager

@@ -45,13 +45,66 @@ def test_lines_of_a_list(tmp_path, line, entry):
     assert records(source)[1:] == [(str(tmp_path / entry), 7)]
 
 
-def test_lists_with_byte_order_mark_and_carriage_returns(tmp_path):
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16-le", "utf-16-be", "utf-32-le"])
+@pytest.mark.parametrize("line_end", ["\n", "\r\n", "\r"])
+def test_lists_with_byte_order_mark_and_carriage_returns(tmp_path, encoding, line_end):
     path = tmp_path / "train.csv"
-    path.write_bytes(b"\xef\xbb\xbfa.mp4 1\r\nb.mp4 2\r\n")
+    lines = ["\ufeffé 日本.mp4 1", "", "b.mp4\t2", ""]
+    path.write_bytes(line_end.join(lines).encode(encoding))
     assert relative_records(VideoList.from_list_file(str(path)), tmp_path) == [
-        ("a.mp4", 1),
+        ("é 日本.mp4", 1),
         ("b.mp4", 2),
     ]
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("a.mp4 1\n".encode("utf-16-le"), "this is not UTF-8 text: save it as UTF-8"),
+        ("a.mp4 1\n".encode("utf-16")[:-1], "begins like UTF-16 text, but is none"),
+    ],
+)
+def test_lists_of_unknown_encodings_are_refused(tmp_path, content, message):
+    path = tmp_path / "train.csv"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        VideoList.from_list_file(str(path))
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "line, hint",
+    [
+        ("a.mp4,3", "separated by a space, a tab or '::'"),
+        ("a.mp4, 3", "separated by a space, a tab or '::'"),
+        ("# list 2", "remove comments"),
+        ("my take 7 3", "put a path that ends in a number in double quotes"),
+    ],
+)
+def test_bad_lines_say_what_to_do(tmp_path, line, hint):
+    with pytest.raises(UserError, match=hint):
+        VideoList.from_list_file(write_list(tmp_path, line))
+
+
+@pytest.mark.parametrize("scheme", ["http", "https", "ftp", "file", "rtsp"])
+def test_urls_are_not_downloaded(tmp_path, scheme):
+    url = f"{scheme}://example.com/a.mp4"
+    message = f"is a URL, but videos are not downloaded: '{url}'"
+    path = write_list(tmp_path, f"a.mp4 1\n{url} 0\n")
+    with pytest.raises(
+        UserError, match=rf"train\.csv:2: the path {message}; download them"
+    ):
+        VideoList.from_list_file(path)
+    np.save(tmp_path / "list.npy", np.array(["a.mp4", url]))
+    with pytest.raises(UserError, match=f"entry 1 {message}"):
+        VideoList.from_array_file(str(tmp_path / "list.npy"))
+    with pytest.raises(UserError, match=f"data.path {message}"):
+        open_source(url)
+
+
+def test_urls_of_stores_may_be_listed(tmp_path):
+    path = write_list(tmp_path, "gs://bucket/a b.mp4 3 4\n")
+    assert records(VideoList.from_list_file(path)) == [("gs://bucket/a b.mp4", 3)]
 
 
 def test_file_names_in_other_encodings_are_found(tmp_path):
@@ -67,6 +120,7 @@ def test_file_names_in_other_encodings_are_found(tmp_path):
     "line",
     [
         *("path label", "a.mp4", "a.mp4 1.5", "a.mp4,3", " 3", "::3", "a\0b.mp4 3"),
+        *("a.mp4, 3", "a.mp4;3", '"" 3', "a.mp4 3 b", "# list 2", "a.mp4 ３"),
         *("a.mp4 99999999999999999999", f"a.mp4::{2**63}", f"a.mp4 {-(2**63) - 1} "),
         *(f"a.mp4 {10**20} 3", f"a.mp4 {'9' * 5000}", f"a.mp4 {'9' * 5000} 3"),
     ],
@@ -214,7 +268,25 @@ def test_fingerprint_survives_moving_the_dataset(tmp_path):
         ("a.mp4 3 5", "a.mp4", 3),
         ("a.mp4::3::5", "a.mp4", 3),
         ("a.mp4 3 120 7", "a.mp4", 3),
+        ("a.mp4 -1 150", "a.mp4", -1),
+        ("a.mp4 -1 -1", "a.mp4", -1),
+        ("a.mp4 3 1.5 2e3", "a.mp4", 3),
+        ("a.mp4::-1::150", "a.mp4", -1),
+        ("a.mp4\t-1\t150", "a.mp4", -1),
+        ("a.mp4\t\t3", "a.mp4", 3),
+        ("take 7\t3", "take 7", 3),
+        ("take 7\t3\t5", "take 7", 3),
+        ("take 7::3::5", "take 7", 3),
+        ('"take 7" 3', "take 7", 3),
+        ('"take 7" 3 5', "take 7", 3),
+        ('"take 7"\t3', "take 7", 3),
+        ('"take 7"::-3', "take 7", -3),
+        ('"a.mp4" "3" "5"', "a.mp4", 3),
         ("my video.mp4 3", "my video.mp4", 3),
+        ("my video.mp4 3 5", "my video.mp4", 3),
+        ("my video 7.mp4 3", "my video 7.mp4", 3),
+        ("my video 7.mp4 3 5", "my video 7.mp4", 3),
+        ("my video 2.5 3", "my video 2.5", 3),
     ],
 )
 def test_of_further_columns_the_first_number_is_the_label(tmp_path, line, entry, label):

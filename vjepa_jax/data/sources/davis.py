@@ -9,6 +9,7 @@ import dataclasses
 import pathlib
 
 from vjepa_jax.base.errors import UserError
+from vjepa_jax.base.files import read_text
 
 FRAMES, LABELS, LISTS = "JPEGImages", "Annotations", "ImageSets"
 
@@ -46,7 +47,7 @@ def list_videos(path: str, split: str, quality: str) -> list[LabelledVideo]:
             "config.split one of its lists (docs/segmentation.md)"
         )
     videos = []
-    for name in names.read_text().split():
+    for name in read_text(names).split():
         frames, labels = (
             tuple(_files(root / kind / quality / name)) for kind in (FRAMES, LABELS)
         )

@@ -2,13 +2,14 @@
 
 import io
 import os
+import re
 from collections.abc import Iterable, Mapping
 
 import numpy as np
 from etils import epath
 
 from vjepa_jax.base.errors import UserError
-from vjepa_jax.base.files import absolute, is_remote
+from vjepa_jax.base.files import absolute, is_remote, read_text
 from vjepa_jax.data.sources.records import Record, Source, digest_of
 
 VIDEO_SUFFIXES = (
@@ -27,7 +28,21 @@ VIDEO_SUFFIXES = (
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 MEDIA_SUFFIXES = VIDEO_SUFFIXES + IMAGE_SUFFIXES
 
+# Those of `etils.epath`; each needs the client of its store.
+_STORES = ("gs://", "s3://", "az://", "hf://")
+
 _LABELS = np.iinfo(np.int64)
+
+# Between columns; the first that makes columns of a line is that of the line.
+_SEPARATORS = tuple(map(re.compile, (r" *\t\s*", r"\s*::\s*", r"\s+")))
+_SPACE_OR_COLONS = re.compile(r"\s*::\s*|\s+")
+_INTEGER = re.compile(r'[+-]?[0-9]+|"[+-]?[0-9]+"')
+_NUMBER = re.compile(
+    r'"?[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?"?', re.IGNORECASE
+)
+_PLAIN = re.compile(r'([^\s"\0]*[^\s"\0#,;]) (-?[0-9]{1,18})')
+_QUOTED = re.compile(r'"((?:[^"]|"")+)"(?:\s*::\s*|\s+)(.+)')
+_SUFFIX = re.compile(r"\.[0-9]?[a-z]\w{0,4}$", re.IGNORECASE)
 
 
 class VideoList(Source):
@@ -101,33 +116,30 @@ class VideoList(Source):
         """Read a text file with one `path label` per line.
 
         The formats of the official code (`src/datasets/video_dataset.py`) are read:
-        fields are separated by white space or by `::`, there is no header, and further
-        columns of integers after the label are ignored. In addition, paths may contain
+        columns are separated by white space or by `::`, there is no header, and further
+        columns of numbers after the label are ignored. In addition, paths may contain
         spaces and may stand in double quotes. Relative paths are resolved against the
-        list file's folder. Blank lines are skipped.
+        list file's folder. Blank lines are skipped. The text is UTF-8, or UTF-16 with a
+        byte order mark.
 
         Raises:
           UserError: a line has another form; the message names file and line.
         """
         path = absolute(path)
-        content = io.BytesIO(epath.Path(path).read_bytes())
         entries, labels = [], []
-        with io.TextIOWrapper(
-            content, encoding="utf-8-sig", errors="surrogateescape"
-        ) as lines:
-            for number, line in enumerate(lines, start=1):
-                line = line.strip()
-                if not line:
-                    continue
+        lines = io.StringIO(read_text(path), newline=None)  # of any system
+        for number, line in enumerate(lines, start=1):
+            line = line.strip()
+            if not line:
+                continue
+            try:
                 entry, label = _split(line)
-                if entry is None:
-                    raise UserError(
-                        f"{path}:{number}: expected 'path label' with a whole number "
-                        "of at most 64 bits as label, found "
-                        f"{_shortened(line)!r}; videos without a class take the label 0"
-                    )
-                entries.append(entry)
-                labels.append(label)
+            except ValueError as error:
+                raise UserError(f"{path}:{number}: {error}") from None
+            if problem := path_problem(entry):
+                raise UserError(f"{path}:{number}: the path {problem}")
+            entries.append(entry)
+            labels.append(label)
         return cls(path, os.path.dirname(path), entries, labels)
 
     @classmethod
@@ -172,28 +184,73 @@ class VideoList(Source):
         return cls(root, root, entries, labels)
 
 
-def _split(line: str) -> tuple[str | None, int]:
-    for separator in ("::", None):
-        fields = line.rsplit(separator, maxsplit=1)
-        if len(fields) < 2:
+def _split(line: str) -> tuple[str, int]:
+    """Return the path and the label of a line; raise ValueError with the reason."""
+    plain = _PLAIN.fullmatch(line)  # as nearly all lines of long lists
+    if plain and "::" not in line:
+        return plain[1], int(plain[2])
+    if "\0" in line:
+        raise _bad_line(line, "; this is not UTF-8 text: save it as UTF-8")
+    if line.startswith(("# ", "#\t")):
+        raise _bad_line(line, "; remove comments")
+    quoted = _QUOTED.match(line)
+    if quoted:
+        label, *others = _SPACE_OR_COLONS.split(quoted[2])
+        if _INTEGER.fullmatch(label) and all(map(_NUMBER.fullmatch, others)):
+            return quoted[1].replace('""', '"'), _as_label(label, line)
+    for separator in _SEPARATORS:
+        cuts = [match.span() for match in separator.finditer(line)]
+        starts, ends = (0, *(end for _, end in cuts)), (*(at for at, _ in cuts), None)
+        fields = [line[i:j] for i, j in zip(starts, ends, strict=True)]
+        # A label is a whole number and followed by numbers only.
+        first = len(fields)
+        while first > 1 and _NUMBER.fullmatch(fields[first - 1]):
+            first -= 1
+        columns = [
+            i for i in range(first, len(fields)) if _INTEGER.fullmatch(fields[i])
+        ]
+        if not columns:
             continue
-        entry = fields[0].strip()
-        try:
-            label = int(fields[1])
-            first, *others = entry.split(separator)
-            if others and all(other.strip().isdecimal() for other in others):
-                # Further columns: the official code takes the first two.
-                entry, label = first.strip(), int(others[0])
-        except ValueError:
-            continue
-        if not _LABELS.min <= label <= _LABELS.max:
-            continue
-        if len(entry) > 1 and entry[0] == entry[-1] == '"':
-            entry = entry[1:-1].replace('""', '"')
-        # A zero byte cannot be in a path: this is not a text file.
-        if entry and "\0" not in entry:
-            return entry, label
-    return None, 0
+        entry = line[: ends[columns[0] - 1]].strip()
+        # The official code takes the first two columns.
+        is_clear = columns[0] == 1 or len(columns) == 1 or _SUFFIX.search(entry)
+        if not is_clear:
+            raise _bad_line(line, "; put a path that ends in a number in double quotes")
+        if entry.endswith((",", ";")) or entry == '""':
+            break
+        if entry:
+            return entry, _as_label(fields[columns[0]], line)
+    raise _bad_line(line)
+
+
+def _as_label(text: str, line: str) -> int:
+    text = text.strip('"')
+    # Python refuses to convert very long numbers.
+    if len(text) > 20 or not _LABELS.min <= int(text) <= _LABELS.max:
+        raise _bad_line(line)
+    return int(text)
+
+
+def _bad_line(line: str, hint: str = "") -> ValueError:
+    """Return the error of a line that is not a path and a label."""
+    if not hint and re.search(r"[,;]\s*\S*$", line):
+        hint = "; columns are separated by a space, a tab or '::'"
+    return ValueError(
+        "expected 'path label' with a whole number of at most 64 bits as label, found "
+        f"{_shortened(line)!r}; videos without a class take the label 0{hint}"
+    )
+
+
+def path_problem(entry: str) -> str | None:
+    """Return why this is no path or URL that can be read; None if it is."""
+    if not entry or "\0" in entry:
+        return f"cannot be a path: {_shortened(entry)!r}"
+    if is_remote(entry) and not entry.startswith(_STORES):
+        return (
+            f"is a URL, but videos are not downloaded: {_shortened(entry)!r}; download "
+            "them, and list the files"
+        )
+    return None
 
 
 def _shortened(line: str) -> str:
@@ -219,8 +276,8 @@ def _read_array(content: bytes) -> list[str]:
         )
     entries = array.tolist()
     for index, entry in enumerate(entries):
-        if not entry or "\0" in entry:
-            raise ValueError(f"entry {index} cannot be a path: {entry!r}")
+        if problem := path_problem(entry):
+            raise ValueError(f"entry {index} {problem}")
     return entries
 
 

@@ -22,7 +22,7 @@ from etils import epath
 from vjepa_jax.base.errors import UserError
 from vjepa_jax.base.files import is_remote
 from vjepa_jax.data.sources import shards, tfds_source
-from vjepa_jax.data.sources.file_lists import MEDIA_SUFFIXES, VideoList
+from vjepa_jax.data.sources.file_lists import MEDIA_SUFFIXES, VideoList, path_problem
 from vjepa_jax.data.sources.records import Mixture, Source
 
 _MAX_FILES_CHECKED = 1000
@@ -87,6 +87,8 @@ def open_source(path: str) -> Source:
         )
     if path.startswith(tfds_source.PREFIX):
         return tfds_source.open_tfds(path)
+    if problem := path_problem(path):
+        raise UserError(f"data.path {problem}")
     if not _exists(path):
         raise UserError(f"data.path {path!r} does not exist")
     if _is_folder(path):

@@ -10,6 +10,7 @@ import numpy as np
 from sklearn.model_selection import GroupShuffleSplit
 
 from vjepa_jax.base.errors import UserError
+from vjepa_jax.base.files import read_text
 from vjepa_jax.config.defaults import ConfigDict
 from vjepa_jax.data.clips import label_images
 from vjepa_jax.data.sources.records import evenly_spread
@@ -68,7 +69,7 @@ def list_images(path: str) -> list[LabelledImage]:
             "images/ and masks/"
         )
     images = []
-    for number, line in enumerate(root.read_text().splitlines(), start=1):
+    for number, line in enumerate(read_text(root).splitlines(), start=1):
         names = line.split()
         if not names:
             continue
