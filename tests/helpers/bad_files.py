@@ -151,6 +151,12 @@ def _rotated(path):
     video_files.write_rotated_video(path, video_files.moving_frames(40, 48, 64))
 
 
+@_case("mirrored.mp4", GOOD)
+def _mirrored(path):
+    frames = video_files.moving_frames(40, 48, 64)
+    video_files.write_rotated_video(path, frames, ((-1, 0), (0, 1)))
+
+
 @_case("late_start.mp4", GOOD)
 def _late_start(path):
     _write(path, stamps=[5000 + 80 * i for i in range(40)])
@@ -286,6 +292,11 @@ def _playlist(path):
 @_case("random.mp4", "not_a_video", "no_video_stream", "no_frames", "undecodable")
 def _random(path):
     path.write_bytes(_noise(100_000))
+
+
+@_case("animated.webp", "animated_webp")
+def _animated_webp(path):
+    video_files.write_animation(path, video_files.moving_frames(6))
 
 
 @_case("sound.mp4", "no_video_stream")

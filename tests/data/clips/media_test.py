@@ -7,6 +7,7 @@ import struct
 import zlib
 
 import numpy as np
+import PIL.features
 import PIL.Image
 import pytest
 import video_files
@@ -79,6 +80,37 @@ def test_bad_files_have_a_reason(tmp_path, good_bytes, kind, reason):
     assert caught.value.reason == reason
     assert caught.value.path == str(path)
     assert reason in media.REASONS
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".png", ".apng", ".avif"])
+def test_animated_images_are_videos(tmp_path, suffix):
+    if suffix == ".avif" and not PIL.features.check("avif"):
+        pytest.skip("this Pillow cannot write AVIF")
+    frames = video_files.moving_frames(12, 32, 32)
+    # AVIF has a still image beside the video, and the colours of its frames are close.
+    options = {"quality": 95, "subsampling": "4:4:4"} if suffix == ".avif" else {}
+    path = video_files.write_animation(tmp_path / f"a{suffix}", frames, **options)
+    with open(path, "rb") as file:
+        records = [path, Record(f"a{suffix}", file.read())]
+    for record in records:
+        for deep in (False, True):
+            info = reader.inspect(record, deep=deep)
+            assert (info.frames, round(info.fps, 3)) == (12, 10)
+        clip = read(record, num_frames=6, frame_step=2, size=32)
+        assert video_files.psnr(clip, frames[::2][:6]) > 24
+
+
+@pytest.mark.parametrize("options", [{}, {"lossless": True}, {"exif": b"Exif\0\0MM"}])
+def test_animated_webp_is_named(tmp_path, options):
+    frames = video_files.moving_frames(3)
+    path = video_files.write_animation(tmp_path / "a.webp", frames, **options)
+    with open(path, "rb") as file:
+        records = [path, Record(path, file.read())]
+    for record in records:
+        for look in (read, reader.inspect):
+            with pytest.raises(media.DecodeError, match="convert it to MP4") as caught:
+                look(record)
+            assert caught.value.reason == "animated_webp"
 
 
 @pytest.mark.parametrize("codec", ["libx264", "mpeg4"])

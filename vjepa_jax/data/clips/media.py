@@ -32,6 +32,7 @@ REASONS = (
     "no_video_stream",  # a container without moving pictures, or of an unknown codec
     "no_frames",  # a video stream that yields no frame
     "undecodable",  # the decoder refuses the content of the stream
+    "animated_webp",  # which FFmpeg before 9 cannot decode: GIF and MP4 can be read
     "not_a_file",  # a folder, or a pipe or device, which could block forever
     "too_large",  # frames of more pixels than allowed
     "too_slow",  # decoding took longer than allowed
@@ -75,12 +76,14 @@ class DecodeError(Exception):
     Attributes:
       path: the record's.
       reason: one of `REASONS`.
+      detail: more about it, in words.
     """
 
     def __init__(self, path: str, reason: str, detail: str = ""):
         super().__init__(f"{path}: {reason}{detail and f' ({detail})'}")
         self.path = path
         self.reason = reason
+        self.detail = detail
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,10 +216,21 @@ class Media:
             return self.open(probe=True)
         self.is_probed = probe
         try:
+            if container.format.name == "webp_pipe":
+                self._refuse_animated_webp()
             return VideoStream(self, container, self._open_stream(container))
         except BaseException:
             container.close()
             raise
+
+    def _refuse_animated_webp(self) -> None:
+        position = self.tell()
+        self.seek(0)
+        head = self.read(21)
+        self.seek(position)
+        if head[12:16] == b"VP8X" and head[20] & 2:
+            detail = "FFmpeg cannot decode it: convert it to MP4 or GIF"
+            raise DecodeError(self.path, "animated_webp", detail)
 
     def _open_container(self, probe: bool) -> av.container.InputContainer:
         options = dict(self._codec_options)
@@ -317,9 +331,10 @@ def _open_file(path: str, content: bytes | None) -> io.IOBase:
         if isinstance(error, OSError) and error.errno == errno.ENXIO:  # a socket
             raise DecodeError(path, "not_a_file") from error
         raise _as_os_error(error) from error
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
         os.close(descriptor)
-        raise DecodeError(path, "not_a_file")
+        raise DecodeError(path, "not_a_file", "a folder" if stat.S_ISDIR(mode) else "")
     return os.fdopen(descriptor, "rb", buffering=0)
 
 
@@ -342,10 +357,17 @@ def _video_stream(container: av.container.InputContainer) -> av.VideoStream | No
 
 
 def _has_full_header(container: av.container.InputContainer) -> bool:
-    """Whether the header has all that the decoder and the official sampling need."""
+    """Whether the header has all that the decoder and the official sampling need.
+
+    Of several streams, FFmpeg prefers the one of which it has decoded more frames: an
+    animated AVIF has a still image beside its video.
+    """
     stream = _video_stream(container)
+    pictures = av.stream.Disposition.attached_pic
+    videos = [s for s in container.streams.video if not s.disposition & pictures]
     return (
         container.format.name in _FORMATS_WITH_FULL_HEADERS
+        and len(videos) == 1
         and stream is not None
         and stream.codec_context.width > 0
         and bool(stream.average_rate)

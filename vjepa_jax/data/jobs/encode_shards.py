@@ -275,8 +275,7 @@ def _encode(arguments: tuple[str, Encoding]) -> EncodedVideo | Failure:
     try:
         return reencode(*arguments)
     except DecodeError as error:
-        detail = str(error).removeprefix(f"{error.path}: {error.reason}")
-        return Failure(error.reason, detail.strip(" ()"))
+        return Failure(error.reason, error.detail)
     except Exception as error:
         return Failure(CRASHED, repr(error))
 

@@ -87,7 +87,8 @@ class Examination:
             clips = self.reader.read(record, crop, rng)
         except DecodeError as error:
             # The message without the path, which the finding already holds.
-            detail = getattr(error.__cause__, "strerror", None) or ""
+            cause = error.__cause__
+            detail = getattr(cause, "strerror", None) or ("" if cause else error.detail)
             return Finding(record.path, error=error.reason, detail=detail)
         return Finding(
             record.path,

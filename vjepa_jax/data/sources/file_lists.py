@@ -25,7 +25,7 @@ VIDEO_SUFFIXES = (
     ".3gp",
     ".gif",
 )
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".avif", ".apng")
 MEDIA_SUFFIXES = VIDEO_SUFFIXES + IMAGE_SUFFIXES
 
 # Those of `etils.epath`; each needs the client of its store.

@@ -17,12 +17,18 @@ import os
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+from absl import logging
 from etils import epath
 
 from vjepa_jax.base.errors import UserError
 from vjepa_jax.base.files import is_remote
-from vjepa_jax.data.sources import shards, tfds_source
-from vjepa_jax.data.sources.file_lists import MEDIA_SUFFIXES, VideoList, path_problem
+from vjepa_jax.data.sources import frame_folders, shards, tfds_source
+from vjepa_jax.data.sources.file_lists import (
+    IMAGE_SUFFIXES,
+    MEDIA_SUFFIXES,
+    VideoList,
+    path_problem,
+)
 from vjepa_jax.data.sources.records import Mixture, Source
 
 _MAX_FILES_CHECKED = 1000
@@ -118,7 +124,48 @@ def _open_folder(path: str) -> Source:
             f"no videos or images in folder {path!r} or below; known suffixes: "
             + " ".join(MEDIA_SUFFIXES)
         )
+    _point_out_pictures(source)
     return source
+
+
+def _point_out_pictures(source: VideoList) -> None:
+    """Log in a line that a folder holds pictures that may not be meant as clips."""
+    entries = [source.entry(index) for index in range(len(source))]
+    images = [entry for entry in entries if entry.lower().endswith(IMAGE_SUFFIXES)]
+    if images and len(images) < len(entries):
+        logging.warning(
+            "%r holds %d images beside %d videos, such as %r: each is read as a clip "
+            "of one frame; remove them if they are covers or thumbnails",
+            *(source.name, len(images), len(entries) - len(images), images[0]),
+        )
+        return
+    groups = frame_folders.find(images)
+    if 2 * sum(map(len, groups)) > len(images):
+        folder = os.path.join(source.root, os.path.dirname(groups[0][0]))
+        names = [os.path.basename(image) for image in groups[0]]
+        logging.warning(
+            "the images in %r are numbered in a row, like the frames of a video (one "
+            "of %d such rows): each is read as a still image; if they are frames, make "
+            "a video of each row: %s",
+            *(folder, len(groups), frame_folders.command(folder, names)),
+        )
+
+
+def _folder_is_listed(source: VideoList, path: str) -> str:
+    """Return what to do about a list that names a folder."""
+    names = [entry.name for entry in epath.Path(path).iterdir()]
+    images = [name for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
+    if not images:
+        return (
+            f"{source.name!r} lists {path!r}, which is a folder: give the folder as "
+            "data.path, or list its files"
+        )
+    frames = max(frame_folders.find(images), default=sorted(images), key=len)
+    return (
+        f"{source.name!r} lists {path!r}, a folder of {len(images)} images: extracted "
+        "frames are not read; make a video of every folder and list the videos: "
+        + frame_folders.command(path, frames)
+    )
 
 
 def _exists(path: str) -> bool:
@@ -158,7 +205,10 @@ def _check_that_files_exist(source: VideoList) -> None:
         limit = _MAX_REMOTE_FILES_CHECKED
     num_checked = min(len(source), limit)
     for i in range(num_checked):
-        if _exists(source.path_of(i * len(source) // num_checked)):
+        path = source.path_of(i * len(source) // num_checked)
+        if _exists(path):
+            if _is_folder(path):
+                raise UserError(_folder_is_listed(source, path))
             return
     raise UserError(
         f"none of the {num_checked} files looked for of {source.name!r} exist, the "
