@@ -10,6 +10,7 @@ import numpy as np
 import PIL.features
 import PIL.Image
 import pytest
+import tiled_images
 import video_files
 from clip_files import Record, read, read_clips, whole_frame, write_files
 
@@ -98,6 +99,22 @@ def test_animated_images_are_videos(tmp_path, suffix):
             assert (info.frames, round(info.fps, 3)) == (12, 10)
         clip = read(record, num_frames=6, frame_step=2, size=32)
         assert video_files.psnr(clip, frames[::2][:6]) > 24
+
+
+def test_images_of_tiles_are_named(tmp_path):
+    if not PIL.features.check("avif"):
+        pytest.skip("this Pillow cannot write AVIF")
+    colours = [(250, 10, 10), (10, 250, 10), (10, 10, 250), (200, 200, 10)]
+    content = tiled_images.tiled_avif(colours)
+    with PIL.Image.open(io.BytesIO(content)) as image:
+        pixels = np.asarray(image.convert("RGB")).astype(int)
+    corners = pixels[[5, 5, -5, -5], [5, -5, 5, -5]]
+    assert np.abs(corners - colours).max() < 20  # the file is a good one
+    for record in (Record("a.avif", content), Record("a.heic", content)):
+        for look in (read, reader.inspect):
+            with pytest.raises(media.DecodeError, match="convert it to JPEG") as caught:
+                look(record)
+            assert caught.value.reason == "tiled_image"
 
 
 @pytest.mark.parametrize("options", [{}, {"lossless": True}, {"exif": b"Exif\0\0MM"}])

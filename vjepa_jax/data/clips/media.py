@@ -33,6 +33,7 @@ REASONS = (
     "no_frames",  # a video stream that yields no frame
     "undecodable",  # the decoder refuses the content of the stream
     "animated_webp",  # which FFmpeg before 9 cannot decode: GIF and MP4 can be read
+    "tiled_image",  # such as HEIC: PyAV gives the tiles, but not how they are laid
     "not_a_file",  # a folder, or a pipe or device, which could block forever
     "too_large",  # frames of more pixels than allowed
     "too_slow",  # decoding took longer than allowed
@@ -261,6 +262,12 @@ class Media:
             or stream.disposition & av.stream.Disposition.attached_pic  # cover art
         ):
             raise DecodeError(self.path, "no_video_stream")
+        dependent = av.stream.Disposition.dependent
+        if any(
+            s.disposition & dependent and s.frames == 1 for s in container.streams.video
+        ):
+            detail = "such as HEIC: convert it to JPEG"
+            raise DecodeError(self.path, "tiled_image", detail)
         context = stream.codec_context
         if context.width * context.height > self._limits.max_pixels:
             raise DecodeError(
