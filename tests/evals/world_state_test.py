@@ -1,16 +1,26 @@
 """The state that the world's probes predict follows from the clips' physics."""
 
+import dataclasses
 import math
 
 import jax
 import numpy as np
 import pytest
+from colour_videos import make_frozen
 
+from vjepa_jax.base.errors import UserError
 from vjepa_jax.config.defaults import get_config
 from vjepa_jax.data.stream import streams
+from vjepa_jax.evals import settings
 from vjepa_jax.evals.heads import probes
 from vjepa_jax.evals.tokens.features import Features
-from vjepa_jax.evals.world_state import MEASURES, State, measure, read_state
+from vjepa_jax.evals.world_state import (
+    MEASURES,
+    State,
+    evaluate,
+    measure,
+    read_state,
+)
 from vjepa_jax.parallel import sharding
 from vjepa_jax.world import motion as world
 from vjepa_jax.world import render
@@ -126,6 +136,21 @@ def test_every_measure_finds_what_the_features_hold(rng):
             assert value > (0.5 if name.startswith("attentive") else 0.95), name
         else:  # the labels are in none of the channels
             assert value < 0.6, name
+
+
+def test_too_few_labels_are_reported_before_encoding(tmp_path):
+    config = settings.world()
+    run = get_config()
+    run.world.path = str(tmp_path)
+    (tmp_path / "probe_train.npz").touch()
+    videos = [tmp_path / f"{i}.mp4" for i in range(22)]
+    videos[0].touch()
+    lines = [f"{video} {i % 11}\n" for i, video in enumerate(videos)]
+    (tmp_path / "probe_train.csv").write_text("".join(lines))
+    model = dataclasses.replace(make_frozen(depth=1), config=run)
+    message = r"config\.labels_per_class asks for 16 .* has 2 readable"
+    with pytest.raises(UserError, match=message):
+        evaluate(model, config)
 
 
 def test_confusion_of_the_world_counts_the_attentive_probe(rng, monkeypatch):

@@ -112,7 +112,8 @@ def write_results(workdir):
         "seconds": {"probe": 1.0},
     }
     (workdir / "results.json").write_text(json.dumps(results))
-    (workdir / "confusion.json").write_text(json.dumps({"pretrained": matrix}))
+    content = {"pretrained": matrix, "class_names": list(CLASSES)}
+    (workdir / "confusion.json").write_text(json.dumps(content))
     physics = {"gravity": {"accuracy": 0.9, "null_accuracy": 0.5, "null_std": 0.03}}
     (workdir / "results_physics_world.json").write_text(json.dumps(physics))
     nearest = {"knn_10_accuracy": {"value": 0.5}, "videos_tested": {"value": 100}}

@@ -231,7 +231,8 @@ def test_probe_writes_the_confusion_that_the_page_shows(run, tmp_path, monkeypat
     """It is in a separate file, so that results contain numbers only."""
     workdir = tmp_path / "run"
     shutil.copytree(run, workdir)
-    found = {"accuracy": {"pretrained": 0.75}, "confusion": {"pretrained": MATRIX}}
+    confusion = {"pretrained": MATRIX, "class_names": ["put", "take"]}
+    found = {"accuracy": {"pretrained": 0.75}, "confusion": confusion}
     monkeypatch.setitem(registry.EVALUATIONS, "fake", lambda model, config: found)
     config = ConfigDict({"evaluation": "fake", "step": -1})
     assert probe.probe(config, str(workdir)) == {"accuracy": {"pretrained": 0.75}}
@@ -239,7 +240,7 @@ def test_probe_writes_the_confusion_that_the_page_shows(run, tmp_path, monkeypat
     assert "results_fake.json" in page.text["results"]
     drawn = [f["data"][0] for f in page.figures() if f["data"][0]["type"] == "heatmap"]
     assert [d["customdata"] for d in drawn][1:] == [MATRIX]
-    assert drawn[1]["z"] == [[0.5, 0.5], [0, 1]] and drawn[1]["y"] == ["0", "1"]
+    assert drawn[1]["z"] == [[0.5, 0.5], [0, 1]] and drawn[1]["y"] == ["put", "take"]
 
 
 @pytest.fixture(scope="module")

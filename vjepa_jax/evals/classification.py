@@ -37,6 +37,7 @@ from vjepa_jax.evals.heads.head_grid import (
     make_training,
     name_of,
 )
+from vjepa_jax.evals.labelled import Labelled, open_labelled
 from vjepa_jax.evals.tokens import clip_tokens, token_cache
 from vjepa_jax.evals.tokens.clip_tokens import TokenBatch, Videos
 from vjepa_jax.evals.tokens.token_cache import CachedVideos
@@ -86,23 +87,31 @@ def evaluate(model: FrozenModel, config: ConfigDict) -> dict[str, dict[str, Any]
       `official_best_on_test_accuracy`: of the head that is best on the test videos
       themselves, as reported by the official code; biased upwards.
       `chosen_head`, counted from 1, and each head's accuracy held out and in the test.
-      `confusion`: test videos by true class (rows) and that head's (columns).
+      `confusion`: test videos by true class (rows) and that head's (columns); and its
+      `class_names`, if the videos have some.
 
     Raises:
       UserError: config, data and model do not fit.
     """
     settings.validate(config)
-    return beside_untrained(lambda model: _evaluate(model, config), model, config)
+    keys = ["train_path", *["val_path"] * bool(config.data.val_path), "test_path"]
+    videos = open_labelled(config, keys, config.num_classes)
+
+    def measure(model: FrozenModel) -> dict[str, Any]:
+        return _evaluate(model, config, videos)
+
+    results = beside_untrained(measure, model, config)
+    if videos.has_names:
+        results["confusion"]["class_names"] = videos.class_names
+    return results
 
 
-def _evaluate(model: FrozenModel, config: ConfigDict) -> dict[str, Any]:
+def _evaluate(
+    model: FrozenModel, config: ConfigDict, videos: Labelled
+) -> dict[str, Any]:
     data = config.data
-    test = clip_tokens.open_source(config, "test_path")
-    fit, held_out = open_training(config)
-    largest = max(int(np.max(source.labels)) for source in (fit, held_out))
-    num_classes = config.num_classes or largest + 1
-    for source in (fit, held_out, test):
-        clip_tokens.require_labels(source, num_classes)
+    test, num_classes = videos["test_path"], videos.num_classes
+    fit, held_out = divide_training(config, videos)
     is_pooled = config.head.kind == "linear"
 
     def make_videos(source, num_views):
@@ -149,18 +158,20 @@ def _evaluate(model: FrozenModel, config: ConfigDict) -> dict[str, Any]:
     return results | {"confusion": matrix.tolist()}
 
 
-def open_training(config: ConfigDict) -> tuple[Source, Source]:
-    """Open the videos to train heads on and those to choose a head.
+def divide_training(config: ConfigDict, videos: Labelled) -> tuple[Source, Source]:
+    """Return the videos to train heads on and those to choose a head.
 
     Raises:
-      UserError: a source cannot be opened, or there are too few videos.
+      UserError: there are too few videos, or too few classes.
     """
-    data = config.data
-    train_source = clip_tokens.open_source(config, "train_path")
-    if data.val_path:
-        fit, held_out = train_source, clip_tokens.open_source(config, "val_path")
-    else:
-        fit, held_out = hold_out(train_source, data.held_out_share, config.seed)
+    fit, held_out = videos["train_path"], videos.sources.get("val_path")
+    if held_out is None:
+        fit, held_out = hold_out(fit, config.data.held_out_share, config.seed)
+        if len(np.unique(fit.labels)) < 2:
+            raise UserError(
+                f"the {len(fit)} videos that are left to train on are of one class: "
+                "give more videos, or config.data.val_path"
+            )
     require_batch(config, len(fit))
     return fit, held_out
 

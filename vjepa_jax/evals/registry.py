@@ -10,7 +10,8 @@ from vjepa_jax.config.defaults import ConfigDict
 from vjepa_jax.evals.frozen import FrozenModel
 
 # (model, config) -> {measure: number, or {column: number}}; opens its own data. The key
-# `CONFUSION` is optional: {column: confusion matrix, a list of rows}.
+# `CONFUSION` is optional: {column: confusion matrix, a list of rows}, and, if classes
+# have names, {"class_names": those of the rows}.
 Evaluation = Callable[[FrozenModel, ConfigDict], dict[str, Any]]
 
 CONFUSION = "confusion"

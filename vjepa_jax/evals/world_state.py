@@ -16,11 +16,13 @@ from vjepa_jax.base.errors import UserError
 from vjepa_jax.config.defaults import ConfigDict
 from vjepa_jax.data.clips.reader import ClipReader
 from vjepa_jax.data.sources.open import open_source
+from vjepa_jax.data.sources.records import Source
 from vjepa_jax.data.stream import streams
 from vjepa_jax.evals import settings
 from vjepa_jax.evals.frozen import FrozenModel, random_init
 from vjepa_jax.evals.heads import probes
 from vjepa_jax.evals.heads.probes import ProbeTraining
+from vjepa_jax.evals.labelled import require_per_class
 from vjepa_jax.evals.tokens.features import Encode, Features, extract, make_pixel_encode
 from vjepa_jax.world import render
 from vjepa_jax.world.motion import CLASSES, draw_clip, frames_to_contact
@@ -105,6 +107,16 @@ def _truth_file(world: ConfigDict, split: str) -> pathlib.Path:
     return pathlib.Path(world.path) / f"{split}.npz"
 
 
+def _open_split(world: ConfigDict, split: str) -> Source:
+    truth = _truth_file(world, split)
+    if not truth.exists():
+        raise UserError(
+            f"{truth} is missing: render the world first (python -m "
+            "vjepa_jax.prepare --config=...)"
+        )
+    return open_source(str(truth.with_suffix(".csv")))
+
+
 def read_features(
     encodes: Mapping[str, Encode],
     world: ConfigDict,
@@ -132,13 +144,7 @@ def read_features(
     out: dict[str, dict[str, tuple[Features, State]]] = {name: {} for name in encodes}
     splits = {split.name: split for split in render.splits(world)}
     for split in _SPLITS:
-        truth = _truth_file(world, split)
-        if not truth.exists():
-            raise UserError(
-                f"{truth} is missing: render the world first (python -m "
-                "vjepa_jax.prepare --config=...)"
-            )
-        source = open_source(str(truth.with_suffix(".csv")))
+        source = _open_split(world, split)
         parts = extract(encodes, source, reader, batch_size, num_workers)
         first = next(iter(parts.values()))  # all are of the same clips and time steps
         time_steps = first.tokens.shape[1]
@@ -251,11 +257,12 @@ def evaluate(model: FrozenModel, config: ConfigDict) -> dict[str, dict[str, Any]
 
     Returns:
       {measure: {"pretrained": value}}, with `config.random_init` also `random_init`, an
-      untrained network, `pixels` and `chance`; and `confusion`, see `measure`.
+      untrained network, `pixels` and `chance`; and `confusion`, see `measure`, with its
+      `class_names`.
 
     Raises:
       UserError: the run is not of the synthetic world, or the world has not been
-        rendered.
+        rendered, or a class has fewer than `config.labels_per_class` videos.
     """
     settings.validate(config)
     run, encoder = model.config, model.encoder
@@ -264,6 +271,9 @@ def evaluate(model: FrozenModel, config: ConfigDict) -> dict[str, dict[str, Any]
             "the run has no config.world.path: this evaluation takes runs of the "
             "synthetic world"
         )
+    wanted, key = config.labels_per_class, "config.labels_per_class"
+    labels = np.asarray(_open_split(run.world, "probe_train").labels)
+    require_per_class(labels, wanted, key, CLASSES)
     encodes: dict[str, Encode] = {"pretrained": model.encode}
     if config.random_init:
         encodes["random_init"] = random_init(model, config.seed).encode
@@ -275,6 +285,9 @@ def evaluate(model: FrozenModel, config: ConfigDict) -> dict[str, dict[str, Any]
         config.batch_size,
         config.num_workers,
     )
+    # Some are unreadable.
+    (features, _) = splits["pretrained"]["probe_train"]
+    require_per_class(features.labels, wanted, key, CLASSES)
     attentive, regression = (
         ProbeTraining(
             num_heads=config.num_heads,
@@ -300,4 +313,4 @@ def evaluate(model: FrozenModel, config: ConfigDict) -> dict[str, dict[str, Any]
     if config.random_init:
         columns["chance"] = chance()
     results = {m: {c: columns[c][m] for c in columns} for m in MEASURES}
-    return results | {"confusion": confusion}
+    return results | {"confusion": confusion | {"class_names": list(CLASSES)}}

@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
@@ -82,12 +82,20 @@ def read_clips(
             break
     if not indices:
         raise UserError(f"none of the videos of {source.name!r} can be read")
-    has_classes = len(set(labels)) > 1
+    parts = [source.source_of(int(chosen.indices[i])) for i in indices]
     names = [
-        (classes[k] if k < len(classes) else f"class {k}") if has_classes else ""
-        for k in labels
+        "" if part.unlabelled else _class_name(label, classes or part.class_names)
+        for part, label in zip(parts, labels, strict=True)
     ]
+    if len(set(names)) == 1:
+        names = [""] * len(names)
     return Clips(np.concatenate(video), [chosen.path_of(i) for i in indices], names)
+
+
+def _class_name(label: int, names: Sequence[str] | None) -> str:
+    if names is not None and 0 <= label < len(names):
+        return names[label]
+    return f"class {label}"
 
 
 def mask_rows(

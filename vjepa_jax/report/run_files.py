@@ -17,6 +17,7 @@ from vjepa_jax.run import metrics, workdirs
 
 RESULTS = "results"
 CONFUSION = "confusion"
+CLASS_NAMES = "class_names"
 
 
 @dataclasses.dataclass
@@ -33,6 +34,7 @@ class Run:
       starts: a row per start of the run, see `workdirs.STARTS_FILE`.
       results: results of evaluations, by file name without suffix.
       confusions: {"pretrained": matrix, ...}, by file name without suffix.
+      class_names: of the rows of these matrices, likewise.
       bad_videos: unreadable videos, {"path", "reason", "step"}.
       notes: a line for each file that is missing or damaged.
     """
@@ -46,6 +48,7 @@ class Run:
     starts: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     results: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     confusions: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    class_names: dict[str, list[str]] = dataclasses.field(default_factory=dict)
     bad_videos: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
 
@@ -91,8 +94,11 @@ def opened(workdir: str, label: str, letter: str) -> Iterator[Run]:
             run.bad_videos += _read_lines(path)
         run.results = _read_named(run, RESULTS)
         for name, matrices in _read_named(run, CONFUSION).items():
+            names = matrices.pop(CLASS_NAMES, None)
             if all(map(_is_square, matrices.values())):
                 run.confusions[name] = matrices
+                if isinstance(names, list):
+                    run.class_names[name] = [str(class_name) for class_name in names]
             else:
                 run.notes.append(f"{name}.json is damaged")
         yield run

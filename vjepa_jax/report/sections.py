@@ -13,9 +13,8 @@ from vjepa_jax.report import clips, curves, figures, results, surprise, tables
 from vjepa_jax.report.clips import Clips, Features
 from vjepa_jax.report.figures import Figure
 from vjepa_jax.report.page import Block, Section, Tile
-from vjepa_jax.report.run_files import CONFUSION, RESULTS, Run
+from vjepa_jax.report.run_files import RESULTS, Run
 from vjepa_jax.run.goodput import WALL_SECONDS, duration
-from vjepa_jax.world.motion import CLASSES
 
 UNTRAINED = "random-init"
 
@@ -162,8 +161,10 @@ def evaluations(runs: Sequence[Run]) -> Section:
 def _confusion(
     run: Run, name: str, matrix: list[list[int]], is_labelled: bool
 ) -> Figure:
-    is_world = name == CONFUSION and len(matrix) == len(CLASSES)
-    names = list(CLASSES) if is_world else [str(k) for k in range(len(matrix))]
+    names = [str(k) for k in range(len(matrix))]
+    known = run.class_names.get(name, [])
+    if len(known) == len(matrix):
+        names = known
     title = results.results_name(name) + (f", {run.label}" if is_labelled else "")
     return figures.make_confusion(title, matrix, names)
 

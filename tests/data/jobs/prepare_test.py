@@ -71,6 +71,7 @@ def test_a_folder_becomes_shards(folder):
     manifest = prepare(folder)
     assert (manifest["num_records"], manifest["num_failures"]) == (6, 1)
     source = open_source(str(folder / "out"))
+    assert source.class_names == ["a", "b"]
     original = open_source(str(folder / "in"))
     good = [i for i in range(len(original)) if "bad" not in original.path_of(i)]
     for record, index in zip(map(source.read, range(6)), good, strict=True):

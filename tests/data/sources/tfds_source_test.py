@@ -84,6 +84,7 @@ def test_stored_files_come_back_whole(tmp_path, kind):
     source = open_source(path)
     assert [record.media for record in by_label(source)] == contents
     assert sorted(source.labels) == [0, 1, 2] and source.labels.dtype == np.int64
+    assert source.class_names == ["a", "b", "c"] and not source.unlabelled
     assert [record.label for record in source] == source.labels.tolist()
     assert source[2].path == source.path_of(-1) == f"{path}#2"
     copy = pickle.loads(pickle.dumps(source))

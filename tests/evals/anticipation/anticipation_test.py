@@ -367,6 +367,13 @@ def test_what_is_wrong_is_said_in_one_line(frozen, config, changes, message):
     assert "\n" not in str(error.value)
 
 
+def test_one_action_alone_is_refused(tmp_path, frozen, config):
+    rows = [("P01_01", start, start + 1, 3, 4) for start in (5.0, 7.0)]
+    config.data.train_path = write_annotations(tmp_path / "train.csv", rows)
+    with pytest.raises(UserError, match=r"all 2 actions of .* one verb and one noun"):
+        anticipation.evaluate(frozen, config)
+
+
 def test_a_test_of_another_data_set_is_refused(tmp_path, frozen, config):
     rows = [("P01_01", 5.0, 6.0, 88, 99)]
     config.data.test_path = write_annotations(tmp_path / "test.csv", rows)

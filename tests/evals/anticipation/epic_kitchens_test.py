@@ -208,3 +208,6 @@ def test_a_bad_line_is_named(tmp_path):
         (tmp_path / "y.csv").write_text(path.read_text().replace(old, new))
         with pytest.raises(UserError, match=r"y\.csv:5: not an annotation"):
             read_actions(str(tmp_path / "y.csv"))
+    write_annotations(path, [*ROWS[:3], ("P01_01", 9.5, 9.75, 0, -1)])
+    with pytest.raises(UserError, match=r"x\.csv:5: .* a class is negative"):
+        read_actions(str(path))

@@ -143,7 +143,7 @@ def prepare(
       UserError: the folder holds other shards or cannot be written, or too many videos
         failed.
     """
-    folder = epath.Path(output)
+    folder, class_names = epath.Path(output), source.class_names
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
@@ -188,7 +188,7 @@ def prepare(
         end_encoders()
     for leftover in (*folder.glob(".*-*.part"), folder / _INPUTS):
         leftover.unlink(missing_ok=True)
-    manifest = _finish(job, folder, max_bad_fraction)
+    manifest = _finish(job, folder, max_bad_fraction, class_names)
     (folder / _JOB).unlink()
     return manifest
 
@@ -330,7 +330,12 @@ def _progress(job: Job, output: str) -> Iterator[None]:
         thread.join()
 
 
-def _finish(job: Job, folder: epath.Path, max_bad_fraction: float) -> dict:
+def _finish(
+    job: Job,
+    folder: epath.Path,
+    max_bad_fraction: float,
+    class_names: Sequence[str] | None,
+) -> dict:
     """Write failures, index and, last, the manifest."""
     names, notes = job.shard_names(), []
     for name, note in zip(names, _read_notes(folder, job), strict=True):
@@ -360,6 +365,7 @@ def _finish(job: Job, folder: epath.Path, max_bad_fraction: float) -> dict:
         "num_records": job.num_inputs - len(failures),
         "num_failures": len(failures),
         "index": shards.write_index(str(folder), records),
+        shards.CLASS_NAMES: class_names and list(class_names),
         "shards": [
             {
                 "name": name,

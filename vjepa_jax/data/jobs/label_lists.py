@@ -14,9 +14,9 @@ from etils import epath
 
 from vjepa_jax.base import files
 from vjepa_jax.base.errors import UserError
+from vjepa_jax.data.sources.classes import CLASSES_FILE
 
 TRAIN, TEST = "train.csv", "test.csv"
-CLASSES = "classes.txt"
 MISSING = ("refuse", "skip", "keep")
 
 _SHOWN = 5  # examples in a message
@@ -346,10 +346,10 @@ def write_lists(lists: Lists, folder: str) -> list[str]:
             for path, label in found
         )
     if lists.classes:
-        contents[CLASSES] = "".join(f"{name}\n" for name in lists.classes)
+        contents[CLASSES_FILE] = "".join(f"{name}\n" for name in lists.classes)
     try:
         epath.Path(folder).mkdir(parents=True, exist_ok=True)
-        for name in (TRAIN, TEST, CLASSES):
+        for name in (TRAIN, TEST, CLASSES_FILE):
             path = epath.Path(folder) / name
             if path.exists() and path.read_bytes() != contents.get(name, "").encode():
                 raise UserError(

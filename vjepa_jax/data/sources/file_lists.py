@@ -1,5 +1,6 @@
 """Videos and images named by list files or found in folders, local or remote."""
 
+import functools
 import io
 import os
 import re
@@ -10,6 +11,7 @@ from etils import epath
 
 from vjepa_jax.base.errors import UserError
 from vjepa_jax.base.files import absolute, is_remote, read_text
+from vjepa_jax.data.sources.classes import read_class_names
 from vjepa_jax.data.sources.records import Record, Source, digest_of
 
 VIDEO_SUFFIXES = (
@@ -64,6 +66,8 @@ class VideoList(Source):
         self.name = name
         self.root = root
         self.labels: np.ndarray = np.array(labels, np.int64)
+        self._class_names: list[str] | None = None
+        self._names_folder = ""
         self._entries = b"".join(encoded)
         self._ends = np.cumsum([len(entry) for entry in encoded], dtype=np.int64)
         if len(self.labels) != len(encoded):
@@ -77,6 +81,17 @@ class VideoList(Source):
         """Return the record at `index`, which may count from the end."""
         index = range(len(self))[index]
         return Record(self.path_of(index), int(self.labels[index]))
+
+    @functools.cached_property
+    def class_names(self) -> list[str] | None:
+        """Names of the class folders, or in `classes.txt` beside the list.
+
+        Raises:
+          UserError: that file is damaged.
+        """
+        if self._names_folder:
+            return read_class_names(self._names_folder)
+        return self._class_names
 
     def path_of(self, index: int) -> str:
         """Return the path or URL at `index`."""
@@ -120,7 +135,8 @@ class VideoList(Source):
         columns of numbers after the label are ignored. In addition, paths may contain
         spaces and may stand in double quotes. Relative paths are resolved against the
         list file's folder. Blank lines are skipped. The text is UTF-8, or UTF-16 with a
-        byte order mark.
+        byte order mark. Names of the classes are read from `classes.txt` in the list's
+        folder when they are asked for.
 
         Raises:
           UserError: a line has another form; the message names file and line.
@@ -140,7 +156,9 @@ class VideoList(Source):
                 raise UserError(f"{path}:{number}: the path {problem}")
             entries.append(entry)
             labels.append(label)
-        return cls(path, os.path.dirname(path), entries, labels)
+        source = cls(path, os.path.dirname(path), entries, labels)
+        source._names_folder = source.root
+        return source
 
     @classmethod
     def from_array_file(cls, path: str) -> "VideoList":
@@ -157,10 +175,12 @@ class VideoList(Source):
         content = epath.Path(path).read_bytes()
         try:
             entries = _read_array(content)
-            return cls(path, os.path.dirname(path), entries, [0] * len(entries))
+            source = cls(path, os.path.dirname(path), entries, [0] * len(entries))
         except Exception as error:  # NumPy raises many kinds for damaged files
             reason = _shortened(str(error)) or type(error).__name__
             raise UserError(f"{path} is not a .npy array of paths: {reason}") from error
+        source.unlabelled = "a .npy array of paths has no labels"
+        return source
 
     @classmethod
     def from_folder(cls, path: str) -> "VideoList":
@@ -176,12 +196,19 @@ class VideoList(Source):
         # Sorted by components, so that the order of files follows that of the classes.
         entries = sorted(names, key=lambda entry: entry.split("/"))
         classes = [entry.split("/", 1)[0] for entry in entries]
-        if any("/" not in entry for entry in entries):
-            labels = [0] * len(entries)
-        else:
-            label_of = {name: i for i, name in enumerate(sorted(set(classes)))}
-            labels = [label_of[name] for name in classes]
-        return cls(root, root, entries, labels)
+        stray = [entry for entry in entries if "/" not in entry]
+        if stray:
+            source = cls(root, root, entries, [0] * len(entries))
+            source.unlabelled = (
+                f"{len(stray)} of its {len(entries)} files lie above class folders, "
+                f"such as {stray[0]!r}: every file must lie in the folder of its class"
+            )
+            return source
+        names = sorted(set(classes))
+        label_of = {name: i for i, name in enumerate(names)}
+        source = cls(root, root, entries, [label_of[name] for name in classes])
+        source._class_names = names
+        return source
 
 
 def _split(line: str) -> tuple[str, int]:

@@ -53,15 +53,26 @@ class Source(abc.ABC):
     Attributes:
       name: where the records come from, for messages.
       labels: class of each record, int64 [len(self)]; an attribute or a property.
+      unlabelled: why the records have no classes, and all labels are 0; empty: they
+        may have.
     """
 
     name: str
+    unlabelled: str = ""
 
     if TYPE_CHECKING:  # at run time, subclasses may set an attribute instead
 
         @property
         @abc.abstractmethod
         def labels(self) -> np.ndarray: ...
+
+    @property
+    def class_names(self) -> Sequence[str] | None:
+        """Names of the classes in the order of their labels; None: numbers only.
+
+        Two sources may give a class different numbers: see `classes.unite_classes`.
+        """
+        return None
 
     @abc.abstractmethod
     def __len__(self) -> int:
@@ -99,6 +110,8 @@ class Source(abc.ABC):
 class Joined(Source):
     """The records of several sources, one source after the other.
 
+    Labels are those of each source: see `classes.unite_classes`.
+
     Attributes:
       sources: the sources.
       name: their names.
@@ -115,6 +128,12 @@ class Joined(Source):
         """Labels of all sources; some sources read all their records for that."""
         return np.concatenate([source.labels for source in self.sources])
 
+    @property
+    def class_names(self) -> Sequence[str] | None:
+        """Names of the classes, if all sources have the same."""
+        names, *others = (source.class_names for source in self.sources)
+        return names if all(other == names for other in others) else None
+
     def __len__(self) -> int:
         """Return the number of records of all sources together."""
         return int(self._ends[-1])
@@ -128,6 +147,10 @@ class Joined(Source):
         """Return the `path` of a record without reading it."""
         source, position = self._locate(range(len(self))[index])
         return source.path_of(position)
+
+    def source_of(self, index: int) -> Source:
+        """Return the source that a record belongs to."""
+        return self._locate(range(len(self))[index])[0]
 
     def digest(self) -> str:
         """Return a hash of the sources and their order."""
@@ -224,6 +247,11 @@ class Subset(Source):
     def labels(self) -> np.ndarray:
         """Labels of the chosen records."""
         return np.asarray(self.source.labels)[self.indices]
+
+    @property
+    def class_names(self) -> Sequence[str] | None:
+        """Names of the classes of all records."""
+        return self.source.class_names
 
     def __len__(self) -> int:
         """Return the number of chosen records."""

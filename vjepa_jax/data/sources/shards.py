@@ -38,6 +38,7 @@ FORMAT = f"{_FORMAT_NAME} 1"
 MANIFEST = "manifest.json"
 INDEX = "index.npz"
 FAILURES = "failures.jsonl"
+CLASS_NAMES = "class_names"  # in the manifest, in the order of labels, if there are any
 SUFFIX = ".arrayrecord"
 
 # H.264 cannot be compressed further, and records are read one by one.
@@ -209,6 +210,7 @@ class ShardSource(Source):
         manifest = read_manifest(path)
         self._settings = manifest["settings"]
         self._digest = manifest["index"]["digest"]
+        self._class_names: list[str] | None = manifest.get(CLASS_NAMES)
         self._names = [shard["name"] + SUFFIX for shard in manifest["shards"]]
         counts = [shard["num_records"] for shard in manifest["shards"]]
         self._ends = np.cumsum(counts, dtype=np.int64)
@@ -223,6 +225,11 @@ class ShardSource(Source):
                 f"{sum(counts)}: run vjepa_jax.prepare --output={path} again"
             )
         self._open_no_shard()
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """Names of the classes in the order of their labels; None: numbers only."""
+        return self._class_names
 
     def _open_no_shard(self) -> None:
         self._readers: collections.OrderedDict[str, ArrayRecordReader]

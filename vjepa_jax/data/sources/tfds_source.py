@@ -97,6 +97,8 @@ class TfdsSource(Source):
         features = dict(data.dataset_info.features.items())
         self._media, self._kind = _choose_media(name, features)
         self._label = _choose_label(name, features)
+        if not self._label:
+            self.unlabelled = "it has no feature named label and no ClassLabel"
         rate = features.get("fps")
         self._fps = "fps" if isinstance(rate, tfds.features.Scalar) else None
         wanted = {self._media, self._label, self._fps} - {None}
@@ -160,6 +162,12 @@ class TfdsSource(Source):
             ],
             np.int64,
         )
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """Names of a `ClassLabel` in the order of labels; None: numbers only."""
+        feature = self._features[self._label] if self._label else None
+        return getattr(feature, "names", None)
 
     def digest(self) -> str:
         """Return a hash of dataset, version, split and the features in use."""

@@ -177,6 +177,11 @@ def _evaluate(model: FrozenModel, config: ConfigDict, anchor: str) -> dict[str, 
     data = config.data
     train, test = (_read(config, key) for key in ("train_path", "test_path"))
     classes = Classes.of(train)
+    if len(classes.actions) < 2:
+        raise UserError(
+            f"all {len(train)} actions of {train.name!r} are of one verb and one noun: "
+            "give annotations of two actions at least"
+        )
 
     def contexts(actions: Actions, point=0.0, ahead_secs=data.anticipation_secs):
         return Contexts(

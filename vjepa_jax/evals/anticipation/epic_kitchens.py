@@ -88,14 +88,17 @@ def read_actions(path: str) -> Actions:
     reader = csv.DictReader(io.StringIO(text, newline=""))
     for row in reader:
         try:
+            verb, noun = int(row["verb_class"]), int(row["noun_class"])
+            if min(verb, noun) < 0:
+                raise ValueError("a class is negative")
             action = {
                 "video": row["video_id"],
                 "start_secs": _seconds(row["start_timestamp"]),
                 "stop_secs": _seconds(row["stop_timestamp"]),
                 "start_frame": int(row["start_frame"]),
                 "stop_frame": int(row["stop_frame"]),
-                "verb": int(row["verb_class"]),
-                "noun": int(row["noun_class"]),
+                "verb": verb,
+                "noun": noun,
             }
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(

@@ -67,9 +67,9 @@ def evaluate(model: FrozenModel, config: ConfigDict) -> dict[str, dict[str, Any]
       UserError: config, data and model do not fit.
     """
     settings.validate(config)
-    if not 1 <= config.num_classes < label_images.IGNORED:
+    if not 2 <= config.num_classes < label_images.IGNORED:
         raise UserError(
-            f"config.num_classes={config.num_classes} is out of range: give 1 to "
+            f"config.num_classes={config.num_classes} is out of range: give 2 to "
             f"{label_images.IGNORED - 1}"
         )
     images = open_images(model, config)

@@ -265,7 +265,15 @@ def _concatenate(group: Sequence[TokenBatch]) -> TokenBatch:
 
 
 def open_source(config: ConfigDict, key: str) -> Source:
-    """Open `config.data[key]`; several sources, separated by commas, become one.
+    """Open `config.data[key]`; several sources become one, see `open_parts`.
+
+    Their labels are not compared: see `labelled.open_labelled`.
+    """
+    return joined(open_parts(config, key))
+
+
+def open_parts(config: ConfigDict, key: str) -> list[Source]:
+    """Open the sources of `config.data[key]`, separated by commas.
 
     Raises:
       UserError: it is not set, or cannot be opened.
@@ -276,7 +284,11 @@ def open_source(config: ConfigDict, key: str) -> Source:
             f"config.data.{key} is not set: give a list file with one 'path label' per "
             "line, or anything else that data.path of a run may be"
         )
-    parts = open_mixture(path).sources
+    return open_mixture(path).sources
+
+
+def joined(parts: Sequence[Source]) -> Source:
+    """Return several sources as one."""
     return parts[0] if len(parts) == 1 else Joined(parts)
 
 
@@ -320,19 +332,3 @@ def make_videos(
         data.num_workers,
         data.worker_timeout_secs,
     )
-
-
-def require_labels(source: Source, num_classes: int) -> None:
-    """Raise UserError unless all labels are in [0, num_classes)."""
-    labels = np.asarray(source.labels)
-    wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
-    if len(wrong):
-        label = labels[wrong[0]]
-        reason = (
-            "and labels count from 0: fix the list"
-            if label < 0
-            else f"and there are {num_classes} classes: fix the list, or set "
-            "config.num_classes"
-        )
-        path = source.path_of(int(wrong[0]))
-        raise UserError(f"{path!r} of {source.name!r} has the label {label}, {reason}")

@@ -1,0 +1,152 @@
+"""The labelled videos of an evaluation: one numbering of classes for all its sources.
+
+All that can be wrong with labels is reported before anything is encoded.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from vjepa_jax.base.errors import UserError
+from vjepa_jax.config.defaults import ConfigDict
+from vjepa_jax.data.sources.classes import CLASSES_FILE, shown, unite_classes
+from vjepa_jax.data.sources.records import Source
+from vjepa_jax.evals.tokens import clip_tokens
+
+TRAIN = "train_path"
+
+
+@dataclasses.dataclass(frozen=True)
+class Labelled:
+    """Sources whose labels mean the same.
+
+    Attributes:
+      sources: by their keys in `config.data`.
+      num_classes: labels are below it.
+      class_names: in the order of the labels, for people; numbers where the sources
+        have no names.
+      has_names: whether they have.
+    """
+
+    sources: dict[str, Source]
+    num_classes: int
+    class_names: list[str]
+    has_names: bool
+
+    def __getitem__(self, key: str) -> Source:
+        """Return the source of a key."""
+        return self.sources[key]
+
+
+def open_labelled(
+    config: ConfigDict, keys: Sequence[str], num_classes: int = 0
+) -> Labelled:
+    """Open the labelled videos of an evaluation.
+
+    Args:
+      config: of the evaluation.
+      keys: of `config.data`, that of the training videos among them. Each may be
+        anything that `data.path` of a run may be.
+      num_classes: of the config; 0: as many as there are names or numbers.
+
+    Raises:
+      UserError: a source cannot be opened or has no classes, names and numbers of
+        classes cannot be compared, a label is out of range, there is only one class to
+        train on, or a class is not among the training videos.
+    """
+    sources = _open_united(config, keys)
+    labels = {key: np.asarray(source.labels) for key, source in sources.items()}
+    names = sources[TRAIN].class_names
+    num_classes = num_classes or (
+        len(names) if names else 1 + max(int(of.max()) for of in labels.values())
+    )
+    for key, source in sources.items():
+        _require_range(source, labels[key], num_classes)
+    known = [str(number) for number in range(num_classes)]
+    known[: len(names or ())] = names or ()
+    found = Labelled(sources, num_classes, known, names is not None)
+    _require_classes(found, labels)
+    return found
+
+
+def require_per_class(
+    labels: np.ndarray, wanted: int, key: str, class_names: Sequence[str]
+) -> None:
+    """Raise UserError unless there are two classes, each with enough videos.
+
+    Args:
+      labels: int [N], of the videos to learn from.
+      wanted: videos of each class.
+      key: of the config, which asks for so many.
+      class_names: in the order of the labels.
+    """
+    classes, counts = np.unique(labels, return_counts=True)
+    least = class_names[classes[counts.argmin()]]
+    if len(classes) < 2:
+        raise UserError(
+            f"all {len(labels)} readable videos to learn from have the class "
+            f"{least!r}: give videos of two classes at least"
+        )
+    if wanted > counts.min():
+        raise UserError(
+            f"{key} asks for {wanted} videos of every class, and {least!r} has "
+            f"{counts.min()} readable ones to learn from: ask for at most as many"
+        )
+
+
+def _open_united(config: ConfigDict, keys: Sequence[str]) -> dict[str, Source]:
+    parts = {key: clip_tokens.open_parts(config, key) for key in keys}
+    for key, sources in parts.items():
+        for source in sources:
+            if source.unlabelled:
+                raise UserError(
+                    f"config.data.{key}: {source.name!r} has no classes: "
+                    f"{source.unlabelled}"
+                )
+    united = iter(unite_classes([s for sources in parts.values() for s in sources]))
+    return {
+        key: clip_tokens.joined([next(united) for _ in sources])
+        for key, sources in parts.items()
+    }
+
+
+def _require_range(source: Source, labels: np.ndarray, num_classes: int) -> None:
+    wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
+    if len(wrong):
+        label = labels[wrong[0]]
+        reason = (
+            "and labels count from 0: fix the list"
+            if label < 0
+            else f"and there are {num_classes} classes: fix the list, or set "
+            "config.num_classes"
+        )
+        path = source.path_of(int(wrong[0]))
+        raise UserError(f"{path!r} of {source.name!r} has the label {label}, {reason}")
+
+
+def _require_classes(found: Labelled, labels: dict[str, np.ndarray]) -> None:
+    trained = np.unique(labels[TRAIN])
+    if len(trained) < 2:
+        raise UserError(
+            f"all {len(labels[TRAIN])} videos of config.data.{TRAIN} "
+            f"({found[TRAIN].name!r}) have the class "
+            f"{found.class_names[trained[0]]!r}: give videos of two classes at least"
+        )
+    for key, of_key in labels.items():
+        source = found[key]
+        if not found.has_names and not of_key.any():
+            raise UserError(
+                f"all videos of config.data.{key} ({source.name!r}) have the label 0, "
+                "as in lists without classes: give their labels, or, if the class 0 is "
+                f"meant, its name in {CLASSES_FILE} beside the lists"
+            )
+        unknown = np.setdiff1d(of_key, trained)
+        if len(unknown):
+            names = shown([found.class_names[label] for label in unknown])
+            count = int(np.isin(of_key, unknown).sum())
+            raise UserError(
+                f"{count} videos of config.data.{key} ({source.name!r}) have classes "
+                f"without a video in config.data.{TRAIN} ({found[TRAIN].name!r}): "
+                f"{names}; remove these videos, or add videos to train on"
+            )
