@@ -193,7 +193,7 @@ def test_augmented_training_learns(model, config):
 def test_random_init_adds_a_column_of_an_untrained_encoder(model, config, monkeypatch):
     config.random_init = True
     monkeypatch.setattr(frozen_models, "random_init", lambda model, seed: (model, seed))
-    monkeypatch.setattr(classification, "_evaluate", lambda model, _: {"is": model})
+    monkeypatch.setattr(classification, "_evaluate", lambda model, *_: {"is": model})
     found = classification.evaluate(model, config)
     assert found == {"is": {"pretrained": model, "random_init": (model, config.seed)}}
 
