@@ -116,7 +116,7 @@ def test_lists_without_names_keep_their_numbers(tmp_path):
         (b"put\n\ntake\n", r"classes\.txt:2 is empty"),
         (b"put\ntake\nput\n", r"classes\.txt:3 repeats 'put'"),
         (b"put\n", r"c\.mp4' of .* has the label 1, but only 1 classes have names"),
-        (b"\xff\xfep\0", "cannot be read"),
+        (b"\xff\xfe\0\xd8", "begins like UTF-16"),
     ],
 )
 def test_wrong_names_are_reported_when_they_are_used(tmp_path, names, message):

@@ -15,6 +15,7 @@ from etils import epath
 from vjepa_jax.base import files
 from vjepa_jax.base.errors import UserError
 from vjepa_jax.data.sources.classes import CLASSES_FILE
+from vjepa_jax.data.sources.file_lists import path_problem
 
 TRAIN, TEST = "train.csv", "test.csv"
 MISSING = ("refuse", "skip", "keep")
@@ -216,7 +217,9 @@ def parse_classes(texts: Sequence[str]) -> dict[str, tuple[str, ...]]:
 def read_table(
     path: str, delimiter: str = ",", header: Sequence[str] | None = None
 ) -> Table:
-    """Read a table of UTF-8 text in the form of Python's `csv`.
+    """Read a table in the form of Python's `csv`.
+
+    The text is UTF-8, or UTF-16 with a byte order mark.
 
     Args:
       path: local or remote.
@@ -228,8 +231,11 @@ def read_table(
     """
     path = files.absolute(path)
     try:
-        text = epath.Path(path).read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError:
+        text = files.read_text(path)
+        text.encode()
+    except UserError:
+        raise
+    except UnicodeEncodeError:  # surrogates
         raise UserError(f"{path} is not UTF-8 text: save it as UTF-8") from None
     except Exception as error:  # the errors of stores' clients have no common base
         reason = getattr(error, "strerror", None) or str(error)
@@ -400,6 +406,8 @@ def _chosen(table: Table, choice: Choice) -> list[_Row]:
                     f"--where='{choice.label}!=' leaves such rows out"
                 )
         path = _resolved(pattern.fill(row, line), root)
+        if problem := path_problem(path):
+            raise UserError(f"{table.name}:{line}: the path {problem}")
         other, other_line = seen.setdefault(path, (label, line))
         if other != label:
             raise UserError(
@@ -425,10 +433,9 @@ class _Pattern:
             table.require(name, f"--file={text}")
 
     def fill(self, row: Mapping[str, str], line: int) -> str:
-        parts = list(self._parts)
+        parts, where = list(self._parts), f"{self._table.name}:{line}"
         for i in range(1, len(parts), 2):
             column, _, form = parts[i].partition(":")
-            where = f"{self._table.name}:{line}"
             if not row[column]:
                 raise UserError(
                     f"{where}: no {column}, which --file={self._text} needs"
@@ -438,8 +445,8 @@ class _Pattern:
             except ValueError as error:
                 raise UserError(f"--file={self._text}: {error}") from None
         path = "".join(parts)
-        if "\n" in path or "\r" in path or "\0" in path:
-            raise UserError(f"{self._table.name}:{line}: {path!r} cannot be in a list")
+        if len(path.splitlines()) > 1:
+            raise UserError(f"{where}: {path!r} cannot be in a list")
         return path
 
 
@@ -451,7 +458,7 @@ def _resolved(path: str, root: str) -> str:
 def _entry(path: str, folder: str) -> str:
     """Return a path as it is written into a list in `folder`."""
     path = path.removeprefix(folder.rstrip("/") + "/")
-    if re.search(r'[\s"]|::', path):
+    if re.search(r'[\s",;#]|::', path):
         return '"' + path.replace('"', '""') + '"'
     return path
 

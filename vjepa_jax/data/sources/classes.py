@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from etils import epath
 
+from vjepa_jax.base import files
 from vjepa_jax.base.errors import UserError
 from vjepa_jax.data.sources.records import Record, Source
 
@@ -154,7 +155,9 @@ def read_class_names(folder: str) -> list[str] | None:
     try:
         if not path.exists():
             return None
-        text = path.read_bytes().decode("utf-8-sig")
+        text = files.read_text(path)
+    except UserError:
+        raise
     except Exception as error:  # the errors of stores' clients have no common base
         reason = " ".join(str(error).split())
         raise UserError(f"{path} cannot be read: {reason}") from error
