@@ -83,14 +83,20 @@ def test_bad_files_have_a_reason(tmp_path, good_bytes, kind, reason):
     assert reason in media.REASONS
 
 
-@pytest.mark.parametrize("suffix", [".gif", ".png", ".apng", ".avif"])
-def test_animated_images_are_videos(tmp_path, suffix):
+@pytest.mark.parametrize(
+    "suffix, has_opacity",
+    [(".gif", 0), (".png", 0), (".png", 1), (".apng", 0), (".avif", 0), (".avif", 1)],
+)
+def test_animated_images_are_videos(tmp_path, rng, suffix, has_opacity):
     if suffix == ".avif" and not PIL.features.check("avif"):
         pytest.skip("this Pillow cannot write AVIF")
     frames = video_files.moving_frames(12, 32, 32)
     # AVIF has a still image beside the video, and the colours of its frames are close.
     options = {"quality": 95, "subsampling": "4:4:4"} if suffix == ".avif" else {}
-    path = video_files.write_animation(tmp_path / f"a{suffix}", frames, **options)
+    # More bytes than the colours, so that FFmpeg prefers it.
+    opacity = rng.integers(99, 256, (*frames.shape[:3], has_opacity), np.uint8)
+    stored = np.concatenate([frames, opacity], axis=-1)
+    path = video_files.write_animation(tmp_path / f"a{suffix}", stored, **options)
     with open(path, "rb") as file:
         records = [path, Record(f"a{suffix}", file.read())]
     for record in records:

@@ -65,6 +65,8 @@ _RETRY_WAITS_SECS = (0.5, 2.0, 8.0)
 # the time of reading a clip of an H.264 file.
 _FORMATS_WITH_FULL_HEADERS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
 
+_IMAGE_SEQUENCES = ("avis", "msf1", "hevc", "hevx")  # brands of AVIF and HEIF
+
 _READ_BYTES = 1 << 16
 _SIZE = 1 << 16  # FFmpeg's AVSEEK_SIZE
 
@@ -359,6 +361,9 @@ def _refuse_to_open(url: str, flags: int, options: dict) -> None:
 
 def _video_stream(container: av.container.InputContainer) -> av.VideoStream | None:
     """Return the video stream; None if there is none of a known codec."""
+    if container.metadata.get("major_brand") in _IMAGE_SEQUENCES:
+        # A still image and its opacity, then the frames, then their opacity.
+        return max(container.streams.video, key=lambda stream: stream.frames)
     stream = cast("av.VideoStream | None", container.streams.best("video"))
     return None if stream is None or stream.codec_context is None else stream
 
@@ -366,8 +371,7 @@ def _video_stream(container: av.container.InputContainer) -> av.VideoStream | No
 def _has_full_header(container: av.container.InputContainer) -> bool:
     """Whether the header has all that the decoder and the official sampling need.
 
-    Of several streams, FFmpeg prefers the one of which it has decoded more frames: an
-    animated AVIF has a still image beside its video.
+    Of several streams, FFmpeg prefers the one of which it has decoded more frames.
     """
     stream = _video_stream(container)
     pictures = av.stream.Disposition.attached_pic
