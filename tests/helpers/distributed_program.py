@@ -20,11 +20,17 @@ START_SECS = 2  # longest wait for a process that is not there
 
 
 def meet(rank):
-    """Exchange sums and texts; then wait at a barrier that the last process misses."""
+    """Exchange sums, texts, problems; then wait at a barrier that the last one misses."""
     distributed.barrier("met", TIMEOUT_SECS)
     numbers = distributed.sum_on_main("numbers", [rank, 10], TIMEOUT_SECS)
     text = distributed.from_main("text", f"of {rank}", TIMEOUT_SECS)
-    print(f"{numbers} {text}", flush=True)
+    problems = [
+        distributed.first_problem(
+            f"problem/{of}", f"of {rank}" * (rank in of), TIMEOUT_SECS
+        )
+        for of in ((), (1, 2), (0, 2))
+    ]
+    print(f"{numbers} {text} {problems}", flush=True)
     try:
         if rank < distributed.process_count() - 1:
             distributed.barrier("missed", MISSED_SECS)

@@ -129,7 +129,7 @@ def test_its_checkpoints_restore_and_have_no_target(run, batch, tmp_path):
     with checkpoint.Checkpointer(str(tmp_path), every_steps=1, keep=1) as checkpointer:
         assert checkpointer.save(2, state, position, meta)
         checkpointer.wait()
-        restored, data, _ = checkpointer.restore(2, run.abstract)
+        _, restored, data, _ = checkpointer.restore(2, run.abstract)
     chex.assert_trees_all_equal(restored, state)
     assert restored.target is None and data == position
     assert optax.tree.norm(restored.params) > 0

@@ -17,6 +17,7 @@ import jax
 import process_config
 import pytest
 import video_files
+from damaged_files import damage, halve, largest
 from process_group import HEARTBEAT_SECS, TIMEOUT_SECS, Group
 
 from vjepa_jax.parallel import distributed
@@ -26,6 +27,7 @@ from vjepa_jax.train import train_and_evaluate
 NUM_VIDEOS = 800  # the first epoch is the last
 BROKEN = range(0, NUM_VIDEOS, 20)
 CHECKPOINT_STEPS = process_config.get_config("").checkpoint.every_steps
+DAMAGED_STEP = "18"
 HELD_STEP = 19  # in which a process waits until it gets a signal
 
 
@@ -88,10 +90,17 @@ def four(folder):
 
 @pytest.fixture(scope="module")
 def two(folder, four):
-    """Two processes, which continue; the second gets a SIGTERM."""
+    """Two processes, which continue; the second gets a SIGTERM.
+
+    They find a later step that is damaged.
+    """
     workdir, released = folder / "run", folder / "released"
+    steps = workdir / "checkpoints"
+    later = shutil.copytree(steps / str(four.saved_step), steps / DAMAGED_STEP)
+    damage(largest(later / "state"), halve)
     hold = 1, HELD_STEP, released
-    group = Group(folder, workdir, 2, "--config.mesh.fsdp=2", hold=hold)
+    flags = "--config.mesh.fsdp=2", "--config.checkpoint.skip_damaged=True"
+    group = Group(folder, workdir, 2, *flags, hold=hold)
     group.wait_until(lambda: f"step {HELD_STEP - 2}/" in group.text(0))
     assert four.saved_step < HELD_STEP - 2
     group.processes[1].terminate()
@@ -156,6 +165,13 @@ def test_a_restart_loses_little(four, two):
     assert four.saved_step >= 2 * CHECKPOINT_STEPS
     # One interval, and the steps during the next save, which ends before the one after.
     assert four.rows[-1]["step"] - four.saved_step <= 2 * CHECKPOINT_STEPS
+
+
+def test_all_processes_skip_a_step_that_is_damaged(folder, two):
+    assert f"checkpoints/{DAMAGED_STEP} is damaged (state: " in two.texts[0]
+    assert f"it is kept as {DAMAGED_STEP}.damaged" in two.texts[0]
+    assert (folder / f"run/checkpoints/{DAMAGED_STEP}.damaged/meta").is_dir()
+    assert "is damaged" not in two.texts[1]
 
 
 def test_a_signal_to_one_makes_all_save_the_same_step_and_end(two, alone):

@@ -18,13 +18,13 @@ from checkpoint_test import (
 from vjepa_jax.base.errors import UserError
 from vjepa_jax.run import checkpoint
 from vjepa_jax.run.checkpoint import (
-    FORMAT_VERSION,
     Checkpointer,
     restore_models,
     restore_start,
     restore_target,
     save_converted,
 )
+from vjepa_jax.run.checkpoint_step import FORMAT_VERSION
 
 
 @pytest.fixture(scope="module")

@@ -20,11 +20,15 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from vjepa_jax.base.errors import UserError
 from vjepa_jax.run import checkpoint
-from vjepa_jax.run.checkpoint import FORMAT_VERSION, Checkpointer, restore_target
+from vjepa_jax.run.checkpoint import Checkpointer, restore_target
+from vjepa_jax.run.checkpoint_step import FORMAT_VERSION
 
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2))
 DATA = {"step": 3, "fingerprint": "abc"}
-META = {"config": {"betas": [0.9, 0.95], "path": None}}
+META = {
+    "config": {"betas": [0.9, 0.95], "path": None},
+    "video_shape": [4, 16, 16, 3],
+}
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -134,7 +138,7 @@ def test_restored_state_is_identical(run, abstract):
     workdir, states = run
     with Checkpointer(workdir, every_steps=2, keep=3) as checkpointer:
         assert checkpointer.latest_step() == 4
-        state, data, meta = checkpointer.restore(2, abstract)
+        _, state, data, meta = checkpointer.restore(2, abstract)
     assert_identical(to_host(state), states[2])
     assert data == {"step": 2, "fingerprint": "abc"}
     assert meta["config"] == META["config"]
@@ -147,7 +151,7 @@ def test_state_is_restored_on_another_mesh(run, mesh_shape):
     workdir, states = run
     abstract = make_abstract(make_mesh(*mesh_shape))
     with Checkpointer(workdir, every_steps=2, keep=3) as checkpointer:
-        state, _, _ = checkpointer.restore(4, abstract)
+        state = checkpointer.restore(4, abstract).state
     assert_identical(to_host(state), states[4])
     got = jax.tree.map(lambda leaf: leaf.sharding, state)
     assert got == jax.tree.map(lambda leaf: leaf.sharding, abstract)
@@ -166,7 +170,7 @@ def test_state_may_be_donated_right_after_save(tmp_path, abstract):
         jax.block_until_ready(state)
         assert donated.params["encoder"]["fc"]["kernel"].is_deleted()
         checkpointer.wait()
-        restored, _, _ = checkpointer.restore(1, abstract)
+        restored = checkpointer.restore(1, abstract).state
     assert_identical(to_host(restored), saved)
 
 
@@ -183,7 +187,7 @@ def test_resumed_run_equals_the_unbroken_one(tmp_path, mesh_shape):
             losses.append(loss)
 
     with Checkpointer(tmp_path, every_steps=3, keep=1) as checkpointer:
-        resumed, _, _ = checkpointer.restore(3, abstract)
+        resumed = checkpointer.restore(3, abstract).state
         assert int(resumed.step) == 3
     for i in range(3, 8):
         donated = resumed
@@ -212,7 +216,7 @@ def test_dictionaries_may_change_after_save(tmp_path, abstract):
         checkpointer.save(1, make_state(abstract), data, META)
         data["step"] = 99
         checkpointer.wait()
-        assert checkpointer.restore(1, abstract)[1] == DATA
+        assert checkpointer.restore(1, abstract).data == DATA
 
 
 def test_what_is_not_json_fails_at_save(tmp_path, abstract):
@@ -332,7 +336,7 @@ def test_target_errors_name_the_fix(run, tmp_path):
         restore_target(run[0], 9)
     workdir = shutil.copytree(run[0], tmp_path / "run")
     shutil.rmtree(workdir / checkpoint.FOLDER / "4" / "target")
-    with pytest.raises(UserError, match="no target encoder in"):
+    with pytest.raises(UserError, match=r"4 is damaged \(target: .*step 2 is intact"):
         restore_target(workdir)
 
 
@@ -348,7 +352,7 @@ state = checkpoint_test.make_state(
     checkpoint_test.make_abstract(checkpoint_test.make_mesh(1, 1))
 )
 checkpointer = checkpoint.Checkpointer(sys.argv[1], every_steps=1, keep=5)
-checkpointer.save(1, state, {}, {})
+checkpointer.save(1, state, checkpoint_test.DATA, checkpoint_test.META)
 checkpointer.wait()
 checkpoint.ocp.JsonCheckpointHandler._save_fn = hang
 checkpointer.save(2, state, {}, {})
@@ -376,7 +380,7 @@ def test_save_that_was_killed_is_ignored(tmp_path):
     assert_identical(restore_target(tmp_path)[0], make_state(abstract).target)
     with Checkpointer(tmp_path, every_steps=1, keep=5) as checkpointer:
         assert checkpointer.latest_step() == 1
-        state, _, _ = checkpointer.restore(1, abstract)
+        state = checkpointer.restore(1, abstract).state
         assert_identical(state, make_state(abstract))
         assert checkpointer.save(2, state, DATA, META)
         checkpointer.wait()

@@ -166,7 +166,7 @@ def restore(workdir, step):
     abstract = abstract_of(config)
     with checkpoint.Checkpointer(str(workdir), every_steps=1, keep=9) as checkpointer:
         assert checkpointer.latest_step() == step
-        state, _, _ = checkpointer.restore(step, abstract)
+        state = checkpointer.restore(step, abstract).state
     return jax.device_get(state)
 
 

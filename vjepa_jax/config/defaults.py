@@ -118,7 +118,8 @@ def _run() -> Settings:
     s.add("weight", 1.0, POSITIVE)  # of the main stream's loss, relative to the others
     s.add("streams", ConfigDict())  # further streams by name, see `stream`
 
-    s.add("init.path", "")  # workdir whose latest checkpoint a new run starts from
+    s.add("init.path", "")  # workdir from whose checkpoint a new run starts
+    s.add("init.step", -1)  # its saved step; -1: the latest
     s.add("init.is_required", False)  # the recipe needs such a run
     s.add("init.keep_moments", True)  # take over the optimiser's moments, or zero them
     s.add("teacher.path", "")  # workdir or checkpoint of an encoder; "": none
@@ -230,6 +231,8 @@ def _run() -> Settings:
 
     s.add("checkpoint.every_steps", 1000, POSITIVE)
     s.add("checkpoint.keep", 2, POSITIVE)  # number of checkpoints kept, the latest ones
+    # Continue from the latest step that can be read; False: stop if it is not the last.
+    s.add("checkpoint.skip_damaged", False)
 
     s.add("log.every_steps", 50, POSITIVE)
     s.add("log.watchdog_secs", 600.0, NOT_NEGATIVE)  # without a step; 0: off

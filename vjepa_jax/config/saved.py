@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from vjepa_jax.base.errors import UserError
 from vjepa_jax.config.defaults import (
     ConfigDict,
     evaluation,
@@ -54,26 +55,47 @@ def restored(saved: dict[str, Any]) -> ConfigDict:
 
     Args:
       saved: the parsed JSON.
+
+    Raises:
+      UserError: it is not a config, or a value is of another type than its default.
     """
-    config = from_json(saved)
+    if not isinstance(saved, dict):
+        raise UserError("the saved config is not a dictionary")
+    try:
+        config = from_json(saved)
+    except (ValueError, TypeError) as error:  # names that no key can have
+        raise UserError(f"the saved config cannot be read: {error}") from None
     _fill(config, get_config(), named=("masks", "streams"))
+    for fields in config.streams.values():
+        _fill(fields, stream(), named=("masks",))
     for masks in (config.masks, *(s.masks for s in config.streams.values())):
         for spec in masks.values():
             _fill(spec, mask())
     for entry in config.evals.values():
         _fill(entry, evaluation(""))
-    for fields in config.streams.values():
-        _fill(fields, stream(), named=("masks",))
     return config
 
 
 def _fill(config: ConfigDict, default: ConfigDict, named: tuple[str, ...] = ()) -> None:
     """Add missing keys, but no entries of `named` dicts, which the user defines."""
+    _require_type("", config, default)
     for key, value in default.items():
         if key not in config:
             config[key] = ConfigDict() if key in named else value
-        elif isinstance(value, ConfigDict) and key not in named:
+            continue
+        _require_type(key, config[key], value)
+        if isinstance(value, ConfigDict) and key not in named:
             _fill(config[key], value)
+
+
+def _require_type(key: str, value: Any, default: Any) -> None:
+    kinds = (int, float) if type(default) is float else (type(default),)
+    is_unset = value is None and not isinstance(default, ConfigDict)
+    if type(value) not in kinds and not is_unset:
+        raise UserError(
+            f"the saved config has {key or 'an entry'}={value!r}, which is not a "
+            f"{type(default).__name__}"
+        )
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

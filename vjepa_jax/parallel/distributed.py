@@ -236,6 +236,35 @@ def sum_on_main(name: str, values: Sequence[int], timeout_secs: float) -> Sequen
     return total
 
 
+def first_problem(name: str, problem: str, timeout_secs: float) -> str:
+    """Exchange what failed on each process; every process calls it.
+
+    The devices are not used: after a failure their arrays may be incomplete.
+
+    Args:
+      name: the same on all processes, and different in every call.
+      problem: of this process; "": none.
+      timeout_secs: longest wait for the other processes.
+
+    Returns:
+      On all processes the problem of the lowest rank that has one; "": none has.
+
+    Raises:
+      LostProcess: a timeout.
+    """
+    if process_count() == 1:
+        return problem
+    if not is_main():
+        _client().key_value_set(f"vjepa_jax/{name}/{process_index()}", problem or "-")
+    else:
+        for other in range(1, process_count()):
+            text = _value_of(
+                f"vjepa_jax/{name}/{other}", timeout_secs, f"process {other}"
+            )
+            problem = problem or text.removeprefix("-")
+    return from_main(f"{name}/first", problem or "-", timeout_secs).removeprefix("-")
+
+
 def _value_of(key: str, timeout_secs: float, whose: str) -> str:
     try:
         return _client().blocking_key_value_get(key, int(timeout_secs * 1000))

@@ -29,6 +29,7 @@ class Run:
       label: short name, different from that of the other run of the page.
       letter: A or B.
       folder: local folder with the small files of the workdir.
+      step: saved step whose weights are shown; None: the latest.
       config: resolved config, or None.
       metrics: a row per log step, see `metrics.read_metrics`.
       starts: a row per start of the run, see `workdirs.STARTS_FILE`.
@@ -43,6 +44,7 @@ class Run:
     label: str
     letter: str
     folder: pathlib.Path
+    step: int | None = None
     config: ConfigDict | None = None
     metrics: list[dict[str, float]] = dataclasses.field(default_factory=list)
     starts: list[dict[str, Any]] = dataclasses.field(default_factory=list)
@@ -117,7 +119,7 @@ def _read_config(run: Run) -> ConfigDict | None:
         return None
     try:
         return saved.restored(json.loads(path.read_text()))
-    except (ValueError, TypeError, AttributeError, KeyError):
+    except ValueError:
         run.notes.append(f"{path.name} is damaged")
         return None
 

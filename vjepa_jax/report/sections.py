@@ -56,7 +56,7 @@ def make_sections(runs: Sequence[Run]) -> list[Section]:
     unseen = Section("clips", "Features, neighbours, masks")
     models = {}
     for run in runs:
-        model = unseen.attempt(frozen.load, run.workdir)
+        model = unseen.attempt(frozen.load, run.workdir, run.step)
         if model is not None:
             models[run.label] = model
     groups = group_by_shape(models)

@@ -1,4 +1,4 @@
-"""Save and restore checkpoints. Only this file imports Orbax.
+"""Save and restore checkpoints. Only this file and `checkpoint_step.py` import Orbax.
 
 A step is a folder `<workdir>/checkpoints/<step>` with four items, so that each reader
 reads only what it needs:
@@ -10,18 +10,20 @@ reads only what it needs:
 
 `target` is absent where the objective has none; converted weights have no `data`. Orbax
 writes a step under a temporary name and renames it when all items are complete: an
-interrupted save never counts as a checkpoint.
+interrupted save never counts as a checkpoint. Files that were lost or changed later do:
+reading such a step raises `DamagedCheckpoint`.
 """
 
 import contextlib
+import functools
 import json
 import logging
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import metadata
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
@@ -29,12 +31,20 @@ from orbax.checkpoint import checkpoint_managers as policies
 import vjepa_jax
 from vjepa_jax.base import files
 from vjepa_jax.base.errors import UserError
+from vjepa_jax.parallel import distributed
+from vjepa_jax.run.checkpoint_step import (
+    FORMAT_VERSION,
+    ITEMS_FILE,
+    DamagedCheckpoint,
+    Saved,
+)
+
+_Read = TypeVar("_Read")
 
 FOLDER = "checkpoints"
-# Increase it when a reader of the old layout would misread the new one.
-FORMAT_VERSION = 1
 _STATE_FIELDS = ("step", "params", "opt_state", "guard")
-_MAX_LISTED = 10
+# The fastest process waits that long for the slowest one to read its arrays.
+_READ_TIMEOUT_SECS = 3600
 
 
 def absolute(path: str) -> epath.Path:
@@ -71,150 +81,25 @@ def _json_args(values: dict[str, Any]) -> ocp.args.JsonSave:
     return ocp.args.JsonSave(json.loads(json.dumps(values)))
 
 
-class Saved:
-    """One saved step, read field by field.
-
-    Attributes:
-      step: its number.
-      folder: of the step.
-      meta: description of the run, and the `step`.
-      stored: {field: tree of array metadata}; fields are `target` and those of `state`.
-      has_data: True if a training run saved it, False for converted weights.
-    """
-
-    def __init__(self, manager: ocp.CheckpointManager, step: int | None = None):
-        """Read the metadata of a step, by default of the latest.
-
-        Raises:
-          UserError: the step does not exist, or vjepa_jax of this version cannot read
-            it.
-        """
-        steps = sorted(manager.all_steps())
-        if not steps:
-            raise UserError(
-                f"no checkpoint in {manager.directory}; give the workdir of a training "
-                "run that has saved one"
-            )
-        self.step = steps[-1] if step is None else step
-        if self.step not in steps:
-            raise UserError(
-                f"no checkpoint of step {step} in {manager.directory}; saved steps: "
-                f"{', '.join(map(str, steps))}"
-            )
-        self.folder = manager.directory / str(self.step)
-        items = manager.item_metadata(self.step)
-        trees = {k: items[k].tree for k in ("state", "target") if items.get(k)}
-        if "meta" not in items or not trees:
-            raise UserError(
-                f"no model in {self.folder}; give a checkpoint that vjepa_jax wrote"
-            )
-        self.has_data = "data" in items
-        self.stored = dict(trees.get("state", {}))
-        if "target" in trees:
-            self.stored["target"] = trees["target"]
-        args = ocp.args.Composite(meta=ocp.args.JsonRestore())
-        self.meta = manager.restore(self.step, args=args)["meta"] | {"step": self.step}
-        version = self.meta.get("format_version")
-        if version is None or version > FORMAT_VERSION:
-            raise UserError(
-                f"{self.folder} has checkpoint format {version}, this release reads up "
-                f"to {FORMAT_VERSION}; install the release that wrote it "
-                f"({self.meta.get('versions')})"
-            )
-
-    def restore(self, wanted: dict[str, Any]) -> dict[str, Any]:
-        """Restore fields, bit for bit; the arrays of other fields are not read.
-
-        Args:
-          wanted: {field: tree of `jax.ShapeDtypeStruct` with shardings}; these may
-            differ from those of the run that saved (other mesh, other device count).
-
-        Raises:
-          UserError: names, shapes or dtypes differ (up to 10 of them are listed).
-        """
-        stored = {name: self.stored.get(name, {}) for name in wanted}
-        require_fit(self.folder, stored=stored, wanted=wanted)
-        fields = {k: tree for k, tree in wanted.items() if k != "target"}
-        out = _read(self.folder / "state", fields) if fields else {}
-        if "target" in wanted:
-            out["target"] = _read(self.folder / "target", wanted["target"])
-        return out
-
-    def restore_here(self, *fields: str) -> dict[str, Any]:
-        """Restore fields without knowing the model.
-
-        Returns:
-          {field: nested dictionaries of arrays in the saved dtypes, each complete on
-          the first device of this process}; fields that were not saved are absent.
-        """
-        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-
-        def abstract(leaf):
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-        found = {name: self.stored[name] for name in fields if name in self.stored}
-        return self.restore(jax.tree.map(abstract, found))
-
-
 def _fields(state: Any, names: Iterable[str]) -> dict[str, Any]:
     """Return fields of a TrainState, without a target that is None."""
     fields = {name: getattr(state, name) for name in names}
     return {name: tree for name, tree in fields.items() if tree is not None}
 
 
-def _read(folder: epath.Path, wanted: Any) -> Any:
-    """Read some branches of an item."""
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        args = ocp.args.PyTreeRestore(
-            wanted,
-            restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
-            partial_restore=True,
-        )
-        return checkpointer.restore(folder, args=args)
+class Restored(NamedTuple):
+    """A restored step of a run.
 
-
-def require_fit(folder: Any, *, stored: Any, wanted: Any) -> None:
-    """Compare names, shapes and dtypes of two trees of arrays, or of their metadata.
-
-    Args:
-      folder: of the checkpoint, for the message.
-      stored: tree of the checkpoint.
-      wanted: tree of the model.
-
-    Raises:
-      UserError: they differ; up to 10 differences are listed.
+    Attributes:
+      step: its number.
+      state: the TrainState.
+      data, meta: the dictionaries given to `Checkpointer.save`.
     """
-    old, new = _types(stored), _types(wanted)
-    differing = [
-        f"{name}: in checkpoint {old.get(name, 'missing')}, "
-        f"in model {new.get(name, 'missing')}"
-        for name in sorted(old.keys() | new.keys())
-        if old.get(name) != new.get(name)
-    ]
-    if not differing:
-        return
-    listed = differing[:_MAX_LISTED]
-    if len(differing) > len(listed):
-        listed.append(f"and {len(differing) - len(listed)} more")
-    raise UserError(
-        f"{folder} does not fit this model ({len(differing)} arrays differ); train "
-        "with the config it was written with, or choose a new workdir:\n  "
-        + "\n  ".join(listed)
-    )
 
-
-def _types(tree: Any) -> dict[str, str]:
-    """Return {path: type} of the leaves, e.g. `params/encoder/bias: float32[64]`.
-
-    Attribute and dictionary keys look alike, since Orbax stores named tuples as
-    dictionaries.
-    """
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): (
-            f"{jnp.dtype(leaf.dtype).name}[{','.join(map(str, leaf.shape))}]"
-        )
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
+    step: int
+    state: Any
+    data: dict[str, Any]
+    meta: dict[str, Any]
 
 
 class Checkpointer:
@@ -226,7 +111,9 @@ class Checkpointer:
     same step.
     """
 
-    def __init__(self, workdir: str, *, every_steps: int, keep: int):
+    def __init__(
+        self, workdir: str, *, every_steps: int, keep: int, skip_damaged: bool = False
+    ):
         """Open `<workdir>/checkpoints`; make it if it is missing.
 
         Leftovers of interrupted saves are removed, so only one run may use a workdir.
@@ -235,7 +122,9 @@ class Checkpointer:
           workdir: folder of the run, local or remote (`gs://`).
           every_steps: steps between two checkpoints, at least 1.
           keep: number of latest checkpoints to keep, at least 1.
+          skip_damaged: see `restore_latest`.
         """
+        self._skip_damaged = skip_damaged
         self._folder = absolute(workdir) / FOLDER
         options = ocp.CheckpointManagerOptions(
             save_decision_policy=policies.FixedIntervalPolicy(every_steps),
@@ -243,9 +132,10 @@ class Checkpointer:
             cleanup_tmp_directories=True,
             enable_async_checkpointing=True,
         )
-        self._manager = _Manager(
-            self._folder, options=options, handler_registry=_handler_registry()
-        )
+        with _listing(self._folder):
+            self._manager = _Manager(
+                self._folder, options=options, handler_registry=_handler_registry()
+            )
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -303,33 +193,94 @@ class Checkpointer:
         with self._naming_the_folder():
             return self._manager.save(step, args=args, force=True)
 
-    def restore(
-        self, step: int, abstract_state: Any
-    ) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    def restore(self, step: int, abstract_state: Any) -> Restored:
         """Restore every item of one step, bit for bit.
+
+        Processes do not wait for each other: if some fail, the others return.
 
         Args:
           step: a saved step, as from `latest_step`.
-          abstract_state: TrainState of `jax.ShapeDtypeStruct` with shardings.
-
-        Returns:
-          (state, data, meta): the TrainState with these shardings, and the two
-          dictionaries given to `save`.
+          abstract_state: TrainState of `jax.ShapeDtypeStruct` with shardings, which the
+            restored one gets.
 
         Raises:
-          UserError: see `Saved` and `Saved.restore`; or the step is not of a training
-            run.
+          DamagedCheckpoint, UserError: see `Saved` and `Saved.restore`; or the step is
+            not of a training run.
         """
-        saved = Saved(self._manager, step)
+        saved = Saved(self._folder, _chosen(self._folder, self._steps(), step))
         if not saved.has_data:
             raise UserError(
                 f"{saved.folder} contains converted weights, not a training run: start "
                 "from it with config.init.path, in another --workdir"
             )
+        data = saved.read_json("data")
+        if not isinstance(data.get("fingerprint"), str):
+            raise saved.damaged("data: no fingerprint of the videos")
         wanted = _fields(abstract_state, (*_STATE_FIELDS, "target"))
         state = abstract_state.replace(**saved.restore(wanted))
-        args = ocp.args.Composite(data=ocp.args.JsonRestore())
-        return state, self._manager.restore(step, args=args)["data"], saved.meta
+        return Restored(step, state, data, saved.meta)
+
+    def restore_latest(self, abstract_state: Any) -> Restored | None:
+        """Restore the latest step; every process calls it, and all get the same step.
+
+        With `skip_damaged`, steps that some process cannot read are skipped: their
+        folders are renamed, so that they are kept when the run reaches their steps
+        again.
+
+        Args:
+          abstract_state: as for `restore`.
+
+        Returns:
+          The step; None in a new workdir.
+
+        Raises:
+          UserError: see `restore`; or the latest step is damaged and `skip_damaged` is
+            not set, or no step can be read.
+        """
+        damaged: dict[int, str] = {}
+        for step in reversed(self._steps()):
+            restored, problem = None, ""
+            try:
+                restored = self.restore(step, abstract_state)
+            except DamagedCheckpoint as error:
+                problem = str(error)
+            problem = distributed.first_problem(
+                f"restored/{step}", problem, _READ_TIMEOUT_SECS
+            )
+            if problem:
+                del restored  # before the next one is read: it may fill the memory
+                damaged[step] = problem
+                continue
+            if damaged and not self._skip_damaged:
+                raise UserError(
+                    f"{damaged[max(damaged)]}; step {step} is intact: continue from it "
+                    "with --config.checkpoint.skip_damaged=True, which renames the "
+                    "folders of damaged steps, or restore the files from a copy"
+                )
+            self._set_aside(damaged)
+            return restored
+        if damaged:
+            raise UserError(
+                f"{damaged[max(damaged)]}; {_no_other(len(damaged) - 1)}: restore its "
+                "files from a copy, or start anew in another --workdir"
+            )
+        return None
+
+    def _set_aside(self, damaged: dict[int, str]) -> None:
+        """Rename the folders of damaged steps, which Orbax would not save again."""
+        if not damaged:
+            return
+        for step, problem in damaged.items():
+            folder = self._folder / str(step)
+            if distributed.is_main():
+                kept = _free_name(self._folder / f"{step}.damaged")
+                folder.rename(kept)
+                distributed.print_on_main(f"{problem}: it is kept as {kept.name}")
+        distributed.barrier("damaged checkpoints are renamed", _READ_TIMEOUT_SECS)
+        self._manager.reload()
+
+    def _steps(self) -> list[int]:
+        return sorted(self._manager.all_steps())
 
     def check_errors(self) -> None:
         """Raise the error of a background save, if one failed; never wait."""
@@ -369,15 +320,60 @@ class _Manager(ocp.CheckpointManager):
         return False
 
 
-def open_saved(path: str, step: int | None = None) -> Saved:
-    """Open a saved step of a workdir or a `checkpoints` folder.
+@contextlib.contextmanager
+def _listing(folder: epath.Path) -> Iterator[None]:
+    """Explain Orbax's errors about the file in which it describes a step."""
+    try:
+        yield
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise UserError(
+            f"{folder}: a step's {ITEMS_FILE} is damaged ({error}): remove that file, "
+            "which restoring does not need"
+        ) from error
+
+
+def _chosen(folder: epath.Path, steps: Sequence[int], step: int | None) -> int:
+    """Return a step, by default the latest; raise UserError if it is not saved."""
+    if not steps:
+        raise UserError(
+            f"no checkpoint in {folder}; give the workdir of a training run that has "
+            "saved one"
+        )
+    if step is not None and step not in steps:
+        raise UserError(
+            f"no checkpoint of step {step} in {folder}; saved steps: "
+            f"{', '.join(map(str, steps))}"
+        )
+    return steps[-1] if step is None else step
+
+
+def _no_other(count: int) -> str:
+    return "the other steps are damaged too" if count else "there is no other step"
+
+
+def _free_name(path: epath.Path) -> epath.Path:
+    """Return the path, or the first of `path.2`, `path.3`, ... that does not exist."""
+    free, number = path, 1
+    while free.exists():
+        number += 1
+        free = path.parent / f"{path.name}.{number}"
+    return free
+
+
+def _read_saved(
+    path: str, step: int | None, read: Callable[[Saved], _Read], option: str = "step"
+) -> _Read:
+    """Read from a saved step of a workdir or a `checkpoints` folder.
 
     Args:
       path: local or remote folder.
       step: a saved step; None: the latest.
+      read: what to read of it.
+      option: by which the user chooses the step, for the message.
 
     Raises:
-      UserError: the folder does not exist; or see `Saved`.
+      UserError: there is no such folder or step; it is damaged (the message names the
+        latest other step that can be read); or see `Saved` and `Saved.restore`.
     """
     folder = absolute(path)
     if not folder.is_dir():
@@ -386,35 +382,52 @@ def open_saved(path: str, step: int | None = None) -> Saved:
         folder = folder / FOLDER
     # Not `read_only`, which warns three times; a manager that never saves only reads.
     options = ocp.CheckpointManagerOptions(create=False)
-    with ocp.CheckpointManager(
-        folder, options=options, handler_registry=_handler_registry()
-    ) as manager:
-        return Saved(manager, step)
+    with _listing(folder), ocp.CheckpointManager(folder, options=options) as manager:
+        steps = sorted(manager.all_steps())
+    chosen = _chosen(folder, steps, step)
+    try:
+        return read(Saved(folder, chosen))
+    except DamagedCheckpoint as error:
+        others = [other for other in reversed(steps) if other != chosen]
+        for other in others:
+            with contextlib.suppress(DamagedCheckpoint):
+                read(Saved(folder, other))
+                raise UserError(
+                    f"{error}; step {other} is intact: choose it with {option}={other}"
+                ) from None
+        raise UserError(f"{error}; {_no_other(len(others))}") from None
 
 
-def restore_target(path: str, step: int | None = None) -> tuple[Any, dict[str, Any]]:
+def restore_target(
+    path: str, step: int | None = None, option: str = "step"
+) -> tuple[Any, dict[str, Any]]:
     """Restore the parameters for evaluations: the target, unless `meta` names others.
 
     Args:
-      path, step: see `open_saved`.
+      path: workdir or `checkpoints` folder, local or remote.
+      step: a saved step; None: the latest.
+      option: by which the user chooses the step, for messages.
 
     Returns:
       (params, meta): see `Saved.restore_here`, and the run's description.
 
     Raises:
-      UserError: see `open_saved`; or the checkpoint does not contain them.
+      UserError: see `_read_saved`; or the checkpoint does not contain them.
     """
-    saved = open_saved(path, step)
-    item = saved.meta.get("probe_item", "target")
-    if item == "target":
-        found = saved.restore_here("target")
-    else:
-        found = saved.restore_here("params").get("params", {})
-    if item not in found:
-        raise UserError(
-            f"no {item} encoder in {saved.folder}; give a checkpoint that has one"
-        )
-    return found[item], saved.meta
+
+    def read(saved: Saved) -> tuple[Any, dict[str, Any]]:
+        item = saved.meta.get("probe_item", "target")
+        if item == "target":
+            found = saved.restore_here("target")
+        else:
+            found = saved.restore_here("params").get("params", {})
+        if item not in found:
+            raise UserError(
+                f"no {item} encoder in {saved.folder}; give a checkpoint that has one"
+            )
+        return found[item], saved.meta
+
+    return _read_saved(path, step, read, option)
 
 
 def restore_models(
@@ -423,27 +436,30 @@ def restore_models(
     """Restore the parameters of all modules.
 
     Args:
-      path, step: see `open_saved`.
+      path, step: see `restore_target`.
 
     Returns:
       ({"encoder", "predictor", "target"}, meta); a converted encoder has only the
       target.
 
     Raises:
-      UserError: see `open_saved`.
+      UserError: see `restore_target`.
     """
-    saved = open_saved(path, step)
-    found = saved.restore_here("params", "target")
-    return {**found.pop("params", {}), **found}, saved.meta
+
+    def read(saved: Saved) -> tuple[dict[str, Any], dict[str, Any]]:
+        found = saved.restore_here("params", "target")
+        return {**found.pop("params", {}), **found}, saved.meta
+
+    return _read_saved(path, step, read)
 
 
 def restore_start(
-    path: str, abstract_state: Any, keep_moments: bool
+    path: str, abstract_state: Any, keep_moments: bool, step: int | None = None
 ) -> tuple[int, dict[str, Any]]:
-    """Restore the initial state of a new run from the latest checkpoint of another.
+    """Restore the initial state of a new run from a checkpoint of another.
 
     Args:
-      path: see `open_saved`.
+      path, step: see `restore_target`.
       abstract_state: TrainState of `jax.ShapeDtypeStruct` with shardings.
       keep_moments: also restore the optimiser's state.
 
@@ -452,16 +468,19 @@ def restore_start(
       with `keep_moments`, `opt_state`.
 
     Raises:
-      UserError: see `open_saved` and `Saved.restore`; or there are no moments.
+      UserError: see `restore_target` and `Saved.restore`; or there are no moments.
     """
-    saved = open_saved(path)
-    if keep_moments and "opt_state" not in saved.stored:
-        raise UserError(
-            f"{saved.folder} has no moments of the optimiser: set "
-            "config.init.keep_moments=False"
-        )
-    names = ("params", "target", "opt_state") if keep_moments else ("params", "target")
-    return saved.step, saved.restore(_fields(abstract_state, names))
+
+    def read(saved: Saved) -> tuple[int, dict[str, Any]]:
+        if keep_moments and not saved.stored(["opt_state"]):
+            raise UserError(
+                f"{saved.folder} has no moments of the optimiser: set "
+                "config.init.keep_moments=False"
+            )
+        names = ["params", "target"] + ["opt_state"] * keep_moments
+        return saved.step, saved.restore(_fields(abstract_state, names))
+
+    return _read_saved(path, step, read, option="config.init.step")
 
 
 def save_converted(
@@ -496,10 +515,23 @@ def save_converted(
 
 
 def quiet_orbax() -> None:
-    """Drop Orbax's progress messages, but not its warnings, from absl's log."""
+    """Drop Orbax's progress messages, but not its warnings, from absl's log.
+
+    Also drop what Python prints about the reads that Orbax abandons when one fails.
+    """
     logger = logging.getLogger("absl")
     if _is_wanted not in logger.filters:
         logger.addFilter(_is_wanted)
+        sys.unraisablehook = functools.partial(_print_unless_orbax, sys.unraisablehook)
+
+
+def _print_unless_orbax(hook: Callable[[Any], None], ignored: Any) -> None:
+    code = getattr(ignored.object, "cr_code", None)
+    is_abandoned = code is not None and "/orbax/" in code.co_filename
+    # TensorStore finishes a read whose event loop has ended.
+    is_late = str(ignored.exc_value) == "Event loop is closed"
+    if not (is_abandoned or is_late):
+        hook(ignored)
 
 
 def _is_wanted(record: logging.LogRecord) -> bool:

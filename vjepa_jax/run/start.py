@@ -12,6 +12,7 @@ from vjepa_jax.parallel import distributed
 from vjepa_jax.program import compilation
 from vjepa_jax.program.build import Program
 from vjepa_jax.run import checkpoint
+from vjepa_jax.run.checkpoint_step import require_fit
 
 _SLOW_SECS = 60  # for shorter compilations no hint about the cache is printed
 
@@ -39,7 +40,9 @@ def load_teacher(config: ConfigDict) -> Teacher:
     if not config.teacher.path:
         return Teacher()
     step = None if config.teacher.step < 0 else config.teacher.step
-    params, meta = checkpoint.restore_target(config.teacher.path, step)
+    params, meta = checkpoint.restore_target(
+        config.teacher.path, step, option="config.teacher.step"
+    )
     if "config" not in meta:
         raise UserError(
             f"config.teacher.path={config.teacher.path} has no encoder of a run or of "
@@ -61,7 +64,7 @@ def put_teacher(program: Program, teacher: Teacher) -> tuple[Any, ...]:
     if program.frozen is None:
         return ()
     path = program.config.teacher.path
-    checkpoint.require_fit(path, stored=teacher.params, wanted=program.frozen)
+    require_fit(path, stored=teacher.params, wanted=program.frozen)
     shardings = jax.tree.map(lambda x: x.sharding, program.frozen)
     return (jax.device_put(teacher.params, shardings),)
 
@@ -85,11 +88,12 @@ def restore_or_init(
       `config.init.path`, or newly initialised.
 
     Raises:
-      UserError: a checkpoint does not fit the model, the data or the teacher.
+      UserError: a checkpoint is damaged, or does not fit the model, the data or the
+        teacher.
     """
-    config, step = program.config, checkpointer.latest_step()
-    if step is not None:
-        state, position, meta = checkpointer.restore(step, program.state)
+    config, restored = program.config, checkpointer.restore_latest(program.state)
+    if restored is not None:
+        step, state, position, meta = restored
         if position["fingerprint"] != fingerprint:
             if not config.data.accept_change:
                 raise UserError(
@@ -109,8 +113,12 @@ def restore_or_init(
         return step, state
     state = program.make_state()
     if config.init.path:
+        init = config.init
         step, taken = checkpoint.restore_start(
-            config.init.path, program.state, config.init.keep_moments
+            init.path,
+            program.state,
+            init.keep_moments,
+            None if init.step < 0 else init.step,
         )
         state = state.replace(**taken)
         distributed.print_on_main(f"starting from step {step} of {config.init.path}")

@@ -46,9 +46,11 @@ def require_no_other_run(config: ConfigDict, workdir: str) -> None:
         return
     try:
         old = saved.restored(json.loads(path.read_text())).to_dict()
-    except (ValueError, TypeError, AttributeError, KeyError):
+    except (ValueError, IsADirectoryError) as error:
         raise UserError(
-            f"{path} is not a config of a run: give another --workdir"
+            f"{path} is not the config of a run, or is damaged ({error}): give another "
+            "--workdir; or, if it is of this run, rename it, and the same command "
+            "writes it again"
         ) from None
     changed = saved.differences(old, config.to_dict())
     if changed:
