@@ -20,7 +20,7 @@ START_SECS = 2  # longest wait for a process that is not there
 
 
 def meet(rank):
-    """Exchange sums, texts, problems; then wait at a barrier that the last one misses."""
+    """Exchange small data; then wait at a barrier that the last process misses."""
     distributed.barrier("met", TIMEOUT_SECS)
     numbers = distributed.sum_on_main("numbers", [rank, 10], TIMEOUT_SECS)
     text = distributed.from_main("text", f"of {rank}", TIMEOUT_SECS)

@@ -7,9 +7,8 @@ import dataclasses
 import glob
 import json
 import pathlib
-import pickle
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,10 @@ from vjepa_jax.weights.rules import State
 # The encoders of an official file, in the order in which evaluations prefer them.
 # Files of distilled models also have the student's moving average, `ema_encoder`.
 ENCODER_KEYS = ("ema_encoder", "target_encoder", "encoder")
+# How names of one model begin in the official code, but not in transformers.
+_OFFICIAL_STARTS = ("patch_embed.", "pooler.cross_attention_block.")
+_SAFETENSORS = ".safetensors"
+_MAX_LISTED = 5
 # Entries that are not weights of a model, with the reason why they are not used.
 _NOT_A_MODEL = {
     "opt": "state of the optimiser",
@@ -73,8 +76,8 @@ def read(path: str, key: str = "") -> WeightFile:
     place = pathlib.Path(path).expanduser()
     if not place.exists():
         raise UserError(f"no such file: {place}")
-    if place.is_dir() or place.suffix == ".safetensors":
-        return _read_huggingface(place, key)
+    if place.is_dir() or place.suffix == _SAFETENSORS:
+        return _read_safetensors(place, key)
     return sort_parts(_load_pickle(place), str(place), key)
 
 
@@ -99,9 +102,12 @@ def _load_pickle(place: pathlib.Path) -> Any:
             weights_only=True,
             mmap=zipfile.is_zipfile(place) or None,
         )
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError) as error:
+    # A damaged pickle can raise anything.
+    except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{place} is not a file of PyTorch weights: {reason}") from None
+        raise UserError(
+            f"{place} is not a file of PyTorch weights, or is damaged: {reason}"
+        ) from None
 
 
 def _as_state(content: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -109,8 +115,12 @@ def _as_state(content: Mapping[str, Any]) -> dict[str, np.ndarray]:
     for name, value in content.items():
         if isinstance(value, np.ndarray):
             arrays[name] = value
-        else:
+            continue
+        try:
             arrays[name] = value.detach().float().numpy()
+        except (RuntimeError, TypeError, NotImplementedError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"'{name}' is not an array of numbers: {reason}") from None
     return rules.strip_prefixes(arrays)
 
 
@@ -118,8 +128,13 @@ def _is_state(value: Any) -> bool:
     return (
         isinstance(value, Mapping)
         and bool(value)
+        and all(isinstance(name, str) for name in value)
         and all(hasattr(x, "shape") and hasattr(x, "dtype") for x in value.values())
     )
+
+
+def _is_states(value: Any) -> bool:
+    return isinstance(value, Sequence) and bool(value) and all(map(_is_state, value))
 
 
 def sort_parts(content: Any, path: str, key: str = "") -> WeightFile:
@@ -147,12 +162,16 @@ def sort_parts(content: Any, path: str, key: str = "") -> WeightFile:
             file.predictor = _as_state(value)
         elif name == "classifier" and _is_state(value):
             file.classifiers = [_as_state(value)]
-        elif name == "classifiers" and value and all(map(_is_state, value)):
+        elif name == "classifiers" and _is_states(value):
             file.classifiers = [_as_state(state) for state in value]
         elif name in _NOT_A_MODEL:
             file.ignored[name] = _NOT_A_MODEL[name]
         else:
-            raise UserError(f"{path} holds '{name}', which is not a known part")
+            known = ", ".join((*ENCODER_KEYS, "predictor", "classifier", "classifiers"))
+            raise UserError(
+                f"{path} holds '{name}', which is not a known part, or has no arrays; "
+                f"known: {known}"
+            )
     _choose_target(file, path, key)
     return file
 
@@ -173,22 +192,19 @@ def _choose_target(file: WeightFile, path: str, key: str) -> None:
             file.ignored[name] = f"another encoder: --key={name} takes it"
 
 
-def _read_huggingface(place: pathlib.Path, key: str) -> WeightFile:
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
+def _read_safetensors(place: pathlib.Path, key: str) -> WeightFile:
+    """Read Hugging Face's weights, or one model under its official names."""
+    state: dict[str, np.ndarray] = {}
+    for path in _safetensors_of(place):
+        arrays = _load_safetensors(path)
+        twice = sorted(state.keys() & arrays.keys())
+        if twice:
+            raise UserError(f"{place}: two files hold '{twice[0]}', one is {path.name}")
+        state |= arrays
+    if any(name.startswith(_OFFICIAL_STARTS) for name in rules.strip_prefixes(state)):
+        return sort_parts(state, str(place), key)
     if key:
         raise UserError(f"--key={key}: Hugging Face's files have one encoder")
-    folder = place if place.is_dir() else place.parent
-    paths = sorted(place.glob("*.safetensors")) if place.is_dir() else [place]
-    if not paths:
-        raise UserError(f"no .safetensors file in {place}")
-    state: dict[str, np.ndarray] = {}
-    try:
-        for path in paths:
-            state |= load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is not a file of safetensors: {error}") from None
     parts = huggingface.to_official(state)
     if "encoder" not in parts:
         raise UserError(f"{place} holds no encoder")
@@ -197,19 +213,69 @@ def _read_huggingface(place: pathlib.Path, key: str) -> WeightFile:
     )
     if "classifier" in parts:
         file.classifiers = [parts["classifier"]]
+    folder = place if place.is_dir() else place.parent
     config_path = folder / huggingface.CONFIG_FILE
     if config_path.exists():
-        config = json.loads(config_path.read_text())
-        kind = config.get("model_type", huggingface.MODEL_TYPE)
-        if kind != huggingface.MODEL_TYPE:
-            raise UserError(f"{config_path} is of a '{kind}', not of a V-JEPA 2")
-        activation = config.get("hidden_act", "gelu")
-        if activation != "gelu":
-            raise UserError(f"{config_path}: hidden_act '{activation}' is unknown")
-        file.num_heads = config.get("num_attention_heads", 16)
-        file.predictor_heads = config.get("pred_num_attention_heads", 12)
+        config = huggingface.read_config(_load_json(config_path), str(config_path))
+        huggingface.require_sizes(config, parts, str(config_path))
+        file.num_heads = config.get("num_attention_heads", 0)
+        file.predictor_heads = config.get("pred_num_attention_heads", 0)
         file.clip = config.get("frames_per_clip", 64), config.get("crop_size", 256)
     return file
+
+
+def _safetensors_of(place: pathlib.Path) -> list[pathlib.Path]:
+    """Return the files of a model: one, the shards of an index, or all of a folder."""
+    if not place.is_dir():
+        return [place]
+    whole, index = place / huggingface.WEIGHTS_FILE, place / huggingface.INDEX_FILE
+    if whole.exists():
+        return [whole]
+    if not index.exists():
+        paths = sorted(place.glob(f"*{_SAFETENSORS}"))
+        if not paths:
+            raise UserError(f"no {_SAFETENSORS} file in {place}")
+        return paths
+    shards = _load_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise UserError(f"{index} has no 'weight_map': download it again")
+    names = sorted(map(str, shards.values()))
+    missing = [name for name in dict.fromkeys(names) if not (place / name).is_file()]
+    if missing:
+        raise UserError(
+            f"{index} names files that are not in the folder: download "
+            f"{', '.join(missing[:_MAX_LISTED])}"
+        )
+    return [place / name for name in dict.fromkeys(names)]
+
+
+def _load_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{path} is not a file of safetensors, or is damaged: {error}"
+        ) from None
+    except (AttributeError, TypeError) as error:  # a dtype that NumPy does not have
+        raise UserError(f"{path} cannot be read: {error}") from None
+
+
+def _load_json(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, OSError, RecursionError) as error:
+        raise UserError(
+            f"{path} is not JSON, or is damaged: {error}; download it again"
+        ) from None
+    if not isinstance(content, dict):
+        raise UserError(
+            f"{path} holds a JSON {type(content).__name__} instead of an object: "
+            "download it again"
+        )
+    return content
 
 
 def require_free(path: str) -> None:

@@ -13,12 +13,29 @@ import numpy as np
 from vjepa_jax.base.errors import UserError
 from vjepa_jax.models.encoder import VideoEncoder
 from vjepa_jax.models.predictor import Predictor
-from vjepa_jax.weights.rules import State, count_numbered
+from vjepa_jax.weights.rules import State, count_numbered, strip_prefixes
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
 MODEL_TYPE = "vjepa2"
 
+_RATIOS = ("mlp_ratio", "pred_mlp_ratio")
+_FIELDS = (
+    "num_attention_heads",
+    "pred_num_attention_heads",
+    "frames_per_clip",
+    "crop_size",
+    "patch_size",
+    "tubelet_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "pred_hidden_size",
+    "pred_num_hidden_layers",
+    "pred_num_mask_tokens",
+    "num_pooler_layers",
+    *_RATIOS,
+)
 _MASK_TOKENS = "predictor.embeddings.mask_tokens"
 # (their name, official part, official name), without `.weight` and `.bias`.
 _NAMES = (
@@ -95,11 +112,15 @@ def to_official(state: State) -> dict[str, dict[str, np.ndarray]]:
       Those of {"encoder", "predictor", "classifier"} that the model has.
 
     Raises:
-      UserError: names are missing or unknown; ten are listed.
+      UserError: names are missing or unknown, or shapes do not fit; ten are listed.
     """
-    state = {name.removeprefix("vjepa2."): value for name, value in state.items()}
+    state = strip_prefixes(state, model=MODEL_TYPE)
     tokens = state.pop(_MASK_TOKENS, None)
     if tokens is not None:
+        if tokens.ndim != 4:
+            raise UserError(
+                f"{_MASK_TOKENS} has the shape {tokens.shape}: expected 4 axes"
+            )
         state |= {f"{_MASK_TOKENS}.{k}": token for k, token in enumerate(tokens)}
     starts = {
         "encoder": ("encoder.",),
@@ -119,7 +140,13 @@ def to_official(state: State) -> dict[str, dict[str, np.ndarray]]:
         problems += [f"{n}: missing" for n in missing]
         if not missing:
             arrays = [state[n] for n in theirs]
-            out[part][name] = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+            if len({array.shape for array in arrays}) > 1:
+                shapes = ", ".join(str(array.shape) for array in arrays)
+                problems.append(f"{theirs[0]}: its group has the shapes {shapes}")
+            elif len(arrays) == 1:
+                out[part][name] = arrays[0]
+            else:
+                out[part][name] = np.concatenate(arrays)
     if "predictor" in parts and tokens is None:
         problems.append(f"{_MASK_TOKENS}: missing")
     problems += [f"{n}: unknown" for n in sorted(set(state) - used)]
@@ -129,6 +156,79 @@ def to_official(state: State) -> dict[str, dict[str, np.ndarray]]:
             f"({len(problems)} names):\n  " + "\n  ".join(problems[:10])
         )
     return out
+
+
+def read_config(content: dict[str, Any], path: str) -> dict[str, Any]:
+    """Return the fields of `config.json` that the weights do not show, and sizes.
+
+    Args:
+      content: of the file.
+      path: of the file, for messages.
+
+    Raises:
+      UserError: it is of another model, or a value is not a positive number.
+    """
+    kind = content.get("model_type")
+    if kind is None:
+        raise UserError(f"{path} has no model_type: expected '{MODEL_TYPE}'")
+    if kind != MODEL_TYPE:
+        raise UserError(f"{path} is of a '{kind}', not of a V-JEPA 2")
+    activation = content.get("hidden_act", "gelu")
+    if activation != "gelu":
+        raise UserError(f"{path}: hidden_act '{activation}' is unknown")
+    fields = {name: content[name] for name in _FIELDS if name in content}
+    for name, value in fields.items():
+        kinds = (int, float) if name in _RATIOS else (int,)
+        # A pooler may consist of its cross-attention alone.
+        may_be_zero = name == "num_pooler_layers"
+        is_number = type(value) in kinds and math.isfinite(value)
+        if not is_number or value < 0 or (value == 0 and not may_be_zero):
+            raise UserError(f"{path}: {name}={value!r} is not a positive number")
+    return fields
+
+
+def require_sizes(
+    config: Mapping[str, Any], parts: Mapping[str, State], path: str
+) -> None:
+    """Raise UserError if sizes in a config differ from those of the weights.
+
+    Args:
+      config: from `read_config`.
+      parts: from `to_official`.
+      path: of the config, for the message.
+    """
+    found: dict[str, float] = {}
+    patches = parts["encoder"]["patch_embed.proj.weight"].shape
+    if len(patches) == 5:  # otherwise `official.make_config` refuses them
+        found |= {"tubelet_size": patches[2], "patch_size": patches[3]}
+    for _, part, blocks in _BLOCKS:
+        if part not in parts:
+            continue
+        prefix = "pred_" if part == "predictor" else ""
+        found[f"{prefix}num_hidden_layers"] = count_numbered(parts[part], blocks)
+        norm = parts[part].get(f"{blocks}.0.norm1.weight", np.zeros(0))
+        found[f"{prefix}hidden_size"] = norm.size
+        # As transformers computes it, the hidden size of the MLP is truncated.
+        ratio = config.get(f"{prefix}mlp_ratio")
+        hidden = parts[part].get(f"{blocks}.0.mlp.fc1.bias", np.zeros(0)).size
+        if ratio is not None and int(norm.size * ratio) != hidden:
+            found[f"{prefix}mlp_ratio"] = hidden / max(norm.size, 1)
+    if "predictor" in parts:
+        count = count_numbered(parts["predictor"], "mask_tokens")
+        found["pred_num_mask_tokens"] = count
+    if "classifier" in parts:
+        count = count_numbered(parts["classifier"], "pooler.blocks")
+        found["num_pooler_layers"] = count
+    differing = [
+        f"{name}={config[name]}, in the weights {value}"
+        for name, value in found.items()
+        if config.get(name, value) != value
+    ]
+    if differing:
+        raise UserError(
+            f"{path} and the weights beside it are of different models "
+            f"({'; '.join(differing)}): download both again"
+        )
 
 
 def from_official(parts: Mapping[str, State]) -> dict[str, np.ndarray]:

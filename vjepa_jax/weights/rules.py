@@ -164,18 +164,33 @@ _FIXED_TABLE = "a fixed table: computed again or, with rotations, not used"
 # Official arrays without a parameter of ours, with the reason.
 IGNORED = {"pos_embed": _FIXED_TABLE, "predictor_pos_embed": _FIXED_TABLE}
 
-_PREFIXES = re.compile(r"^((module|backbone|_orig_mod)\.)+")
+# Parts of names that wrappers add: of `DistributedDataParallel`, of the official code,
+# of `torch.compile`, of `FullyShardedDataParallel`, of activation checkpointing.
+_WRAPPERS = frozenset(
+    (
+        "module",
+        "backbone",
+        "_orig_mod",
+        "_fsdp_wrapped_module",
+        "_checkpoint_wrapped_module",
+    )
+)
 
 
-def strip_prefixes(state: State) -> dict[str, np.ndarray]:
-    """Remove the prefixes of `DistributedDataParallel` and of the wrappers from names.
+def strip_prefixes(state: State, model: str = "") -> dict[str, np.ndarray]:
+    """Remove from names what wrappers add, at the front or further inside.
+
+    Args:
+      state: arrays by name.
+      model: a further prefix to remove: the name of the model in a larger one.
 
     Raises:
       UserError: two names are the same without their prefixes.
     """
     stripped = {}
     for name, value in state.items():
-        short = _PREFIXES.sub("", name)
+        parts = [part for part in name.split(".") if part not in _WRAPPERS]
+        short = ".".join(parts[1:] if parts[:1] == [model] else parts)
         if short in stripped:
             raise UserError(f"two of the weights are {short} without their prefixes")
         stripped[short] = value
@@ -216,7 +231,14 @@ def import_state(
         if missing:
             problems += [f"{name}: missing" for name in missing]
             continue
-        parts = [rule.layout.read(np.asarray(state[name])) for name in rule.theirs]
+        try:
+            parts = [rule.layout.read(np.asarray(state[name])) for name in rule.theirs]
+        except ValueError:  # another number of axes
+            problems += [
+                f"{name}: {state[name].shape} does not make {rule.ours}"
+                for name in rule.theirs
+            ]
+            continue
         if len({part.shape for part in parts}) > 1:
             problems.append(f"{rule.theirs[0]}: its layers differ in shape")
             continue
