@@ -125,7 +125,8 @@ def test_accumulation_does_not_change_it(run, batch):
 def test_its_checkpoints_restore_and_have_no_target(run, batch, tmp_path):
     state, _ = run.train(run.start, batch, 2)
     item = run.objective.probe_item
-    position, meta = {"step": 2}, {"probe_item": item}
+    position = {"step": 2, "fingerprint": "of videos"}
+    meta = {"probe_item": item}
     with checkpoint.Checkpointer(str(tmp_path), every_steps=1, keep=1) as checkpointer:
         assert checkpointer.save(2, state, position, meta)
         checkpointer.wait()
