@@ -6,6 +6,7 @@ import pathlib
 import pytest
 
 from vjepa_jax.base import files
+from vjepa_jax.base.errors import UserError
 
 
 def test_urls_are_remote_and_stay_as_they_are():
@@ -50,3 +51,16 @@ def test_folder_is_renamed_or_removed(tmp_path):
         except ValueError:
             assert not list(tmp_path.iterdir())
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16-le", "utf-16-be", "utf-32-be"])
+def test_text_is_read_by_its_byte_order_mark(tmp_path, encoding):
+    path = tmp_path / "a.txt"
+    path.write_bytes("\ufeffé 日本\r\n".encode(encoding))
+    assert files.read_text(path) == "é 日本\r\n"
+    path.write_bytes(path.read_bytes()[:-1] + b"\xff" * (encoding == "utf-8"))
+    if encoding == "utf-8":  # as in names of files
+        assert files.read_text(path) == "é 日本\r\udcff"
+    else:
+        with pytest.raises(UserError, match=r"a\.txt begins like UTF-\d+ text, but"):
+            files.read_text(path)

@@ -294,6 +294,32 @@ def test_of_further_columns_the_first_number_is_the_label(tmp_path, line, entry,
     assert relative_records(source, tmp_path) == [(entry, label)]
 
 
+paths = st.text(
+    st.characters(exclude_characters="\0\r\n", exclude_categories=["Cs"]), min_size=1
+).filter(lambda path: "://" not in path)
+
+
+@given(
+    path=paths,
+    labels=st.lists(st.integers(-(2**63), 2**63 - 1), min_size=1, max_size=3),
+    separator=st.sampled_from([" ", "\t", "::", "  ", " :: "]),
+)
+def test_any_path_can_be_quoted(tmp_path_factory, path, labels, separator):
+    folder = tmp_path_factory.mktemp("lists")
+    quoted = '"' + path.replace('"', '""') + '"'
+    line = separator.join([quoted, *map(str, labels)])
+    list_path = write_list(folder, line + "\n", encoding="utf-8", newline="")
+    source = VideoList.from_list_file(list_path)
+    assert (source.entry(0), source.labels.tolist()) == (path, labels[:1])
+
+
+@pytest.mark.parametrize("space", ["\u00a0", "\u202f", "\u3000"])
+def test_other_spaces_are_a_part_of_names(tmp_path, space):
+    path = write_list(tmp_path, f"take{space}7 3\n", encoding="utf-8")
+    source = VideoList.from_list_file(path)
+    assert relative_records(source, tmp_path) == [(f"take{space}7", 3)]
+
+
 def test_labels_have_64_bits(tmp_path):
     labels = [2**63 - 1, -(2**63)]
     path = write_list(tmp_path, "".join(f"a.mp4 {label}\n" for label in labels))

@@ -135,7 +135,7 @@ def test_inflevel_leaves_the_priming_out_and_aligns_the_ends(tmp_path):
         (whole,) = read_group(Group("x", (Video(path, True),)), size=SIZE, frame_step=1)
         frames[name] = whole
     rows = "gravity/a.mp4,impossible,3,gravity/b.mp4,possible,4\n"
-    (tmp_path / "lists" / "gravity.csv").write_text(HEADER + rows)
+    (tmp_path / "lists" / "gravity.csv").write_text(HEADER + rows, encoding="utf-16")
     (group,) = open_groups("inflevel", str(tmp_path), str(tmp_path / "lists"))
     assert [v.is_possible for v in group.videos] == [False, True]
     one, other = read_group(group, size=SIZE, frame_step=3)

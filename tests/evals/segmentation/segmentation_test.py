@@ -87,8 +87,10 @@ def test_folders_and_lists_give_the_same_images(folder, tmp_path):
     images = list_images(str(folder / "train"))
     assert len(images) == 24 and images[0].labels.is_file()
     lines = [f"{p.image} {p.labels.relative_to(folder)}" for p in images]
-    (folder / "list.txt").write_text("\n".join(lines) + "\n\n")
-    assert list_images(str(folder / "list.txt")) == images
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        text = "\n".join(lines) + "\n\n"
+        (folder / "list.txt").write_text(text, encoding=encoding)
+        assert list_images(str(folder / "list.txt")) == images
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,14 @@ VIDEO_SUFFIXES = (
     ".ts",
     ".3gp",
     ".gif",
+    ".wmv",
+    ".asf",
+    ".flv",
+    ".mxf",
+    ".mts",
+    ".m2ts",
+    ".vob",
+    ".ogv",
 )
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".avif", ".apng")
 MEDIA_SUFFIXES = VIDEO_SUFFIXES + IMAGE_SUFFIXES
@@ -35,15 +43,17 @@ _STORES = ("gs://", "s3://", "az://", "hf://")
 
 _LABELS = np.iinfo(np.int64)
 
+_SPACES = " \t\r\n\f\v"  # others may be a part of names
+
 # Between columns; the first that makes columns of a line is that of the line.
-_SEPARATORS = tuple(map(re.compile, (r" *\t\s*", r"\s*::\s*", r"\s+")))
-_SPACE_OR_COLONS = re.compile(r"\s*::\s*|\s+")
+_SEPARATORS = tuple(map(re.compile, (r" *\t[ \t]*", r"[ \t]*::[ \t]*", r"[ \t]+")))
+_SPACE_OR_COLONS = re.compile(r"[ \t]*::[ \t]*|[ \t]+")
 _INTEGER = re.compile(r'[+-]?[0-9]+|"[+-]?[0-9]+"')
 _NUMBER = re.compile(
     r'"?[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?"?', re.IGNORECASE
 )
 _PLAIN = re.compile(r'([^\s"\0]*[^\s"\0#,;]) (-?[0-9]{1,18})')
-_QUOTED = re.compile(r'"((?:[^"]|"")+)"(?:\s*::\s*|\s+)(.+)')
+_QUOTED = re.compile(r'"((?:[^"]|"")+)"(?:[ \t]*::[ \t]*|[ \t]+)(.+)')
 _SUFFIX = re.compile(r"\.[0-9]?[a-z]\w{0,4}$", re.IGNORECASE)
 
 
@@ -145,7 +155,7 @@ class VideoList(Source):
         entries, labels = [], []
         lines = io.StringIO(read_text(path), newline=None)  # of any system
         for number, line in enumerate(lines, start=1):
-            line = line.strip()
+            line = line.strip(_SPACES)
             if not line:
                 continue
             try:

@@ -7,6 +7,7 @@ which are a quadruplet of IntPhys. Frames are resized without cropping.
 import csv
 import dataclasses
 import functools
+import io
 import json
 import os
 import pathlib
@@ -15,6 +16,7 @@ from collections.abc import Callable
 import numpy as np
 
 from vjepa_jax.base.errors import UserError
+from vjepa_jax.base.files import read_text
 from vjepa_jax.data.clips.media import DecodeError
 from vjepa_jax.data.clips.reader import ClipReader, inspect
 from vjepa_jax.data.clips.sampling import Sampling
@@ -176,27 +178,24 @@ def _list_inflevel(root: pathlib.Path, lists: pathlib.Path) -> list[Group]:
         path = lists / f"{name}.csv"
         if not path.exists():
             continue
-        with path.open(newline="") as file:
-            for row in csv.DictReader(file):
-                try:
-                    videos = [
-                        Video(
-                            root / row[f"{v}_path"],
-                            row[f"{v}_label"] == "possible",
-                            int(row[f"{v}_end_priming_2"]) + 1,
-                        )
-                        for v in ("vid1", "vid2")
-                    ]
-                except (KeyError, ValueError, TypeError) as error:
-                    raise UserError(
-                        f"{path}: not a list of InfLevel ({error})"
-                    ) from None
-                if videos[0].is_possible == videos[1].is_possible:
-                    raise UserError(
-                        f"{path}: {row['vid1_path']} and {row['vid2_path']}: exactly "
-                        "one must be 'possible': fix vid1_label or vid2_label"
+        for row in csv.DictReader(io.StringIO(read_text(path), newline="")):
+            try:
+                videos = [
+                    Video(
+                        root / row[f"{v}_path"],
+                        row[f"{v}_label"] == "possible",
+                        int(row[f"{v}_end_priming_2"]) + 1,
                     )
-                groups.append(Group(name, tuple(videos), is_end_aligned=True))
+                    for v in ("vid1", "vid2")
+                ]
+            except (KeyError, ValueError, TypeError) as error:
+                raise UserError(f"{path}: not a list of InfLevel ({error})") from None
+            if videos[0].is_possible == videos[1].is_possible:
+                raise UserError(
+                    f"{path}: {row['vid1_path']} and {row['vid2_path']}: exactly "
+                    "one must be 'possible': fix vid1_label or vid2_label"
+                )
+            groups.append(Group(name, tuple(videos), is_end_aligned=True))
     return groups
 
 
