@@ -258,13 +258,15 @@ def physics(dataset: str = "world") -> Settings:
     """Return the defaults of `evals/physics`: its protocol for each data set.
 
     Args:
-      dataset: `world`, `intphys`, `grasp` or `inflevel`.
+      dataset: `world`, `intphys`, `intphys2`, `grasp` or `inflevel`.
     """
     s = _settings("physics")
     s.add("name", f"physics_{dataset}")  # of the results: results_NAME.json
     s.add("dataset", dataset)
     s.add("path", "")  # folder of the videos; "": the run's world
     s.add("lists", "")  # folder of InfLevel's PROPERTY.csv; "": that of the videos
+    # Column of IntPhys 2's metadata.csv whose values are the rows of the table.
+    s.add("rows", "condition")
     s.add("null_seeds", 10, NOT_NEGATIVE)  # untrained networks
     s.add("batch_size", 32, POSITIVE)  # windows per call
     s.add("groups_at_once", 32, POSITIVE)  # pairs or quadruplets in memory
@@ -278,6 +280,7 @@ def physics(dataset: str = "world") -> Settings:
     s.add("context_frames", (2, 4, 6, 8, 10))
     # The context whose results are reported; 0: the smallest surprise of all.
     s.add("reported_context", 8)
+    s.add("early_contexts", False)  # the first window also from all shorter contexts
     s.add("mask_index", 0, NOT_NEGATIVE)  # of the predictor's mask tokens
     config = s.config
     if dataset == "world":
@@ -286,6 +289,9 @@ def physics(dataset: str = "world") -> Settings:
     elif dataset == "intphys":
         config.max_frames = 99
         config.reported_context = 0
+    elif dataset == "intphys2":
+        config.frame_step, config.context_frames = 10, (4, 6, 8, 10, 12, 14)
+        config.reported_context, config.early_contexts = 0, True
     elif dataset == "grasp":
         config.frame_step = 10
     elif dataset == "inflevel":

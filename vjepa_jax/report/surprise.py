@@ -11,7 +11,7 @@ from vjepa_jax.data.clips.sampling import Sampling
 from vjepa_jax.data.sources.records import Record
 from vjepa_jax.data.transforms import transforms
 from vjepa_jax.evals.frozen import FrozenModel
-from vjepa_jax.evals.physics import physics
+from vjepa_jax.evals.surprise import Protocol, surprise
 from vjepa_jax.report.figures import Axis, Figure, Line, make_lines
 from vjepa_jax.report.films import Film, make_film
 from vjepa_jax.world import violations
@@ -124,9 +124,9 @@ def per_frame(
         # Shorter contexts are for tubelets that have no longer one before them.
         last = length if seen == num_context else min(length, seen + 2 * tubelet - 1)
         clips = [video[:last] for video in videos]
-        protocol = physics.Protocol(seen + tubelet, 1, (seen,))
+        protocol = Protocol(seen + tubelet, 1, (seen,))
         if last >= protocol.num_frames:
-            parts.append(physics.surprise(frozen, clips, protocol, _BATCH_SIZE))
+            parts.append(surprise(frozen, clips, protocol, _BATCH_SIZE))
     frames = np.arange(2 * tubelet - 1, length)
     return frames, [
         np.concatenate(of_video)[:, 0] for of_video in zip(*parts, strict=True)

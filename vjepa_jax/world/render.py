@@ -19,7 +19,7 @@ import json
 import multiprocessing
 import pathlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 
 import av
@@ -103,13 +103,17 @@ def splits(config: ConfigDict) -> list[Split]:
 
 
 def write_video(
-    path: pathlib.Path, video: np.ndarray, fps: int = FPS, is_causal: bool = False
+    path: pathlib.Path,
+    video: Iterable[np.ndarray],
+    fps: int | Fraction = FPS,
+    is_causal: bool = False,
 ) -> None:
     """Write H.264, with the same bytes each time; the file appears when complete.
 
     Args:
       path: of the file.
-      video: uint8 [T, H, W, 3].
+      video: frames uint8 [H, W, 3] of one even height and width, written as they come;
+        at least one.
       fps: frames per second.
       is_causal: no frame depends on a later one. Videos with equal beginnings are then
         decoded equally up to their first difference; the file is a little larger.
@@ -122,11 +126,12 @@ def write_video(
         av.open(str(temporary), "w", format="mp4") as container,
     ):
         stream = container.add_stream("libx264", rate=Fraction(fps), options=options)
-        stream.height, stream.width = video.shape[1:3]
         stream.pix_fmt = "yuv420p"
         # The pool has a process per core already.
         stream.codec_context.thread_count = 1
-        for pixels in video:
+        for number, pixels in enumerate(video):
+            if not number:
+                stream.height, stream.width = pixels.shape[:2]
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
             container.mux(stream.encode(frame))
         container.mux(stream.encode())

@@ -4,8 +4,6 @@ import importlib.util
 import math
 import pathlib
 
-import flax.linen as nn
-import jax
 import numpy as np
 import pytest
 import scipy.stats
@@ -13,117 +11,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from physics_files import SIZE, quadruplet, render_pairs, write_intphys
 from sklearn.metrics import roc_auc_score
-from step_setup import one_device
+from surprise_setup import BATCH, make_model, plain_surprise
 
 from vjepa_jax.base.errors import UserError
-from vjepa_jax.config.defaults import get_config
 from vjepa_jax.evals import frozen, registry
-from vjepa_jax.evals.frozen import FrozenModel
 from vjepa_jax.evals.physics import physics
-from vjepa_jax.evals.physics.physics import (
-    Outcome,
-    Protocol,
-    surprise,
-    tabulate_outcomes,
-    welch_p,
-)
+from vjepa_jax.evals.physics.physics import Outcome, tabulate_outcomes, welch_p
+from vjepa_jax.evals.physics.surprise import Protocol
 from vjepa_jax.evals.physics.videos import open_groups, read_group
-from vjepa_jax.models import registry as sizes
-from vjepa_jax.program import build
 
-TUBELET = 2
-BATCH = 16
 CONFIG = pathlib.Path(__file__).parents[3] / "configs" / "probe_physics.py"
 
 
 @pytest.fixture(scope="module")
 def model():
-    """Return a random model: its online encoder is not its target encoder."""
-    config = get_config()
-    config.data.num_frames, config.data.resolution = 8, SIZE
-    config.model.update(dtype="float32", pos_embed="rope", scan_layers=False)
-    config.model.encoder.update(size="pico", patch_size=8, tubelet_size=TUBELET)
-    config.model.predictor.update(depth=1, width=8, num_heads=2)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sizes.SIZES, "pico", sizes.Size(1, 16, 2, 32))
-        encoder, predictor = build.make_models(config)
-    shape = (8, SIZE, SIZE, 3)
-    init = frozen._make_init(encoder, predictor, shape)
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(
-        lambda x: rng.normal(0, 0.5, x.shape).astype(np.float32),
-        nn.unbox(jax.eval_shape(init, jax.random.key(0))),
-    )
-    return FrozenModel(encoder, predictor, params, config, shape, one_device())
-
-
-def random_videos(rng, *lengths):
-    return [rng.integers(0, 256, (n, SIZE, SIZE, 3), np.uint8) for n in lengths]
-
-
-# ------------------------------------------------------------------------- the surprise
-
-
-def plain_surprise(model, video, protocol):
-    """Cut the windows and take the error of each context, with NumPy.
-
-    Args:
-      model: with a predictor.
-      video: uint8 [..., n, S, S, 3].
-      protocol: of the measure.
-
-    Returns:
-      [..., windows, contexts].
-    """
-    columns = []
-    last = video.shape[-4] - protocol.num_frames
-    starts = range(0, last + 1, protocol.stride)
-    windows = np.stack(
-        [video[..., i : i + protocol.num_frames, :, :, :] for i in starts], axis=-5
-    )
-    batch = windows.reshape(-1, *windows.shape[-4:])
-    missing = -len(batch) % BATCH  # one shape, one compilation
-    batch = np.concatenate([batch, batch[:1].repeat(missing, 0)])
-    num_tokens = protocol.num_frames // TUBELET * 4
-    for context in protocol.context_frames:
-        seen = range(context // TUBELET * 4)
-        errors = []
-        for part in np.split(batch, len(batch) // BATCH):
-            rest = range(len(seen), num_tokens)
-            found = model.predict(part, seen, rest, protocol.mask_index)
-            errors.append(np.abs(found[0] - found[1]).mean((1, 2)))
-        errors = np.concatenate(errors)[: len(batch) - missing]
-        columns.append(errors.reshape(windows.shape[:-4]))
-    return np.stack(columns, axis=-1)
-
-
-@pytest.mark.parametrize(
-    ("protocol", "lengths"),
-    [
-        (Protocol(8, 2, (2, 4)), (8, 13, 13)),
-        (Protocol(4, 3, (2,), mask_index=1), (8, 12)),
-    ],
-    ids=["whole clips", "shorter windows"],
-)
-def test_surprise_is_that_of_every_window_and_context(model, rng, protocol, lengths):
-    videos = random_videos(rng, *lengths)
-    found = surprise(model, videos, protocol, BATCH if protocol.num_frames == 8 else 5)
-    for losses, video in zip(found, videos, strict=True):
-        wanted = plain_surprise(model, video, protocol)
-        assert losses.shape == wanted.shape
-        np.testing.assert_allclose(losses, wanted, rtol=1e-4)
-
-
-def test_surprise_sees_the_context_and_the_end(model, rng):
-    videos = random_videos(rng, *[8] * 6)  # of one alone it may be the same by chance
-    protocol = Protocol(8, 2, (2, 4))
-    base = np.stack(surprise(model, videos, protocol, BATCH))
-    for frame in (0, 7):
-        others = [video.copy() for video in videos]
-        for other in others:
-            other[frame] = 255 - other[frame]
-        changed = np.stack(surprise(model, others, protocol, BATCH))
-        assert (abs(changed - base).max(0) > 1e-4).all()
+    return make_model()
 
 
 # --------------------------------------------------------------------------- the scores
@@ -310,7 +212,7 @@ def test_a_protocol_that_does_not_fit_is_named(model, pairs, fields, message):
 
 
 def test_variants_are_of_known_data():
-    for variant in ("world", "intphys", "grasp", "inflevel"):
+    for variant in ("world", "intphys", "intphys2", "grasp", "inflevel"):
         config = make_evaluation(variant)
         assert config.dataset == variant and config.name == f"physics_{variant}"
         assert config.null_seeds >= 10

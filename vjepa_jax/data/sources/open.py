@@ -21,7 +21,7 @@ from absl import logging
 from etils import epath
 
 from vjepa_jax.base.errors import UserError
-from vjepa_jax.base.files import is_remote
+from vjepa_jax.base.files import absolute, is_remote
 from vjepa_jax.data.sources import frame_folders, shards, tfds_source
 from vjepa_jax.data.sources.file_lists import (
     IMAGE_SUFFIXES,
@@ -29,7 +29,7 @@ from vjepa_jax.data.sources.file_lists import (
     VideoList,
     path_problem,
 )
-from vjepa_jax.data.sources.records import Mixture, Source
+from vjepa_jax.data.sources.records import Joined, Mixture, Source
 
 _MAX_FILES_CHECKED = 1000
 _MAX_REMOTE_FILES_CHECKED = 20
@@ -113,6 +113,50 @@ def open_source(path: str) -> Source:
         raise UserError(f"list file {path!r} has no entries")
     _check_that_files_exist(source)
     return source
+
+
+def open_videos(path: str) -> Source:
+    """Open videos as one source: as `open_source`, or single video files.
+
+    Args:
+      path: of a source or of a video file, or several separated by commas. If the whole
+        path exists, it is one, even if it contains commas.
+
+    Raises:
+      UserError: see `open_source`.
+    """
+    is_one = "," not in path or _exists(path)
+    parts = [path] if is_one else [part.strip() for part in path.split(",")]
+    if not all(parts) and not is_one:
+        raise UserError(f"data.path {path!r} has nothing between two commas")
+    return Joined(
+        [
+            VideoList(part, "", [absolute(part)], [0])
+            if _is_video_file(part)
+            else open_source(part)
+            for part in parts
+        ]
+    )
+
+
+def _is_video_file(path: str) -> bool:
+    """Whether a path is a file, but no list: lists are text."""
+    suffix = path.lower()
+    if suffix.endswith((".npy", shards.SUFFIX)) or not path:
+        return False
+    if path.startswith(tfds_source.PREFIX) or path_problem(path):
+        return False
+    if not _exists(path) or _is_folder(path):
+        return False
+    if suffix.endswith(MEDIA_SUFFIXES):
+        return True
+    start = _with_storage_errors(path, _read_start)
+    return b"\0" in start and not start.startswith((b"\xff\xfe", b"\xfe\xff"))
+
+
+def _read_start(path: str) -> bytes:
+    with epath.Path(path).open("rb") as file:
+        return file.read(4096)
 
 
 def _open_folder(path: str) -> Source:

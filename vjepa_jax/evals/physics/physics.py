@@ -1,9 +1,8 @@
 """Intuitive physics: does a video that breaks a physical law surprise the model?
 
-The violation-of-expectation measure of Garrido et al. (2025). Nothing is trained: in
-windows of a video, the predictor predicts the features of the later frames from the
-first few; the surprise is the L1 distance to the target encoder's features. See
-docs/physics.md.
+The violation-of-expectation measure of Garrido et al. (2025), see `surprise`: the
+surprise at possible and at impossible videos is compared, and untrained networks are
+measured beside the trained one. Nothing is trained. See docs/physics.md.
 """
 
 import concurrent.futures
@@ -12,8 +11,6 @@ import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import scipy.stats
 from sklearn.metrics import roc_auc_score
@@ -21,135 +18,16 @@ from sklearn.metrics import roc_auc_score
 from vjepa_jax.base.errors import UserError
 from vjepa_jax.config.defaults import ConfigDict
 from vjepa_jax.evals import settings
-from vjepa_jax.evals.frozen import (
-    FrozenModel,
-    predicted_features,
-    random_init,
-    target_features,
-)
+from vjepa_jax.evals.frozen import FrozenModel, random_init
+from vjepa_jax.evals.physics.surprise import Protocol, surprise
 from vjepa_jax.evals.physics.videos import (
     Group,
     matched_pairs,
     open_groups,
     read_group,
 )
-from vjepa_jax.models.encoder import VideoEncoder, normalise
-from vjepa_jax.models.predictor import Predictor
 
 MEAN = "mean"  # the row of the mean over properties
-
-
-@dataclasses.dataclass(frozen=True)
-class Protocol:
-    """How the surprise of a video is measured.
-
-    Attributes:
-      num_frames: frames of a window, W.
-      stride: frames from the start of one window to the next.
-      context_frames: numbers of a window's first frames from which the rest is
-        predicted; each gives a separate measure.
-      mask_index: which of the predictor's mask tokens stands for the predicted tokens.
-    """
-
-    num_frames: int
-    stride: int
-    context_frames: tuple[int, ...]
-    mask_index: int = 0
-
-    def validate(self, tubelet_size: int) -> None:
-        """Raise UserError unless windows and contexts are made of whole tubelets."""
-        if self.num_frames % tubelet_size or self.stride < 1:
-            raise UserError(
-                f"config.num_frames={self.num_frames}, config.stride={self.stride}: "
-                f"give a multiple of the {tubelet_size} frames of a tubelet, and a "
-                "stride of 1 frame or more"
-            )
-        contexts = self.context_frames
-        if not contexts or any(
-            not 0 < c < self.num_frames or c % tubelet_size for c in contexts
-        ):
-            raise UserError(
-                f"config.context_frames={contexts}: give multiples of the "
-                f"{tubelet_size} frames of a tubelet, below the window's "
-                f"{self.num_frames}"
-            )
-
-
-@functools.partial(
-    jax.jit,
-    static_argnames=("encoder", "predictor", "contexts", "mask_index"),
-)
-def _surprise(
-    params: Any,
-    video: jax.Array,
-    *,
-    encoder: VideoEncoder,
-    predictor: Predictor,
-    contexts: tuple[int, ...],
-    mask_index: int,
-) -> jax.Array:
-    """Return the mean L1 error of windows for each number of context tokens, [B, C]."""
-    video = normalise(video)
-    features = target_features(params, video, encoder)
-    num_tokens = features.shape[1]
-    errors = []
-    for seen in contexts:
-        prediction = predicted_features(
-            params,
-            video,
-            encoder,
-            predictor,
-            range(seen),
-            range(seen, num_tokens),
-            mask_index,
-        )
-        errors.append(jnp.abs(prediction - features[:, seen:]).mean((1, 2)))
-    return jnp.stack(errors, axis=1)
-
-
-def surprise(
-    model: FrozenModel,
-    videos: Sequence[np.ndarray],
-    protocol: Protocol,
-    batch_size: int,
-) -> list[np.ndarray]:
-    """Measure the surprise in every window of videos.
-
-    Args:
-      model: with a predictor.
-      videos: uint8 [n, S, S, 3] each, at least as long as a window.
-      protocol: of the measure.
-      batch_size: windows per call.
-
-    Returns:
-      float32 [windows, contexts] of each video.
-    """
-    starts = [
-        range(0, len(video) - protocol.num_frames + 1, protocol.stride)
-        for video in videos
-    ]
-    windows = [(v, start) for v, of_video in enumerate(starts) for start in of_video]
-    _, height, width = model.grid((protocol.num_frames, *videos[0].shape[1:]))
-    per_frame = height * width / model.encoder.tubelet_size
-    contexts = tuple(round(c * per_frame) for c in protocol.context_frames)
-    losses = np.empty((len(windows), len(contexts)), np.float32)
-    for first in range(0, len(windows), batch_size):
-        batch = [
-            videos[v][start : start + protocol.num_frames]
-            for v, start in windows[first : first + batch_size]
-        ]
-        # All calls have one shape, hence one compilation.
-        batch += [batch[-1]] * (batch_size - len(batch))
-        of_batch = model.call(
-            _surprise,
-            np.stack(batch),
-            encoder=model.encoder,
-            predictor=model.predictor,
-            contexts=contexts,
-            mask_index=protocol.mask_index,
-        )
-        losses[first : first + batch_size] = of_batch[: len(windows) - first]
-    return np.split(losses, np.cumsum([len(of_video) for of_video in starts])[:-1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +35,8 @@ class Outcome:
     """The surprise of one model at all videos of a property.
 
     Attributes:
-      pairs: [(possible, impossible)], float [windows, contexts] each.
+      pairs: [(possible, impossible)], float [windows, contexts] each; infinite where a
+        context was not used in a window, see `with_early_contexts`.
       videos: [(surprise [windows, contexts], is_possible)] of every video.
     """
 
@@ -187,7 +66,42 @@ class Outcome:
 
 def _of_context(losses: np.ndarray, context: int | None) -> np.ndarray:
     """Return [windows] of [windows, contexts], see `Outcome.hits`."""
-    return losses.min(1) if context is None else losses[:, context]
+    if context is None:
+        return losses.min(1)
+    of_context = losses[:, context]
+    return of_context[of_context != np.inf]
+
+
+def with_early_contexts(
+    model: FrozenModel,
+    videos: Sequence[np.ndarray],
+    protocol: Protocol,
+    batch_size: int,
+) -> list[np.ndarray]:
+    """Measure the surprise in every window, and early events from shorter contexts.
+
+    As in the code of IntPhys 2 (`max_context_mode`), the first window is also predicted
+    from every shorter context, so that an event within the first context counts.
+
+    Returns:
+      float32 [k + windows, contexts] of each video: k rows of the first window, one for
+      each shorter context, are infinite in the columns of contexts that are not longer.
+
+    See `surprise` for the arguments.
+    """
+    tubelet, contexts = model.encoder.tubelet_size, np.array(protocol.context_frames)
+    shorter = np.arange(tubelet, contexts.max(), tubelet)
+    losses = surprise(model, videos, protocol, batch_size)
+    if not len(shorter):
+        return losses
+    of_first = dataclasses.replace(protocol, context_frames=tuple(shorter.tolist()))
+    first_windows = [video[: protocol.num_frames] for video in videos]
+    early = surprise(model, first_windows, of_first, batch_size)
+    is_used = shorter[:, None] < contexts
+    return [
+        np.concatenate([np.where(is_used, first.T, np.inf), rest]).astype(np.float32)
+        for first, rest in zip(early, losses, strict=True)
+    ]
 
 
 def welch_p(one: np.ndarray, other: np.ndarray) -> float:
@@ -285,8 +199,9 @@ def evaluate(model: FrozenModel, config: ConfigDict) -> dict[str, Any]:
       config: from `settings.physics`.
 
     Returns:
-      See `tabulate_outcomes`. For data without labels (the test set of IntPhys) instead
-      the surprise of every video, {video: {"mean", "max"}} over its windows.
+      See `tabulate_outcomes`. For data without labels (the test sets of IntPhys and
+      IntPhys 2) instead the surprise of every video, {video: {"mean", "max"}} over its
+      windows.
 
     Raises:
       UserError: the model cannot predict, or protocol, data and model do not fit.
@@ -314,17 +229,18 @@ def evaluate(model: FrozenModel, config: ConfigDict) -> dict[str, Any]:
             "untrained models"
         )
     path = config.path or model.config.world.path
-    groups = open_groups(config.dataset, path, config.lists)
+    groups = open_groups(config.dataset, path, config.lists, config.rows)
     has_labels = all(v.is_possible is not None for g in groups for v in g.videos)
     num_models = 1 + (config.null_seeds if has_labels else 0)
     outcomes: list[dict[str, Outcome]] = [{} for _ in range(num_models)]
     unlabelled: dict[str, dict[str, float]] = {}
+    measure = with_early_contexts if config.early_contexts else surprise
     for part, pixels in _read(groups, config, model.video_shape[1], protocol):
         videos = [video for of_group in pixels for video in of_group]
         for number, outcome in enumerate(outcomes):
             # One untrained model at a time is in memory.
             network = random_init(model, config.seed + number) if number else model
-            losses = iter(surprise(network, videos, protocol, config.batch_size))
+            losses = iter(measure(network, videos, protocol, config.batch_size))
             for group, of_group in zip(part, pixels, strict=True):
                 own = [next(losses) for _ in of_group]
                 if has_labels:
@@ -354,7 +270,11 @@ def _without_labels(
 ) -> dict[str, dict[str, float]]:
     found = {}
     for video, loss in zip(group.videos, losses, strict=True):
-        name = "/".join([group.property, *video.path.parts[-3:-1]])
+        # Frames of a video of IntPhys are in a folder of their own.
+        parts = (
+            video.path.parts[-3:-1] if video.path.is_dir() else video.path.parts[-1:]
+        )
+        name = "/".join([group.property, *parts])
         score = _of_context(loss, chosen)
         found[name] = {"mean": float(score.mean()), "max": float(score.max())}
     return found

@@ -17,9 +17,11 @@ import numpy as np
 
 from vjepa_jax.base.errors import UserError
 from vjepa_jax.base.files import read_text
+from vjepa_jax.data.clips.frame_stream import whole_frame
 from vjepa_jax.data.clips.media import DecodeError
 from vjepa_jax.data.clips.reader import ClipReader, inspect
 from vjepa_jax.data.clips.sampling import Sampling
+from vjepa_jax.data.sources.file_lists import VIDEO_SUFFIXES
 from vjepa_jax.data.sources.open import open_source
 from vjepa_jax.world import render
 
@@ -44,6 +46,10 @@ GRASP_PROPERTIES = (
 )
 INFLEVEL_PROPERTIES = ("continuity", "solidity", "gravity")
 INTPHYS_PROPERTIES = ("O1", "O2", "O3")
+INTPHYS2_SPLITS = ("Main", "Debug", "HeldOut")
+# Conditions of IntPhys 2; variants have a suffix, such as `immutability_texture`.
+INTPHYS2_PROPERTIES = ("permanence", "immutability", "continuity", "solidity")
+_INTPHYS2_LABELS = {"possible": True, "impossible": False}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +73,8 @@ class Group:
 
     Attributes:
       property: the law that the impossible videos break.
-      videos: a possible and an impossible one, or two of each.
+      videos: a possible and an impossible one, or two of each; without labels also a
+        single one.
       is_end_aligned: whether the longer video is cut at its beginning to the length of
         the shorter one.
     """
@@ -77,13 +84,16 @@ class Group:
     is_end_aligned: bool = False
 
 
-def open_groups(dataset: str, path: str, lists: str = "") -> list[Group]:
+def open_groups(
+    dataset: str, path: str, lists: str = "", rows: str = "condition"
+) -> list[Group]:
     """List the groups of a data set.
 
     Args:
-      dataset: `world`, `intphys`, `grasp` or `inflevel`.
+      dataset: `world`, `intphys`, `intphys2`, `grasp` or `inflevel`.
       path: its folder.
       lists: folder of InfLevel's lists, `PROPERTY.csv`; "": `path`.
+      rows: column of IntPhys 2's `metadata.csv` that gives a group's property.
 
     Raises:
       UserError: there is no such data set, or the folder does not hold it.
@@ -91,6 +101,7 @@ def open_groups(dataset: str, path: str, lists: str = "") -> list[Group]:
     layouts: dict[str, Callable[[pathlib.Path], list[Group]]] = {
         "world": _list_world,
         "intphys": _list_intphys,
+        "intphys2": functools.partial(_list_intphys2, rows=rows),
         "grasp": _list_grasp,
         "inflevel": functools.partial(
             _list_inflevel, lists=pathlib.Path(lists or path)
@@ -152,6 +163,65 @@ def _list_intphys(root: pathlib.Path) -> list[Group]:
                 raise UserError(f"{scene} does not hold a quadruplet of IntPhys")
             groups.append(Group(name, tuple(videos)))
     return groups
+
+
+def _list_intphys2(root: pathlib.Path, rows: str) -> list[Group]:
+    """List the pairs of a split's metadata.csv, or the videos of a split without it."""
+    path = root / "metadata.csv"
+    if not path.exists():
+        if any((root / split).is_dir() for split in INTPHYS2_SPLITS):
+            known = ", ".join(INTPHYS2_SPLITS)
+            raise UserError(f"{root} holds several splits: give the folder of {known}")
+        return _without_metadata(root)
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        listed = [*csv.DictReader(file)]
+    if listed and "type" not in listed[0]:
+        return _without_metadata(root)
+    # {(property, scene, number of the pair): {is possible: videos}}
+    pairs: dict[tuple[str, str, str], dict[bool, list[Video]]] = {}
+    for line, row in enumerate(listed, start=2):
+        try:
+            number, kind = row["type"].strip().split("_")
+            is_possible = _INTPHYS2_LABELS[kind.lower()]
+            property = _intphys2_property(rows, row[rows].strip())
+            name = row.get("file_name") or f"Videos/{row['name']}.mp4"
+            key = property, row["SceneIndex"].strip(), number
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{path}:{line}: not the metadata of IntPhys 2 ({error})"
+            ) from None
+        of_pair = pairs.setdefault(key, {True: [], False: []})
+        of_pair[is_possible].append(Video(root / name.strip(), is_possible))
+    groups = []
+    for (property, scene, number), of_pair in pairs.items():
+        possible, impossible = of_pair[True], of_pair[False]
+        if len(possible) != len(impossible):
+            raise UserError(
+                f"{path}: scene {scene} has {len(possible)} videos of the type "
+                f"{number}_Possible and {len(impossible)} of {number}_Impossible: "
+                "complete the pair, or leave it out"
+            )
+        # The split Debug has several recordings of a scene, in the same order.
+        of_scene = zip(possible, impossible, strict=True)
+        groups += [Group(property, pair) for pair in of_scene]
+    order = {name: i for i, name in enumerate(INTPHYS2_PROPERTIES)}
+    return sorted(groups, key=lambda g: (order.get(g.property, len(order)), g.property))
+
+
+def _intphys2_property(column: str, value: str) -> str:
+    if column != "condition":
+        return value
+    name = value.lower().split("_")[0]
+    if name not in INTPHYS2_PROPERTIES:
+        raise ValueError(f"unknown condition {value!r}")
+    return name
+
+
+def _without_metadata(root: pathlib.Path) -> list[Group]:
+    """List the videos of a split of IntPhys 2 that is published without labels."""
+    folder = root / "Videos" if (root / "Videos").is_dir() else root
+    files = (f for f in folder.iterdir() if f.suffix.lower() in VIDEO_SUFFIXES)
+    return [Group(root.name, (Video(file, None),)) for file in sorted(files)]
 
 
 def _list_grasp(root: pathlib.Path) -> list[Group]:
@@ -242,10 +312,6 @@ def read_group(
     return out
 
 
-def _no_crop(height: int, width: int) -> tuple[int, int, int, int]:
-    return 0, 0, height, width
-
-
 def _frame_files(folder: pathlib.Path) -> list[pathlib.Path]:
     return sorted(folder.iterdir())
 
@@ -265,8 +331,8 @@ def _read_frames(
     if path.is_dir():
         files = _frame_files(path)[frames.start : frames.stop : frames.step]
         of_image = ClipReader(Sampling(1, frame_step=1), size)
-        return np.concatenate([of_image.read(f, _no_crop)[0] for f in files])
-    (pixels,) = ClipReader(Sampling(total, frame_step=1), size).read(path, _no_crop)
+        return np.concatenate([of_image.read(f, whole_frame)[0] for f in files])
+    (pixels,) = ClipReader(Sampling(total, frame_step=1), size).read(path, whole_frame)
     return pixels[frames.start : frames.stop : frames.step]
 
 
