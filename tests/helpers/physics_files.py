@@ -5,6 +5,7 @@ import pathlib
 
 import numpy as np
 from PIL import Image
+from video_files import decode_plainly, moving_frames, write_video
 
 from vjepa_jax.config.defaults import get_config
 from vjepa_jax.world import render
@@ -49,3 +50,34 @@ def render_pairs(root: pathlib.Path) -> None:
         if key.endswith("_videos"):
             config[key] = 1
     render.render_world(config)
+
+
+INTPHYS2_HEADER = (
+    "SceneIndex,name,file_name,game_name,condition,env,type,occluder,Difficulty,Camera"
+)
+
+
+def write_intphys2(root, scenes, num_frames=12):
+    """Write a split with its metadata.csv; return {file name: frames as decoded}.
+
+    Args:
+      root: folder of the split.
+      scenes: {scene: condition}, two pairs each.
+      num_frames: of every video.
+    """
+    (root / "Videos").mkdir(parents=True)
+    rows, decoded = [INTPHYS2_HEADER], {}
+    types = [f"{n}_{kind}" for n in (1, 2) for kind in ("Possible", "Impossible")]
+    for scene, condition in scenes.items():
+        for number, kind in enumerate(types):
+            name = f"{scene}_{number}"  # says nothing about the label
+            path = root / "Videos" / f"{name}.mp4"
+            seed = len(rows)
+            write_video(path, moving_frames(num_frames, SIZE, SIZE, seed=seed))
+            decoded[path.name] = decode_plainly(str(path))
+            rows.append(
+                f"{scene},{name},Videos/{name}.mp4,Game,{condition},Env_0,{kind},"
+                f"None,{'Easy' if scene == '0' else 'Hard'},Fixed"
+            )
+    (root / "metadata.csv").write_text("\n".join(rows) + "\n")
+    return decoded

@@ -30,6 +30,7 @@ def run(*command, **env):
         ("check", ["--config", "--data", "--deep"]),
         ("data.check", ["--config", "--data", "--deep"]),
         ("make_list", ["--table", "--output", "--class"]),
+        ("surprise", ["--workdir", "--video", "--output"]),
     ],
 )
 def test_help_explains_the_command_and_its_own_flags(module, shown):

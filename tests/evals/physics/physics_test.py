@@ -9,7 +9,13 @@ import pytest
 import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from physics_files import SIZE, quadruplet, render_pairs, write_intphys
+from physics_files import (
+    SIZE,
+    quadruplet,
+    render_pairs,
+    write_intphys,
+    write_intphys2,
+)
 from sklearn.metrics import roc_auc_score
 from surprise_setup import BATCH, make_model, plain_surprise
 
@@ -184,6 +190,78 @@ def test_a_test_set_without_labels_gives_the_surprise_of_every_video(
         losses = plain_surprise(model, video, Protocol(8, 2, (2, 4))).min(1)
         np.testing.assert_allclose(scores["mean"], losses.mean(), rtol=1e-4)
         np.testing.assert_allclose(scores["max"], losses.max(), rtol=1e-4)
+
+
+def plain_early(model, video, contexts):
+    """Return each context's surprises: of shorter ones at the start, and of windows."""
+    known = (2, 4, 6)
+    losses = plain_surprise(model, video, Protocol(8, 2, known))
+    columns = []
+    for context in contexts:
+        number = known.index(context)
+        columns.append(np.concatenate([losses[0, :number], losses[:, number]]))
+    return columns
+
+
+def test_intphys2_from_files_to_the_table(model, tmp_path):
+    scenes = {"0": "solidity", "1": "solidity", "2": "continuity"}
+    decoded = write_intphys2(tmp_path, scenes)
+    contexts = (2, 6)
+    config = make_evaluation(
+        "intphys2",
+        path=str(tmp_path),
+        num_frames=0,
+        frame_step=1,
+        context_frames=contexts,
+        reported_context=6,
+        null_seeds=0,
+    )
+    table = registry.evaluate(model, config)
+    assert list(table) == ["continuity", "solidity", "mean"]
+    hits = {}
+    for scene, condition in scenes.items():
+        for pair in (0, 2):
+            both = [
+                plain_early(model, decoded[f"{scene}_{pair + i}.mp4"], contexts)
+                for i in (0, 1)
+            ]
+            for context, good, bad in zip(contexts, *both, strict=True):
+                hit = good.mean() < bad.mean()
+                hits.setdefault((condition, context), []).append(hit)
+    for condition in ("continuity", "solidity"):
+        for context in contexts:
+            found = table[condition][f"context_{context}_accuracy"]
+            assert found == np.mean(hits[condition, context])
+        assert table[condition]["accuracy"] == np.mean(hits[condition, 6])
+
+
+def test_early_contexts_are_rows_of_the_first_window(model, rng):
+    video = rng.integers(0, 256, (12, SIZE, SIZE, 3), np.uint8)
+    protocol = Protocol(8, 2, (2, 4, 6))
+    (found,) = physics.with_early_contexts(model, [video], protocol, BATCH)
+    windows = plain_surprise(model, video, protocol)
+    inf = np.inf
+    first = windows[0]
+    early = [[inf, first[0], first[0]], [inf, inf, first[1]]]
+    np.testing.assert_allclose(found, [*early, *windows], rtol=1e-4)
+    outcome = Outcome([(found, found + 1)], [(found, True), (found + 1, False)])
+    assert [outcome.hits(c).tolist() for c in (None, 0, 1, 2)] == [[1.0]] * 4
+    assert outcome.auroc(1) == 1
+
+
+def test_intphys2_without_labels_names_its_videos(model, tmp_path):
+    write_intphys2(tmp_path, {"0": "solidity"})
+    (tmp_path / "metadata.csv").unlink()
+    config = make_evaluation(
+        "intphys2",
+        path=str(tmp_path),
+        num_frames=0,
+        frame_step=1,
+        context_frames=(2, 6),
+    )
+    found = registry.evaluate(model, config)
+    assert list(found) == [f"{tmp_path.name}/0_{i}.mp4" for i in range(4)]
+    assert all(np.isfinite(list(row.values())).all() for row in found.values())
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,13 @@
 
 import numpy as np
 import pytest
-from physics_files import SIZE, quadruplet, render_pairs, write_intphys
+from physics_files import (
+    SIZE,
+    quadruplet,
+    render_pairs,
+    write_intphys,
+    write_intphys2,
+)
 from video_files import moving_frames, write_video
 
 from vjepa_jax.base.errors import UserError
@@ -119,6 +125,78 @@ def test_a_frame_is_resized_as_a_whole(tmp_path):
     np.testing.assert_array_equal(bright, np.arange(SIZE) < SIZE // 4)
 
 
+SCENES = {"0": "solidity", "124": "immutability_texture", "124_0": "permanence"}
+
+
+def test_intphys2_pairs_videos_of_a_scene_and_number(tmp_path):
+    decoded = write_intphys2(tmp_path / "Main", SCENES)
+    groups = open_groups("intphys2", str(tmp_path / "Main"))
+    # In the order of the conditions; variants of a condition count as it.
+    wanted = ["permanence"] * 2 + ["immutability"] * 2 + ["solidity"] * 2
+    assert [g.property for g in groups] == wanted
+    scenes = ["124_0", "124_0", "124", "124", "0", "0"]
+    for number, (group, scene) in enumerate(zip(groups, scenes, strict=True)):
+        names = [f"{scene}_{2 * (number % 2) + i}.mp4" for i in (0, 1)]
+        assert [v.path.name for v in group.videos] == names
+        assert [v.is_possible for v in group.videos] == [True, False]
+        read = read_group(group, size=SIZE, frame_step=5)
+        for name, frames in zip(names, read, strict=True):
+            np.testing.assert_array_equal(frames, decoded[name][::5])
+        assert matched_pairs(group, read) == [(0, 1)]
+    by_difficulty = open_groups("intphys2", str(tmp_path / "Main"), rows="Difficulty")
+    assert [g.property for g in by_difficulty] == ["Easy"] * 2 + ["Hard"] * 4
+
+
+def test_recordings_of_one_scene_are_paired_in_order(tmp_path):
+    """The split Debug has three recordings of every video."""
+    write_intphys2(tmp_path, {"0": "continuity"})
+    path = tmp_path / "metadata.csv"
+    header, *rows = path.read_text().splitlines()
+    again = [row.replace("0_", "again_", 2) for row in rows]
+    path.write_text("\n".join([header, *rows, *again]))
+    groups = open_groups("intphys2", str(tmp_path))
+    names = [[v.path.stem for v in g.videos] for g in groups]
+    assert names == [
+        ["0_0", "0_1"],
+        ["again_0", "again_1"],
+        ["0_2", "0_3"],
+        ["again_2", "again_3"],
+    ]
+
+
+def test_a_split_without_labels_lists_its_videos(tmp_path):
+    write_intphys2(tmp_path, {"0": "solidity"})
+    path = tmp_path / "metadata.csv"
+    rows = [line.split(",")[2] for line in path.read_text().splitlines()]
+    for content in ("\n".join(rows), None):
+        path.write_text(content) if content else path.unlink()
+        groups = open_groups("intphys2", str(tmp_path))
+        videos = [video for group in groups for video in group.videos]
+        assert [v.path.stem for v in videos] == ["0_0", "0_1", "0_2", "0_3"]
+        assert {v.is_possible for v in videos} == {None}
+
+
+def test_metadata_of_intphys2_that_is_damaged_is_named(tmp_path):
+    write_intphys2(tmp_path / "Main", {"7": "solidity"})
+    path = tmp_path / "Main" / "metadata.csv"
+    good = path.read_text()
+    with pytest.raises(UserError, match="holds several splits: give the folder of M"):
+        open_groups("intphys2", str(tmp_path))
+    for old, new, message in (
+        ("2_Impossible", "2_Possible", "scene 7 has 2 videos of the type 2_Possible"),
+        ("2_Impossible", "Impossible", r"metadata\.csv:5: not the metadata"),
+        ("2_Impossible", "2_Perhaps", "perhaps"),
+        ("solidity", "liquidity", "unknown condition 'liquidity'"),
+        ("SceneIndex", "Scene", "SceneIndex"),
+    ):
+        path.write_text(good.replace(old, new))
+        with pytest.raises(UserError, match=message):
+            open_groups("intphys2", str(tmp_path / "Main"))
+    path.write_text(good)
+    with pytest.raises(UserError, match="'Colour'"):
+        open_groups("intphys2", str(tmp_path / "Main"), rows="Colour")
+
+
 HEADER = (
     "vid1_path,vid1_label,vid1_end_priming_2,vid2_path,vid2_label,vid2_end_priming_2\n"
 )
@@ -183,7 +261,7 @@ def test_shared_frames():
 
 
 def test_what_is_not_there_is_named(tmp_path):
-    for dataset in ("intphys", "grasp", "inflevel"):
+    for dataset in ("intphys", "intphys2", "grasp", "inflevel"):
         with pytest.raises(UserError, match=f"no videos of {dataset}"):
             open_groups(dataset, str(tmp_path))
     with pytest.raises(UserError, match=r"physics\.npz is missing: render a world"):
