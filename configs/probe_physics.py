@@ -2,8 +2,8 @@ r"""Intuitive physics by violation of expectation; no probe is trained.
 
 In windows of a video the features of what comes after the first frames are predicted
 from these; of a possible and an impossible video the latter should surprise more. The
-variant is the data: `world`, `intphys`, `grasp`, `inflevel`. See docs/physics.md for
-their folders.
+variant is the data: `world`, `intphys`, `intphys2`, `grasp`, `inflevel`. See
+docs/physics.md for their folders.
 
 Commands:
 
@@ -17,6 +17,7 @@ self-supervised pretraining on natural videos" (2025), with the defaults of its 
     data       window  contexts          step  stride  videos
     intphys    16      2,4,6,8,10        2     2       dev: 30 quadruplets each of O1-O3
     grasp      16      2,4,6,8,10        10    2       16 properties, 2048 pairs
+    intphys2   16      4,6,8,10,12,14    10    2       Main: 506 pairs of 4 conditions
     inflevel   32      4,8,12,16,20      5     2       2748 pairs of 3 properties
 
 The paper searches further: steps 2, 5, 10 (InfLevel 5, 10, 20), windows 16 and 32, and

@@ -11,7 +11,7 @@ from vjepa_jax.data.clips.sampling import Sampling
 from vjepa_jax.data.sources.records import Record
 from vjepa_jax.data.transforms import transforms
 from vjepa_jax.evals.frozen import FrozenModel
-from vjepa_jax.evals.surprise import Protocol, surprise
+from vjepa_jax.evals.physics.surprise import Protocol, surprise
 from vjepa_jax.report.figures import Axis, Figure, Line, make_lines
 from vjepa_jax.report.films import Film, make_film
 from vjepa_jax.world import violations

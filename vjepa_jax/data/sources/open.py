@@ -53,10 +53,7 @@ def open_mixture(path: str, weights: Sequence[float] = ()) -> Mixture:
     Raises:
       UserError: a source cannot be opened, or the weights do not fit.
     """
-    is_one = "," not in path or _exists(path)
-    paths = [path] if is_one else [part.strip() for part in path.split(",")]
-    if not is_one and not all(paths):
-        raise UserError(f"data.path {path!r} has nothing between two commas")
+    paths = _split(path)
     sources = [open_source(part) for part in paths]
     if len(weights) not in (0, len(paths)):
         raise UserError(
@@ -75,6 +72,15 @@ def open_mixture(path: str, weights: Sequence[float] = ()) -> Mixture:
     return Mixture(
         [(s, float(w / total)) for s, w in zip(sources, weights, strict=True)]
     )
+
+
+def _split(path: str) -> list[str]:
+    if "," not in path or _exists(path):
+        return [path]
+    paths = [part.strip() for part in path.split(",")]
+    if not all(paths):
+        raise UserError(f"data.path {path!r} has nothing between two commas")
+    return paths
 
 
 def open_source(path: str) -> Source:
@@ -125,16 +131,12 @@ def open_videos(path: str) -> Source:
     Raises:
       UserError: see `open_source`.
     """
-    is_one = "," not in path or _exists(path)
-    parts = [path] if is_one else [part.strip() for part in path.split(",")]
-    if not all(parts) and not is_one:
-        raise UserError(f"data.path {path!r} has nothing between two commas")
     return Joined(
         [
             VideoList(part, "", [absolute(part)], [0])
             if _is_video_file(part)
             else open_source(part)
-            for part in parts
+            for part in _split(path)
         ]
     )
 
