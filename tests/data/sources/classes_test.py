@@ -142,7 +142,7 @@ def test_sources_say_why_they_have_no_classes(tmp_path):
     assert not write_folders(tmp_path / "folders", a=1).unlabelled
 
 
-def test_shards_keep_the_names_of_their_manifest(tmp_path):
+def test_shards_keep_the_names_of_their_manifest(tmp_path, caplog):
     records = [
         shards.VideoRecord(b"video", label, f"{label}.mp4", "", 1.0, 1, 2, 2)
         for label in (1, 0)
@@ -163,9 +163,11 @@ def test_shards_keep_the_names_of_their_manifest(tmp_path):
         (tmp_path / shards.MANIFEST).write_text(json.dumps(content))
         source = open_source(str(tmp_path))
         assert source.class_names == names
+    assert not caplog.text
     # Of shards that an earlier version wrote.
     (tmp_path / shards.MANIFEST).write_text(json.dumps(manifest))
     assert open_source(str(tmp_path)).class_names is None
+    assert "were prepared without the names of their classes" in caplog.text
     folders = write_folders(tmp_path / "folders", put=1)
     with pytest.raises(UserError, match="shards: prepare them again"):
         unite_classes([open_source(str(tmp_path)), folders])

@@ -316,6 +316,27 @@ def test_an_evaluation_is_repeatable_and_has_an_untrained_column(frozen, config)
     assert first["images_fitted"]["pretrained"] < 16
 
 
+@pytest.mark.parametrize(
+    ("value", "found"), [(1, "one class, 1"), (label_images.IGNORED, "no class")]
+)
+def test_label_images_of_one_class_are_refused(tmp_path, frozen, config, value, found):
+    for i in range(16):
+        for folder, shape in (("images", (20, 20, 3)), ("masks", (20, 20))):
+            path = tmp_path / folder / f"{i}.png"
+            path.parent.mkdir(exist_ok=True)
+            label_images.write_image(path, np.full(shape, value, np.uint8))
+    config.data.train_path = str(tmp_path)
+    with pytest.raises(
+        UserError, match=rf"of \d+ images, such as .*, hold {found}: 25"
+    ):
+        segmentation.evaluate(frozen, config)
+    if value == label_images.IGNORED:
+        config.data.update(train_path=config.data.test_path, test_path=str(tmp_path))
+        config.update(epochs=1, batch_size=4)
+        with pytest.raises(UserError, match="no pixel of 16 images to evaluate on"):
+            segmentation.evaluate(frozen, config)
+
+
 def test_what_does_not_fit_is_named(frozen, config):
     config.batch_size = 30
     with pytest.raises(UserError, match=r"config\.batch_size=30 exceeds the 16 images"):

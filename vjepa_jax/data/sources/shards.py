@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable
 
 import msgpack
 import numpy as np
+from absl import logging
 from array_record.python.array_record_module import (
     ArrayRecordReader,
     ArrayRecordWriter,
@@ -210,6 +211,7 @@ class ShardSource(Source):
         manifest = read_manifest(path)
         self._settings = manifest["settings"]
         self._digest = manifest["index"]["digest"]
+        self._may_have_names = CLASS_NAMES in manifest
         self._class_names: list[str] | None = manifest.get(CLASS_NAMES)
         self._names = [shard["name"] + SUFFIX for shard in manifest["shards"]]
         counts = [shard["num_records"] for shard in manifest["shards"]]
@@ -229,6 +231,13 @@ class ShardSource(Source):
     @property
     def class_names(self) -> list[str] | None:
         """Names of the classes in the order of their labels; None: numbers only."""
+        if not self._may_have_names:
+            logging.warning(
+                "the shards in %r were prepared without the names of their classes, so "
+                "that they cannot be compared with others: if they are of class "
+                "folders, the same command of vjepa_jax.prepare adds them",
+                self.name,
+            )
         return self._class_names
 
     def _open_no_shard(self) -> None:

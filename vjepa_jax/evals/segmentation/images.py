@@ -214,7 +214,7 @@ class ImageReader:
         Raises:
           UserError: the files cannot be read, or do not fit.
         """
-        labels = self._read_classes(image.labels)
+        labels = self.read_classes(image.labels)
         box, is_flipped = None, False
         if seed is not None:
             rng = np.random.default_rng(seed)
@@ -237,7 +237,12 @@ class ImageReader:
         shares = label_images.patch_shares(seen, self.size, grid, self.num_classes)
         return Sample(pixels, shares, labels)
 
-    def _read_classes(self, path: pathlib.Path) -> np.ndarray:
+    def read_classes(self, path: pathlib.Path) -> np.ndarray:
+        """Return the classes of a label image, see `Sample.labels`.
+
+        Raises:
+          UserError: a class is out of range.
+        """
         labels = label_images.read_labels(path)
         is_class = (labels >= self.first_class) & (labels != label_images.IGNORED)
         highest = self.first_class + self.num_classes

@@ -150,9 +150,14 @@ class Probe:
         self._scaler = StandardScaler()
 
     def train(self, images: Sequence[LabelledImage]) -> None:
-        """Train all heads of the config."""
+        """Train all heads of the config.
+
+        Raises:
+          UserError: all pixels are of one class.
+        """
         config = self._config
-        self._standardise(images)
+        classes = self._standardise(images)
+        self._require_classes(images, classes)
         steps_per_epoch = len(images) // config.batch_size
         training = make_training(config, steps_per_epoch, optax.softmax_cross_entropy)
         self.grid = HeadGrid(
@@ -197,6 +202,11 @@ class Probe:
             total = total + confusions(
                 self.grid, features, frequent, labels, shapes, batch_size=size
             )
+        if not total[:, 1].any():
+            raise UserError(
+                f"no pixel of {len(images)} images to evaluate on has a class, such as "
+                f"in {images[0].labels}"
+            )
         return total
 
     def _read(
@@ -223,13 +233,39 @@ class Probe:
     def _features(self, batch: Sequence[Sample]) -> np.ndarray:
         return self._reader.encoder(np.stack([sample.window for sample in batch]))
 
-    def _standardise(self, images: Sequence[LabelledImage]) -> None:
-        """Compute mean and standard deviation of channels from some images."""
+    def _standardise(self, images: Sequence[LabelledImage]) -> set[int]:
+        """Compute mean and deviation of channels from some images; return classes."""
+        classes: set[int] = set()
         chosen = evenly_spread(len(images), _STANDARDISED_BY)
         items = ((images[i], None) for i in chosen)
         for batch in self._read(items, self._config.test_batch_size):
             features = self._features(batch)
             self._scaler.partial_fit(features.reshape(-1, features.shape[-1]))
+            for sample in batch:
+                classes |= _classes_in(sample.labels)
+        return classes
+
+    def _require_classes(
+        self, images: Sequence[LabelledImage], found: set[int]
+    ) -> None:
+        """Raise UserError unless two classes are found, or others are in the images."""
+        for image in images:
+            if len(found) > 1:
+                return
+            found |= _classes_in(self._reader.read_classes(image.labels))
+        if len(found) < 2:
+            raise UserError(
+                f"the label images of {len(images)} images, such as "
+                f"{images[0].labels}, hold "
+                + (f"one class, {min(found)}" if found else "no class")
+                + f": {label_images.IGNORED} and numbers below config.data.first_class="
+                f"{self._config.data.first_class} are not counted"
+            )
+
+
+def _classes_in(labels: np.ndarray) -> set[int]:
+    counts = np.bincount(labels.ravel(), minlength=label_images.IGNORED + 1)
+    return set(np.flatnonzero(counts[: label_images.IGNORED]).tolist())
 
 
 def _stack_padded(labels: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
