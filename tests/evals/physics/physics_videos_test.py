@@ -9,6 +9,7 @@ from physics_files import (
     write_intphys,
     write_intphys2,
 )
+from PIL import Image
 from video_files import moving_frames, write_video
 
 from vjepa_jax.base.errors import UserError
@@ -195,6 +196,17 @@ def test_metadata_of_intphys2_that_is_damaged_is_named(tmp_path):
     path.write_text(good)
     with pytest.raises(UserError, match="'Colour'"):
         open_groups("intphys2", str(tmp_path / "Main"), rows="Colour")
+
+
+def test_frames_of_a_folder_are_read_by_their_numbers(tmp_path):
+    pixels = moving_frames(12, SIZE, SIZE)
+    for i, frame in enumerate(pixels):
+        Image.fromarray(frame).save(tmp_path / f"scene_{i}.png")
+    (tmp_path / "Thumbs.db").write_bytes(b"of a file manager")
+    (tmp_path / "._scene_0.png").write_bytes(b"of a file manager")
+    group = Group("x", (Video(tmp_path, True),))
+    (read,) = read_group(group, size=SIZE, frame_step=1)
+    np.testing.assert_array_equal(read, pixels)
 
 
 HEADER = (

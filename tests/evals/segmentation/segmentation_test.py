@@ -138,6 +138,17 @@ def test_frames_around_an_image_are_those_of_its_folder(folder):
     assert files[place] == image.image and len(files) == 4
 
 
+def test_frames_around_an_image_are_in_the_order_of_their_numbers(tmp_path, rng):
+    lines = []
+    for number in range(12):
+        write_files(tmp_path, f"a b {number}", draw_labels(rng, 20, 20), rng)
+        lines.append(f"images/a b {number}.png\tmasks/a b {number}.png\n")
+    (tmp_path / "list.txt").write_text("".join(lines))
+    images = list_images(str(tmp_path / "list.txt"))
+    files, place = images[9].frames_around()
+    assert list(files) == [image.image for image in images] and place == 9
+
+
 # ----------------------------------------------------------------------- what is read
 
 

@@ -92,6 +92,19 @@ def test_videos_are_listed_in_order(dataset):
     assert [f.stem for f in cross.labels] == [f.stem for f in cross.frames]
 
 
+def test_frames_are_listed_by_their_numbers(tmp_path):
+    for part, suffix in (("JPEGImages", "jpg"), ("Annotations", "png")):
+        folder = tmp_path / part / "480p" / "v"
+        folder.mkdir(parents=True)
+        for number in range(12):
+            (folder / f"{number}.{suffix}").touch()
+    (tmp_path / "ImageSets").mkdir()
+    (tmp_path / "ImageSets" / "val.txt").write_text("v\n", encoding="utf-16")
+    (video,) = davis.list_videos(str(tmp_path), "val", "480p")
+    assert [file.stem for file in video.frames] == [str(i) for i in range(12)]
+    assert [file.stem for file in video.labels] == [str(i) for i in range(12)]
+
+
 def test_palette_images_keep_their_numbers(dataset):
     path = dataset / "Annotations" / "480p" / "cross" / "00000.png"
     with Image.open(path) as image:

@@ -10,6 +10,7 @@ import pathlib
 
 from vjepa_jax.base.errors import UserError
 from vjepa_jax.base.files import read_text
+from vjepa_jax.data.sources.frame_folders import in_order
 
 FRAMES, LABELS, LISTS = "JPEGImages", "Annotations", "ImageSets"
 
@@ -75,4 +76,4 @@ def _files(folder: pathlib.Path) -> list[pathlib.Path]:
     files = [
         f for f in folder.iterdir() if f.suffix.lower() in (".jpg", ".jpeg", ".png")
     ]
-    return sorted(files)
+    return sorted(files, key=lambda file: in_order(file.name))

@@ -1,7 +1,10 @@
-"""Folders of the extracted frames of videos, which are pointed out: they are not read.
+"""Folders of the extracted frames of videos, whose names end in numbers.
 
-VIDEO/img_00001.jpg   names end in the frame's number
+VIDEO/img_00001.jpg
 VIDEO/img_00002.jpg
+
+They are read where every frame has a label image. As videos to learn from they are not
+read, but pointed out.
 """
 
 import math
@@ -14,6 +17,12 @@ from collections.abc import Iterable, Sequence
 _NUMBERED = re.compile(r"(.*?)([0-9]+)(\.\w+)", re.DOTALL)
 _MIN_FRAMES = 3
 _MAX_GAPS = 0.25  # missing numbers per image
+
+
+def in_order(name: str) -> list[str | int]:
+    """Return the key by which names of frames are sorted: 9 comes before 10."""
+    parts = re.split(r"([0-9]+)", name)
+    return [int(part) if i % 2 else part for i, part in enumerate(parts)]
 
 
 def find(images: Iterable[str]) -> list[list[str]]:

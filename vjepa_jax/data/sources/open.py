@@ -12,6 +12,7 @@
 Files, folders and the entries of lists may be remote (`gs://`).
 """
 
+import functools
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -179,22 +180,27 @@ def _point_out_pictures(source: VideoList) -> None:
     entries = [source.entry(index) for index in range(len(source))]
     images = [entry for entry in entries if entry.lower().endswith(IMAGE_SUFFIXES)]
     if images and len(images) < len(entries):
-        logging.warning(
-            "%r holds %d images beside %d videos, such as %r: each is read as a clip "
-            "of one frame; remove them if they are covers or thumbnails",
-            *(source.name, len(images), len(entries) - len(images), images[0]),
+        _warn_once(
+            f"{source.name!r} holds {len(images)} images beside "
+            f"{len(entries) - len(images)} videos, such as {images[0]!r}: each is read "
+            "as a clip of one frame; remove them if they are covers or thumbnails"
         )
         return
     groups = frame_folders.find(images)
     if 2 * sum(map(len, groups)) > len(images):
         folder = os.path.join(source.root, os.path.dirname(groups[0][0]))
         names = [os.path.basename(image) for image in groups[0]]
-        logging.warning(
-            "the images in %r are numbered in a row, like the frames of a video (one "
-            "of %d such rows): each is read as a still image; if they are frames, make "
-            "a video of each row: %s",
-            *(folder, len(groups), frame_folders.command(folder, names)),
+        _warn_once(
+            f"the images in {folder!r} are numbered in a row, like the frames of a "
+            f"video (one of {len(groups)} such rows): each is read as a still image; "
+            "if they are frames, make a video of each row: "
+            + frame_folders.command(folder, names)
         )
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logging.warning("%s", message)  # evaluations of a run open their data every time
 
 
 def _folder_is_listed(source: VideoList, path: str) -> str:

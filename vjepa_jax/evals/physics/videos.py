@@ -21,7 +21,8 @@ from vjepa_jax.data.clips.frame_stream import whole_frame
 from vjepa_jax.data.clips.media import DecodeError
 from vjepa_jax.data.clips.reader import ClipReader, inspect
 from vjepa_jax.data.clips.sampling import Sampling
-from vjepa_jax.data.sources.file_lists import VIDEO_SUFFIXES
+from vjepa_jax.data.sources.file_lists import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from vjepa_jax.data.sources.frame_folders import in_order
 from vjepa_jax.data.sources.open import open_source
 from vjepa_jax.world import render
 
@@ -313,7 +314,13 @@ def read_group(
 
 
 def _frame_files(folder: pathlib.Path) -> list[pathlib.Path]:
-    return sorted(folder.iterdir())
+    # File managers leave other files.
+    files = (
+        file
+        for file in folder.iterdir()
+        if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".")
+    )
+    return sorted(files, key=lambda file: in_order(file.name))
 
 
 def _count_frames(path: pathlib.Path) -> int:

@@ -13,6 +13,7 @@ from vjepa_jax.base.errors import UserError
 from vjepa_jax.base.files import read_text
 from vjepa_jax.config.defaults import ConfigDict
 from vjepa_jax.data.clips import label_images
+from vjepa_jax.data.sources.frame_folders import in_order
 from vjepa_jax.data.sources.records import evenly_spread
 from vjepa_jax.data.transforms.transforms import Box
 from vjepa_jax.evals.frozen import FrozenModel
@@ -35,17 +36,22 @@ class LabelledImage:
     labels: pathlib.Path
 
     def frames_around(self) -> tuple[Sequence[pathlib.Path], int]:
-        """Return the images of its folder, sorted by name, and its index among them.
+        """Return the images of its folder in order, and its index among them.
 
         They are the frames of a video where images lie in a folder per video.
         """
         frames = _images_of(self.image.parent, self.image.suffix)
-        return frames, bisect.bisect_left(frames, self.image)
+        return frames, bisect.bisect_left(frames, _order(self.image), key=_order)
 
 
 @functools.lru_cache(maxsize=1024)
 def _images_of(folder: pathlib.Path, suffix: str) -> tuple[pathlib.Path, ...]:
-    return tuple(sorted(file for file in folder.iterdir() if file.suffix == suffix))
+    files = (file for file in folder.iterdir() if file.suffix == suffix)
+    return tuple(sorted(files, key=_order))
+
+
+def _order(file: pathlib.Path) -> tuple[list[str | int], str]:
+    return in_order(file.name), file.name
 
 
 def list_images(path: str) -> list[LabelledImage]:
@@ -70,12 +76,13 @@ def list_images(path: str) -> list[LabelledImage]:
         )
     images = []
     for number, line in enumerate(read_text(root).splitlines(), start=1):
-        names = line.split()
-        if not names:
+        if not line.strip():
             continue
+        names = line.strip().split("\t") if "\t" in line else line.split()
         if len(names) != 2:
             raise UserError(
-                f"{path}:{number} is not 'IMAGE LABELS', separated by a space: {line!r}"
+                f"{path}:{number} is not 'IMAGE LABELS', separated by a space or a tab: "
+                f"{line!r}"
             )
         files = [root.parent / name for name in names]
         for file in files:
