@@ -81,8 +81,8 @@ def list_images(path: str) -> list[LabelledImage]:
         names = line.strip().split("\t") if "\t" in line else line.split()
         if len(names) != 2:
             raise UserError(
-                f"{path}:{number} is not 'IMAGE LABELS', separated by a space or a tab: "
-                f"{line!r}"
+                f"{path}:{number} is not 'IMAGE LABELS', separated by a space, or by a "
+                f"tab: {line!r}"
             )
         files = [root.parent / name for name in names]
         for file in files:
