@@ -7,6 +7,7 @@ import re
 
 import numpy as np
 import pytest
+import video_files
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
@@ -95,6 +96,23 @@ def test_differences_name_keys_masks_and_streams():
         "masks.tubes.kind": ("multiblock", "tube"),
         "masks.long.num_blocks": ("2", "3"),
     }
+
+
+def test_clips_have_the_classes_of_their_own_folder(tmp_path):
+    files = ("1/put", "1/take", "2/open", "2/put", "2/take")
+    for seed, name in enumerate(files):
+        (tmp_path / name).mkdir(parents=True)
+        frames = video_files.moving_frames(8, height=16, width=16, seed=seed)
+        video_files.write_video(tmp_path / name / "0.mp4", frames)
+    config = get_config()
+    config.data.update(path=f"{tmp_path}/1,{tmp_path}/2", num_frames=2, resolution=16)
+    read = clips.read_clips(config)
+    assert sorted(zip(read.paths, read.names, strict=True)) == [
+        (f"{tmp_path}/{name}/0.mp4", name.split("/")[1]) for name in files
+    ]
+    (tmp_path / "2/cover.mp4").write_bytes((tmp_path / "2/put/0.mp4").read_bytes())
+    read = clips.read_clips(config)  # the second folder has no classes now
+    assert sorted(read.names) == ["", "", "", "", "put", "take"]
 
 
 def test_neighbours_are_those_of_the_largest_cosine(rng):

@@ -101,8 +101,9 @@ def evaluate(model: FrozenModel, config: ConfigDict) -> dict[str, dict[str, Any]
         return _evaluate(model, config, videos)
 
     results = beside_untrained(measure, model, config)
-    if videos.has_names:
-        results["confusion"]["class_names"] = videos.class_names
+    if videos.class_names is not None:
+        names = [videos.name_of(label) for label in range(videos.num_classes)]
+        results["confusion"]["class_names"] = names
     return results
 
 

@@ -4,7 +4,7 @@ All that can be wrong with labels is reported before anything is encoded.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -24,19 +24,21 @@ class Labelled:
     Attributes:
       sources: by their keys in `config.data`.
       num_classes: labels are below it.
-      class_names: in the order of the labels, for people; numbers where the sources
-        have no names.
-      has_names: whether they have.
+      class_names: in the order of the labels; None: numbers only.
     """
 
     sources: dict[str, Source]
     num_classes: int
-    class_names: list[str]
-    has_names: bool
+    class_names: Sequence[str] | None
 
     def __getitem__(self, key: str) -> Source:
         """Return the source of a key."""
         return self.sources[key]
+
+    def name_of(self, label: int) -> str:
+        """Return the name of a class, or its number."""
+        names = self.class_names or ()
+        return names[label] if label < len(names) else str(label)
 
 
 def open_labelled(
@@ -63,15 +65,13 @@ def open_labelled(
     )
     for key, source in sources.items():
         _require_range(source, labels[key], num_classes)
-    known = [str(number) for number in range(num_classes)]
-    known[: len(names or ())] = names or ()
-    found = Labelled(sources, num_classes, known, names is not None)
+    found = Labelled(sources, num_classes, names)
     _require_classes(found, labels)
     return found
 
 
 def require_per_class(
-    labels: np.ndarray, wanted: int, key: str, class_names: Sequence[str]
+    labels: np.ndarray, wanted: int, key: str, name_of: Callable[[int], str]
 ) -> None:
     """Raise UserError unless there are two classes, each with enough videos.
 
@@ -79,10 +79,10 @@ def require_per_class(
       labels: int [N], of the videos to learn from.
       wanted: videos of each class.
       key: of the config, which asks for so many.
-      class_names: in the order of the labels.
+      name_of: from labels to names of classes.
     """
     classes, counts = np.unique(labels, return_counts=True)
-    least = class_names[classes[counts.argmin()]]
+    least = name_of(int(classes[counts.argmin()]))
     if len(classes) < 2:
         raise UserError(
             f"all {len(labels)} readable videos to learn from have the class "
@@ -131,11 +131,11 @@ def _require_classes(found: Labelled, labels: dict[str, np.ndarray]) -> None:
         raise UserError(
             f"all {len(labels[TRAIN])} videos of config.data.{TRAIN} "
             f"({found[TRAIN].name!r}) have the class "
-            f"{found.class_names[trained[0]]!r}: give videos of two classes at least"
+            f"{found.name_of(trained[0])!r}: give videos of two classes at least"
         )
     for key, of_key in labels.items():
         source = found[key]
-        if not found.has_names and not of_key.any():
+        if found.class_names is None and not of_key.any():
             raise UserError(
                 f"all videos of config.data.{key} ({source.name!r}) have the label 0, "
                 "as in lists without classes: give their labels, or, if the class 0 is "
@@ -143,7 +143,7 @@ def _require_classes(found: Labelled, labels: dict[str, np.ndarray]) -> None:
             )
         unknown = np.setdiff1d(of_key, trained)
         if len(unknown):
-            names = shown([found.class_names[label] for label in unknown])
+            names = shown([found.name_of(label) for label in unknown])
             count = int(np.isin(of_key, unknown).sum())
             raise UserError(
                 f"{count} videos of config.data.{key} ({source.name!r}) have classes "

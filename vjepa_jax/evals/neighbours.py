@@ -43,8 +43,8 @@ def evaluate(model: FrozenModel, config: ConfigDict) -> dict[str, dict[str, Any]
     settings.validate(config)
     keys = "train_path", "test_path"
     videos = open_labelled(config, keys)
-    most, names = max(config.shots, default=0), videos.class_names
-    require_per_class(videos["train_path"].labels, most, "config.shots", names)
+    most, name_of = max(config.shots, default=0), videos.name_of
+    require_per_class(videos["train_path"].labels, most, "config.shots", name_of)
 
     def measure(model: FrozenModel) -> dict[str, float]:
         train, test = (
@@ -54,7 +54,7 @@ def evaluate(model: FrozenModel, config: ConfigDict) -> dict[str, dict[str, Any]
             for key in keys
         )
         # Some are unreadable.
-        require_per_class(train[1], most, "config.shots", names)
+        require_per_class(train[1], most, "config.shots", name_of)
         nearest = knn_accuracies(*train, *test, tuple(config.k), config.temperature)
         few = few_shot_accuracies(
             *train, *test, tuple(config.shots), config.draws, config.seed

@@ -273,7 +273,7 @@ def evaluate(model: FrozenModel, config: ConfigDict) -> dict[str, dict[str, Any]
         )
     wanted, key = config.labels_per_class, "config.labels_per_class"
     labels = np.asarray(_open_split(run.world, "probe_train").labels)
-    require_per_class(labels, wanted, key, CLASSES)
+    require_per_class(labels, wanted, key, CLASSES.__getitem__)
     encodes: dict[str, Encode] = {"pretrained": model.encode}
     if config.random_init:
         encodes["random_init"] = random_init(model, config.seed).encode
@@ -287,7 +287,7 @@ def evaluate(model: FrozenModel, config: ConfigDict) -> dict[str, dict[str, Any]
     )
     # Some are unreadable.
     (features, _) = splits["pretrained"]["probe_train"]
-    require_per_class(features.labels, wanted, key, CLASSES)
+    require_per_class(features.labels, wanted, key, CLASSES.__getitem__)
     attentive, regression = (
         ProbeTraining(
             num_heads=config.num_heads,
