@@ -153,6 +153,18 @@ def test_files_come_from_several_columns(tmp_path):
     ]
 
 
+def test_remote_files_are_looked_for(bucket):
+    table = b"file,verb\na b.mp4,put\nc.mp4,take\n"
+    bucket({"gs://b/labels.csv": table, "gs://b/v/a b.mp4": b"v"})
+    table = label_lists.read_table("gs://b/labels.csv")
+    lists = make(table, root="gs://b/v", label="verb", missing_files="skip")
+    assert lists.missing == ["gs://b/v/c.mp4"]
+    label_lists.write_lists(lists, "gs://b/v")
+    source = open_source("gs://b/v/train.csv")
+    assert records(source) == [("gs://b/v/a b.mp4", 0)]
+    assert source.entry(0) == "a b.mp4" and source.class_names == ["put"]
+
+
 def test_missing_files_are_counted(table, tmp_path):
     (tmp_path / ROWS[3][0]).unlink()
     with pytest.raises(UserError, match=r"1 files of .* do not exist, such as .*03"):

@@ -23,6 +23,9 @@ def test_remote_lists(bucket, tmp_path):
         ("gs://c/x.mp4", 2),
         ("/local.mp4", 3),
     ]
+    assert open_source("gs://b/lists/train.csv").class_names is None
+    bucket({"gs://b/lists/classes.txt": b"put\ntake\nopen\nclose\n"})
+    assert open_source("gs://b/lists/train.csv").class_names[3] == "close"
     here = write_list(tmp_path, "gs://b/lists/a.mp4 7\n")
     assert records(open_source(here)) == [("gs://b/lists/a.mp4", 7)]
 
@@ -43,6 +46,7 @@ def test_remote_folders(bucket):
             ("gs://b/data/cat/deep/2.jpg", 0),
             ("gs://b/data/dog/3.mp4", 1),
         ]
+        assert open_source(path).class_names == ["cat", "dog"]
 
 
 def test_remote_errors_are_one_line(bucket, monkeypatch):
