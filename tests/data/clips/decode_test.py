@@ -14,7 +14,7 @@ from clip_files import (
     write_files,
 )
 
-from vjepa_jax.data.clips import media, packets, reader
+from vjepa_jax.data.clips import media, packet_index, packets, reader
 from vjepa_jax.data.clips.sampling import Sampling
 
 
@@ -47,7 +47,7 @@ def test_frames_are_those_of_a_plain_decode(files, name):
 
 @pytest.mark.parametrize("name", FILES)
 def test_large_files_are_sought_in(files, name, monkeypatch):
-    monkeypatch.setattr(packets, "_MAX_HELD_BYTES", 0)
+    monkeypatch.setattr(packet_index, "_MAX_HELD_BYTES", 0)
     assert_clips_match_plain_decode(files[name])
 
 
@@ -119,9 +119,9 @@ def test_the_official_rule_steps_by_the_stated_frame_rate(files, name):
     assert caught.value.reason == "low_frame_rate"
 
 
-@pytest.mark.parametrize("held_bytes", [packets._MAX_HELD_BYTES, 0])
+@pytest.mark.parametrize("held_bytes", [packet_index._MAX_HELD_BYTES, 0])
 def test_several_clips_come_from_one_pass(files, monkeypatch, held_bytes):
-    monkeypatch.setattr(packets, "_MAX_HELD_BYTES", held_bytes)
+    monkeypatch.setattr(packet_index, "_MAX_HELD_BYTES", held_bytes)
     plain = video_files.decode_plainly(files["b_frames.mp4"])
     sampling = Sampling(5, frame_step=2, num_clips=3)
     corners = iter([(0, 0), (3, 5), (8, 8)])
@@ -170,13 +170,13 @@ def test_rotation_is_applied(tmp_path):
     assert np.abs(halved - means).mean() < 6
 
 
-@pytest.mark.parametrize("held_bytes", [packets._MAX_HELD_BYTES, 0])
+@pytest.mark.parametrize("held_bytes", [packet_index._MAX_HELD_BYTES, 0])
 def test_frames_hidden_by_an_edit_list_do_not_count(tmp_path, monkeypatch, held_bytes):
     path = video_files.write_trimmed_video(
         tmp_path / "trimmed.mp4", video_files.moving_frames(40), num_hidden=5
     )
     assert len(video_files.decode_plainly(path)) == 35
-    monkeypatch.setattr(packets, "_MAX_HELD_BYTES", held_bytes)
+    monkeypatch.setattr(packet_index, "_MAX_HELD_BYTES", held_bytes)
     monkeypatch.setattr(packets, "decode_counted", None)
     assert_clips_match_plain_decode(path)
 

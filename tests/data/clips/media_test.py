@@ -259,7 +259,7 @@ def test_videos_without_duration_are_refused(tmp_path, monkeypatch):
 
     class Packet:
         is_discard = is_keyframe = is_corrupt = False
-        pts, size = 5, 1
+        pts, dts, size = 5, None, 1
 
     monkeypatch.setattr(
         media.VideoStream, "packets", lambda *_: iter([Packet(), Packet(), Packet()])

@@ -7,7 +7,7 @@ from clip_files import FILES, read_clips, whole_frame, write_files
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vjepa_jax.data.clips import packets
+from vjepa_jax.data.clips import packet_index, packets
 from vjepa_jax.data.clips.media import DecodeError
 from vjepa_jax.data.clips.sampling import LowFrameRateError
 from vjepa_jax.evals.anticipation.context_sampling import ContextSampling
@@ -140,15 +140,15 @@ def long_files(tmp_path_factory):
 def test_of_a_long_video_a_window_is_read(long_files, name, held, monkeypatch):
     """Its packets alone, whether they are kept in memory or read twice."""
     if not held:
-        monkeypatch.setattr(packets, "_MAX_HELD_BYTES", 0)
-    read_index, sizes = packets.read_index, []
+        monkeypatch.setattr(packet_index, "_MAX_HELD_BYTES", 0)
+    read_index, sizes = packet_index.read_index, []
 
     def recorded(*args):
         index = read_index(*args)
         sizes.append(index.num_frames)
         return index
 
-    monkeypatch.setattr(packets, "read_index", recorded)
+    monkeypatch.setattr(packet_index, "read_index", recorded)
     monkeypatch.setattr(packets, "decode_counted", None)
     plain = video_files.decode_plainly(long_files[name])
     for moment_secs in (0.3, 7.13, 16.9, 24.9):
@@ -171,13 +171,13 @@ def test_where_seeking_fails_a_context_is_counted(long_files, name, monkeypatch)
     monkeypatch.setattr(packets, "decode_indexed", lambda *args: iter(()))
     np.testing.assert_array_equal(read_context(long_files[name], 48, 16.9), wanted)
     monkeypatch.undo()
-    read_index = packets.read_index
+    read_index = packet_index.read_index
 
     def sought_too_far(video, window=None):
         window = window and tuple(secs + 3 for secs in window)
         return read_index(video, window)
 
-    monkeypatch.setattr(packets, "read_index", sought_too_far)
+    monkeypatch.setattr(packet_index, "read_index", sought_too_far)
     np.testing.assert_array_equal(read_context(long_files[name], 48, 16.9), wanted)
 
 

@@ -202,6 +202,20 @@ class Media:
         """Return the position."""
         return self._file.tell()
 
+    @property
+    def version(self) -> tuple[int, float] | None:
+        """Size and time of the last change of a file; None if they are not known."""
+        if isinstance(self._file, io.BytesIO):
+            return None
+        try:
+            if is_remote(self.path):
+                found = epath.Path(self.path).stat()
+                return found.length, found.mtime
+            status = os.fstat(self._file.fileno())
+        except Exception:  # the clients' errors have no common base
+            return None
+        return status.st_size, status.st_mtime_ns
+
     def open(self, *, probe: bool = False) -> "VideoStream":
         """Open the video stream, at the start.
 
@@ -309,12 +323,21 @@ class VideoStream:
 
     def packets(self) -> Iterator[av.Packet]:
         """Yield the packets to decode and, last, the one that flushes the decoder."""
+        corrupt: av.Packet | None = None
         for packet in self.container.demux(self.stream):
             self.media.check_time()
             if not packet.size:
                 # In the middle of a stream it would flush too early.
                 flush = packet
-            elif not packet.is_corrupt:  # such as the half packet where a file ends
+                continue
+            if corrupt is not None:
+                yield corrupt
+                corrupt = None
+            if packet.is_corrupt:
+                # The half packet where a file ends is left out. Elsewhere a packet may
+                # only seem corrupt, as where recordings were joined.
+                corrupt = packet
+            else:
                 yield packet
         yield flush
 

@@ -1,147 +1,47 @@
 """The packets of a video stream: when its frames are shown, and how to decode them.
 
-Frames are numbered in order of presentation. A pass over the packets, which decodes
-nothing, gives the time stamp of every packet. Decoding then starts at the last key
-frame before a wanted frame, skips frames that no other frame needs, and continues at
-the next key frame if that is sooner. Neither the header's frame count nor a constant
+Frames are numbered in the order of a plain decode. A pass over the packets, which
+decodes nothing, gives the time stamp of every packet. Decoding then starts at the last
+key frame before a wanted frame, skips frames that no other frame needs, and continues
+at the next key frame if that is sooner. Neither the header's frame count nor a constant
 frame rate is trusted.
+
+Nor is the order of the stamps. Many files do not store when a frame is shown, but when
+it is decoded: AVI, or raw streams that were copied into MP4, MKV or MXF. FFmpeg then
+makes stamps up.
+Three ways to decode therefore follow each other; each proves its numbers or gives up:
+
+1. `decode_indexed` takes the order of the stamps, and compares it with the decoder's.
+2. `decode_from_keys` counts frames from a key frame on: as many frames come before it
+   as packets, and none of those after it is lost.
+3. `decode_counted` counts frames from the start, as a plain decode does.
 """
 
+import collections
 import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator
-from fractions import Fraction
 from typing import cast
 
 import av
 import numpy as np
+from av.video.frame import PictureType
 
-from vjepa_jax.data.clips.media import DecodeError, VideoStream
+from vjepa_jax.data.clips.media import DecodeError, Media, VideoStream
+from vjepa_jax.data.clips.packet_index import Index, IndexCache, read_index
 
-# A 10 s clip of Kinetics has under 1 MB. Larger files are read twice instead of held.
-_MAX_HELD_BYTES = 64 << 20
+# Frames at the start of a file whose order is compared with that of their stamps.
+_NUM_COMPARED = 64
 
-# Added before and after a window: the key frame before it is found by its decoding
-# time, which is some frames before its presentation time.
-_MARGIN_SECS = 1.0
-# No codec has more packets than this before that of the first frame shown.
+# No codec delays or reorders frames by more than this.
 _MAX_REORDERED = 32
 
-
-@dataclasses.dataclass(frozen=True)
-class Index:
-    """The packets of a video stream, in decoding order.
-
-    Attributes:
-      num_frames: packets of frames that are shown.
-      order: int64 [num_frames], time stamps of the frames in order of presentation;
-        None if packets have none, or share one.
-      times: float64 [num_frames], `order` in seconds from the video's first frame.
-      fps: mean frame rate in frames per second, by the time stamps if there are any;
-        None if unknown.
-      average_fps: the same as the container states it, else `fps`.
-      positions: int64 [num_frames], position of each frame's packet among all packets.
-      key_stamps: int64 [k], time stamps of key frames, in decoding order.
-      key_positions: int64 [k], position of each of them among all packets.
-      packets: all packets and the final flushing one; None if they are too large to
-        hold.
-    """
-
-    num_frames: int
-    order: np.ndarray | None
-    times: np.ndarray | None
-    fps: float | None
-    average_fps: float | None
-    positions: np.ndarray | None
-    key_stamps: np.ndarray
-    key_positions: np.ndarray
-    packets: list[av.Packet] | None
+# Of files that must be decoded to count their frames.
+_counted_files = IndexCache()
 
 
-def read_index(video: VideoStream, window: tuple[float, float] | None = None) -> Index:
-    """Read all packets once, or those of a part of a long video.
-
-    Args:
-      video: at its start.
-      window: (from, to) in seconds from the first frame. If the file can be sought in,
-        the index has only the frames of the window and some around it; times still
-        count from the first frame of the video. None: all frames.
-
-    Raises:
-      DecodeError: there is no frame, or all are at the same time.
-    """
-    stamps: list[int | None] = []
-    positions, key_stamps, key_positions = [], [], []
-    packets: list[av.Packet] | None = []
-    num_bytes = 0
-    origin = last = None
-    time_base = cast(Fraction, video.stream.time_base)  # every file's streams have one
-    remaining = video.packets()
-    if window is not None:
-        head = list(itertools.islice(remaining, _MAX_REORDERED))
-        origin = _first_stamp(head)
-        remaining = itertools.chain(head, remaining)
-    if window is not None and origin is not None:
-        start, last = (
-            max(origin, origin + round(secs / time_base))
-            for secs in (window[0] - _MARGIN_SECS, window[1] + _MARGIN_SECS)
-        )
-        video.container.seek(start, stream=video.stream)
-        remaining = video.packets()
-    for position, packet in enumerate(remaining):
-        # A frame is never decoded after it is shown.
-        if last is not None and packet.dts is not None and packet.dts > last:
-            break
-        if packets is not None:
-            packets.append(packet)
-            num_bytes += packet.size
-            if num_bytes > _MAX_HELD_BYTES:
-                packets = None
-        if not packet.size:
-            break
-        # An edit list has packets that are decoded but not shown.
-        if not packet.is_discard:
-            stamps.append(packet.pts)
-            positions.append(position)
-        if packet.is_keyframe and packet.pts is not None:
-            key_stamps.append(packet.pts)
-            key_positions.append(position)
-    num_frames, path = len(stamps), video.media.path
-    if not num_frames:
-        raise DecodeError(path, "no_frames")
-
-    order = times = in_order = None
-    fps = video.stated_fps
-    known = [stamp for stamp in stamps if stamp is not None]
-    if len(known) == num_frames:
-        if num_frames > 1 and min(known) == max(known):
-            raise DecodeError(path, "zero_duration")
-        if len(set(known)) == num_frames:
-            sorter = np.argsort(known)
-            order = np.array(known)[sorter]
-            in_order = np.array(positions)[sorter]
-            origin = order[0] if origin is None else origin
-            times = (order - origin) * float(time_base)
-            if num_frames > 1:
-                fps = float((num_frames - 1) / (times[-1] - times[0]))
-    return Index(
-        num_frames=num_frames,
-        order=order,
-        times=times,
-        fps=fps,
-        average_fps=video.stated_fps or fps,
-        positions=in_order,
-        key_stamps=np.array(key_stamps, np.int64),
-        key_positions=np.array(key_positions, np.int64),
-        packets=packets,
-    )
-
-
-def _first_stamp(packets: Iterable[av.Packet]) -> int | None:
-    """Return when the first frame is shown; None if a packet has no time stamp."""
-    stamps = [p.pts for p in packets if p.size and not p.is_discard]
-    known = [stamp for stamp in stamps if stamp is not None]
-    return min(known, default=None) if len(known) == len(stamps) else None
+class OrderError(Exception):
+    """The decoder gives frames in another order than the one expected."""
 
 
 @dataclasses.dataclass
@@ -182,9 +82,13 @@ def decode_indexed(
 ) -> Iterator[tuple[av.VideoFrame, int]]:
     """Decode frames from the key frames before them.
 
+    Where the container stores when frames are shown, and the stamps show it by another
+    order than that of the packets, frames that nothing needs are skipped. Elsewhere all
+    are decoded, until the decoder itself gives the last one, and compared.
+
     Args:
       video: the stream that `index` was read from.
-      index: with time stamps.
+      index: with `order`.
       wanted: int [k], increasing numbers of frames.
 
     Yields:
@@ -192,51 +96,283 @@ def decode_indexed(
 
     Raises:
       av.FFmpegError: the decoder refuses a packet.
+      OrderError: the decoder gives frames in another order than that of their stamps.
     """
     assert index.order is not None
     number_of = {int(index.order[number]): number for number in wanted.tolist()}
-    context = video.stream.codec_context
-    is_fresh = True
-    packets: Iterable[av.Packet]
+    reader = _PacketReader(video, index, at_start=False)
     for span in _spans(index, wanted):
-        if not is_fresh:
-            context.flush_buffers()
-        is_fresh = False
-        if index.packets is not None:
-            packets = index.packets[span.start : span.stop + 1]
+        packets = (packet for _, packet in reader.read(span.start))
+        if _order_is_sure(index, span):
+            frames = _decode_needed(video, packets, span.stamps)
         else:
-            video.container.seek(span.key_stamp, stream=video.stream)
-            packets = video.packets()
-        for frame in _decode_span(video, packets, span.stamps):
+            frames = _decode_compared(video, index, packets, span)
+        for frame in frames:
             if frame.pts in number_of:
                 yield frame, number_of.pop(frame.pts)
 
 
-def _decode_span(
+class _PacketReader:
+    """Gives packets from a key frame on, with the decoder flushed."""
+
+    def __init__(self, video: VideoStream, index: Index, *, at_start: bool):
+        """Prepare to read; `at_start`: no packet of `video` has been read."""
+        self._video = video
+        self._index = index
+        self._is_fresh = True
+        self._at_start = at_start
+        # Packets cannot be sought by a clock that is set back.
+        self._in_turn = enumerate(video.packets()) if index.is_read_in_turn else None
+
+    def read(self, position: int) -> Iterator[tuple[int, av.Packet]]:
+        """Yield positions and packets from a position on, 0 or that of a key frame.
+
+        Raises:
+          OrderError: the key frame is not found.
+        """
+        if not self._is_fresh:
+            self._video.stream.codec_context.flush_buffers()
+        self._is_fresh = False
+        numbered = self._packets(position)
+        number, packet = next(numbered, (-1, None))
+        _compare(number == position and packet is not None and packet.size > 0)
+        yield number, cast(av.Packet, packet)
+        yield from numbered
+
+    def _packets(self, position: int) -> Iterator[tuple[int, av.Packet]]:
+        if self._index.packets is not None:
+            held = itertools.islice(self._index.packets, position, None)
+            yield from enumerate(held, position)
+        elif self._in_turn is not None:
+            for number, packet in self._in_turn:
+                if number >= position:
+                    self._index.clock.shift_packet(packet, number)
+                    yield number, packet
+        elif not position and self._at_start:
+            self._at_start = False
+            yield from enumerate(self._video.packets())
+        else:
+            self._at_start = False
+            yield from enumerate(self._sought(position), position)
+
+    def _sought(self, position: int) -> Iterator[av.Packet]:
+        container, stream = self._video.container, self._video.stream
+        index = self._index
+        key = int(np.searchsorted(index.key_positions, position))
+        if key == len(index.key_positions) or index.key_positions[key] != position:
+            assert index.order is not None
+            container.seek(int(index.order[0]), stream=stream)
+            return self._video.packets()
+        stamp = int(index.key_stamps[key])
+        container.seek(int(index.key_sought_at[key]), stream=stream)
+        return itertools.dropwhile(
+            lambda packet: not (packet.is_keyframe and packet.pts == stamp),
+            self._video.packets(),
+        )
+
+
+def _order_is_sure(index: Index, span: _Span) -> bool:
+    """Whether the stamps of a span need not be compared with the decoder's order."""
+    if not index.can_reorder:
+        return True
+    first, last = np.searchsorted(
+        index.key_positions, (span.start, span.stop), side="right"
+    )
+    reorders = index.key_reorders[max(0, first - 1) : last]
+    return index.has_times and len(reorders) > 0 and bool(reorders.all())
+
+
+def _decode_needed(
     video: VideoStream, packets: Iterable[av.Packet], stamps: set[int]
 ) -> Iterator[av.VideoFrame]:
+    """Decode up to the last of the wanted stamps; skip frames that nothing needs."""
     context = video.stream.codec_context
     left = set(stamps)
+    last: int | None = None
     for packet in packets:
         if not packet.size:
             break
         video.media.check_time()
         # Frames that are neither wanted nor needed by another are not decoded.
         context.skip_frame = "DEFAULT" if packet.pts in stamps else "NONREF"
-        yield from packet.decode()
+        depth = context.reorder_depth
+        for frame in video.stream.decode(packet):
+            # A decoder that has not yet seen how far frames are reordered gives some
+            # too early.
+            if last is not None and depth == context.reorder_depth > 0:
+                _compare(frame.pts is not None and frame.pts > last)
+            last = frame.pts
+            yield frame
         left.discard(packet.pts)
         if not left:
             break
     yield from context.decode(None)
 
 
+def _decode_compared(
+    video: VideoStream, index: Index, packets: Iterable[av.Packet], span: _Span
+) -> Iterator[av.VideoFrame]:
+    """Decode all frames from the key frame of a span up to the last one wanted."""
+    assert index.order is not None
+    number = int(np.searchsorted(index.order, span.key_stamp))
+    left = set(span.stamps)
+    for frame in _decode_all(video, packets):
+        # Frames before the key frame may have lost those that they need.
+        if frame.pts is not None and frame.pts < span.key_stamp:
+            _compare(number == np.searchsorted(index.order, span.key_stamp))
+            continue
+        # Without the beginning decoded, the decoder may not know that it must wait.
+        _compare(
+            video.media.is_probed
+            or frame.pict_type != PictureType.B
+            or video.stream.codec_context.reorder_depth > 0
+        )
+        _compare(number < index.num_frames and frame.pts == index.order[number])
+        number += 1
+        yield frame
+        left.discard(cast(int, frame.pts))
+        if not left:
+            return
+
+
+def _decode_all(
+    video: VideoStream, packets: Iterable[av.Packet]
+) -> Iterator[av.VideoFrame]:
+    context = video.stream.codec_context
+    context.skip_frame = "DEFAULT"
+    for packet in packets:
+        if not packet.size:
+            break
+        video.media.check_time()
+        yield from video.stream.decode(packet)
+    yield from context.decode(None)
+
+
+def _compare(is_equal: bool) -> None:
+    if not is_equal:
+        raise OrderError
+
+
+def decode_from_keys(
+    video: VideoStream, index: Index, wanted: np.ndarray
+) -> Iterator[tuple[av.VideoFrame, int]]:
+    """Decode frames from the key frames before them, and count them from there.
+
+    All frames in front of a key frame are shown before those that follow it. Its number
+    is therefore known if every packet gives one frame.
+
+    Args:
+      video: at its start, opened with `probe`.
+      index: settled, of all packets, with `order`, and countable.
+      wanted: int [k], increasing numbers of frames.
+
+    Yields:
+      Each frame and its number; a number may come twice, the second time with the right
+      frame.
+
+    Raises:
+      av.FFmpegError: the decoder refuses a packet.
+      OrderError: frames are lost, and it is not certain which.
+    """
+    reader = _PacketReader(video, index, at_start=True)
+    # Packets in front of the first key frame are a group as well.
+    starts = np.union1d([0], index.key_positions).tolist()
+    places = wanted + index.num_lost
+    groups = np.searchsorted(starts, places, "right") - 1
+    breaks = np.flatnonzero(np.diff(groups) > 1) + 1
+    for run in np.split(np.arange(len(places)), breaks):
+        first, last = int(groups[run[0]]), int(groups[run[-1]])
+        end = [*starts, index.num_packets][last + 1]
+        num_lost = 0
+        while True:
+            start = starts[first]
+            if not start:
+                num_lost = index.num_lost
+            group = _Group(video, reader, index, (start, end), int(places[run[-1]]))
+            for count, frame in enumerate(group.decode(), start + num_lost):
+                yield frame, count - index.num_lost
+            if len(group.lost) == num_lost:
+                break
+            _compare(start > 0 and not index.is_read_in_turn)
+            # The first frames after a key frame need those in front of it, and are
+            # decoded from the key frame before it if they are wanted.
+            num_lost = len(group.lost)
+            if places[run[0]] < start + num_lost:
+                first, num_lost = first - 1, 0
+
+
+class _Group:
+    """The frames from a key frame on, up to another one.
+
+    Attributes:
+      lost: after `decode`: positions of packets without a frame, the first ones or
+        those after the key frame.
+    """
+
+    def __init__(
+        self,
+        video: VideoStream,
+        reader: _PacketReader,
+        index: Index,
+        bounds: tuple[int, int],
+        last: int,
+    ):
+        """Prepare to decode packets from one position to another.
+
+        Args:
+          video: the stream.
+          reader: of its packets.
+          index: of them.
+          bounds: positions (from, to) of key frames.
+          last: position up to which frames are wanted.
+        """
+        self._video = video
+        self._index = index
+        self._reader = reader
+        self._start, self._end = bounds
+        self._last = last
+        self._position_of: dict[int | None, int] = {}
+        self.lost: list[int] = []
+
+    def decode(self) -> Iterator[av.VideoFrame]:
+        """Yield the frames; raise OrderError if others are lost than the first ones."""
+        start = self._start
+        came: set[int] = set()
+        frames = _decode_all(self._video, self._packets())
+        for count, frame in enumerate(frames, start + 1):
+            position = self._position_of.get(frame.pts)
+            _compare(position is not None and position not in came)
+            came.add(cast(int, position))
+            yield frame
+            # What is lost is known when the decoder can no longer have it.
+            num_read = len(self._position_of)
+            if count > self._last and num_read > 2 * _MAX_REORDERED:
+                checked = range(start, start + _MAX_REORDERED)
+                break
+        else:
+            checked = range(start, start + len(self._position_of))
+        self.lost = [position for position in checked if position not in came]
+        if self.lost:
+            first = self.lost[0]
+            _compare(first - start <= 1)
+            _compare(self.lost == [*range(first, first + len(self.lost))])
+
+    def _packets(self) -> Iterator[av.Packet]:
+        for position, packet in self._reader.read(self._start):
+            if position == self._end or not packet.size:
+                return
+            self._position_of[packet.pts] = position
+            yield packet
+
+
 def decode_counted(
-    video: VideoStream, *, strict: bool = False
+    video: VideoStream, index: Index, *, strict: bool = False
 ) -> Iterator[tuple[av.VideoFrame, int]]:
     """Decode all frames from the start and number them as they come.
 
     Args:
       video: at its start, opened with `probe`.
+      index: of all packets; frames have the stamps of its clock.
       strict: treat a packet that the decoder refuses as an error of the video;
         otherwise it is skipped.
 
@@ -248,9 +384,10 @@ def decode_counted(
     """
     count, path = 0, video.media.path
     refused: av.FFmpegError | None = None
-    for packet in video.packets():
+    for position, packet in enumerate(video.packets()):
+        index.clock.shift_packet(packet, position)
         try:
-            frames = packet.decode()
+            frames = video.stream.decode(packet)
         except av.FFmpegError as error:
             refused = error
             if strict:
@@ -263,3 +400,121 @@ def decode_counted(
         raise DecodeError(path, "undecodable", str(refused)) from refused
     if not count:
         raise DecodeError(path, "no_frames")
+
+
+def settle(media: Media, index: Index, *, in_order: bool = True) -> Index:
+    """Return the index of the frames that a plain decode gives.
+
+    Frames are taken out that the decoder cannot give at the start, as where a recording
+    begins between two key frames. Where packets of MPEG-4 have several pictures, or
+    none, frames are counted once by decoding them all.
+
+    Args:
+      media: what `index` was read from; no stream of it is open.
+      index: of all packets.
+      in_order: whether the decoder's order may be that of the stamps.
+
+    Raises:
+      DecodeError: there is no frame.
+    """
+    if not in_order:
+        index = index.counted()
+    if not index.is_countable:
+        return _count(media, index)
+    if index.order is None or index.num_lost or (in_order and index.is_settled):
+        return index
+    with media.open(probe=True) as video:
+        reader = _PacketReader(video, index, at_start=True)
+        group = _Group(video, reader, index, (0, index.num_packets), 0)
+        try:
+            collections.deque(group.decode(), maxlen=0)
+        except (av.FFmpegError, OrderError):
+            return dataclasses.replace(index, order=None, is_settled=True)
+    return _without(index, group.lost)
+
+
+def _without(index: Index, lost: list[int]) -> Index:
+    """Take out the frames of the packets at some of the first positions."""
+    if not lost or len(lost) == index.num_frames:
+        return dataclasses.replace(index, is_settled=True)
+    assert index.order is not None and index.positions is not None
+    is_kept = ~np.isin(index.positions, lost)
+    order = index.order[is_kept]
+    is_shared = index.shown_at is index.order
+    shown_at = order if is_shared else cast(np.ndarray, index.shown_at)[len(lost) :]
+    return dataclasses.replace(
+        index,
+        num_frames=len(order),
+        order=order,
+        positions=index.positions[is_kept],
+        shown_at=shown_at,
+        decoded_at=None if index.decoded_at is None else index.decoded_at[len(lost) :],
+        origin=int(shown_at[0]),
+        num_lost=len(lost),
+        is_settled=True,
+    )
+
+
+def _count(media: Media, index: Index) -> Index:
+    """Return the index of the frames that decoding all packets gives, as they come."""
+    with media.open(probe=True) as video:
+        counted = _counted_files.get(media)
+        if counted is not None:
+            return counted
+        stamps = [frame.pts for frame, _ in decode_counted(video, index)]
+    index = index.counted()
+    at = index.shown_at
+    if len(stamps) != index.num_frames:
+        at = None
+        if len(stamps) == len({*stamps} - {None}):
+            at = np.sort(np.array(stamps, np.int64))
+    elif at is not None and len(at) > 2:
+        # An encoder that packs B-frames waits for them after the first frame.
+        at = at.copy()
+        at[0] = max(at[0], at[1] - np.diff(at[1:]).min())
+    counted = dataclasses.replace(
+        index,
+        num_frames=len(stamps),
+        order=None,
+        positions=None,
+        shown_at=at,
+        decoded_at=None,
+        origin=0 if at is None else int(at[0]),
+        is_countable=True,
+        is_settled=True,
+    )
+    _counted_files.put(media, counted)
+    return counted
+
+
+def read_settled(media: Media) -> tuple[Index, bool]:
+    """Read the index of all frames that a plain decode gives.
+
+    Returns:
+      the index, and whether the decoder gives frames in the order of their stamps, as
+      the first of them show. If not, the frame with number `n` is the one that comes
+      after `n` others.
+
+    Raises:
+      DecodeError: there is no frame, or all are at the same time.
+    """
+    with media.open(probe=True) as video:
+        index = read_index(video)
+    index = settle(media, index)
+    if _is_in_order(media, index):
+        return index, True
+    return settle(media, index, in_order=False), False
+
+
+def _is_in_order(media: Media, index: Index) -> bool:
+    if index.order is None:
+        return False
+    if index.is_order_sure:
+        return True
+    wanted = np.arange(min(index.num_frames, _NUM_COMPARED))
+    with media.open(probe=True) as video:
+        try:
+            frames = decode_indexed(video, index, wanted)
+            return sum(1 for _ in frames) == len(wanted)
+        except (av.FFmpegError, OrderError):
+            return False

@@ -7,19 +7,21 @@ memory. A still image gives clips of equal frames.
 import dataclasses
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import cast
 
 import av
 import numpy as np
 
 from vjepa_jax.base.choices import RESIZES
 from vjepa_jax.base.errors import UserError
-from vjepa_jax.data.clips import packets
+from vjepa_jax.data.clips import packet_index, packets
 from vjepa_jax.data.clips.frames import ClipWriter, Crop, as_frame
 from vjepa_jax.data.clips.media import (
     DecodeError,
     Limits,
     Media,
+    VideoStream,
     open_media,
     retried,
 )
@@ -114,11 +116,16 @@ class ClipReader:
     def _decode(self, path: str, content: bytes | None, clips: "_Clips") -> None:
         with open_media(path, content, self.limits) as media:
             index = self._decode_by_time(media, clips)
-            if index is not None:
+            if index is None:
+                return
+            index = packets.settle(media, index, in_order=False)
+            if not self._decode_from_keys(media, clips, index):
                 self._decode_by_count(media, clips, index)
 
-    def _decode_by_time(self, media: Media, clips: "_Clips") -> packets.Index | None:
-        """Decode the frames from the key frames before them.
+    def _decode_by_time(
+        self, media: Media, clips: "_Clips"
+    ) -> packet_index.Index | None:
+        """Decode the frames in the order of their stamps from the key frames before.
 
         Returns:
           None on success; else the index of all packets, by which to count frames.
@@ -126,30 +133,50 @@ class ClipReader:
         for probe in (False, True):
             with media.open(probe=probe) as video:
                 window = clips.window(video.stated_fps)
-                index = packets.read_index(video, window)
-                if index.times is None:
+                index = packet_index.read_index(video, window)
+                if index.order is None or not index.is_countable:
                     break
-                if window is not None and index.times[0] > max(window[0], 0):
+                times = cast(np.ndarray, index.times)
+                if window is not None and times[0] > max(window[0], 0):
                     break  # the file was sought too far
-                wanted = clips.choose(index.times, index.average_fps)
-                missing = set(wanted.tolist())
-                try:
-                    for frame, number in packets.decode_indexed(video, index, wanted):
-                        clips.put(frame, number)
-                        missing.discard(number)
-                    if not missing:
+                is_ready = index.is_settled and not index.is_read_in_turn
+                if is_ready and self._put_indexed(video, clips, index):
+                    return None
+            if not is_ready:
+                index = packets.settle(media, index)
+                with media.open(probe=probe) as video:
+                    if index.order is not None and self._put_indexed(
+                        video, clips, index
+                    ):
                         return None
-                except av.FFmpegError:
-                    pass  # the next attempt decodes another way
             if media.is_probed:
                 break
         if window is not None:
             with media.open(probe=True) as video:
-                index = packets.read_index(video)
+                index = packet_index.read_index(video)
         return index
 
+    def _put_indexed(
+        self, video: VideoStream, clips: "_Clips", index: packet_index.Index
+    ) -> bool:
+        """Return whether all frames came in the order of their stamps."""
+        wanted = clips.choose(cast(np.ndarray, index.times), index.average_fps)
+        return clips.put_all(packets.decode_indexed(video, index, wanted), wanted)
+
+    def _decode_from_keys(
+        self, media: Media, clips: "_Clips", index: packet_index.Index
+    ) -> bool:
+        """Count frames from the key frames before them; return whether all came."""
+        times = index.times
+        if not index.is_numbered or times is None:
+            return False
+        wanted = clips.choose(times, index.average_fps)
+        with media.open(probe=True) as video:
+            frames = packets.decode_from_keys(video, index, wanted)
+            return clips.put_all(frames, wanted)
+
     def _decode_by_count(
-        self, media: Media, clips: "_Clips", index: packets.Index
+        self, media: Media, clips: "_Clips", index: packet_index.Index
     ) -> None:
         """Decode all frames from the start up to the last one wanted."""
         num_frames = index.num_frames
@@ -159,7 +186,7 @@ class ClipReader:
                 times = self._even_times(num_frames, index.fps)
             last = int(clips.choose(times[:num_frames], index.average_fps)[-1])
             with media.open(probe=True) as video:
-                for frame, number in packets.decode_counted(video):
+                for frame, number in packets.decode_counted(video, index):
                     clips.put(frame, number)
                     if number == last:
                         return
@@ -227,6 +254,19 @@ class _Clips:
                 self._slots.setdefault(number, {}).setdefault(k, []).append(slot)
         return np.unique(chosen)
 
+    def put_all(
+        self, frames: Iterable[tuple[av.VideoFrame, int]], wanted: np.ndarray
+    ) -> bool:
+        """Write decoded frames; return whether all the wanted ones came in order."""
+        missing = set(wanted.tolist())
+        try:
+            for frame, number in frames:
+                self.put(frame, number)
+                missing.discard(number)
+        except (av.FFmpegError, packets.OrderError):
+            return False  # the next attempt decodes another way
+        return not missing
+
     def put(self, frame: av.VideoFrame, number: int) -> None:
         """Write a decoded frame to the clips that contain it."""
         if number not in self._slots:
@@ -290,12 +330,11 @@ def inspect(
 
 def _inspect(path: str, content: bytes | None, deep: bool, limits: Limits) -> VideoInfo:
     with open_media(path, content, limits) as media:
-        with media.open() as video:
-            index = packets.read_index(video)
-            codec = video.stream.codec.canonical_name
+        index, _ = packets.read_settled(media)
         num_decoded = 0
         with media.open(probe=True) as video:
-            for frame, _ in packets.decode_counted(video, strict=deep):
+            codec = video.stream.codec.canonical_name
+            for frame, _ in packets.decode_counted(video, index, strict=deep):
                 if not num_decoded:
                     shown = Orientation.of(frame).swap(frame.height, frame.width)
                 num_decoded += 1

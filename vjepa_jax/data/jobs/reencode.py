@@ -13,7 +13,6 @@ import io
 import math
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
-from typing import cast
 
 import av
 import numpy as np
@@ -25,14 +24,9 @@ from av.video.reformatter import (
 )
 
 from vjepa_jax.base.errors import UserError
+from vjepa_jax.data.clips import packet_index, packets
 from vjepa_jax.data.clips.frames import view_plane
-from vjepa_jax.data.clips.media import (
-    DecodeError,
-    Limits,
-    VideoStream,
-    open_media,
-    retried,
-)
+from vjepa_jax.data.clips.media import Limits, open_media, retried
 from vjepa_jax.data.clips.orientation import Orientation
 
 # x264's macroblock tree reads uninitialised memory: with it the same frames may make
@@ -45,8 +39,8 @@ _MAX_PIXELS = 1 << 26  # of a source's frame: 8192 x 8192
 _DEFAULT_FPS = 25  # of a video of one frame, which has no rate
 _TIME_BASE = Fraction(1, 90000)  # of stored times; all common rates divide it
 
-# More than the frames that an H.264 decoder holds back to reorder them.
-_MAX_LATE_FRAMES = 16
+# A frame that is too late for its time is shown for this part of the usual time.
+_LATE_PARTS = 16
 
 # A time or a duration; a float only in a stream without times and without a rate.
 _Seconds = Fraction | float
@@ -109,11 +103,14 @@ def reencode(path: str, encoding: Encoding) -> EncodedVideo:
 
 def _reencode(path: str, encoding: Encoding) -> EncodedVideo:
     limits = Limits(_MAX_PIXELS, TIME_LIMIT_SECS)
-    with open_media(path, None, limits) as media, media.open(probe=True) as video:
-        stream = video.stream
-        interval = 1 / (stream.average_rate or stream.guessed_rate or _DEFAULT_FPS)
-        frames = _timed(_frames(video), interval, path)
-        return _encode(_thinned(frames, encoding.fps), encoding)
+    with open_media(path, None, limits) as media:
+        index, in_order = packets.read_settled(media)
+        with media.open(probe=True) as video:
+            stream = video.stream
+            interval = 1 / (stream.average_rate or stream.guessed_rate or _DEFAULT_FPS)
+            frames = packets.decode_counted(video, index)
+            timed = _timed(_stated_times(frames, index, in_order), interval)
+            return _encode(_thinned(timed, encoding.fps), encoding)
 
 
 def output_size(height: int, width: int, short_side: int) -> tuple[int, int]:
@@ -127,59 +124,53 @@ def output_size(height: int, width: int, short_side: int) -> tuple[int, int]:
     return (short, long) if height <= width else (long, short)
 
 
-def _frames(video: VideoStream) -> Iterator[av.VideoFrame]:
-    """Yield the decoded frames; skip packets that the decoder rejects."""
-    rejection, is_empty = None, True
-    for packet in video.packets():
-        try:
-            frames = packet.decode()
-        except av.FFmpegError as error:
-            rejection = error
-            continue
-        is_empty = is_empty and not frames
-        yield from frames
-    if is_empty and rejection is not None:
-        path = video.media.path
-        raise DecodeError(path, "undecodable", str(rejection)) from rejection
-    if is_empty:
-        raise DecodeError(video.media.path, "no_frames")
+def _stated_times(
+    frames: Iterable[tuple[av.VideoFrame, int]],
+    index: packet_index.Index,
+    in_order: bool,
+) -> Iterator[tuple[_Seconds | None, av.VideoFrame]]:
+    """Pair frames with their times by the index, None where it has none.
+
+    Args:
+      frames: with the numbers in which they came.
+      index: of all frames.
+      in_order: whether stamps identify frames; otherwise their numbers do.
+    """
+    at, order, times = index.shown_at, index.order, index.times
+    for frame, number in frames:
+        if in_order:
+            assert order is not None
+            stamp = index.origin if frame.pts is None else frame.pts
+            number = int(np.searchsorted(order, stamp))
+            if frame.pts is None or number == len(order) or order[number] != stamp:
+                number = len(order)
+        if at is None or times is None or number >= len(at):
+            yield None, frame
+        elif number and at[number] == at[number - 1]:
+            yield float(times[number]), frame
+        else:
+            yield (int(at[number]) - index.origin) * index.time_base, frame
 
 
 def _timed(
-    frames: Iterable[av.VideoFrame], interval: _Seconds, path: str
+    frames: Iterable[tuple[_Seconds | None, av.VideoFrame]], interval: _Seconds
 ) -> Iterator[tuple[_Seconds, av.VideoFrame]]:
-    """Pair frames with their strictly increasing times in seconds from the first.
+    """Give frames strictly increasing times in seconds from the first.
 
-    A frame without a time comes `interval` after the one before. A frame that does not
-    come after the one before is skipped. After many of them in a row, the clock was set
-    back, as in joined recordings, and the times restart from there.
-
-    Raises:
-      DecodeError: there are several frames, all at the same time.
+    A frame without a time comes `interval` after the one before. One that is too late
+    for its time, as in a damaged stream, comes directly after the one before.
     """
     start: _Seconds | None = None
     last: _Seconds | None = None
-    num_frames = num_late = 0
-    is_still = True
-    for frame in frames:
-        num_frames += 1
+    for stated, frame in frames:
         due = Fraction(0) if last is None else last + interval
-        at = due
-        if frame.pts is not None:
-            stamp = frame.pts * cast(Fraction, frame.time_base)
-            if start is None:
-                start = stamp - due
-            at = stamp - start
-        is_still = is_still and not at
+        if stated is not None and start is None:
+            start = stated - due
+        at = due if stated is None or start is None else stated - start
         if last is not None and at <= last:
-            num_late += at < last
-            if num_late <= _MAX_LATE_FRAMES:
-                continue
-            start, at = stamp - due, due
-        last, num_late = at, 0
+            at = last + interval / _LATE_PARTS
+        last = at
         yield at, frame
-    if num_frames > 1 and is_still:
-        raise DecodeError(path, "zero_duration")
 
 
 def _thinned(
@@ -229,7 +220,7 @@ def _encode(
             converted.pts = round(at / _TIME_BASE)
             times.append(at)
             container.mux(stream.encode(converted))
-        assert stream is not None  # `_frames` yields at least one
+        assert stream is not None  # `decode_counted` yields at least one
         container.mux(stream.encode())
     fps = (len(times) - 1) / times[-1] if len(times) > 1 else _DEFAULT_FPS
     return EncodedVideo(
