@@ -33,7 +33,7 @@ class Clock:
     def shift_packet(self, packet: av.Packet, position: int) -> None:
         """Add the shift to a packet's stamps."""
         number = int(np.searchsorted(self.starts, position, "right")) - 1
-        if number < 0 or not packet.size:
+        if number < 0:
             return
         shift = int(self.shifts[number])
         if packet.pts is not None:
@@ -70,7 +70,7 @@ def make_clock(
         is_start[2:] &= at[2:] <= at[:-2]
         is_start[1:-1] &= at[2:] <= at[:-2]
         starts = known[is_start]
-    elif len(key_positions):
+    elif len(key_positions) and pts.min() != unknown:
         latest = np.maximum.reduceat(pts, key_positions)
         starts = key_positions[1:][pts[key_positions[1:]] <= latest[:-1]]
     else:

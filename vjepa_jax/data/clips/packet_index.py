@@ -38,8 +38,9 @@ _MAX_REORDERED = 32
 _FORMATS_WITH_TIMES = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "flv")
 # Their decoding times are made up, and depend on what FFmpeg knows of the stream.
 _FORMATS_WITHOUT_DTS = ("matroska,webm", "nut")
-# Stores no time at all: packets have the number of their place in the file.
-_FORMAT_OF_PLACES = "avi"
+# Store when packets are decoded. Frames are shown as far apart, in their own order; the
+# stamps that FFmpeg makes up are not.
+_FORMATS_OF_PLACES = ("avi", "asf")
 
 _NO_STAMP = np.iinfo(np.int64).min
 # A picture of MPEG-4 that repeats the one before it is no longer.
@@ -53,12 +54,12 @@ class Index:
 
     Attributes:
       num_frames: packets of frames that are shown.
-      order: int64 [num_frames], time stamps of the frames in increasing order, which
-        also identify packets and frames; None if packets have none, or share one.
+      order: int64 [num_frames], the frames' stamps in increasing order; they identify
+        packets and frames. None if frames are known by their number only.
+      has_stamps: stamps are those of the file, of the one clock; otherwise packets have
+        none there, or share one, and their position stands for it.
       shown_at: int64 [num_frames], stamps at which the frames are shown, not
         decreasing; None if unknown.
-      decoded_at: the same for the case that the order of the stamps is not that of the
-        decoder; None: `shown_at` holds then too.
       origin: stamp at time 0.
       time_base: seconds per unit of the stamps.
       stated_fps: mean frame rate as the container states it; None if it does not.
@@ -73,7 +74,8 @@ class Index:
       clock: what is added to the stamps of recordings that were joined.
       has_times: the container stores when frames are shown.
       can_reorder: the codec may show frames in another order than it decodes them.
-      is_countable: every packet gives one frame, as far as can be seen.
+      is_countable: as far as can be seen, every packet gives one frame, but for some at
+        the start of the file.
       is_settled: the decoder gives the first frames, as far as their packets show, or
         the index is of a part of the video; see `settle`.
       packets: all packets and the final flushing one; None if they are too large to
@@ -82,8 +84,8 @@ class Index:
 
     num_frames: int
     order: np.ndarray | None
+    has_stamps: bool
     shown_at: np.ndarray | None
-    decoded_at: np.ndarray | None
     origin: int
     time_base: Fraction
     stated_fps: float | None
@@ -139,19 +141,23 @@ class Index:
     @property
     def is_read_in_turn(self) -> bool:
         """Whether packets are neither held nor found by seeking."""
-        return self.packets is None and self.clock.is_set_back
+        is_sought = self.has_stamps and not self.clock.is_set_back
+        return self.packets is None and not is_sought
+
+    def stamp(self, packet: av.Packet, position: int) -> None:
+        """Give a packet of the file its stamp."""
+        if not packet.size:
+            return
+        if self.has_stamps:
+            self.clock.shift_packet(packet, position)
+        else:
+            packet.pts = position
 
     @property
     def num_bytes(self) -> int:
         """Bytes of the arrays."""
         arrays = [value for value in vars(self).values() if hasattr(value, "nbytes")]
         return sum({id(value): value.nbytes for value in arrays}.values())
-
-    def counted(self) -> "Index":
-        """Return the index for frames in the order of the decoder."""
-        at = self.shown_at if self.decoded_at is None else self.decoded_at
-        origin = self.origin if at is None else int(at[0])
-        return dataclasses.replace(self, shown_at=at, origin=origin)
 
 
 class IndexCache:
@@ -271,7 +277,7 @@ def _read_index(
         # An edit list has packets that are decoded but not shown.
         if packet.is_discard:
             hidden.append(len(stamps))
-        if packet.is_keyframe and packet.pts is not None:
+        if packet.is_keyframe:
             keys.append(len(stamps))
         stamps.append(_NO_STAMP if packet.pts is None else packet.pts)
         decoding.append(_NO_STAMP if packet.dts is None else packet.dts)
@@ -289,40 +295,25 @@ def _read_index(
     clock = make_clock(pts, dts, key_positions, interval, _NO_STAMP)
     for values in (pts, dts):
         clock.shift(values, _NO_STAMP)
-    if packets is not None and clock.is_set_back:
-        for number in range(int(clock.starts[0]), len(pts)):
-            clock.shift_packet(packets[number], number)
-
     has_times, can_reorder = _has_times(video), _can_reorder(video)
-    order = positions = shown_at = decoded_at = None
-    key_reorders = np.zeros(len(keys), bool)
-    if pts[shown].min() != _NO_STAMP:
-        sorter = np.argsort(pts[shown], kind="stable")
-        shown_at = pts[shown][sorter]
-        if len(shown) > 1 and shown_at[0] == shown_at[-1]:
-            raise DecodeError(video.media.path, "zero_duration")
-        if (np.diff(shown_at) > 0).all():
-            order, positions = shown_at, shown[sorter]
-            key_reorders = _reorders(pts, key_positions)
-    # Containers without these times are sought in by when packets are decoded.
-    sought_at = np.where(dts == _NO_STAMP, pts, dts)
-    is_sure = not can_reorder or (has_times and len(keys) > 0 and key_reorders.all())
-    if dts[shown].min() != _NO_STAMP and not is_sure:
-        at = np.sort(dts[shown])
-        if len(at) == 1 or at[0] < at[-1]:
-            decoded_at = at
-        if shown_at is None or video.container.format.name == _FORMAT_OF_PLACES:
-            shown_at = decoded_at
-    # Frames in front of the first key frame may be lost.
-    is_settled = order is None or (pts[0] <= order[0] and not key_positions[:1].any())
-    is_settled = is_settled and (order is None or len(keys) > 0)
+    shown_at = _shown_at(video, pts[shown], dts[shown])
+    has_stamps = pts.min() != _NO_STAMP and len(np.unique(pts)) == len(pts)
+    # Containers without times are sought in by when packets are decoded.
+    sought_at = pts if has_times else np.where(dts == _NO_STAMP, pts, dts)
+    sought_at = sought_at[key_positions]
+    if not has_stamps:
+        pts = np.arange(len(pts))
+    sorter = np.argsort(pts[shown])
+    order, positions = pts[shown][sorter], shown[sorter]
+    if shown_at is not None and (shown_at == order).all():
+        shown_at = order
     if origin is None:
         origin = 0 if shown_at is None else int(shown_at[0])
-    return Index(
+    index = Index(
         num_frames=len(shown),
         order=order,
+        has_stamps=has_stamps,
         shown_at=shown_at,
-        decoded_at=decoded_at,
         origin=origin,
         time_base=time_base,
         stated_fps=fps,
@@ -331,15 +322,36 @@ def _read_index(
         num_lost=0,
         key_stamps=pts[key_positions],
         key_positions=key_positions,
-        key_sought_at=pts[key_positions] if has_times else sought_at[key_positions],
-        key_reorders=key_reorders,
+        key_sought_at=sought_at,
+        key_reorders=_reorders(pts, key_positions),
         clock=clock,
         has_times=has_times,
         can_reorder=can_reorder,
-        is_countable=is_countable,
-        is_settled=end is not None or is_settled,
+        is_countable=is_countable and _start_whole(pts, clock.starts, key_positions),
+        # Frames in front of the first key frame may be lost.
+        is_settled=end is not None
+        or (0 in key_positions[:1] and bool(pts[0] <= order[0])),
         packets=packets,
     )
+    if packets is not None and (clock.is_set_back or not has_stamps):
+        for position, packet in enumerate(packets):
+            index.stamp(packet, position)
+    return index
+
+
+def _shown_at(
+    video: VideoStream, pts: np.ndarray, dts: np.ndarray
+) -> np.ndarray | None:
+    """Return the stamps at which frames are shown; None if they are not known."""
+    kinds = [values for values in (pts, dts) if values.min() != _NO_STAMP]
+    if video.container.format.name in _FORMATS_OF_PLACES:
+        kinds.reverse()
+    kinds = [np.sort(values) for values in kinds]
+    if len(pts) > 1 and kinds:
+        kinds = [values for values in kinds if values[0] < values[-1]]
+        if not kinds:
+            raise DecodeError(video.media.path, "zero_duration")
+    return kinds[0] if kinds else None
 
 
 def _is_packed(packet: av.Packet) -> bool:
@@ -350,6 +362,14 @@ def _is_packed(packet: av.Packet) -> bool:
     """
     content = bytes(packet)
     return len(content) <= _MAX_REPEAT_BYTES or content.count(_PICTURE_START) != 1
+
+
+def _start_whole(pts: np.ndarray, starts: np.ndarray, keys: np.ndarray) -> bool:
+    """Whether joined recordings lose no frame: each starts with a key frame."""
+    return all(
+        start in keys and pts[start] <= pts[start : start + _MAX_REORDERED].min()
+        for start in starts.tolist()
+    )
 
 
 def _can_reorder(video: VideoStream) -> bool:

@@ -121,7 +121,6 @@ class _PacketReader:
         self._index = index
         self._is_fresh = True
         self._at_start = at_start
-        # Packets cannot be sought by a clock that is set back.
         self._in_turn = enumerate(video.packets()) if index.is_read_in_turn else None
 
     def read(self, position: int) -> Iterator[tuple[int, av.Packet]]:
@@ -146,7 +145,7 @@ class _PacketReader:
         elif self._in_turn is not None:
             for number, packet in self._in_turn:
                 if number >= position:
-                    self._index.clock.shift_packet(packet, number)
+                    self._index.stamp(packet, number)
                     yield number, packet
         elif not position and self._at_start:
             self._at_start = False
@@ -305,8 +304,7 @@ class _Group:
     """The frames from a key frame on, up to another one.
 
     Attributes:
-      lost: after `decode`: positions of packets without a frame, the first ones or
-        those after the key frame.
+      lost: after `decode`: positions of the packets at the start that gave no frame.
     """
 
     def __init__(
@@ -336,26 +334,25 @@ class _Group:
 
     def decode(self) -> Iterator[av.VideoFrame]:
         """Yield the frames; raise OrderError if others are lost than the first ones."""
-        start = self._start
+        start, first = self._start, -1
         came: set[int] = set()
         frames = _decode_all(self._video, self._packets())
         for count, frame in enumerate(frames, start + 1):
-            position = self._position_of.get(frame.pts)
-            _compare(position is not None and position not in came)
-            came.add(cast(int, position))
+            position = self._position_of.get(frame.pts, -1)
+            _compare(position >= 0 and position not in came)
+            came.add(position)
+            first = position if len(came) == 1 else first
             yield frame
             # What is lost is known when the decoder can no longer have it.
-            num_read = len(self._position_of)
-            if count > self._last and num_read > 2 * _MAX_REORDERED:
-                checked = range(start, start + _MAX_REORDERED)
+            end = start + len(self._position_of) - _MAX_REORDERED
+            if count > self._last and end > first + _MAX_REORDERED:
                 break
         else:
-            checked = range(start, start + len(self._position_of))
-        self.lost = [position for position in checked if position not in came]
-        if self.lost:
-            first = self.lost[0]
-            _compare(first - start <= 1)
-            _compare(self.lost == [*range(first, first + len(self.lost))])
+            end = start + len(self._position_of)
+        self.lost = [place for place in range(start, end) if place not in came]
+        # In front of the first frame, and frames after it that need those in front.
+        _compare(not start or first == start)
+        _compare(not self.lost or self.lost[-1] < first + _MAX_REORDERED)
 
     def _packets(self) -> Iterator[av.Packet]:
         for position, packet in self._reader.read(self._start):
@@ -372,7 +369,7 @@ def decode_counted(
 
     Args:
       video: at its start, opened with `probe`.
-      index: of all packets; frames have the stamps of its clock.
+      index: of all packets; frames have its stamps.
       strict: treat a packet that the decoder refuses as an error of the video;
         otherwise it is skipped.
 
@@ -385,7 +382,7 @@ def decode_counted(
     count, path = 0, video.media.path
     refused: av.FFmpegError | None = None
     for position, packet in enumerate(video.packets()):
-        index.clock.shift_packet(packet, position)
+        index.stamp(packet, position)
         try:
             frames = video.stream.decode(packet)
         except av.FFmpegError as error:
@@ -417,8 +414,6 @@ def settle(media: Media, index: Index, *, in_order: bool = True) -> Index:
     Raises:
       DecodeError: there is no frame.
     """
-    if not in_order:
-        index = index.counted()
     if not index.is_countable:
         return _count(media, index)
     if index.order is None or index.num_lost or (in_order and index.is_settled):
@@ -428,9 +423,10 @@ def settle(media: Media, index: Index, *, in_order: bool = True) -> Index:
         group = _Group(video, reader, index, (0, index.num_packets), 0)
         try:
             collections.deque(group.decode(), maxlen=0)
+            return _without(index, group.lost)
         except (av.FFmpegError, OrderError):
-            return dataclasses.replace(index, order=None, is_settled=True)
-    return _without(index, group.lost)
+            pass
+    return _count(media, index)
 
 
 def _without(index: Index, lost: list[int]) -> Index:
@@ -448,7 +444,6 @@ def _without(index: Index, lost: list[int]) -> Index:
         order=order,
         positions=index.positions[is_kept],
         shown_at=shown_at,
-        decoded_at=None if index.decoded_at is None else index.decoded_at[len(lost) :],
         origin=int(shown_at[0]),
         num_lost=len(lost),
         is_settled=True,
@@ -462,13 +457,12 @@ def _count(media: Media, index: Index) -> Index:
         if counted is not None:
             return counted
         stamps = [frame.pts for frame, _ in decode_counted(video, index)]
-    index = index.counted()
     at = index.shown_at
     if len(stamps) != index.num_frames:
         at = None
-        if len(stamps) == len({*stamps} - {None}):
+        if index.has_stamps and len(stamps) == len({*stamps} - {None}):
             at = np.sort(np.array(stamps, np.int64))
-    elif at is not None and len(at) > 2:
+    elif at is not None and len(at) > 2 and not index.clock.is_set_back:
         # An encoder that packs B-frames waits for them after the first frame.
         at = at.copy()
         at[0] = max(at[0], at[1] - np.diff(at[1:]).min())
@@ -478,7 +472,6 @@ def _count(media: Media, index: Index) -> Index:
         order=None,
         positions=None,
         shown_at=at,
-        decoded_at=None,
         origin=0 if at is None else int(at[0]),
         is_countable=True,
         is_settled=True,

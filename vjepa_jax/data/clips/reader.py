@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import os
 from collections.abc import Iterable, Sequence
-from typing import cast
 
 import av
 import numpy as np
@@ -136,9 +135,8 @@ class ClipReader:
                 index = packet_index.read_index(video, window)
                 if index.order is None or not index.is_countable:
                     break
-                times = cast(np.ndarray, index.times)
-                if window is not None and times[0] > max(window[0], 0):
-                    break  # the file was sought too far
+                if window is not None and not _holds(index, window):
+                    break
                 is_ready = index.is_settled and not index.is_read_in_turn
                 if is_ready and self._put_indexed(video, clips, index):
                     return None
@@ -160,17 +158,16 @@ class ClipReader:
         self, video: VideoStream, clips: "_Clips", index: packet_index.Index
     ) -> bool:
         """Return whether all frames came in the order of their stamps."""
-        wanted = clips.choose(cast(np.ndarray, index.times), index.average_fps)
+        wanted = clips.choose(self._times(index), index.average_fps)
         return clips.put_all(packets.decode_indexed(video, index, wanted), wanted)
 
     def _decode_from_keys(
         self, media: Media, clips: "_Clips", index: packet_index.Index
     ) -> bool:
         """Count frames from the key frames before them; return whether all came."""
-        times = index.times
-        if not index.is_numbered or times is None:
+        if not index.is_numbered:
             return False
-        wanted = clips.choose(times, index.average_fps)
+        wanted = clips.choose(self._times(index), index.average_fps)
         with media.open(probe=True) as video:
             frames = packets.decode_from_keys(video, index, wanted)
             return clips.put_all(frames, wanted)
@@ -181,10 +178,8 @@ class ClipReader:
         """Decode all frames from the start up to the last one wanted."""
         num_frames = index.num_frames
         while True:
-            times = index.times
-            if times is None:
-                times = self._even_times(num_frames, index.fps)
-            last = int(clips.choose(times[:num_frames], index.average_fps)[-1])
+            times = self._times(index)[:num_frames]
+            last = int(clips.choose(times, index.average_fps)[-1])
             with media.open(probe=True) as video:
                 for frame, number in packets.decode_counted(video, index):
                     clips.put(frame, number)
@@ -194,12 +189,22 @@ class ClipReader:
             # these frames.
             num_frames = number + 1
 
+    def _times(self, index: packet_index.Index) -> np.ndarray:
+        times = index.times
+        return self._even_times(index.num_frames, index.fps) if times is None else times
+
     def _even_times(self, num: int, fps: float | None) -> np.ndarray:
         """Return times for frames that have none.
 
         At an unknown rate, the clip takes every frame.
         """
         return np.arange(num) * (1 / fps if fps else self.sampling.spacing_secs or 1.0)
+
+
+def _holds(index: packet_index.Index, window: tuple[float, float]) -> bool:
+    """Whether the index is not of a later part than was sought."""
+    times = index.times if index.has_stamps else None
+    return times is not None and times[0] <= max(window[0], 0)
 
 
 class _Clips:
