@@ -34,11 +34,12 @@ def read(record, *, num_frames=8, frame_step=1, size=48, **options):
 VFR_STAMPS = np.cumsum([40, 40, 200, 33, 67, 40, 10, 90] * 5).tolist()
 LATE_STAMPS = [5000 + 80 * i for i in range(40)]
 
+B_FRAMES = {"bf": "3", "g": "12", "sc_threshold": "0"}
 X265 = "keyint=10:log-level=error:pools=none"
 
 FILES = {
     "h264.mp4": {},
-    "b_frames.mp4": {"codec_options": {"bf": "3", "g": "12", "sc_threshold": "0"}},
+    "b_frames.mp4": {"codec_options": B_FRAMES},
     "open_gop.mkv": {
         "codec_options": {"x264-params": "keyint=10:open-gop=1:bframes=3"}
     },
@@ -64,6 +65,17 @@ FILES = {
     "mpeg4.avi": {"codec": "mpeg4", "codec_options": {"bf": "2", "g": "10"}},
     "mpeg4.mp4": {"codec": "mpeg4", "codec_options": {"bf": "2", "g": "10"}},
     "mpeg1.mpg": {"codec": "mpeg1video", "fps": 25},
+    # Without the times at which frames are shown, which FFmpeg then makes up.
+    "h264.avi": {"codec_options": B_FRAMES},
+    "h264.mxf": {"codec_options": B_FRAMES, "fps": 25},
+    "h264.h264": {"codec_options": B_FRAMES, "fps": 25},
+    "b_frames.ts": {"codec_options": B_FRAMES},
+    "b_frames.flv": {"codec_options": B_FRAMES},
+    "mpeg2.mpg": {
+        "codec": "mpeg2video",
+        "codec_options": {"bf": "2", "g": "10"},
+        "fps": 25,
+    },
     "picture.gif": {"codec": "gif", "pix_fmt": "rgb8"},
 }
 

@@ -18,6 +18,11 @@ from vjepa_jax.data.clips import media, packet_index, packets, reader
 from vjepa_jax.data.clips.sampling import Sampling
 
 
+@pytest.fixture(autouse=True)
+def no_index_is_kept(monkeypatch):
+    monkeypatch.setattr(packet_index, "_long_files", packet_index.IndexCache())
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     return write_files(tmp_path_factory.mktemp("videos"))
@@ -52,12 +57,19 @@ def test_large_files_are_sought_in(files, name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_files_whose_index_fails_are_counted(files, name, monkeypatch):
+def test_files_whose_index_fails_are_counted_from_key_frames(files, name, monkeypatch):
     monkeypatch.setattr(packets, "decode_indexed", lambda *args: iter(()))
     assert_clips_match_plain_decode(files[name])
 
 
-@pytest.mark.parametrize("name", sorted(set(FILES) - {"mpeg4.avi", "vp8.webm"}))
+@pytest.mark.parametrize("name", FILES)
+def test_files_whose_index_fails_are_counted(files, name, monkeypatch):
+    monkeypatch.setattr(packets, "decode_indexed", lambda *args: iter(()))
+    monkeypatch.setattr(packets, "decode_from_keys", lambda *args: iter(()))
+    assert_clips_match_plain_decode(files[name])
+
+
+@pytest.mark.parametrize("name", sorted(set(FILES) - {"vp8.webm"}))
 def test_no_file_is_decoded_from_the_start_needlessly(files, name, monkeypatch):
     monkeypatch.setattr(packets, "decode_counted", None)
     assert_clips_match_plain_decode(files[name])
@@ -270,6 +282,7 @@ def test_inspect_returns_the_properties(files, name, deep):
         "mpeg4.avi": "mpeg4",
         "mpeg4.mp4": "mpeg4",
         "mpeg1.mpg": "mpeg1video",
+        "mpeg2.mpg": "mpeg2video",
         "picture.gif": "gif",
     }.get(name, "h264")
     if name != "picture.gif":

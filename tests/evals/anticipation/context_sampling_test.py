@@ -17,6 +17,11 @@ videos = st.fixed_dictionaries(
 )
 
 
+@pytest.fixture(autouse=True)
+def no_index_is_kept(monkeypatch):
+    monkeypatch.setattr(packet_index, "_long_files", packet_index.IndexCache())
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     return write_files(tmp_path_factory.mktemp("videos"))

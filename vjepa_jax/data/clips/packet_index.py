@@ -35,7 +35,7 @@ _MARGIN_SECS = 1.0
 _MAX_REORDERED = 32
 # Containers that store when each frame is shown. The stamps of others may be made up
 # by FFmpeg, or a clock that is set back hides behind them.
-_FORMATS_WITH_TIMES = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "flv")
+_FORMATS_WITH_TIMES = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
 # Their decoding times are made up, and depend on what FFmpeg knows of the stream.
 _FORMATS_WITHOUT_DTS = ("matroska,webm", "nut")
 # Store when packets are decoded. Frames are shown as far apart, in their own order; the
@@ -298,9 +298,14 @@ def _read_index(
     has_times, can_reorder = _has_times(video), _can_reorder(video)
     shown_at = _shown_at(video, pts[shown], dts[shown])
     has_stamps = pts.min() != _NO_STAMP and len(np.unique(pts)) == len(pts)
-    # Containers without times are sought in by when packets are decoded.
-    sought_at = pts if has_times else np.where(dts == _NO_STAMP, pts, dts)
-    sought_at = sought_at[key_positions]
+    sought_at = pts[key_positions]
+    if not has_times:
+        # Other containers may be sought in by when packets are decoded, and what is
+        # found may lie behind the key frame.
+        sought_at = np.minimum(sought_at, dts[key_positions])
+        sought_at = np.where(sought_at == _NO_STAMP, pts[key_positions], sought_at)
+        margin = round(_MARGIN_SECS / time_base)
+        sought_at = np.maximum(sought_at - margin, sought_at[:1])
     if not has_stamps:
         pts = np.arange(len(pts))
     sorter = np.argsort(pts[shown])
