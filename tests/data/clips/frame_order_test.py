@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vjepa_jax.data.clips import clock, media, packet_index, packets, reader
+from vjepa_jax.data.clips.frame_stream import FrameStream
 from vjepa_jax.data.clips.sampling import Sampling
 from vjepa_jax.data.jobs.reencode import Encoding, reencode
 
@@ -60,6 +61,12 @@ def assert_clips_match(path, times=None, samplings=()):
 
 
 def assert_all_are_kept(path, times=None):
+    """Other readers of whole files have the same frames at the same times."""
+    stream = FrameStream(SIDE, frame_step=1).read(Record(path))
+    at, frames = zip(*stream, strict=True)
+    np.testing.assert_array_equal(np.stack(frames), video_files.decode_plainly(path))
+    if times is not None:
+        np.testing.assert_allclose(at, times, atol=2e-3)
     content = reencode(path, Encoding(crf=5)).content
     kept, plain = video_files.decode_content(content), video_files.decode_plainly(path)
     assert odd_videos.numbers_of(kept) == odd_videos.numbers_of(plain)

@@ -90,13 +90,8 @@ def test_joined_recordings_have_one_clock(tmp_path):
     times, frames = read(
         FrameStream(SIZE, frame_step=1), Record(str(tmp_path / "joined.ts"), 0)
     )
-    # A packet at the join may be marked as corrupt and skipped.
-    assert 38 <= len(frames) <= 40
-    plain = decode_plainly(io.BytesIO(content))
-    np.testing.assert_array_equal(frames[:15], plain[:15])
-    np.testing.assert_array_equal(frames[-20:], plain[-20:])
-    steps = np.diff(times).round(3)
-    assert set(steps) <= {0.1, 0.2} and (steps == 0.2).sum() == 40 - len(frames)
+    np.testing.assert_array_equal(frames, decode_plainly(io.BytesIO(content)))
+    np.testing.assert_allclose(times, np.arange(40) / 10, atol=1e-3)
 
 
 @given(

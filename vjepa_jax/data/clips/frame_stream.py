@@ -1,7 +1,7 @@
 """Read a whole video, frame after frame, in one pass and with bounded memory.
 
 Clips are drawn by `reader`, which looks for frames by their numbers and times. Here
-every frame is decoded in order: nothing has to be known about the file in advance.
+every frame is decoded in order, after a pass over the packets for their times.
 """
 
 import dataclasses
@@ -142,20 +142,19 @@ def _timed_frames(
         for number, pixels in enumerate(record.media):
             yield number / (record.fps or 1.0), as_frame(pixels)
         return
-    with (
-        open_media(record.path, record.media, limits) as media,
-        media.open(probe=True) as video,
-    ):
-        clock = _Clock(1 / (video.stated_fps or 1.0))
-        for frame, _ in packets.decode_counted(video):
-            yield clock.advance(frame.time), frame
+    with open_media(record.path, record.media, limits) as media:
+        index, in_order = packets.read_settled(media)
+        with media.open(probe=True) as video:
+            clock = _Clock(1 / (video.stated_fps or 1.0))
+            for time, frame in packets.decode_stated(video, index, in_order):
+                yield clock.advance(None if time is None else float(time)), frame
 
 
 class _Clock:
     """The time of frames that come in order, whatever their time stamps are.
 
     A frame without a time stamp, or with one that does not rise or leaps, such as where
-    recordings with clocks of their own were joined, follows the one before it at the
+    the clock was put forward in a joined recording, follows the one before it at the
     stated frame rate.
     """
 

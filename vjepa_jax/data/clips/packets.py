@@ -21,6 +21,7 @@ import collections
 import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator
+from fractions import Fraction
 from typing import cast
 
 import av
@@ -397,6 +398,39 @@ def decode_counted(
         raise DecodeError(path, "undecodable", str(refused)) from refused
     if not count:
         raise DecodeError(path, "no_frames")
+
+
+def decode_stated(
+    video: VideoStream, index: Index, in_order: bool
+) -> Iterator[tuple[Fraction | float | None, av.VideoFrame]]:
+    """Decode all frames from the start, with the times that the index has for them.
+
+    Args:
+      video: at its start, opened with `probe`.
+      index: of all frames, from `read_settled`.
+      in_order: the same; whether stamps identify frames, or else their numbers.
+
+    Yields:
+      seconds from the first frame, None if they are not known, and the frame. After
+      damage, times may not increase.
+
+    Raises:
+      DecodeError: no frame came.
+    """
+    at, order, times = index.shown_at, index.order, index.times
+    for frame, number in decode_counted(video, index):
+        if in_order:
+            assert order is not None
+            stamp = index.origin if frame.pts is None else frame.pts
+            number = int(np.searchsorted(order, stamp))
+            if frame.pts is None or number == len(order) or order[number] != stamp:
+                number = len(order)
+        if at is None or times is None or number >= len(at):
+            yield None, frame
+        elif number and at[number] == at[number - 1]:
+            yield float(times[number]), frame
+        else:
+            yield (int(at[number]) - index.origin) * index.time_base, frame
 
 
 def settle(media: Media, index: Index, *, in_order: bool = True) -> Index:

@@ -24,7 +24,7 @@ from av.video.reformatter import (
 )
 
 from vjepa_jax.base.errors import UserError
-from vjepa_jax.data.clips import packet_index, packets
+from vjepa_jax.data.clips import packets
 from vjepa_jax.data.clips.frames import view_plane
 from vjepa_jax.data.clips.media import Limits, open_media, retried
 from vjepa_jax.data.clips.orientation import Orientation
@@ -108,8 +108,7 @@ def _reencode(path: str, encoding: Encoding) -> EncodedVideo:
         with media.open(probe=True) as video:
             stream = video.stream
             interval = 1 / (stream.average_rate or stream.guessed_rate or _DEFAULT_FPS)
-            frames = packets.decode_counted(video, index)
-            timed = _timed(_stated_times(frames, index, in_order), interval)
+            timed = _timed(packets.decode_stated(video, index, in_order), interval)
             return _encode(_thinned(timed, encoding.fps), encoding)
 
 
@@ -122,34 +121,6 @@ def output_size(height: int, width: int, short_side: int) -> tuple[int, int]:
         long = 2 * round(long * short_side / short / 2)
         short = short_side // 2 * 2
     return (short, long) if height <= width else (long, short)
-
-
-def _stated_times(
-    frames: Iterable[tuple[av.VideoFrame, int]],
-    index: packet_index.Index,
-    in_order: bool,
-) -> Iterator[tuple[_Seconds | None, av.VideoFrame]]:
-    """Pair frames with their times by the index, None where it has none.
-
-    Args:
-      frames: with the numbers in which they came.
-      index: of all frames.
-      in_order: whether stamps identify frames; otherwise their numbers do.
-    """
-    at, order, times = index.shown_at, index.order, index.times
-    for frame, number in frames:
-        if in_order:
-            assert order is not None
-            stamp = index.origin if frame.pts is None else frame.pts
-            number = int(np.searchsorted(order, stamp))
-            if frame.pts is None or number == len(order) or order[number] != stamp:
-                number = len(order)
-        if at is None or times is None or number >= len(at):
-            yield None, frame
-        elif number and at[number] == at[number - 1]:
-            yield float(times[number]), frame
-        else:
-            yield (int(at[number]) - index.origin) * index.time_base, frame
 
 
 def _timed(
