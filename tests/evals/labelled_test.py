@@ -129,6 +129,15 @@ def test_mistakes_are_one_line_before_encoding(
     assert "\n" not in str(error.value)
 
 
+def test_dates_are_no_labels(tmp_path):
+    config = settings.classification()
+    make_files(tmp_path, "x.mp4", "y.mp4")
+    listed = write_list(tmp_path, "x.mp4 20230509\ny.mp4 20230510\n")
+    set_paths(config, listed, listed)
+    with pytest.raises(UserError, match="the largest label is 20230510"):
+        classification.evaluate(None, config)
+
+
 def test_hold_out_leaves_two_classes(tmp_path):
     config = settings.classification()
     make_files(tmp_path, "a/1.mp4", "b/1.mp4")

@@ -43,6 +43,8 @@ from vjepa_jax.evals.tokens.clip_tokens import TokenBatch, Videos
 from vjepa_jax.evals.tokens.token_cache import CachedVideos
 from vjepa_jax.models.heads import AttentiveClassifier, LinearClassifier
 
+_MAX_CLASSES = 1_000_000  # larger labels are dates or names of files
+
 _AUGMENTATION = (
     "crop_scale",
     "crop_aspect_ratio",
@@ -96,6 +98,11 @@ def evaluate(model: FrozenModel, config: ConfigDict) -> dict[str, dict[str, Any]
     settings.validate(config)
     keys = ["train_path", *["val_path"] * bool(config.data.val_path), "test_path"]
     videos = open_labelled(config, keys, config.num_classes)
+    if not config.num_classes and videos.num_classes > _MAX_CLASSES:
+        raise UserError(
+            f"the largest label is {videos.num_classes - 1}: labels number the classes "
+            "from 0; set config.num_classes if there are so many"
+        )
 
     def measure(model: FrozenModel) -> dict[str, Any]:
         return _evaluate(model, config, videos)

@@ -268,6 +268,7 @@ NAMES = st.text(
 ).map(lambda name: f"{name.strip()}x")
 
 
+@hypothesis.settings(deadline=None, max_examples=50)
 @hypothesis.given(st.dictionaries(NAMES, st.sampled_from("abc"), min_size=1))
 def test_any_name_of_a_file_is_read_back(tmp_path_factory, class_of):
     folder = tmp_path_factory.mktemp("names")
