@@ -146,12 +146,7 @@ def main() -> None:
         raise UserError(
             "give either the --workdir of a run or a converted --checkpoint"
         )
-    if cluster.detect(os.environ) is not None:
-        raise UserError(
-            "an evaluation is one process, but the environment variables describe one "
-            "of several: start it once, outside of their job, or set "
-            "JAX_NUM_PROCESSES=1 if it is alone"
-        )
+    cluster.require_one_process(os.environ)
     path = _WORKDIR.value or _CHECKPOINT.value or ""
     checkpoint.quiet_orbax()
     results = probe(_CONFIG.value, path)

@@ -29,6 +29,7 @@ from vjepa_jax.data.sources.records import Source
 from vjepa_jax.data.transforms.transforms import central_box
 from vjepa_jax.evals import frozen
 from vjepa_jax.evals.physics.surprise import Protocol, SurpriseMeter
+from vjepa_jax.parallel import cluster
 from vjepa_jax.run import checkpoint, cli
 
 FOLDER = "surprise"
@@ -96,6 +97,7 @@ def output_folder(output: str, workdir: str, video: str) -> pathlib.Path:
 
 def main() -> None:
     """Run the command line."""
+    cluster.require_one_process(os.environ)
     checkpoint.quiet_orbax()
     with imports_of("report"):
         from vjepa_jax.report import video_surprise

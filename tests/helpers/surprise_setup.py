@@ -10,6 +10,7 @@ from vjepa_jax.config.defaults import get_config
 from vjepa_jax.evals import frozen
 from vjepa_jax.evals.frozen import FrozenModel
 from vjepa_jax.program import build
+from vjepa_jax.run import checkpoint
 
 TUBELET = 2
 BATCH = 16
@@ -44,6 +45,13 @@ def make_model(family="vjepa2"):
         nn.unbox(jax.eval_shape(init, jax.random.key(0))),
     )
     return FrozenModel(encoder, predictor, params, config, shape, one_device())
+
+
+def write_checkpoint(workdir, model, parts=("encoder", "predictor")):
+    """Write a model as a checkpoint; without `parts` it has no predictor."""
+    params = {name: model.params[name] for name in parts} or None
+    meta = {"config": model.config.to_dict(), "video_shape": model.video_shape}
+    checkpoint.save_converted(str(workdir), model.params["target"], params, meta)
 
 
 def random_videos(rng, *lengths):

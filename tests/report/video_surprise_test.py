@@ -9,8 +9,7 @@ import sys
 import av
 import numpy as np
 import pytest
-import report_files
-from surprise_setup import make_config, make_model
+from surprise_setup import make_config, make_model, write_checkpoint
 from video_files import decode_plainly, moving_frames, write_video
 
 from vjepa_jax import surprise as command
@@ -236,8 +235,8 @@ def test_sources_are_videos_folders_lists_and_several(videos, tmp_path):
             command.open_source(str(path))
 
 
-def test_the_command(videos, tmp_path):
-    report_files.write_checkpoint(tmp_path / "run", make_config())
+def test_the_command(meter, videos, tmp_path):
+    write_checkpoint(tmp_path / "run", meter.model)
     command_line = [sys.executable, "-m", "vjepa_jax.surprise"]
     command_line += [f"--workdir={tmp_path / 'run'}", f"--video={videos}"]
     command_line += ["--frame_step=2", "--num_frames=4", "--write=plot"]

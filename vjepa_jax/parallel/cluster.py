@@ -78,6 +78,16 @@ def detect(
     return {} if _is_kubernetes_job(env) else None
 
 
+def require_one_process(env: Mapping[str, str]) -> None:
+    """Raise UserError if the variables describe one of several processes."""
+    if detect(env) is not None:
+        raise UserError(
+            "an evaluation is one process, but the environment variables describe one "
+            "of several: start it once, outside of their job, or set "
+            "JAX_NUM_PROCESSES=1 if it is alone"
+        )
+
+
 def _first(*values: int | None) -> int | None:
     return next((value for value in values if value is not None), None)
 

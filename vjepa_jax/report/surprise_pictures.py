@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import warnings
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
 
@@ -68,7 +69,9 @@ def draw_curves(curves: Mapping[str, Curve], path: pathlib.Path) -> None:
         axes.set_title(
             f"the {len(drawn)} most surprising of {len(curves)} videos", fontsize=10
         )
-    figure.savefig(path, dpi=110)
+    with warnings.catch_warnings():  # about names in scripts that the font lacks
+        warnings.filterwarnings("ignore", "Glyph")
+        figure.savefig(path, dpi=110)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -217,7 +217,10 @@ def _measure(
 
     spans, times, values, shape = [], [], [], (0, 0, 0)
     with spool.open("wb") as file:
-        for window in meter.windows(counted()):
+        windows = meter.windows(counted())
+        for window in tqdm.tqdm(
+            windows, name, unit="window", leave=False, disable=None
+        ):
             file.write(window.errors.tobytes())
             ends = (0, window.num_context, -1)
             spans.append([window.times[i] for i in ends])

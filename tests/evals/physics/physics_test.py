@@ -206,7 +206,7 @@ def plain_early(model, video, contexts):
 def test_intphys2_from_files_to_the_table(model, tmp_path):
     scenes = {"0": "solidity", "1": "solidity", "2": "continuity"}
     decoded = write_intphys2(tmp_path, scenes)
-    contexts = (2, 6)
+    contexts = (2, 4, 6)
     config = make_evaluation(
         "intphys2",
         path=str(tmp_path),
@@ -257,7 +257,7 @@ def test_intphys2_without_labels_names_its_videos(model, tmp_path):
         path=str(tmp_path),
         num_frames=0,
         frame_step=1,
-        context_frames=(2, 6),
+        context_frames=(2, 4, 6),
     )
     found = registry.evaluate(model, config)
     assert list(found) == [f"{tmp_path.name}/0_{i}.mp4" for i in range(4)]

@@ -1,18 +1,16 @@
 """The surprise of windows, in memory and from a stream of frames; `load_surprise`."""
 
-import jax
 import numpy as np
 import pytest
-import report_files
 from physics_files import SIZE
 from surprise_setup import (
     BATCH,
     FAMILIES,
     TUBELET,
-    make_config,
     make_model,
     plain_surprise,
     random_videos,
+    write_checkpoint,
 )
 
 import vjepa_jax
@@ -21,9 +19,6 @@ from vjepa_jax.data.clips.frame_stream import FrameStream
 from vjepa_jax.data.sources.records import Record
 from vjepa_jax.evals.physics import surprise as measure
 from vjepa_jax.evals.physics.surprise import Protocol, SurpriseMeter, surprise
-from vjepa_jax.objective.state import unbox
-from vjepa_jax.program import build
-from vjepa_jax.run import checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -68,22 +63,22 @@ def test_the_meter_gives_the_numbers_of_the_evaluation(family, rng):
     """One video of any length, streamed in calls of few windows."""
     model = make_model(family)
     (video,) = random_videos(rng, 21)
-    protocol = Protocol(8, 3, (4,), 1)
-    (wanted,) = surprise(model, [video], protocol, BATCH)
-    found = SurpriseMeter(model, protocol, batch_size=2)(video, fps=4.0)
+    protocol = Protocol(8, 1, (4,))
+    (wanted,) = surprise(model, [video], protocol, 8)
+    found = SurpriseMeter(model, protocol, batch_size=8)(video, fps=4.0)
     np.testing.assert_allclose(found.surprise, wanted[:, 0], rtol=1e-4)
     np.testing.assert_allclose(found.surprise, found.maps.mean((1, 2, 3)), rtol=1e-5)
-    # Five windows, two time steps after the context, 2 x 2 patches.
-    assert found.maps.shape == (5, 2, 2, 2) and found.maps.dtype == np.float32
-    np.testing.assert_allclose(found.times, (np.arange(5) * 3 + 5.5) / 4)
+    # 14 windows, two time steps after the context, 2 x 2 patches.
+    assert found.maps.shape == (14, 2, 2, 2) and found.maps.dtype == np.float32
+    np.testing.assert_allclose(found.times, (np.arange(14) + 5.5) / 4)
 
 
 def test_maps_are_the_errors_of_the_tokens(model, rng):
     (video,) = random_videos(rng, 8)
-    found = SurpriseMeter(model, Protocol(8, 2, (2,)))(video)
-    prediction, target = model.predict(video[None], range(4), range(4, 16))
+    found = SurpriseMeter(model, Protocol(8, 2, (4,)))(video)
+    prediction, target = model.predict(video[None], range(8), range(8, 16))
     errors = np.abs(prediction - target)[0].mean(-1)
-    np.testing.assert_allclose(found.maps[0], errors.reshape(3, 2, 2), rtol=1e-4)
+    np.testing.assert_allclose(found.maps[0], errors.reshape(2, 2, 2), rtol=1e-4)
 
 
 def test_what_is_not_given_is_as_in_training(model):
@@ -155,20 +150,15 @@ def test_arrays_that_are_no_video_are_named(model):
         meter(np.zeros((8, SIZE, SIZE, 3), np.uint8), fps=0)
 
 
-def test_load_surprise_reads_a_checkpoint(tmp_path, rng):
-    report_files.write_checkpoint(tmp_path, make_config())
-    meter = vjepa_jax.load_surprise(str(tmp_path), num_frames=4, stride=1)
-    (video,) = random_videos(rng, 6)
-    (wanted,) = surprise(meter.model, [video], Protocol(4, 1, (2,)), 8)
+def test_load_surprise_reads_a_checkpoint(model, tmp_path, rng):
+    write_checkpoint(tmp_path, model)
+    meter = vjepa_jax.load_surprise(str(tmp_path), stride=1)
+    (video,) = random_videos(rng, 10)
+    (wanted,) = surprise(model, [video], Protocol(8, 1, (4,)), 8)
     np.testing.assert_allclose(meter(video).surprise, wanted[:, 0], rtol=1e-4)
 
 
-def test_a_model_without_predictor_is_named(tmp_path):
-    config = make_config()
-    encoder, _ = build.make_models(config)
-    clip = np.zeros((1, 8, SIZE, SIZE, 3), np.float32)
-    target = unbox(encoder.init(jax.random.key(0), clip)["params"])
-    meta = {"config": config.to_dict(), "video_shape": clip.shape[1:]}
-    checkpoint.save_converted(str(tmp_path), target, None, meta)
+def test_a_model_without_predictor_is_named(model, tmp_path):
+    write_checkpoint(tmp_path, model, parts=())
     with pytest.raises(UserError, match="the checkpoint has no predictor"):
         vjepa_jax.load_surprise(str(tmp_path))

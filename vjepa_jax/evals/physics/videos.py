@@ -174,8 +174,7 @@ def _list_intphys2(root: pathlib.Path, rows: str) -> list[Group]:
             known = ", ".join(INTPHYS2_SPLITS)
             raise UserError(f"{root} holds several splits: give the folder of {known}")
         return _without_metadata(root)
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        listed = [*csv.DictReader(file)]
+    listed = [*csv.DictReader(io.StringIO(read_text(path), newline=""))]
     if listed and "type" not in listed[0]:
         return _without_metadata(root)
     # {(property, scene, number of the pair): {is possible: videos}}
