@@ -14,7 +14,6 @@ import os
 
 from absl import flags
 
-from vjepa_jax.base.errors import UserError
 from vjepa_jax.data.jobs import label_lists
 from vjepa_jax.run import cli
 
@@ -23,8 +22,6 @@ def main() -> None:
     """Run the command line."""
     path = _TABLE.value
     delimiter = "\t" if _DELIMITER.value == "tab" else _DELIMITER.value
-    if len(delimiter) != 1:
-        raise UserError(f"--delimiter={delimiter!r} is not one character, or tab")
     table = label_lists.read_table(path, delimiter, _HEADER.value)
     choice = label_lists.Choice(
         file=_FILE.value,

@@ -244,6 +244,20 @@ def test_damaged_tables_are_named(tmp_path, content, message):
         label_lists.read_table(str(tmp_path / "none.csv"))
 
 
+@pytest.mark.parametrize("delimiter", [";", "\t", " ", "|"])
+def test_delimiters(tmp_path, delimiter):
+    rows = [("a b.mp4", "x", "Put, in"), ("c.mp4", "y", "Take")]
+    path = str(write_table(tmp_path / "t.csv", rows, delimiter=delimiter))
+    table = label_lists.read_table(path, delimiter)
+    assert [tuple(row.values()) for row in table.rows] == rows
+    for wrong in ("", "::", '"', "\n"):
+        with pytest.raises(UserError, match="is not one character, or tab"):
+            label_lists.read_table(path, wrong)
+    (tmp_path / "t.csv").write_text(delimiter.join(["file", "verb\na.mp4", "put\n"]))
+    with pytest.raises(UserError, match=r"no column 'file'.*set --delimiter"):
+        make(label_lists.read_table(path))
+
+
 def test_classes_are_read_from_flags():
     read = label_lists.parse_classes(["a b=x, y", 'z,"u,v"', '"k=l"'])
     assert read == {

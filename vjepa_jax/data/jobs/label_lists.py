@@ -240,10 +240,12 @@ def read_table(
     except Exception as error:  # the errors of stores' clients have no common base
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(f"{path} cannot be read: {reason}") from error
+    if len(delimiter) != 1 or delimiter in '"\r\n':
+        raise UserError(f"--delimiter={delimiter!r} is not one character, or tab")
     reader = csv.reader(
         io.StringIO(text, newline=""),
         delimiter=delimiter,
-        skipinitialspace=True,
+        skipinitialspace=delimiter != " ",
         strict=True,
     )
     columns = list(header or ())
