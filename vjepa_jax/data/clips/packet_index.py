@@ -300,12 +300,9 @@ def _read_index(
     has_stamps = pts.min() != _NO_STAMP and len(np.unique(pts)) == len(pts)
     sought_at = pts[key_positions]
     if not has_times:
-        # Other containers may be sought in by when packets are decoded, and what is
-        # found may lie behind the key frame.
+        # Other containers may be sought in by when packets are decoded.
         sought_at = np.minimum(sought_at, dts[key_positions])
         sought_at = np.where(sought_at == _NO_STAMP, pts[key_positions], sought_at)
-        margin = round(_MARGIN_SECS / time_base)
-        sought_at = np.maximum(sought_at - margin, sought_at[:1])
     if not has_stamps:
         pts = np.arange(len(pts))
     sorter = np.argsort(pts[shown])

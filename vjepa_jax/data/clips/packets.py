@@ -34,6 +34,8 @@ from vjepa_jax.data.clips.packet_index import Index, IndexCache, read_index
 # Frames at the start of a file whose order is compared with that of their stamps.
 _NUM_COMPARED = 64
 
+# Sought before a key frame that is not found at its time.
+_MARGIN_SECS = 1.0
 # No codec delays or reorders frames by more than this.
 _MAX_REORDERED = 32
 
@@ -163,12 +165,20 @@ class _PacketReader:
             assert index.order is not None
             container.seek(int(index.order[0]), stream=stream)
             return self._video.packets()
-        stamp = int(index.key_stamps[key])
-        container.seek(int(index.key_sought_at[key]), stream=stream)
-        return itertools.dropwhile(
-            lambda packet: not (packet.is_keyframe and packet.pts == stamp),
-            self._video.packets(),
-        )
+        stamp, sought_at = int(index.key_stamps[key]), int(index.key_sought_at[key])
+        margin = round(_MARGIN_SECS / index.time_base)
+        # What is found first may lie behind the key frame.
+        for start in (sought_at, max(sought_at - margin, int(index.key_sought_at[0]))):
+            container.seek(start, stream=stream)
+            packets = self._video.packets()
+            for packet in packets:
+                if not packet.is_keyframe or packet.pts is None:
+                    continue
+                if packet.pts == stamp:
+                    return itertools.chain([packet], packets)
+                if packet.pts > stamp:
+                    break
+        return iter(())
 
 
 def _order_is_sure(index: Index, span: _Span) -> bool:
