@@ -62,20 +62,24 @@ def make_clock(
       interval: usual distance of frames, where a recording does not show it.
       unknown: stands for a stamp that a packet does not have.
     """
-    known = np.flatnonzero(dts != unknown)
-    if len(known):
-        at = dts[known]
-        is_start = np.append(False, at[1:] < at[:-1])
+    is_known = dts != unknown
+    starts: list[int] = []
+    if is_known.any():
+        at = dts if is_known.all() else dts[is_known]
         # Neither a packet with too late a time in front, nor one with too early a time.
-        is_start[2:] &= at[2:] <= at[:-2]
-        is_start[1:-1] &= at[2:] <= at[:-2]
-        starts = known[is_start]
+        found = [
+            i
+            for i in (np.flatnonzero(at[1:] < at[:-1]) + 1).tolist()
+            if (i < 2 or at[i] <= at[i - 2])
+            and (i + 1 == len(at) or at[i + 1] <= at[i - 1])
+        ]
+        starts = np.flatnonzero(is_known)[found].tolist() if found else []
     elif len(key_positions) and pts.min() != unknown:
         latest = np.maximum.reduceat(pts, key_positions)
-        starts = key_positions[1:][pts[key_positions[1:]] <= latest[:-1]]
-    else:
-        starts = known
-    starts = starts.astype(np.int64)
+        later = key_positions[1:]
+        starts = later[pts[later] <= latest[:-1]].tolist()
+    if not starts:
+        return Clock(np.zeros(0, np.int64), np.zeros(0, np.int64))
     shifts: list[int] = []
     end = None
     for start, stop in zip([0, *starts], [*starts, len(pts)], strict=True):
@@ -88,7 +92,7 @@ def make_clock(
         if len(stamps) > 1:
             interval = max(1, int(np.median(np.diff(stamps))))
         end = int(stamps[-1]) + shifts[-1] + interval
-    return Clock(starts, np.array(shifts[1:], np.int64))
+    return Clock(np.array(starts), np.array(shifts[1:], np.int64))
 
 
 def spread(times: np.ndarray) -> np.ndarray:
@@ -97,7 +101,7 @@ def spread(times: np.ndarray) -> np.ndarray:
     Args:
       times: float [n], not decreasing, not all equal.
     """
-    is_new = np.diff(times, prepend=-np.inf) > 0
+    is_new = np.append(True, times[1:] > times[:-1])
     if is_new.all():
         return times
     firsts = np.flatnonzero(is_new)

@@ -282,14 +282,16 @@ def _read_index(
         stamps.append(_NO_STAMP if packet.pts is None else packet.pts)
         decoding.append(_NO_STAMP if packet.dts is None else packet.dts)
         is_countable = is_countable and not (has_pictures and _is_packed(packet))
-    pts, dts = (np.array(a, np.int64) for a in (stamps, decoding))
-    del stamps, decoding
+    if len(hidden) == len(stamps):
+        raise DecodeError(video.media.path, "no_frames")
+    pts, dts = np.frombuffer(stamps, np.int64), np.frombuffer(decoding, np.int64)
     if video.container.format.name in _FORMATS_WITHOUT_DTS:
         dts[:] = _NO_STAMP
     key_positions = np.array(keys, np.int32)
-    shown = np.delete(np.arange(len(pts), dtype=np.int32), np.array(hidden, np.int64))
-    if not len(shown):
-        raise DecodeError(video.media.path, "no_frames")
+    num_packets = len(pts)
+    shown: np.ndarray | slice = slice(None)  # takes no memory
+    if hidden:
+        shown = np.delete(np.arange(num_packets, dtype=np.int32), hidden)
     time_base, fps = cast(Fraction, video.stream.time_base), video.stated_fps
     interval = round(1 / (fps * time_base)) if fps else 1
     clock = make_clock(pts, dts, key_positions, interval, _NO_STAMP)
@@ -297,22 +299,24 @@ def _read_index(
         clock.shift(values, _NO_STAMP)
     has_times, can_reorder = _has_times(video), _can_reorder(video)
     shown_at = _shown_at(video, pts[shown], dts[shown])
-    has_stamps = pts.min() != _NO_STAMP and len(np.unique(pts)) == len(pts)
     sought_at = pts[key_positions]
     if not has_times:
         # Other containers may be sought in by when packets are decoded.
         sought_at = np.minimum(sought_at, dts[key_positions])
         sought_at = np.where(sought_at == _NO_STAMP, pts[key_positions], sought_at)
+    del dts, decoding
+    has_stamps = pts.min() != _NO_STAMP and bool((np.diff(np.sort(pts)) > 0).all())
     if not has_stamps:
-        pts = np.arange(len(pts))
-    sorter = np.argsort(pts[shown])
-    order, positions = pts[shown][sorter], shown[sorter]
+        pts = np.arange(num_packets)
+    sorter = np.argsort(pts[shown]).astype(np.int32)
+    order = pts[shown][sorter]
+    positions = sorter if isinstance(shown, slice) else shown[sorter]
     if shown_at is not None and (shown_at == order).all():
         shown_at = order
     if origin is None:
         origin = 0 if shown_at is None else int(shown_at[0])
     index = Index(
-        num_frames=len(shown),
+        num_frames=len(order),
         order=order,
         has_stamps=has_stamps,
         shown_at=shown_at,
@@ -320,7 +324,7 @@ def _read_index(
         time_base=time_base,
         stated_fps=fps,
         positions=positions,
-        num_packets=len(pts),
+        num_packets=num_packets,
         num_lost=0,
         key_stamps=pts[key_positions],
         key_positions=key_positions,
@@ -348,12 +352,12 @@ def _shown_at(
     kinds = [values for values in (pts, dts) if values.min() != _NO_STAMP]
     if video.container.format.name in _FORMATS_OF_PLACES:
         kinds.reverse()
-    kinds = [np.sort(values) for values in kinds]
-    if len(pts) > 1 and kinds:
-        kinds = [values for values in kinds if values[0] < values[-1]]
-        if not kinds:
-            raise DecodeError(video.media.path, "zero_duration")
-    return kinds[0] if kinds else None
+    for values in kinds:
+        if len(values) == 1 or values.min() < values.max():
+            return np.sort(values)
+    if kinds:
+        raise DecodeError(video.media.path, "zero_duration")
+    return None
 
 
 def _is_packed(packet: av.Packet) -> bool:
