@@ -274,6 +274,28 @@ def test_files_with_other_content(content, message):
     assert message in str(error.value) and "x.pt" in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "model", "key", "shape"),
+    [
+        ("vjepa1_train", "target_encoder", "pos_embed", ()),
+        ("vjepa1_train", "target_encoder", "pos_embed", (0,)),
+        ("vjepa1_train", "target_encoder", "pos_embed", (2, 3)),
+        ("vjepa1_train", "target_encoder", "patch_embed.proj.weight", (3,)),
+        ("vjepa2_swiglu_nonsquare", "predictor", "predictor_embed.weight", (2, 3)),
+        ("vjepa2_1_image", "encoder", "patch_embed_img.proj.weight", (3, 3)),
+        ("vjepa2_ac", "predictor", "action_encoder.weight", ()),
+        ("vjepa2_ac", "predictor", "action_encoder.weight", (0, 0)),
+    ],
+)
+def test_official_weights_of_other_shapes(name, model, key, shape):
+    golden = Golden.named(name)
+    state = rules.strip_prefixes(golden.content[model])
+    assert key in state
+    golden.content[model] = state | {key: np.zeros(shape, np.float32)}
+    with pytest.raises(UserError):
+        conversion.import_file(golden.file(), golden.hints)
+
+
 def test_the_command_ends_with_one_line(copy):
     (copy / CONFIG).write_text('{"model_type": "vjepa2",')
     output = copy.parent / "output"

@@ -6,6 +6,7 @@ written.
 
 import dataclasses
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -64,6 +65,17 @@ class Converted:
         return "\n".join(lines)
 
 
+def _shapes_of(init: Callable[[jax.Array], Any]) -> Any:
+    """Return the shapes of a model's parameters; raise UserError if it cannot exist."""
+    try:
+        return init_shapes(init)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            "no model has the sizes that these weights show; they are damaged, or "
+            f"--num_heads or --predictor_heads is wrong: {str(error).splitlines()[0]}"
+        ) from None
+
+
 def _import_action_predictor(
     state: rules.State, hints: official.Hints
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, str]]:
@@ -73,7 +85,7 @@ def _import_action_predictor(
     actions = jnp.zeros((1, 1, state["action_encoder.weight"].shape[-1]))
     tokens = jnp.zeros((1, 1, predictor.out_dim))
     inputs = tokens, actions, actions, None, (1, 1, 1)
-    shapes = init_shapes(lambda key: predictor.init(key, *inputs)["params"])
+    shapes = _shapes_of(lambda key: predictor.init(key, *inputs)["params"])
     params, ignored = rules.import_state(
         rules.action_predictor_rules(predictor), state, shapes, "predictor"
     )
@@ -87,9 +99,7 @@ def _import_classifiers(
     fields = official.classifier_fields(states[0], hints)
     model = AttentiveClassifier(**fields)
     width = states[0]["pooler.query_tokens"].shape[-1]
-    shapes = init_shapes(
-        lambda key: model.init(key, jnp.zeros((1, 1, width)))["params"]
-    )
+    shapes = _shapes_of(lambda key: model.init(key, jnp.zeros((1, 1, width)))["params"])
     params: dict[str, Any] = {}
     ignored: dict[str, str] = {}
     for i, state in enumerate(states):
@@ -151,7 +161,7 @@ def import_file(file: files.WeightFile, hints: official.Hints) -> Converted:
     )
     encoder, predictor = build.make_models(config)
     clip_shape = (encoder.tubelet_size, encoder.patch_size, encoder.patch_size, 3)
-    shapes = init_shapes(
+    shapes = _shapes_of(
         lambda key: init_models((key, key), encoder, predictor, clip_shape)
     )
     encoders = {}

@@ -60,6 +60,8 @@ def _require_array(state: State, name: str, what: str, ndim: int) -> np.ndarray:
 
 def _table_grid(table: np.ndarray) -> positions.Grid | None:
     """Return the grid of a position table [1, N, D]; None if it is not V-JEPA's."""
+    if table.ndim != 3 or len(table) != 1 or table.size == 0:
+        return None
     table, axis_dim = table[0], 2 * -(-table.shape[-1] // 6)
 
     def run_length(
@@ -225,6 +227,7 @@ def action_predictor_fields(state: State, hints: Hints) -> dict[str, Any]:
     """Return the arguments of `registry.make_action_predictor`, see `make_config`."""
     what = "predictor"
     width, _ = _require_array(state, "predictor_embed.weight", what, 2).shape
+    _require_array(state, "action_encoder.weight", what, 2)
     known = _PREDICTOR_HEADS[ACTION_FAMILY]
     return {
         "depth": count_numbered(state, "predictor_blocks"),
