@@ -383,3 +383,30 @@ def test_config_of_an_earlier_release_takes_the_defaults_of_new_keys(config):
     assert found.streams.image.weight == 1.0
     assert found.streams.image.masks.one.num_blocks == 10
     assert found.streams.image.masks.one.mode == "official"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text[: len(text) // 2],
+        lambda _: "",
+        lambda _: "[]",
+        lambda _: "3",
+        lambda text: text.replace('"batch_size": 8', '"batch_size": "8"'),
+        lambda text: text.replace('"batch_size": 8', '"batch_size": true'),
+        lambda text: json.dumps(json.loads(text) | {"masks": {"short": 3}}),
+        lambda text: json.dumps(json.loads(text) | {"streams": {"image": None}}),
+        lambda text: json.dumps(json.loads(text) | {"evals": {"health": []}}),
+        lambda text: json.dumps(json.loads(text) | {"model": "large"}),
+    ],
+)
+def test_damaged_config_of_a_workdir_is_kept_and_named(config, tmp_path, change):
+    workdirs.claim(config, str(tmp_path))
+    file = tmp_path / "config.json"
+    damaged = change(file.read_text())
+    assert damaged != file.read_text()
+    file.write_text(damaged)
+    with pytest.raises(UserError, match=r"config\.json is not .* or is damaged") as e:
+        workdirs.require_no_other_run(config, str(tmp_path))
+    assert "rename it" in str(e.value) and "\n" not in str(e.value)
+    assert file.read_text() == damaged

@@ -113,8 +113,8 @@ def probe(config: ConfigDict, path: str) -> dict[str, Any]:
     return results
 
 
-def _earlier_seconds(run: ConfigDict, folder: pathlib.Path) -> dict[str, float]:
-    """Return how long rendering and training took, as they recorded it."""
+def _earlier_seconds(run: ConfigDict, folder: pathlib.Path) -> dict[str, float | None]:
+    """Return how long rendering and training took, as they recorded it, or None."""
     rows = metrics.read_metrics(str(folder))
     return {
         "render": render.render_seconds(run.world.path),

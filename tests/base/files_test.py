@@ -3,7 +3,9 @@
 import os
 import pathlib
 
+import numpy as np
 import pytest
+from damaged_files import damage, empty, flip, halve, zeros
 
 from vjepa_jax.base import files
 from vjepa_jax.base.errors import UserError
@@ -64,3 +66,25 @@ def test_text_is_read_by_its_byte_order_mark(tmp_path, encoding):
     else:
         with pytest.raises(UserError, match=r"a\.txt begins like UTF-\d+ text, but"):
             files.read_text(path)
+
+
+@pytest.mark.parametrize("how", [halve, empty, zeros, flip, None])
+def test_arrays_that_are_damaged_are_named_with_the_fix(tmp_path, rng, how):
+    path = tmp_path / "a.npz"
+    wanted = {"x": rng.random(500), "names": np.array(["a", "bc"])}
+    np.savez(path, **wanted)
+    found = files.read_arrays(path, "write it again")
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        np.testing.assert_array_equal(found[name], value)
+    damage(path, how)
+    with pytest.raises(UserError, match=r"a\.npz is missing or damaged \(") as error:
+        files.read_arrays(path, "write it again")
+    message = str(error.value)
+    assert message.endswith(": write it again") and "\n" not in message
+
+
+def test_a_pickle_among_arrays_is_not_read(tmp_path):
+    np.savez(tmp_path / "a.npz", x=np.array([{}], object))
+    with pytest.raises(UserError, match="missing or damaged"):
+        files.read_arrays(tmp_path / "a.npz", "write it again")

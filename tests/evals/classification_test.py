@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 from colour_videos import SIDE, make_frozen, write_videos
+from damaged_files import content_of, damage, empty, halve, zeros
 
 from vjepa_jax.base.errors import UserError
 from vjepa_jax.data.sources.records import Source, Subset, hold_out
@@ -158,6 +159,21 @@ def test_cached_tokens_are_those_of_the_clips(tmp_path, model, config):
                 ours.tokens[ours.valid], wanted.tokens[ours.valid]
             )
     assert wanted.tokens.shape == (4, 2, 16, 16) and wanted.valid.sum() == 1
+
+
+@pytest.mark.parametrize("name", ["index.npz", "tokens.arrayrecord"])
+@pytest.mark.parametrize("how", [halve, empty, zeros, None])
+def test_a_cache_that_is_damaged_is_named(tmp_path, model, config, name, how):
+    source = Subset(clip_tokens.open_source(config, "test_path"), np.arange(3))
+    videos = clip_tokens.make_videos(model, config, source, False)
+    folder = token_cache.cached(videos, str(tmp_path), "float32", 4, "digest").folder
+    damage(folder / name, how)
+    before = content_of(tmp_path)
+    with pytest.raises(UserError, match=f"damaged .*remove {folder}, and it is") as e:
+        next(
+            token_cache.cached(videos, str(tmp_path), "float32", 4, "digest").batches(4)
+        )
+    assert name in str(e.value) and content_of(tmp_path) == before
 
 
 def test_cached_equals_on_the_fly(tmp_path, model, config, monkeypatch):

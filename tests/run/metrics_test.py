@@ -303,3 +303,10 @@ def test_unknown_part_is_refused():
 def test_host_memory_is_plausible():
     peak = metrics.memory_scalars()["perf/host_peak_gib"]
     assert 0.05 < peak < 100
+
+
+def test_lines_that_are_not_of_a_step_are_skipped(tmp_path):
+    file = tmp_path / metrics.FILE
+    lines = ["[]", "3", "{}", '{"step": "4"}', '{"step": null}', '{"step": 2, "a": 1']
+    file.write_text('{"step": 1, "a": 0.5}\n' + "\n".join(lines))
+    assert metrics.read_metrics(str(file)) == [{"step": 1, "a": 0.5}]

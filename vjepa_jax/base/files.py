@@ -4,14 +4,30 @@ import codecs
 import contextlib
 import os
 import shutil
+import struct
 import uuid
+import zipfile
+import zlib
 from collections.abc import Iterator
 
+import numpy as np
 from etils import epath
 
 from vjepa_jax.base.errors import UserError
 
 PathLike = str | os.PathLike[str]
+
+# What NumPy raises for a `.npz` file that is incomplete or changed.
+_DAMAGE = (
+    ValueError,
+    TypeError,
+    LookupError,
+    EOFError,
+    RuntimeError,
+    struct.error,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 # The mark of UTF-32 begins with that of UTF-16.
 _MARKS = (
@@ -52,6 +68,24 @@ def read_text(path: PathLike) -> str:
                     "none: save it as UTF-8"
                 ) from error
     return content.decode("utf-8-sig", "surrogateescape")
+
+
+def read_arrays(path: PathLike, fix: str) -> dict[str, np.ndarray]:
+    """Read the arrays of a local `.npz` file by name.
+
+    Args:
+      path: of the file.
+      fix: what the user does about a damaged file, for the message.
+
+    Raises:
+      UserError: the file is missing or damaged.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return dict(arrays)
+    except (*_DAMAGE, OSError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{path} is missing or damaged ({reason}): {fix}") from None
 
 
 @contextlib.contextmanager

@@ -80,8 +80,8 @@ def read_state(
       time_steps: of the features, T'.
     """
     looks = render.looks_of(world)
-    with np.load(_truth_file(world, split.name)) as file:
-        truth = {name: file[name][index] for name in file}
+    arrays = render.read_truth(_truth_file(world, split.name))
+    truth = {name: values[index] for name, values in arrays.items()}
     (frames,) = reader.sampling.frames(np.arange(looks.num_frames))
 
     def per_step(name):

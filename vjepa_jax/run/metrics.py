@@ -322,7 +322,8 @@ def _rows(file: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 row = json.loads(line)
             except json.JSONDecodeError:
                 continue
-            if line.endswith("\n") and isinstance(row, dict) and "step" in row:
+            is_row = isinstance(row, dict) and isinstance(row.get("step"), int)
+            if line.endswith("\n") and is_row:
                 yield line, row
 
 

@@ -194,9 +194,22 @@ def render_world(config: ConfigDict) -> bool:
     return True
 
 
-def render_seconds(path: str) -> float:
-    """Return how long the last rendering of the complete world at `path` took."""
-    return json.loads((pathlib.Path(path) / MANIFEST).read_text())["seconds"]
+def render_seconds(path: str) -> float | None:
+    """Return how long the last rendering of the world at `path` took; None: unknown."""
+    try:
+        seconds = json.loads((pathlib.Path(path) / MANIFEST).read_text())["seconds"]
+        return float(seconds)
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+def read_truth(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """Return the truth of a split's clips; raise UserError if its file is damaged."""
+    fix = (
+        f"remove {path.parent} and render it again "
+        "(python -m vjepa_jax.prepare --config=...)"
+    )
+    return files.read_arrays(path, fix)
 
 
 def _read_settings(path: pathlib.Path) -> dict | None:

@@ -137,9 +137,14 @@ def _list_world(root: pathlib.Path) -> list[Group]:
         )
     source = open_source(str(root / f"{render.PHYSICS}.csv"))
     paths = [pathlib.Path(source.path_of(i)) for i in range(len(source))]
-    with np.load(truth_path) as truth:
-        rows = zip(paths, truth["property"], truth["possible"], strict=True)
-        videos = [(str(name), Video(p, bool(possible))) for p, name, possible in rows]
+    truth = render.read_truth(truth_path)
+    if len(truth["property"]) != len(paths):
+        raise UserError(
+            f"{truth_path} describes {len(truth['property'])} videos, the list beside "
+            f"it {len(paths)}: one of them is damaged; render the world again"
+        )
+    rows = zip(paths, truth["property"], truth["possible"], strict=True)
+    videos = [(str(name), Video(p, bool(possible))) for p, name, possible in rows]
     return [
         Group(name, (video, other))
         for (name, video), (_, other) in zip(videos[::2], videos[1::2], strict=True)

@@ -77,11 +77,27 @@ class CachedVideos:
         """Return the number of videos."""
         return len(self.row)
 
+    def _open(self) -> ArrayRecordReader:
+        reader = ArrayRecordReader(str(self.folder / _RECORDS), _READER_OPTIONS)
+        # A reader of an incomplete file finds no records, and reads nothing of them.
+        expected = int((self.row >= 0).sum())
+        if reader.num_records() != expected:
+            found = f"{reader.num_records()} records instead of {expected}"
+            raise self._damaged(found)
+        return reader
+
+    def _damaged(self, reason: object) -> UserError:
+        path = self.folder / _RECORDS
+        return UserError(f"{path} is damaged ({reason}): {_fix(self.folder)}")
+
     def batches(self, batch_size: int, order: np.ndarray | None = None) -> TokenBatches:
-        """Yield batches of one size, see `clip_tokens.Videos.batches`."""
+        """Yield batches of one size, see `clip_tokens.Videos.batches`.
+
+        Raises:
+          UserError: the records are damaged.
+        """
         order = np.arange(len(self)) if order is None else np.asarray(order)
-        path = str(self.folder / _RECORDS)
-        with contextlib.closing(ArrayRecordReader(path, _READER_OPTIONS)) as reader:
+        with contextlib.closing(self._open()) as reader:
             for start in range(0, len(order), batch_size):
                 index = order[start : start + batch_size]
                 missing = batch_size - len(index)
@@ -89,9 +105,13 @@ class CachedVideos:
                 row = np.where(index < 0, -1, self.row[index])
                 valid = row >= 0
                 tokens = np.zeros((batch_size, *self.shape), np.float32)
-                records = reader.read(row[valid].tolist()) if valid.any() else ()
-                for i, record in zip(np.flatnonzero(valid), records, strict=True):
-                    tokens[i] = np.frombuffer(record, self.dtype).reshape(self.shape)
+                try:
+                    records = reader.read(row[valid].tolist()) if valid.any() else ()
+                    for i, record in zip(np.flatnonzero(valid), records, strict=True):
+                        array = np.frombuffer(record, self.dtype)
+                        tokens[i] = array.reshape(self.shape)
+                except (RuntimeError, ValueError, IndexError) as error:
+                    raise self._damaged(error) from None
                 labels = np.where(valid, self.labels[index], 0)
                 yield TokenBatch(tokens, labels, index, valid)
 
@@ -140,14 +160,18 @@ def cached(
             if not cache.exists():
                 raise
     logging.info("tokens of %s are in %s", videos.source.name, cache)
-    with np.load(cache / _INDEX) as index:
-        return CachedVideos(
-            cache,
-            index["row"],
-            np.asarray(videos.source.labels),
-            tuple(index["shape"].tolist()),
-            jnp.dtype(dtype),
-        )
+    index = files.read_arrays(cache / _INDEX, _fix(cache))
+    return CachedVideos(
+        cache,
+        index["row"],
+        np.asarray(videos.source.labels),
+        tuple(index["shape"].tolist()),
+        jnp.dtype(dtype),
+    )
+
+
+def _fix(cache: pathlib.Path) -> str:
+    return f"remove {cache}, and it is written again"
 
 
 def _write(videos: Videos, folder: pathlib.Path, dtype: str, batch_size: int) -> None:
