@@ -1,7 +1,10 @@
 """Folders of the benchmarks of intuitive physics; which videos are compared."""
 
+import shutil
+
 import numpy as np
 import pytest
+from damaged_files import damage, halve
 from physics_files import (
     SIZE,
     quadruplet,
@@ -260,6 +263,18 @@ def test_pairs_of_the_world(pairs):
         # At this size the codec may swallow the first trace of a difference.
         assert onset <= shared_frames(*read) <= onset + 2
         assert matched_pairs(group, read) == [(0, 1)]
+
+
+def test_a_damaged_truth_of_the_world_is_named(pairs, tmp_path):
+    world = shutil.copytree(pairs, tmp_path / "world")
+    damage(world / "physics.npz", halve)
+    with pytest.raises(UserError, match=r"physics\.npz is missing or damaged .*render"):
+        open_groups("world", str(world))
+    shutil.copy(pairs / "physics.npz", world)
+    lines = (world / "physics.csv").read_text().splitlines(keepends=True)
+    (world / "physics.csv").write_text("".join(lines[:-1]))
+    with pytest.raises(UserError, match=r"physics\.npz describes \d+ videos, the list"):
+        open_groups("world", str(world))
 
 
 def test_shared_frames():
