@@ -1,6 +1,7 @@
 """What a user gets wrong costs one clear line and exit code 2, and changes nothing."""
 
 import json
+import math
 import subprocess
 import sys
 
@@ -40,6 +41,9 @@ def config(tmp_path):
     ("key", "value", "fix"),
     [
         ("batch_size", 0, "positive"),
+        ("seed", -1, "whole number from 0 to 4294967295"),
+        ("seed", 1 << 32, "whole number from 0 to 4294967295"),
+        ("optim.learning_rate", math.inf, "positive"),
         ("data.resolution", 100, "multiple of model.encoder.patch_size=16"),
         ("data.num_frames", 15, "multiple of model.encoder.tubelet_size=2"),
         ("model.dtype", "float16", "known: float32, bfloat16"),

@@ -121,3 +121,11 @@ def test_policies_run_the_attention_kernel_once(remat, forward_kernels):
     jaxpr, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
     kernels = str(jaxpr).count("pallas_call[")
     assert kernels == forward_kernels + 1  # one kernel makes all gradients
+
+
+def test_cpus_compute_in_single_precision():
+    """XLA for CPUs fails at some products of bf16, depending on what is beside them."""
+    for dtype in ("float32", "bfloat16"):
+        assert functional.computation_dtype(dtype, "cpu") == jnp.float32
+        for platform in ("gpu", "tpu"):
+            assert functional.computation_dtype(dtype, platform) == jnp.dtype(dtype)

@@ -54,7 +54,7 @@ def make_toy(spike_guard=None):
         params=params,
         target={"w": jnp.zeros(3)},
         opt_state=tx.init(params),
-        guard=Guard(zero, zero, zero, jnp.full(window, jnp.nan)),
+        guard=Guard(zero, zero, zero, jnp.full(window, jnp.inf)),
     )
     return jax.jit(step), state
 
@@ -102,7 +102,7 @@ def test_updates_that_are_not_finite_are_skipped():
             )
     # The next update is that of a run without these batches, at this step.
     zero = jnp.zeros((), jnp.int32)
-    unharmed = state.replace(guard=Guard(zero, zero, zero, jnp.full(1, jnp.nan)))
+    unharmed = state.replace(guard=Guard(zero, zero, zero, jnp.full(1, jnp.inf)))
     expected, _ = step(unharmed, batch_of(0.9, 2.0))
     state, metrics = step(state, batch_of(0.9, 2.0))
     assert_identical(changes(state), changes(expected))
@@ -221,3 +221,15 @@ def test_a_new_state_has_skipped_nothing_and_holds_no_empty_array(window, rememb
     assert state.guard.losses.shape == (remembered,)
     # Orbax does not store empty arrays.
     assert all(leaf.size for leaf in jax.tree.leaves(state))
+
+
+@pytest.mark.parametrize("guard", [None, SpikeGuard(3, 2.0)])
+def test_jax_debug_nans_finds_nothing_in_a_sound_run(guard):
+    step, state = make_toy(guard)
+    with jax.debug_nans(True):
+        init = make_init(Setup().objective, Setup().tx, shapes_of(1), 3)
+        nn.unbox(jax.jit(init)(jax.random.key(0)))
+        for _ in range(4):
+            state, _ = step(state, batch_of(1.0))
+        with pytest.raises(FloatingPointError):
+            step(state, batch_of(np.nan))

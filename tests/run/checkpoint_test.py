@@ -438,3 +438,25 @@ def test_orbax_progress_is_dropped_and_nothing_else(tmp_path, abstract, absl_rec
     progress = [r.getMessage() for r in absl_records if r.levelno < logging.WARNING]
     assert progress == ["ours"]
     assert "slow" in [r.getMessage() for r in absl_records]
+
+
+@pytest.mark.parametrize("name", ["lr=[1e-3]", "run\\1"])
+def test_folders_that_checkpoints_cannot_be_read_from_are_refused(tmp_path, name):
+    """Orbax takes them for patterns and leaves its arrays unfinished."""
+    for workdir in (tmp_path / name, tmp_path / name / "run"):
+        with pytest.raises(UserError, match="give a folder without"):
+            Checkpointer(str(workdir), every_steps=1, keep=1)
+        with pytest.raises(UserError, match="give a folder without"):
+            checkpoint.save_converted(str(workdir), {}, None, {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_signs_in_names_are_no_patterns(tmp_path):
+    abstract = make_abstract(make_mesh(1, 1))
+    state = make_state(abstract)
+    workdir = str(tmp_path / "a run, 100% #2 {x}? * ~ ü日")
+    with Checkpointer(workdir, every_steps=1, keep=1) as checkpointer:
+        checkpointer.save(1, state, DATA, META)
+    with Checkpointer(workdir, every_steps=1, keep=1) as checkpointer:
+        restored, *_ = checkpointer.restore(1, abstract)
+    jax.tree.map(np.testing.assert_array_equal, restored.params, state.params)

@@ -14,6 +14,7 @@ from vjepa_jax.config.ranges import (
     EVEN,
     NOT_NEGATIVE,
     POSITIVE,
+    SEED,
     SHARE,
     Range,
     Settings,
@@ -72,7 +73,7 @@ def _evaluation() -> Settings:
 
 def _run() -> Settings:
     s = Settings()
-    s.add("seed", 0, NOT_NEGATIVE)  # of initialisation, data order, augmentation, masks
+    s.add("seed", 0, SEED)  # of initialisation, data order, augmentation, masks
     s.add("total_steps", 90_000, POSITIVE)  # updates of the whole run
     s.add("batch_size", 3072, POSITIVE)  # clips per update, summed over all devices
     s.add("accumulate_steps", 1, POSITIVE)  # microbatches; divides batch_size
@@ -128,7 +129,7 @@ def _run() -> Settings:
     s.add("teacher.output_levels", 0, NOT_NEGATIVE)  # last levels predicted; 0: its own
 
     s.add("world.path", "")  # folder of the synthetic world; "": other data
-    s.add("world.seed", 0)  # of the clips
+    s.add("world.seed", 0, SEED)  # of the clips
     s.add("world.pretrain_videos", 4096, POSITIVE)  # videos to pretrain on
     s.add("world.probe_train_videos", 1650, POSITIVE)  # labelled videos to fit probes
     s.add("world.probe_test_videos", 880, POSITIVE)  # labelled videos to test probes
@@ -165,7 +166,8 @@ def _run() -> Settings:
     # dots_no_batch, attention (all but attention's outputs), full.
     s.add("model.remat", "none", one_of(choices.REMATS))
     s.add("model.attention", "auto", one_of(choices.ATTENTIONS))  # implementation
-    s.add("model.dtype", "bfloat16", one_of(choices.DTYPES))  # of the computation
+    # Of the computation; CPUs compute in float32 whatever it is.
+    s.add("model.dtype", "bfloat16", one_of(choices.DTYPES))
     # 8-bit dtype of the target encoder's matmuls: int8 (TPUs) or float8_e4m3fn (GPUs
     # from Hopper on); "": model.dtype.
     s.add("model.target_dtype", "", one_of(("", *choices.QUANTISED_DTYPES)))

@@ -21,9 +21,11 @@ class Range(NamedTuple):
     fix: str
 
 
-POSITIVE = Range(lambda v: v > 0, "give a positive number")
+POSITIVE = Range(lambda v: 0 < v < math.inf, "give a positive number")
 NOT_NEGATIVE = Range(lambda v: v >= 0, "give zero or a positive number")
 EVEN = Range(lambda v: v > 0 and v % 2 == 0, "give a positive even number")
+# JAX takes the lowest 32 bits of a seed: larger ones would repeat others.
+SEED = Range(lambda v: 0 <= v < 1 << 32, "give a whole number from 0 to 4294967295")
 SHARE = Range(lambda v: 0 <= v <= 1, "give a number from 0 to 1")
 INNER_SHARE = Range(lambda v: 0 < v < 1, "give a number between 0 and 1")
 COUNTS = Range(lambda v: len(v) > 0 and min(v) >= 1, "give positive numbers")

@@ -41,6 +41,7 @@ from vjepa_jax.evals.labelled import Labelled, open_labelled
 from vjepa_jax.evals.tokens import clip_tokens, token_cache
 from vjepa_jax.evals.tokens.clip_tokens import TokenBatch, Videos
 from vjepa_jax.evals.tokens.token_cache import CachedVideos
+from vjepa_jax.models.functional import computation_dtype
 from vjepa_jax.models.heads import AttentiveClassifier, LinearClassifier
 
 _MAX_CLASSES = 1_000_000  # larger labels are dates or names of files
@@ -327,7 +328,7 @@ def make_attentive_head(
         config.head.depth,
         outputs=outputs,
         remat=config.head.remat,
-        dtype=config.head.dtype,
+        dtype=computation_dtype(config.head.dtype, model.mesh.devices.flat[0].platform),
     )
 
 

@@ -2,13 +2,14 @@
 
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 
 from vjepa_jax.base.errors import UserError
 from vjepa_jax.config.saved import restored
 from vjepa_jax.evals import frozen
 from vjepa_jax.models.encoder import VideoEncoder
+from vjepa_jax.models.functional import computation_dtype
 from vjepa_jax.program import build
 from vjepa_jax.run import checkpoint
 
@@ -99,6 +100,7 @@ def load_encoder(
       path: folder of a conversion, or workdir of a run.
       step: a saved step; None: the latest.
       dtype: of the computation, `float32` or `bfloat16`; None: as in the config.
+        CPUs compute in float32.
       all_levels: V-JEPA 2.1: return the features of all levels, concatenated in the
         channels, instead of the last level's.
       out_layers: blocks, counted from 0, whose outputs are returned instead, each
@@ -111,9 +113,10 @@ def load_encoder(
     params, meta = checkpoint.restore_target(path, step)
     if "config" not in meta:
         raise UserError(f"{path} holds a {meta.get('kind')}, not an encoder")
-    encoder, _ = build.make_models(restored(meta["config"]))
+    here = jax.default_backend()
+    encoder, _ = build.make_models(restored(meta["config"]), here)
     if dtype is not None:
-        encoder = encoder.clone(dtype=jnp.dtype(dtype))
+        encoder = encoder.clone(dtype=computation_dtype(dtype, here))
     if encoder.levels:
         encoder = encoder.clone(output_levels=0 if all_levels else 1)
     out_layers = frozen.require_blocks(encoder, out_layers)

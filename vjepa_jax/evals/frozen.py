@@ -258,14 +258,14 @@ def load(path: str, step: int | None = None, mesh: Mesh | None = None) -> Frozen
         raise UserError(f"{path} holds a {kind}, not an encoder")
     config = restored(meta["config"])
     predictor: Predictor | None
-    encoder, predictor = build.make_models(config)
+    mesh = sharding.make_mesh() if mesh is None else mesh
+    encoder, predictor = build.make_models(config, mesh.devices.flat[0].platform)
     # An action-conditioned predictor is another module.
     if "predictor" not in params or kind == "action":
         params, predictor = {"target": params["target"]}, None
     else:
         params = {name: params[name] for name in ("target", "encoder", "predictor")}
     video_shape = tuple(meta["video_shape"])
-    mesh = sharding.make_mesh() if mesh is None else mesh
     init = _make_init(encoder, predictor, video_shape)
     # From the host: devices of several processes do not take each other's arrays.
     params = jax.tree.map(np.asarray, params)

@@ -16,6 +16,7 @@ from vjepa_jax.config.ranges import (
     INNER_SHARE,
     NOT_NEGATIVE,
     POSITIVE,
+    SEED,
     SHARE,
     Range,
     Settings,
@@ -28,7 +29,7 @@ from vjepa_jax.config.ranges import (
 def _settings(evaluation: str) -> Settings:
     s = Settings()
     s.add("evaluation", evaluation)  # a key of `registry.EVALUATIONS`
-    s.add("seed", 0, NOT_NEGATIVE)  # of all draws and of untrained models
+    s.add("seed", 0, SEED)  # of all draws and of untrained models
     s.add("step", -1)  # checkpoint to evaluate; -1: the latest
     return s
 

@@ -26,6 +26,18 @@ def platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
+def computation_dtype(dtype: str | jnp.dtype, on: str) -> jnp.dtype:
+    """Return the dtype in which models compute: `dtype`, but float32 on CPUs.
+
+    XLA does not run every product of bf16 on a CPU, and those that it runs are slow.
+
+    Args:
+      dtype: as the user asks for, such as `bfloat16`.
+      on: platform of the devices, see `platform`.
+    """
+    return jnp.dtype(jnp.float32 if on == "cpu" else dtype)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def dense(
     x: jax.Array, kernel: jax.Array, bias: jax.Array, dtype: jnp.dtype

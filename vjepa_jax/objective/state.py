@@ -19,9 +19,9 @@ class Guard(struct.PyTreeNode):
       skipped: int32 scalar, updates skipped in the run.
       skipped_in_row: int32 scalar, updates skipped since the last one taken.
       most_skipped_in_row: int32 scalar, the maximum of `skipped_in_row` so far.
-      losses: float32 [W], losses of the last W updates taken, the oldest first; NaN
-        if there were fewer. Without a guard against spikes W is 1 and the value stays
-        NaN, because Orbax stores no empty array.
+      losses: float32 [W], losses of the last W updates taken, the oldest first;
+        infinity if there were fewer. Without a guard against spikes W is 1 and the
+        value stays infinity, because Orbax stores no empty array.
     """
 
     skipped: jax.Array
@@ -77,7 +77,7 @@ def make_init(
                 skipped=jnp.zeros((), jnp.int32),
                 skipped_in_row=jnp.zeros((), jnp.int32),
                 most_skipped_in_row=jnp.zeros((), jnp.int32),
-                losses=jnp.full(max(spike_window, 1), jnp.nan, jnp.float32),
+                losses=jnp.full(max(spike_window, 1), jnp.inf, jnp.float32),
             ),
         )
 

@@ -29,7 +29,8 @@ class SpikeGuard:
 
     def is_spike(self, loss: jax.Array, recent: jax.Array) -> jax.Array:
         """Compare a loss with the last `window`; False until there are that many."""
-        # A comparison with NaN, which stands for a missing loss, is false.
+        # Infinity stands for a missing loss: the deviation is then NaN, and comparing
+        # with it is false. NaN itself would end every run under jax_debug_nans.
         return loss > recent.mean() + self.deviations * recent.std()
 
 

@@ -18,6 +18,7 @@ from vjepa_jax.base.errors import UserError
 from vjepa_jax.config.defaults import MAIN_STREAM, ConfigDict
 from vjepa_jax.models import registry
 from vjepa_jax.models.encoder import VideoEncoder
+from vjepa_jax.models.functional import computation_dtype
 from vjepa_jax.models.predictor import Predictor
 from vjepa_jax.objective import masking, optim
 from vjepa_jax.objective.masked import LossTerms, MaskedObjective, Stream
@@ -55,14 +56,23 @@ def batch_sizes(config: ConfigDict) -> dict[str, int]:
     return sizes
 
 
-def make_models(config: ConfigDict) -> tuple[VideoEncoder, Predictor]:
+def make_models(
+    config: ConfigDict, platform: str | None = None
+) -> tuple[VideoEncoder, Predictor]:
     """Make encoder and predictor.
+
+    Args:
+      config: of a run.
+      platform: of the devices that compute, see `functional.computation_dtype`; None:
+        the models are only described.
 
     Raises:
       UserError: a value does not fit the others; the message names its key.
     """
     model = config.model
     shared = {key: model[key] for key in _SHARED_FIELDS}
+    if platform is not None:
+        shared["dtype"] = computation_dtype(model.dtype, platform)
     fields = dict(model.encoder)
     size = fields.pop("size")
     try:
@@ -264,18 +274,21 @@ def make_spike_guard(config: ConfigDict) -> SpikeGuard | None:
 
 
 def make_objective(
-    config: ConfigDict, trained: ConfigDict | None = None
+    config: ConfigDict,
+    trained: ConfigDict | None = None,
+    platform: str | None = None,
 ) -> MaskedObjective:
     """Make the objective of a run.
 
     Args:
       config: of the run.
       trained: config of the teacher's training; None without a teacher.
+      platform: see `make_models`.
 
     Raises:
       UserError: the config contradicts itself.
     """
-    encoder, predictor = make_models(config)
+    encoder, predictor = make_models(config, platform)
     teacher = trained and make_teacher(config, trained, encoder, predictor)
     return MaskedObjective(
         encoder,
@@ -367,7 +380,8 @@ class Program:
         values = {name: float(f(last)) for name, f in self.schedules.items()}
         rates = (f"{name.replace('_', ' ')} {x:.4g}" for name, x in values.items())
         return (
-            f"{config.model.encoder.size} encoder on {self.grids[MAIN_STREAM]} tokens; "
+            f"{config.model.encoder.size} encoder on {self.grids[MAIN_STREAM]} tokens "
+            f"in {self.objective.encoder.dtype}; "
             f"{sharding.summary(self.decisions)}; mesh {dict(self.mesh.shape)}\n"
             f"at the last step {', '.join(rates)}"
         )
@@ -415,7 +429,7 @@ def make_program(
     shapes, sizes = video_shapes(config), batch_sizes(config)
     for size in sizes.values():
         sharding.check_divides(mesh, size, config.accumulate_steps)
-    objective = make_objective(config, trained)
+    objective = make_objective(config, trained, mesh.devices.flat[0].platform)
     schedules, tx = make_schedules(config), make_optimizer(config)
     split = sharding.batch_sharding(mesh)
     batch = {

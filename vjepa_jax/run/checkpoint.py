@@ -102,6 +102,23 @@ class Restored(NamedTuple):
     meta: dict[str, Any]
 
 
+def _folder_to_write(workdir: str) -> epath.Path:
+    """Return the folder of a workdir's checkpoints.
+
+    Raises:
+      UserError: Orbax would write checkpoints there that nobody can read, because it
+        searches its files by patterns (0.12.8).
+    """
+    folder = absolute(workdir) / FOLDER
+    for sign in "[\\":
+        if sign in files.absolute(workdir):
+            raise UserError(
+                f"no checkpoint can be written below {files.absolute(workdir)}: give "
+                f"a folder without '{sign}' in its path"
+            )
+    return folder
+
+
 class Checkpointer:
     """Saves and restores the state of one run; a context manager.
 
@@ -123,9 +140,12 @@ class Checkpointer:
           every_steps: steps between two checkpoints, at least 1.
           keep: number of latest checkpoints to keep, at least 1.
           skip_damaged: see `restore_latest`.
+
+        Raises:
+          UserError: Orbax cannot write below this path.
         """
         self._skip_damaged = skip_damaged
-        self._folder = absolute(workdir) / FOLDER
+        self._folder = _folder_to_write(workdir)
         options = ocp.CheckpointManagerOptions(
             save_decision_policy=policies.FixedIntervalPolicy(every_steps),
             preservation_policy=policies.LatestN(keep),
@@ -498,9 +518,9 @@ def save_converted(
       meta: as for `Checkpointer.save`.
 
     Raises:
-      UserError: `path` contains checkpoints.
+      UserError: `path` contains checkpoints, or Orbax cannot write below it.
     """
-    folder = absolute(path) / FOLDER
+    folder = _folder_to_write(path)
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty: give another folder")
     items: dict[str, ocp.args.CheckpointArgs] = {

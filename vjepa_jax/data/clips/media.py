@@ -330,6 +330,9 @@ class VideoStream:
                 # In the middle of a stream it would flush too early.
                 flush = packet
                 continue
+            if packet.has_sidedata("encryption_info"):
+                # Decoders conceal it: most of its frames would be black or noise.
+                raise DecodeError(self.media.path, "undecodable", "it is encrypted")
             if corrupt is not None:
                 yield corrupt
                 corrupt = None
