@@ -7,7 +7,6 @@ import subprocess
 import sys
 
 import pytest
-from ml_collections import ConfigDict
 
 from vjepa_jax.run import cli
 
@@ -108,24 +107,6 @@ def test_other_lines_about_backends_are_logged(caplog, monkeypatch):
         for line in lines:
             logger.info(line)
     assert caplog.messages == lines[1:]
-
-
-def test_home_is_found_where_shells_leave_the_tilde(monkeypatch):
-    monkeypatch.setenv("HOME", "/home/her")
-    config = ConfigDict({"data": {"path": "~/a,~/b,c/~/d"}, "seed": 1}).lock()
-    config.unlock()
-    config.overrides = "num_videos=2 data.test_path=~/v"
-    config.tfds = "tfds:films:train@~/tfds"
-    config.kept = "~other/a b~ ~x"
-    config.lock()
-    cli._expand_home(config)
-    assert config.to_dict() == {
-        "data": {"path": "/home/her/a,/home/her/b,c/~/d"},
-        "seed": 1,
-        "overrides": "num_videos=2 data.test_path=/home/her/v",
-        "tfds": "tfds:films:train@/home/her/tfds",
-        "kept": "~other/a b~ ~x",
-    }
 
 
 def test_every_path_of_a_command_line_may_begin_at_home(tmp_path):

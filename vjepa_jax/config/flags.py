@@ -1,9 +1,15 @@
 """Define the flag that names a config file and overrides its values."""
 
+import os
+import re
 from collections.abc import Callable, Mapping
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
+
+# `~` where a path begins: of one source, of several, of a folder of TFDS, and of an
+# override of an evaluation during training.
+_HOME = re.compile(r"(^|(?<=[,@= ]))~(?=[/, ]|$)")
 
 
 class _NamedConfigs(flags.ArgumentParser):
@@ -57,3 +63,28 @@ def define_config_flag(
     if required:
         flags.mark_flag_as_required(name)
     return holder
+
+
+def expand_home(values: flags.FlagValues) -> None:
+    """Replace `~` at the start of paths in flags of text and in configs.
+
+    A shell leaves it in `--workdir=~/run`, and in a list of sources.
+    """
+    for name in values:
+        flag = values[name]
+        if isinstance(flag.value, str):
+            flag.value = _with_home(flag.value)
+        elif isinstance(flag.value, ConfigDict):
+            _expand_config(flag.value)
+
+
+def _expand_config(config: ConfigDict) -> None:
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            _expand_config(value)
+        elif isinstance(value, str):
+            config[key] = _with_home(value)
+
+
+def _with_home(text: str) -> str:
+    return _HOME.sub(lambda _: os.path.expanduser("~"), text)

@@ -2,17 +2,16 @@
 
 import inspect
 import logging
-import os
 import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from absl import app, flags
-from ml_collections import ConfigDict
 
 from vjepa_jax.base.errors import UserError
 from vjepa_jax.base.host_memory import keep_freed_memory
+from vjepa_jax.config.flags import expand_home
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # as shells report a process that Ctrl-C ended
@@ -94,27 +93,6 @@ def _unknown_key(message: str, argv: Sequence[str]) -> str | None:
     return None
 
 
-# `~` where a path begins: of one source, of several, of a folder of TFDS, and of an
-# override of an evaluation during training.
-_HOME = re.compile(r"(^|(?<=[,@= ]))~(?=[/, ]|$)")
-
-
-def _expand_home(values: Any) -> None:
-    """Replace `~` in the paths of a config.
-
-    A shell leaves it in `--config.data.path=~/videos`, and in a list of sources.
-    """
-    for key, value in values.items():
-        if isinstance(value, ConfigDict):
-            _expand_home(value)
-        elif isinstance(value, str) and "~" in value:
-            values[key] = _with_home(value)
-
-
-def _with_home(path: str) -> str:
-    return _HOME.sub(lambda _: os.path.expanduser("~"), path)
-
-
 def _parse_flags(argv: list[str]) -> list[str]:
     if {"--help", "-help", "-h"} & set(argv):
         print(_help())
@@ -125,7 +103,6 @@ def _parse_flags(argv: list[str]) -> list[str]:
             if name in flags.FLAGS and flags.FLAGS[name].present:
                 config: Any = flags.FLAGS[name].value
                 config.keys()  # raises if the file failed to load
-                _expand_home(config)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as e:
         # Mistakes in the config file and unknown keys arrive as these.
         cause: BaseException = e
@@ -136,10 +113,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
         message = message.rsplit(f"{UserError.__name__}: ", 1)[-1]
         message = re.sub(_NOT_LOADED, "the config cannot be loaded: ", message)
         fail(_unknown_key(message, argv) or message)
-    for defined in flags.FLAGS.flags_by_module_dict().values():
-        for flag in defined:
-            if isinstance(flag.value, str) and "~" in flag.value:
-                flag.value = _with_home(flag.value)
+    expand_home(flags.FLAGS)
     if len(rest) > 1:
         fail(f"argument '{rest[1]}' is not a flag: write --name=value")
     return rest
