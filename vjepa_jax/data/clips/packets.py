@@ -224,38 +224,46 @@ def _decode_compared(
 ) -> Iterator[av.VideoFrame]:
     """Decode all frames from the key frame of a span up to the last one wanted."""
     assert index.order is not None
-    number = int(np.searchsorted(index.order, span.key_stamp))
+    first = number = int(np.searchsorted(index.order, span.key_stamp))
+    context = video.stream.codec_context
     left = set(span.stamps)
-    for frame in _decode_all(video, packets):
-        # Frames before the key frame may have lost those that they need.
-        if frame.pts is not None and frame.pts < span.key_stamp:
-            _compare(number == np.searchsorted(index.order, span.key_stamp))
-            continue
-        # Without the beginning decoded, the decoder may not know that it must wait.
-        _compare(
-            video.media.is_probed
-            or frame.pict_type != PictureType.B
-            or video.stream.codec_context.reorder_depth > 0
-        )
-        _compare(number < index.num_frames and frame.pts == index.order[number])
-        number += 1
-        yield frame
-        left.discard(cast(int, frame.pts))
+    num_read = 0
+    for packet, frames in _decode_all(video, packets):
+        if packet is not None and not packet.is_discard:
+            num_read += cast(int, packet.pts) >= span.key_stamp
+        for frame in frames:
+            # Frames before the key frame may have lost those that they need.
+            if frame.pts is not None and frame.pts < span.key_stamp:
+                _compare(number == first)
+                continue
+            # Without the beginning decoded, the decoder may not know that it must wait.
+            _compare(
+                video.media.is_probed
+                or frame.pict_type != PictureType.B
+                or context.reorder_depth > 0
+            )
+            _compare(number < index.num_frames and frame.pts == index.order[number])
+            number += 1
+            yield frame
+            left.discard(cast(int, frame.pts))
+        # The decoder holds back no more frames than it says, or has lost some.
+        delay = 0 if packet is None else context.reorder_depth
+        _compare(not frames or num_read - (number - first) <= delay)
         if not left:
             return
 
 
 def _decode_all(
     video: VideoStream, packets: Iterable[av.Packet]
-) -> Iterator[av.VideoFrame]:
-    context = video.stream.codec_context
-    context.skip_frame = "DEFAULT"
+) -> Iterator[tuple[av.Packet | None, list[av.VideoFrame]]]:
+    """Yield each packet and the frames that it brings out; None at the end."""
+    video.stream.codec_context.skip_frame = "DEFAULT"
     for packet in packets:
         if not packet.size:
             break
         video.media.check_time()
-        yield from video.stream.decode(packet)
-    yield from context.decode(None)
+        yield packet, video.stream.decode(packet)
+    yield None, video.stream.codec_context.decode(None)
 
 
 def _compare(is_equal: bool) -> None:
@@ -347,7 +355,9 @@ class _Group:
         """Yield the frames; raise OrderError if others are lost than the first ones."""
         start, first = self._start, -1
         came: set[int] = set()
-        frames = _decode_all(self._video, self._packets())
+        frames = itertools.chain.from_iterable(
+            frames for _, frames in _decode_all(self._video, self._packets())
+        )
         for count, frame in enumerate(frames, start + 1):
             position = self._position_of.get(frame.pts, -1)
             _compare(position >= 0 and position not in came)
