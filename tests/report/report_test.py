@@ -10,6 +10,7 @@ import shutil
 import numpy as np
 import pytest
 import report_files
+from damaged_files import damage, halve, largest
 from report_files import HOSTILE
 
 from vjepa_jax import probe
@@ -198,6 +199,20 @@ def test_what_is_missing_is_named_in_a_line(tmp_path, is_world):
     assert "gone.csv' does not exist" in text
     # The loss; and of the world's pairs, which need no data, one for each law.
     assert len(page.figures()) == 1 + 9 * is_world
+
+
+def test_a_damaged_checkpoint_is_named_and_another_can_be_chosen(tmp_path):
+    config = report_files.make_config(tmp_path / "gone.csv", is_world=False)
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    report_files.write_checkpoint(tmp_path, config)
+    steps = tmp_path / "checkpoints"
+    shutil.copytree(steps / "0", steps / "1")
+    damage(largest(steps / "1/target"), halve)
+    text = pathlib.Path(report.write_report(str(tmp_path))).read_text()
+    assert f"{steps / '1'} is damaged" in text
+    assert "step 0 is intact: choose it with step=0" in text
+    text = pathlib.Path(report.write_report(str(tmp_path), step=0)).read_text()
+    assert "is damaged" not in text and "no checkpoint" not in text
 
 
 def test_real_videos_have_no_pairs(run, tmp_path):

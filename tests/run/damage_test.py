@@ -206,6 +206,18 @@ def test_a_chosen_step_is_not_replaced(copy, abstract):
         assert "step 4 is intact: choose it with step=4" in message
     message = refusal(checkpoint.restore_start, copy.parent, abstract, True, 2)
     assert message.endswith("step 4 is intact: choose it with config.init.step=4")
+    option = "config.teacher.step"
+    message = refusal(checkpoint.restore_target, copy.parent, 2, option)
+    assert message.endswith("step 4 is intact: choose it with config.teacher.step=4")
+
+
+def test_damaged_weights_of_a_conversion_are_named(run, tmp_path):
+    state = run[1][4]
+    checkpoint.save_converted(str(tmp_path), state.target, state.params, META)
+    damage(largest(tmp_path / checkpoint.FOLDER / "0/target"), halve)
+    for read in (checkpoint.restore_target, checkpoint.restore_models):
+        message = refusal(read, str(tmp_path))
+        assert "0 is damaged (target: " in message and "convert" in message
 
 
 def test_a_new_run_starts_from_the_step_that_is_chosen(run, copy, abstract):

@@ -415,7 +415,10 @@ def _read_saved(
                 raise UserError(
                     f"{error}; step {other} is intact: choose it with {option}={other}"
                 ) from None
-        raise UserError(f"{error}; {_no_other(len(others))}") from None
+        raise UserError(
+            f"{error}; {_no_other(len(others))}: restore its files from a copy, or "
+            "convert its weights again"
+        ) from None
 
 
 def restore_target(
