@@ -153,3 +153,24 @@ def test_few_videos_of_a_class_are_named():
         require_per_class(np.array([0, 1, 0]), 2, "config.shots", names)
     with pytest.raises(UserError, match=r"all 1 readable videos .* class 'take'"):
         require_per_class(np.array([1]), 1, "config.shots", names)
+
+
+def test_videos_to_learn_from_and_to_test_on_are_compared(config, folders, capfd):
+    keys = "train_path", "test_path"
+    open_labelled(config, keys)
+    assert "are also in" not in "".join(capfd.readouterr())
+    lines = [
+        f"{folders}/train/../train/apple/0.mp4 0",
+        f"{folders}/test/cherry/1.mp4 2",
+    ]
+    (folders / "mixed.csv").write_text("\n".join(lines))
+    train = "".join(
+        f"{folders}/train/{name}/{i}.mp4 {label}\n"
+        for name, label in COLOURS.items()
+        for i in range(4)
+    )
+    (folders / "train.csv").write_text(train)
+    set_paths(config, folders / "train.csv", folders / "mixed.csv")
+    open_labelled(config, keys)
+    shown = "".join(capfd.readouterr())
+    assert "1 of the 2 videos of config.data.test_path are also in" in shown

@@ -4,7 +4,8 @@ All that can be wrong with labels is reported before anything is encoded.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from vjepa_jax.config.defaults import ConfigDict
 from vjepa_jax.data.sources.classes import CLASSES_FILE, shown, unite_classes
 from vjepa_jax.data.sources.records import Source
 from vjepa_jax.evals.tokens import clip_tokens
+from vjepa_jax.parallel.distributed import print_on_main
 
 TRAIN = "train_path"
 
@@ -67,6 +69,7 @@ def open_labelled(
         _require_range(source, labels[key], num_classes)
     found = Labelled(sources, num_classes, names)
     _require_classes(found, labels)
+    _report_shared(sources)
     return found
 
 
@@ -109,6 +112,22 @@ def _open_united(config: ConfigDict, keys: Sequence[str]) -> dict[str, Source]:
         key: clip_tokens.joined([next(united) for _ in sources])
         for key, sources in parts.items()
     }
+
+
+def _report_shared(sources: dict[str, Source]) -> None:
+    """Print how many of the other videos are among the training videos."""
+    learned = set(_paths(sources[TRAIN]))
+    for key, source in sources.items():
+        shared = sum(path in learned for path in _paths(source))
+        if shared and key != TRAIN:
+            print_on_main(
+                f"{shared} of the {len(source)} videos of config.data.{key} are also "
+                f"in config.data.{TRAIN}: accuracies are higher than on new videos"
+            )
+
+
+def _paths(source: Source) -> Iterator[str]:
+    return (os.path.normpath(source.path_of(i)) for i in range(len(source)))
 
 
 def _require_range(source: Source, labels: np.ndarray, num_classes: int) -> None:
