@@ -114,6 +114,11 @@ def test_every_path_of_a_command_line_may_begin_at_home(tmp_path):
     done = run("-m", "vjepa_jax.report", "--workdir=~/run", **home)
     assert done.returncode == 2
     assert f"{tmp_path}/run" in done.stderr
-    done = run("-m", "vjepa_jax.check", SMOKE, "--config.data.path=~/films", **home)
+    (tmp_path / "mine.py").write_text(
+        "from vjepa_jax.config.defaults import get_config as default\n"
+        "def get_config(size): return default()\n"
+    )
+    config = "--config=~/mine.py:small"
+    done = run("-m", "vjepa_jax.check", config, "--config.data.path=~/films", **home)
     assert done.returncode == 2
     assert f"{tmp_path}/films" in done.stderr

@@ -32,7 +32,7 @@ class _NamedConfigs(flags.ArgumentParser):
         """Return the config."""
         name, *arguments = argument.split(":", 1)
         if name not in self.named:
-            return self.files.parse(argument)
+            return self.files.parse(os.path.expanduser(argument))
         return self.named[name](*arguments).lock()
 
     def flag_type(self) -> str:
@@ -56,8 +56,8 @@ def define_config_flag(
         name, None, "File with get_config(), e.g. configs/world_tiny.py"
     )
     flag = flags.FLAGS[name]
+    flag.parser = _NamedConfigs(named or {}, flag.parser)
     if named:
-        flag.parser = _NamedConfigs(named, flag.parser)
         flag.help = f"{', '.join(named)}, or a file with get_config()"
     flag.help += f"; --{name}.KEY=VALUE changes a value"
     if required:
