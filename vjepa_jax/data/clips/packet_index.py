@@ -43,6 +43,8 @@ _FORMATS_WITHOUT_DTS = ("matroska,webm", "nut")
 _FORMATS_OF_PLACES = ("avi", "asf")
 
 _NO_STAMP = np.iinfo(np.int64).min
+# After such a pause in a stream without an index, another recording may have begun.
+_PAUSE_SECS = 1.0
 # A picture of MPEG-4 that repeats the one before it is no longer.
 _MAX_REPEAT_BYTES = 10
 _PICTURE_START = b"\0\0\1\xb6"
@@ -304,6 +306,13 @@ def _read_index(
         # Other containers may be sought in by when packets are decoded.
         sought_at = np.minimum(sought_at, dts[key_positions])
         sought_at = np.where(sought_at == _NO_STAMP, pts[key_positions], sought_at)
+    starts = clock.starts
+    if not has_times and dts.min() != _NO_STAMP:
+        later = np.flatnonzero(np.diff(dts) > round(_PAUSE_SECS / time_base)) + 1
+        starts = np.append(starts, later)
+    is_countable = is_countable and _start_whole(pts, starts, key_positions)
+    # The decoder may treat the first frames of another recording in its own way.
+    is_countable = is_countable and (packets is None or not clock.is_set_back)
     del dts, decoding
     has_stamps = pts.min() != _NO_STAMP and bool((np.diff(np.sort(pts)) > 0).all())
     if not has_stamps:
@@ -333,7 +342,7 @@ def _read_index(
         clock=clock,
         has_times=has_times,
         can_reorder=can_reorder,
-        is_countable=is_countable and _start_whole(pts, clock.starts, key_positions),
+        is_countable=is_countable,
         # Frames in front of the first key frame may be lost.
         is_settled=end is not None
         or (0 in key_positions[:1] and bool(pts[0] <= order[0])),
