@@ -1,6 +1,7 @@
 """A frozen model computes what its modules do, for any batch and on any mesh."""
 
 import json
+import shutil
 
 import chex
 import flax.linen as nn
@@ -296,3 +297,32 @@ def test_an_unknown_evaluation_is_named(saved):
 def test_probes_of_the_world_need_a_run_of_it(saved):
     with pytest.raises(UserError, match=r"no config\.world\.path"):
         probe.probe(make_evaluation(evaluation="world"), saved[0])
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("encoder.size", None),
+        ("encoder.patch_size", 0),
+        ("encoder.patch_size", -1),
+        ("encoder.tubelet_size", 0),
+        ("pos_embed", "learned"),
+        ("attention", "magic"),
+        ("predictor.num_heads", 0),
+        ("predictor.depth", -1),
+        ("predictor.mlp", "relu"),
+    ],
+)
+def test_a_changed_description_of_the_model_is_named(saved, tmp_path, key, value):
+    workdir = shutil.copytree(saved[0], tmp_path / "run")
+    (file,) = workdir.glob("checkpoints/*/meta/metadata")
+    meta = json.loads(file.read_text())
+    *parents, name = key.split(".")
+    fields = meta["config"]["model"]
+    for parent in parents:
+        fields = fields[parent]
+    fields[name] = value
+    file.write_text(json.dumps(meta))
+    with pytest.raises(UserError, match=r"meta.* is damaged|is damaged .meta: ") as e:
+        frozen.load(str(workdir))
+    assert str(workdir) in str(e.value) and "\n" not in str(e.value)

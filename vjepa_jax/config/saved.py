@@ -90,8 +90,7 @@ def _fill(config: ConfigDict, default: ConfigDict, named: tuple[str, ...] = ()) 
 
 def _require_type(key: str, value: Any, default: Any) -> None:
     kinds = (int, float) if type(default) is float else (type(default),)
-    is_unset = value is None and not isinstance(default, ConfigDict)
-    if type(value) not in kinds and not is_unset:
+    if type(value) not in kinds:
         raise UserError(
             f"the saved config has {key or 'an entry'}={value!r}, which is not a "
             f"{type(default).__name__}"

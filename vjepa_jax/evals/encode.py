@@ -114,7 +114,8 @@ def load_encoder(
     if "config" not in meta:
         raise UserError(f"{path} holds a {meta.get('kind')}, not an encoder")
     here = jax.default_backend()
-    encoder, _ = build.make_models(restored(meta["config"]), here)
+    with checkpoint.explain_misfit(path):
+        encoder, _ = build.make_models(restored(meta["config"]), here)
     if dtype is not None:
         encoder = encoder.clone(dtype=computation_dtype(dtype, here))
     if encoder.levels:

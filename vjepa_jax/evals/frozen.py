@@ -259,17 +259,18 @@ def load(path: str, step: int | None = None, mesh: Mesh | None = None) -> Frozen
     config = restored(meta["config"])
     predictor: Predictor | None
     mesh = sharding.make_mesh() if mesh is None else mesh
-    encoder, predictor = build.make_models(config, mesh.devices.flat[0].platform)
-    # An action-conditioned predictor is another module.
-    if "predictor" not in params or kind == "action":
-        params, predictor = {"target": params["target"]}, None
-    else:
-        params = {name: params[name] for name in ("target", "encoder", "predictor")}
-    video_shape = tuple(meta["video_shape"])
-    init = _make_init(encoder, predictor, video_shape)
-    # From the host: devices of several processes do not take each other's arrays.
-    params = jax.tree.map(np.asarray, params)
-    placed = jax.device_put(params, sharding.state_shardings(init, mesh))
+    with checkpoint.explain_misfit(path):
+        encoder, predictor = build.make_models(config, mesh.devices.flat[0].platform)
+        # An action-conditioned predictor is another module.
+        if "predictor" not in params or kind == "action":
+            params, predictor = {"target": params["target"]}, None
+        else:
+            params = {name: params[name] for name in ("target", "encoder", "predictor")}
+        video_shape = tuple(meta["video_shape"])
+        init = _make_init(encoder, predictor, video_shape)
+        # From the host: devices of several processes do not take each other's arrays.
+        params = jax.tree.map(np.asarray, params)
+        placed = jax.device_put(params, sharding.state_shardings(init, mesh))
     return FrozenModel(encoder, predictor, placed, config, video_shape, mesh)
 
 

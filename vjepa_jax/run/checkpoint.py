@@ -453,6 +453,33 @@ def restore_target(
     return _read_saved(path, step, read, option)
 
 
+@contextlib.contextmanager
+def explain_misfit(path: str) -> Iterator[None]:
+    """Turn errors of models whose description was changed into UserErrors.
+
+    Args:
+      path: of the checkpoint.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    # A changed size or choice fails wherever a model is first built or computed.
+    except (
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+    ) as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(
+            f"the description of the model in {path} does not fit its weights; its "
+            f"`meta` is damaged ({reason}): restore it from a copy, or choose another "
+            "step"
+        ) from error
+
+
 def restore_models(
     path: str, step: int | None = None
 ) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -311,7 +311,9 @@ def export_official(source: str, output: str, step: int | None = None) -> None:
     models, meta = checkpoint.restore_models(source, step)
     is_wrapped = meta.get("kind", "pretraining") in ("pretraining", "encoder")
     prefix = "module.backbone." if is_wrapped else "module."
-    files.write_official(output, export_parts(models, meta), prefix)
+    with checkpoint.explain_misfit(source):
+        parts = export_parts(models, meta)
+    files.write_official(output, parts, prefix)
 
 
 def export_huggingface(source: str, output: str, step: int | None = None) -> None:
@@ -329,16 +331,18 @@ def export_huggingface(source: str, output: str, step: int | None = None) -> Non
     kind = meta.get("kind", "pretraining")
     if kind not in ("pretraining", "encoder"):
         raise UserError(f"transformers has no model for a checkpoint of kind '{kind}'")
-    config = restored(meta["config"])
-    family = official.family_of(config)
-    encoder, predictor = build.make_models(config)
+    with checkpoint.explain_misfit(source):
+        config = restored(meta["config"])
+        family = official.family_of(config)
+        encoder, predictor = build.make_models(config)
     mlps = {encoder.mlp, predictor.mlp}
     if family != "vjepa2" or mlps != {"gelu"}:
         raise UserError(
             f"transformers has only V-JEPA 2 with GELU; {source} is {family} with "
             f"{' and '.join(sorted(mlps))}"
         )
-    exported = export_parts(models, meta)
+    with checkpoint.explain_misfit(source):
+        exported = export_parts(models, meta)
     parts = {"encoder": exported[meta.get("official_keys", _KEYS_OF_A_RUN)["target"]]}
     clip = config.data.num_frames, config.data.resolution
     fields = huggingface.encoder_config(encoder, clip)
