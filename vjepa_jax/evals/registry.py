@@ -24,6 +24,7 @@ EVALUATIONS: dict[str, Evaluation | str] = {
     "health": "vjepa_jax.evals.health",
     "neighbours": "vjepa_jax.evals.neighbours",
     "physics": "vjepa_jax.evals.physics.physics",
+    "real_video": "vjepa_jax.evals.real_video",
     "segmentation": "vjepa_jax.evals.segmentation.segmentation",
     "video_objects": "vjepa_jax.evals.video_objects.video_objects",
     "world": "vjepa_jax.evals.world_state",

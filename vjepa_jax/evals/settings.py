@@ -7,6 +7,7 @@ and `config.evals.X.file=NAME` of a run take them from here. The files
 
 import functools
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from vjepa_jax.base.choices import DTYPES, REMATS, RESIZES, SAMPLINGS
 from vjepa_jax.base.errors import UserError
@@ -23,6 +24,7 @@ from vjepa_jax.config.ranges import (
     check_ranges,
     one_of,
     pair,
+    require,
 )
 
 
@@ -324,6 +326,47 @@ def world() -> Settings:
     return s
 
 
+@_evaluation
+def real_video() -> Settings:
+    """Return the defaults of `evals/real_video.py`; it needs `tasks`, see `task`."""
+    s = _of_videos("real_video")
+    s.config.data.num_frames = s.config.data.resolution = 0
+    s.add("data.num_workers", 2, NOT_NEGATIVE)
+    # A task has its own lists and distance of frames, and every video gives one clip.
+    s.remove("data.train_path", "data.test_path", "data.num_clips", "data.num_views")
+    s.remove("data.frame_step", "data.fps", "data.duration_secs", "out_layers")
+    s.remove("data.allow_clip_overlap", "data.worker_timeout_secs")
+    s.add("tasks", ConfigDict())  # by name, see `task`
+    s.add("other.path", "")  # a further run or conversion to compare with; "": none
+    s.add("other.name", "other")  # of its column
+    s.add("k", 10, POSITIVE)  # nearest neighbours that vote, weighted by distance
+    s.add("labels_per_class", 8, POSITIVE)  # of the few-label probe
+    s.add("draws", 20, POSITIVE)  # training sets of the few-label probe
+    s.add("num_heads", 3, POSITIVE)  # of the attentive probes, at most
+    s.add("attentive.updates", 300, POSITIVE)
+    s.add("attentive.batch_size", 64, POSITIVE)  # samples per update
+    s.add("attentive.learning_rates", (1e-3, 3e-3))  # peaks, a probe each
+    s.add("attentive.weight_decay", 0.01, NOT_NEGATIVE)
+    return s
+
+
+def task(**fields: Any) -> ConfigDict:
+    """Return the config of a task of `real_video` with `fields`."""
+    config = ConfigDict()
+    config.train_path = ""  # videos to learn from, as data.path of a run
+    config.test_path = ""  # videos to evaluate on
+    # Distance of a clip's frames: exactly one of these two is positive.
+    config.frame_step = 0  # in frames of the video
+    config.fps = 0.0  # frames per second
+    # "": the classes of the lists. Or class 1 is the clip with a change, class 0 the
+    # clip itself: `arrow` runs it backwards, `halves` exchanges its halves.
+    config.change = ""
+    # Arrays in VIDEO.npz with a number per frame, to be predicted instead of classes.
+    config.values = ()
+    config.update(fields)
+    return config
+
+
 # ----------------------------------------------------------------- published recipes
 
 # Encoders of the papers; side of their clips in pixels. V-JEPA 1's have names with it.
@@ -393,6 +436,8 @@ def validate(config: ConfigDict) -> None:
       UserError: names the key, its value and the allowed values.
     """
     check_ranges(flatten(config.to_dict()), _RANGES[config.evaluation])
+    if config.evaluation == "real_video":
+        _validate_tasks(config.tasks)
     if "grids" not in config:
         return
     if "cache" in config and config.cache.path and config.data.augment:
@@ -413,4 +458,32 @@ def validate(config: ConfigDict) -> None:
             raise UserError(
                 f"config.grids.{name}.warmup_epochs={fields.warmup_epochs} is out of "
                 f"range: give a number below config.epochs={config.epochs}"
+            )
+
+
+CHANGES = ("", "arrow", "halves")  # of a clip, see `task`
+
+
+def _validate_tasks(tasks: ConfigDict) -> None:
+    if not tasks:
+        raise UserError(
+            "config.tasks is empty: give a file with tasks, such as "
+            "configs/probe_real_video.py"
+        )
+    for name, fields in tasks.items():
+        key = f"tasks.{name}"
+        change, is_one = fields.change, (fields.frame_step > 0) != (fields.fps > 0)
+        require(change in CHANGES, f"{key}.change", change, f"known: {CHANGES}")
+        require(
+            is_one, f"{key}.fps", fields.fps, "give either frame_step or fps, positive"
+        )
+        if fields.values:
+            require(
+                not change, f"{key}.change", change, "values have classes, not both"
+            )
+            require(
+                fields.frame_step > 0,
+                f"{key}.frame_step",
+                fields.frame_step,
+                "values of frames need a distance in frames",
             )

@@ -25,6 +25,27 @@ from vjepa_jax.evals.heads.head_grid import GridTraining, HeadGrid, Loss, Schedu
 from vjepa_jax.models.heads import AttentiveClassifier, AttentiveRegressor
 
 
+def linear_classes(
+    train: np.ndarray,
+    train_labels: np.ndarray,
+    test: np.ndarray,
+    regularisation: float = 1e-2,
+) -> np.ndarray:
+    """Fit a logistic regression on standardised features; classify the test samples.
+
+    Args:
+      train, test: float [N, D], one vector per clip.
+      train_labels: int [N].
+      regularisation: L2 penalty per sample.
+
+    Returns:
+      int [N], predicted classes.
+    """
+    c = 1 / (regularisation * len(train))
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=1000))
+    return model.fit(train, train_labels).predict(test)
+
+
 def linear_accuracy(
     train: np.ndarray,
     train_labels: np.ndarray,
@@ -32,16 +53,21 @@ def linear_accuracy(
     test_labels: np.ndarray,
     regularisation: float = 1e-2,
 ) -> float:
-    """Fit a logistic regression on standardised features; return test accuracy.
+    """Return the test accuracy of `linear_classes`."""
+    predicted = linear_classes(train, train_labels, test, regularisation)
+    return float(np.mean(predicted == test_labels))
 
-    Args:
-      train, test: float [N, D], one vector per clip.
-      train_labels, test_labels: int [N].
-      regularisation: L2 penalty per sample.
-    """
-    c = 1 / (regularisation * len(train))
-    model = make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=1000))
-    return float(model.fit(train, train_labels).score(test, test_labels))
+
+def draw_per_class(
+    labels: np.ndarray, count: int, rng: np.random.Generator
+) -> np.ndarray:
+    """Draw the indices of `count` samples of every class of labels [N]."""
+    return np.concatenate(
+        [
+            rng.choice(np.flatnonzero(labels == label), count, replace=False)
+            for label in np.unique(labels)
+        ]
+    )
 
 
 def few_label_accuracy(
@@ -56,17 +82,9 @@ def few_label_accuracy(
 ) -> float:
     """Return the mean linear accuracy over draws of a few labelled clips per class."""
     rng = np.random.default_rng(seed)
-    classes = np.unique(train_labels)
     scores = []
     for _ in range(draws):
-        chosen = np.concatenate(
-            [
-                rng.choice(
-                    np.flatnonzero(train_labels == k), labels_per_class, replace=False
-                )
-                for k in classes
-            ]
-        )
+        chosen = draw_per_class(train_labels, labels_per_class, rng)
         scores.append(
             linear_accuracy(
                 train[chosen], train_labels[chosen], test, test_labels, regularisation
