@@ -48,7 +48,8 @@ def _config(evaluation: str) -> str:
     return ":".join([f"configs/probe_{name}.py", *variant])
 
 
-def _run(module: str, *arguments: str) -> None:
+def run(module: str, *arguments: str) -> None:
+    """Run a command of the package; end the program if it fails."""
     command = [sys.executable, "-m", module, *arguments]
     print("+", " ".join(command), file=sys.stderr, flush=True)
     done = subprocess.run(command, env={"JAX_PLATFORMS": "cpu", **os.environ})
@@ -62,15 +63,15 @@ def train(config: str, workdir: pathlib.Path, seed: int, overrides: list[str]) -
     A workdir with other settings ends the program.
     """
     flag = f"--config={config}"
-    _run("vjepa_jax.prepare", flag, *overrides)
-    run = f"--workdir={workdir}", f"--config.seed={seed}"
-    _run("vjepa_jax.train", flag, *run, *overrides)
+    run("vjepa_jax.prepare", flag, *overrides)
+    given = f"--workdir={workdir}", f"--config.seed={seed}"
+    run("vjepa_jax.train", flag, *given, *overrides)
 
 
 def evaluate(file: str, workdir: pathlib.Path, seed: int, overrides: list[str]) -> None:
     """Run one evaluation of a run."""
     given = f"--config={file}", f"--workdir={workdir}", f"--config.seed={seed}"
-    _run("vjepa_jax.probe", *given, *overrides)
+    run("vjepa_jax.probe", *given, *overrides)
 
 
 def cell(measure: str, column: str, runs: list[dict]) -> str:
@@ -87,7 +88,9 @@ def cell(measure: str, column: str, runs: list[dict]) -> str:
 
 def print_results(runs: list[dict]) -> None:
     """Print the results of runs: a row per measure, a column per kind of features."""
-    measures = [name for name in runs[0] if name not in ("seconds", "videos_tested")]
+    measures = [
+        name for name in runs[0] if name != "seconds" and not name.endswith("_tested")
+    ]
     columns = list(dict.fromkeys(c for name in measures for c in runs[0][name]))
     rows = (
         [name, *(cell(name, column, runs) for column in columns)] for name in measures

@@ -24,8 +24,8 @@ _TASKS = {
     "arrow": {"lists": "droid/all", "fps": 8.0, "change": "arrow"},
     "halves": {"lists": "droid/all", "fps": 8.0, "change": "halves"},
     # What a driver did, with every frame.
-    "drive_by_time": {"lists": "donkey/time", "frame_step": 2, "values": True},
-    "drive_by_track": {"lists": "donkey/track", "frame_step": 2, "values": True},
+    "drive_by_time": {"lists": "donkey/time", "frame_step": 2, "sensors": True},
+    "drive_by_track": {"lists": "donkey/track", "frame_step": 2, "sensors": True},
 }
 
 
@@ -44,6 +44,6 @@ def get_config(folder: str = "runs/real_video"):
             fps=fields.get("fps", 0.0),
             frame_step=fields.get("frame_step", 0),
             change=fields.get("change", ""),
-            values=("steering", "throttle") if "values" in fields else (),
+            sensors=("steering", "throttle") if "sensors" in fields else (),
         )
     return config.lock()

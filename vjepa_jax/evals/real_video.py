@@ -83,17 +83,19 @@ def evaluate(model: FrozenModel, config: ConfigDict) -> dict[str, dict[str, Any]
     for name, task in config.tasks.items():
         print(f"task {name}: reading and encoding", file=sys.stderr, flush=True)
         train, test = (
-            _read(model, config, name, key) for key in ("train_path", "test_path")
+            read(model, config, name, key) for key in ("train_path", "test_path")
         )
         for column in train:
             print(f"task {name}: {column} features", file=sys.stderr, flush=True)
             parts = train[column], test[column], config, model
-            measured = _values(*parts, task.values) if task.values else _classes(*parts)
+            measured = (
+                _values(*parts, task.sensors) if task.sensors else _classes(*parts)
+            )
             for measure, value in measured.items():
                 columns.setdefault(column, {})[f"{name}_{measure}"] = value
         num_classes = len(np.unique(train["pretrained"].targets))
         for measure in measured:
-            chance = 0.0 if task.values else 1 / num_classes
+            chance = 0.0 if task.sensors else 1 / num_classes
             columns.setdefault("chance", {})[f"{name}_{measure}"] = chance
         count = len(test["pretrained"].targets)
         columns["pretrained"][f"{name}_clips_tested"] = count
@@ -107,17 +109,17 @@ def evaluate(model: FrozenModel, config: ConfigDict) -> dict[str, dict[str, Any]
 # --------------------------------------------------------------------- clips to samples
 
 
-def _read(
+def read(
     model: FrozenModel, config: ConfigDict, name: str, key: str
 ) -> dict[str, Samples]:
     """Read the clips of a task's list and encode them: samples by column."""
     task = config.tasks[name]
     source = clip_tokens.open_list(task[key], f"tasks.{name}.{key}")
     reader = _make_reader(model, config, task)
-    encodes = _make_encodes(model, config, has_values=bool(task.values))
+    encodes = _make_encodes(model, config, has_values=bool(task.sensors))
     change = _CHANGES.get(task.change)
     # Every clip is read once and encoded as it is and, where the task asks, changed.
-    all_encodes: dict[tuple[str, str], Encode] = {("", "varies"): _varies}
+    all_encodes: dict[tuple[str, str], Encode] = {("", "varies"): varies}
     for column, encode in encodes.items():
         all_encodes[column, "clip"] = encode
         if change is not None:
@@ -141,9 +143,9 @@ def _read(
             changed = found[column, "changed"].tokens[kept]
             targets = np.repeat([0, 1], len(tokens))
             samples[column] = Samples(np.concatenate([tokens, changed]), targets)
-        elif task.values:
+        elif task.sensors:
             steps = tokens.shape[1]
-            values = _read_values(source, first.index, reader, steps, task.values)
+            values = _read_values(source, first.index, reader, steps, task.sensors)
             samples[column] = Samples(tokens, values)
         else:
             samples[column] = Samples(tokens, first.labels)
@@ -154,7 +156,7 @@ def _after(change: Callable[[np.ndarray], np.ndarray], encode: Encode) -> Encode
     return lambda video: encode(np.ascontiguousarray(change(video)))
 
 
-def _varies(video: np.ndarray) -> np.ndarray:
+def varies(video: np.ndarray) -> np.ndarray:
     """Return whether the first two and the last two frames differ: [B, 1, 1, 1].
 
     A video that is too short is padded with its last frame, and a camera that starts
@@ -173,6 +175,7 @@ def _make_reader(
         data.num_frames = data.num_frames or model.video_shape[0]
         data.resolution = data.resolution or model.video_shape[1]
         data.update(frame_step=task.frame_step, fps=task.fps, duration_secs=0.0)
+        data.update(num_clips=1, allow_clip_overlap=False)
     reader = streams.make_reader(data, data)
     model.grid(reader.shape()[1:])
     return reader

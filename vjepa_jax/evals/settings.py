@@ -362,7 +362,7 @@ def task(**fields: Any) -> ConfigDict:
     # clip itself: `arrow` runs it backwards, `halves` exchanges its halves.
     config.change = ""
     # Arrays in VIDEO.npz with a number per frame, to be predicted instead of classes.
-    config.values = ()
+    config.sensors = ()
     config.update(fields)
     return config
 
@@ -477,7 +477,7 @@ def _validate_tasks(tasks: ConfigDict) -> None:
         require(
             is_one, f"{key}.fps", fields.fps, "give either frame_step or fps, positive"
         )
-        if fields.values:
+        if fields.sensors:
             require(
                 not change, f"{key}.change", change, "values have classes, not both"
             )
