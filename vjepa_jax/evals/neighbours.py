@@ -164,14 +164,11 @@ def few_shot_accuracies(
     for shot in shots:
         nearest, linear = [], []
         for _ in range(draws):
-            of_class = [
-                rng.choice(np.flatnonzero(train_labels == c), shot, replace=False)
-                for c in classes
-            ]
-            means = [normalize(train[chosen]).mean(0) for chosen in of_class]
+            of_class = probes.draw_per_class(train_labels, shot, rng).reshape(-1, shot)
+            means = [normalize(train[rows]).mean(0) for rows in of_class]
             predicted = classes[pairwise_distances_argmin(normalize(test), means)]
             nearest.append(accuracy_score(test_labels, predicted))
-            chosen = np.concatenate(of_class)
+            chosen = of_class.ravel()
             fit = train[chosen], train_labels[chosen]
             linear.append(
                 probes.linear_accuracy(*fit, test, test_labels, _LINEAR_PENALTY)

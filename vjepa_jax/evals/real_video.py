@@ -25,9 +25,11 @@ from vjepa_jax.evals import frozen, settings
 from vjepa_jax.evals.frozen import FrozenModel, random_init
 from vjepa_jax.evals.heads import probes
 from vjepa_jax.evals.heads.probes import ProbeTraining
+from vjepa_jax.evals.labelled import open_labelled, require_per_class
 from vjepa_jax.evals.tokens import clip_tokens
 from vjepa_jax.evals.tokens.features import Encode, extract, make_pixel_encode
 
+_KEYS = ("train_path", "test_path")  # of a task
 # What is done to a clip [B, T, H, W, 3] to get the class 1; class 0 is the clip itself.
 _CHANGES: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
     "arrow": lambda video: video[:, ::-1],
@@ -82,9 +84,7 @@ def evaluate(model: FrozenModel, config: ConfigDict) -> dict[str, dict[str, Any]
     columns: dict[str, dict[str, float]] = {}
     for name, task in config.tasks.items():
         print(f"task {name}: reading and encoding", file=sys.stderr, flush=True)
-        train, test = (
-            read(model, config, name, key) for key in ("train_path", "test_path")
-        )
+        train, test = read(model, config, name)
         for column in train:
             print(f"task {name}: {column} features", file=sys.stderr, flush=True)
             parts = train[column], test[column], config, model
@@ -110,22 +110,65 @@ def evaluate(model: FrozenModel, config: ConfigDict) -> dict[str, dict[str, Any]
 
 
 def read(
-    model: FrozenModel, config: ConfigDict, name: str, key: str
-) -> dict[str, Samples]:
-    """Read the clips of a task's list and encode them: samples by column."""
+    model: FrozenModel, config: ConfigDict, name: str
+) -> tuple[dict[str, Samples], dict[str, Samples]]:
+    """Read and encode the clips of a task.
+
+    Args:
+      model: of the features.
+      config: of the evaluation.
+      name: of the task.
+
+    Returns:
+      Samples by column: to learn from, and to test on.
+
+    Raises:
+      UserError: a list or a recorded value is not as the task needs it.
+    """
     task = config.tasks[name]
-    source = clip_tokens.open_list(task[key], f"tasks.{name}.{key}")
-    reader = _make_reader(model, config, task)
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        data = config.data
+        for key in (*_KEYS, "frame_step", "fps"):
+            data[key] = task[key]
+        data.update(duration_secs=0.0, num_clips=1, allow_clip_overlap=False)
+        data.num_frames = data.num_frames or model.video_shape[0]
+        data.resolution = data.resolution or model.video_shape[1]
+    try:
+        if task.change or task.sensors:  # whose lists need no classes
+            sources = {key: clip_tokens.open_source(config, key) for key in _KEYS}
+        else:
+            labelled = open_labelled(config, _KEYS)
+            sources, names = labelled.sources, labelled.class_names
+            labels = np.asarray(sources["train_path"].labels)
+            _require_labels(labels, config, names)
+        train, test = (_encode(model, config, task, sources[key]) for key in _KEYS)
+    except UserError as error:
+        raise UserError(f"config.tasks.{name}: {error}") from error
+    return train, test
+
+
+def _require_labels(
+    labels: np.ndarray, config: ConfigDict, names: Sequence[str]
+) -> None:
+    require_per_class(labels, config.labels_per_class, "config.labels_per_class", names)
+
+
+def _encode(
+    model: FrozenModel, config: ConfigDict, task: ConfigDict, source: Source
+) -> dict[str, Samples]:
+    """Read a list's clips once, encode them for every column, and attach targets."""
+    reader = streams.make_reader(config.data, config.data)
+    model.grid(reader.shape()[1:])
     encodes = _make_encodes(model, config, has_values=bool(task.sensors))
     change = _CHANGES.get(task.change)
-    # Every clip is read once and encoded as it is and, where the task asks, changed.
-    all_encodes: dict[tuple[str, str], Encode] = {("", "varies"): varies}
+    asked: dict[tuple[str, str], Encode] = {("", "varies"): varies}
     for column, encode in encodes.items():
-        all_encodes[column, "clip"] = encode
+        asked[column, "clip"] = encode
         if change is not None:
-            all_encodes[column, "changed"] = _after(change, encode)
+            asked[column, "changed"] = _after(change, encode)
     found = extract(
-        all_encodes, source, reader, config.clips_per_call, config.data.num_workers
+        asked, source, reader, config.clips_per_call, config.data.num_workers
     )
     first = found["", "varies"]
     kept = np.ones(len(first.index), bool)
@@ -133,22 +176,21 @@ def read(
         kept = first.tokens[:, 0, 0, 0] > 0
         if not kept.any():
             raise UserError(
-                f"all clips of config.tasks.{name}.{key} begin or end with equal "
-                "frames: they are shorter than a clip, or still"
+                f"all clips of {source.name!r} begin or end with equal frames: the "
+                "videos are shorter than a clip, or still"
             )
     samples = {}
     for column in encodes:
-        tokens = found[column, "clip"].tokens[kept]
+        tokens, targets = found[column, "clip"].tokens[kept], first.labels
         if change is not None:
             changed = found[column, "changed"].tokens[kept]
             targets = np.repeat([0, 1], len(tokens))
-            samples[column] = Samples(np.concatenate([tokens, changed]), targets)
+            tokens = np.concatenate([tokens, changed])
         elif task.sensors:
-            steps = tokens.shape[1]
-            values = _read_values(source, first.index, reader, steps, task.sensors)
-            samples[column] = Samples(tokens, values)
-        else:
-            samples[column] = Samples(tokens, first.labels)
+            targets = _read_values(
+                source, first.index, reader, tokens.shape[1], task.sensors
+            )
+        samples[column] = Samples(tokens, targets)
     return samples
 
 
@@ -165,20 +207,6 @@ def varies(video: np.ndarray) -> np.ndarray:
     ends = video[:, [0, -1]] != video[:, [1, -2]]
     varies = ends.any((2, 3, 4)).all(1)
     return varies.astype(np.float32)[:, None, None, None]
-
-
-def _make_reader(
-    model: FrozenModel, config: ConfigDict, task: ConfigDict
-) -> ClipReader:
-    data = config.data.copy_and_resolve_references()
-    with data.unlocked():
-        data.num_frames = data.num_frames or model.video_shape[0]
-        data.resolution = data.resolution or model.video_shape[1]
-        data.update(frame_step=task.frame_step, fps=task.fps, duration_secs=0.0)
-        data.update(num_clips=1, allow_clip_overlap=False)
-    reader = streams.make_reader(data, data)
-    model.grid(reader.shape()[1:])
-    return reader
 
 
 def _make_encodes(
@@ -280,6 +308,7 @@ def _classes(
 ) -> dict[str, float]:
     """Classify by few labels, by neighbours, and by linear and attentive probes."""
     vectors, labels = train.pooled(), train.targets
+    _require_labels(labels, config, [str(i) for i in range(labels.max() + 1)])
     tested = test.pooled()
 
     def score(predicted: np.ndarray) -> float:
