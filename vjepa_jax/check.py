@@ -144,18 +144,20 @@ def check(
             ) as progress,
         ):
             for index, finding in findings:
-                summary.add(finding)
                 if output:
                     output.add(index, finding)
+                summary.add(finding)
                 progress.set_postfix(unreadable=summary.num_bad, refresh=False)
                 progress.update()
     except KeyboardInterrupt:
         _print(summary.lines())
-        kept = ""
+        count, kept = summary.num_videos, ""
         if output:
+            # It may hold one more, if the interruption came before that was counted.
+            count = output.count()
             kept = f"; {output.partial_path} has them, the same command continues"
         print(
-            f"interrupted after {summary.num_videos} of {len(source)} videos{kept}",
+            f"interrupted after {count} of {len(source)} videos{kept}",
             file=sys.stderr,
         )
         raise

@@ -207,6 +207,11 @@ class Output:
         fields = {name: getattr(finding, name) for name in _JSON_FIELDS}
         self._write({"index": index} | fields)
 
+    def count(self) -> int:
+        """Return the number of findings in the partial file."""
+        self._file.seek(0)  # also writes what an interruption has left in the buffer
+        return sum(line.endswith("\n") for line in self._file) - 1
+
     def finish(self) -> None:
         """Write FILE, in the order of the videos, and remove the partial file."""
         self._file.seek(0)
