@@ -131,7 +131,9 @@ def draw(runs: dict[str, pathlib.Path], file: pathlib.Path) -> None:
         rows = metrics.read_metrics(str(workdir))
         rows = [row for row in rows if "train/loss" in row]
         clips = np.array([row["step"] for row in rows]) * config["batch_size"] / 1000
-        loss.plot(clips, [row["train/loss"] for row in rows], label=name.replace("_", " "))
+        loss.plot(
+            clips, [row["train/loss"] for row in rows], label=name.replace("_", " ")
+        )
         results = json.loads((workdir / _RESULTS).read_text())
         for number, measure in enumerate(_DRAWN):
             style = {"color": f"C{number}", "marker": "o"}

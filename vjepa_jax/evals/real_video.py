@@ -139,9 +139,9 @@ def read(
             sources = {key: clip_tokens.open_source(config, key) for key in _KEYS}
         else:
             labelled = open_labelled(config, _KEYS)
-            sources, names = labelled.sources, labelled.class_names
+            sources = labelled.sources
             labels = np.asarray(sources["train_path"].labels)
-            _require_labels(labels, config, names)
+            _require_labels(labels, config, labelled.name_of)
         train, test = (_encode(model, config, task, sources[key]) for key in _KEYS)
     except UserError as error:
         raise UserError(f"config.tasks.{name}: {error}") from error
@@ -149,9 +149,11 @@ def read(
 
 
 def _require_labels(
-    labels: np.ndarray, config: ConfigDict, names: Sequence[str]
+    labels: np.ndarray, config: ConfigDict, name_of: Callable[[int], str]
 ) -> None:
-    require_per_class(labels, config.labels_per_class, "config.labels_per_class", names)
+    require_per_class(
+        labels, config.labels_per_class, "config.labels_per_class", name_of
+    )
 
 
 def _encode(
@@ -308,7 +310,7 @@ def _classes(
 ) -> dict[str, float]:
     """Classify by few labels, by neighbours, and by linear and attentive probes."""
     vectors, labels = train.pooled(), train.targets
-    _require_labels(labels, config, [str(i) for i in range(labels.max() + 1)])
+    _require_labels(labels, config, str)
     tested = test.pooled()
 
     def score(predicted: np.ndarray) -> float:

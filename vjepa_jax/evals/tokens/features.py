@@ -1,7 +1,8 @@
 """Features of all videos of a source in memory: an encoder's, or the pixels."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
+from typing import TypeVar
 
 import numpy as np
 
@@ -12,6 +13,8 @@ from vjepa_jax.models.encoder import token_grid
 
 # uint8 video [B, T, H, W, 3] -> tokens float32 [B, T', S, D]
 Encode = Callable[[np.ndarray], np.ndarray]
+
+Name = TypeVar("Name", bound=Hashable)
 
 
 @dataclasses.dataclass
@@ -64,12 +67,12 @@ def make_pixel_encode(patch_size: int, tubelet_size: int) -> Encode:
 
 
 def extract(
-    encodes: Mapping[str, Encode],
+    encodes: Mapping[Name, Encode],
     source: Source,
     reader: ClipReader,
     batch_size: int,
     num_workers: int,
-) -> dict[str, Features]:
+) -> dict[Name, Features]:
     """Read every video of a source once and encode it in several ways.
 
     Unreadable videos are left out.
@@ -81,7 +84,7 @@ def extract(
       batch_size: clips per call of an encode.
       num_workers: decoding processes.
     """
-    tokens: dict[str, list[np.ndarray]] = {name: [] for name in encodes}
+    tokens: dict[Name, list[np.ndarray]] = {name: [] for name in encodes}
     labels, index = [], []
     for batch in read_all(
         source,
