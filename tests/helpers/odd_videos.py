@@ -7,6 +7,8 @@ reading order.
 import dataclasses
 import functools
 import io
+import pathlib
+import struct
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 
@@ -138,6 +140,30 @@ def write(
             packet.is_keyframe = content.is_key
             container.mux(packet)
     return str(path)
+
+
+def set_edits(path, edits: Sequence[tuple[int, int]]) -> None:
+    """Replace the edit list of an MP4, by (first frame, frames) of each part shown."""
+    content = bytearray(pathlib.Path(path).read_bytes())
+
+    def number_at(position):
+        return struct.unpack_from(">I", content, position)[0]
+
+    box = content.index(b"elst") - 4
+    start = struct.unpack_from(">i", content, box + 20)[0]  # where frame 0 is shown
+    movie_frame = number_at(content.index(b"mvhd") + 16) // FPS
+    media_frame = number_at(content.index(b"mdhd") + 16) // FPS
+    entries = b"".join(
+        struct.pack(">Iihh", count * movie_frame, start + first * media_frame, 1, 0)
+        for first, count in edits
+    )
+    new = struct.pack(">I4sII", 16 + len(entries), b"elst", 0, len(edits)) + entries
+    grown = len(new) - number_at(box)
+    content[box : box + number_at(box)] = new
+    for name in (b"edts", b"trak", b"moov"):
+        at = content.index(name) - 4
+        struct.pack_into(">I", content, at, number_at(at) + grown)
+    pathlib.Path(path).write_bytes(content)
 
 
 def pack_b_frames(encoded: Encoded) -> Encoded:

@@ -142,6 +142,28 @@ def test_a_gap_keeps_its_time(tmp_path, ext):
     assert_all_are_kept(path, np.array(places) / 25)
 
 
+@pytest.mark.parametrize(
+    "edits",
+    [[(5, 30)], [(0, 10), (25, 10), (40, 10)], [(25, 20), (0, 20)], [(3, 20), (3, 20)]],
+    ids=["cut", "parts", "exchanged", "repeated"],
+)
+def test_parts_of_an_edit_list_follow_each_other(tmp_path, edits, held_bytes):
+    encoded = odd_videos.encode("h264", NUMBERS, num_b=3)
+    path = odd_videos.write(
+        tmp_path / "v.mp4",
+        encoded,
+        places=[packet.dts for packet in encoded.packets],
+        shown_at=[packet.pts for packet in encoded.packets],
+    )
+    odd_videos.set_edits(path, edits)
+    shown = [n for first, count in edits for n in range(first, first + count)]
+    plain = video_files.decode_plainly(path)
+    assert odd_videos.numbers_of(plain) == shown
+    with av.open(path) as container:
+        times = np.array([frame.time for frame in container.decode(video=0)])
+    assert_clips_match(path, times - times[0], BY_TIME)
+
+
 @pytest.mark.parametrize("num_b", [1, 2, 3])
 @pytest.mark.parametrize("ext", ["avi", "mp4", "mkv"])
 def test_packed_b_frames(tmp_path, ext, num_b, held_bytes):

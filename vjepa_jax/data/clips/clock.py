@@ -18,6 +18,11 @@ class Clock:
     starts: np.ndarray
     shifts: np.ndarray
 
+    @classmethod
+    def one(cls) -> "Clock":
+        """Return that of a single recording."""
+        return cls(np.zeros(0, np.int64), np.zeros(0, np.int64))
+
     @property
     def is_set_back(self) -> bool:
         """Whether there is more than one recording."""
@@ -79,7 +84,7 @@ def make_clock(
         later = key_positions[1:]
         starts = later[pts[later] <= latest[:-1]].tolist()
     if not starts:
-        return Clock(np.zeros(0, np.int64), np.zeros(0, np.int64))
+        return Clock.one()
     shifts: list[int] = []
     end = None
     for start, stop in zip([0, *starts], [*starts, len(pts)], strict=True):

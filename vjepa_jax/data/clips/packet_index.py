@@ -36,6 +36,9 @@ _MAX_REORDERED = 32
 # Containers that store when each frame is shown. The stamps of others may be made up
 # by FFmpeg, or a clock that is set back hides behind them.
 _FORMATS_WITH_TIMES = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
+# Have one clock. Where an edit list shows a part, its packets are read once more from a
+# key frame on, and their decoding times go back.
+_FORMATS_OF_ONE_CLOCK = ("mov,mp4,m4a,3gp,3g2,mj2",)
 # Their decoding times are made up, and depend on what FFmpeg knows of the stream.
 _FORMATS_WITHOUT_DTS = ("matroska,webm", "nut")
 # Store when packets are decoded. Frames are shown as far apart, in their own order; the
@@ -296,7 +299,9 @@ def _read_index(
         shown = np.delete(np.arange(num_packets, dtype=np.int32), hidden)
     time_base, fps = cast(Fraction, video.stream.time_base), video.stated_fps
     interval = round(1 / (fps * time_base)) if fps else 1
-    clock = make_clock(pts, dts, key_positions, interval, _NO_STAMP)
+    clock = Clock.one()
+    if video.container.format.name not in _FORMATS_OF_ONE_CLOCK:
+        clock = make_clock(pts, dts, key_positions, interval, _NO_STAMP)
     for values in (pts, dts):
         clock.shift(values, _NO_STAMP)
     has_times, can_reorder = _has_times(video), _can_reorder(video)

@@ -284,7 +284,13 @@ def open_parts(config: ConfigDict, key: str) -> list[Source]:
             f"config.data.{key} is not set: give a list file with one 'path label' per "
             "line, or anything else that data.path of a run may be"
         )
-    return open_mixture(path).sources
+    try:
+        return open_mixture(path).sources
+    except UserError as error:  # which names the key of a run
+        message = str(error)
+        if message.startswith("data.path"):
+            message = f"config.data.{key}" + message.removeprefix("data.path")
+        raise UserError(message) from error
 
 
 def joined(parts: Sequence[Source]) -> Source:
