@@ -81,6 +81,11 @@ def evaluate(model: FrozenModel, config: ConfigDict) -> dict[str, dict[str, Any]
       UserError: config, data and model do not fit.
     """
     settings.validate(config)
+    if not config.tasks:
+        raise UserError(
+            "config.tasks is empty: give a file with tasks, such as "
+            "configs/probe_real_video.py"
+        )
     columns: dict[str, dict[str, float]] = {}
     for name, task in config.tasks.items():
         print(f"task {name}: reading and encoding", file=sys.stderr, flush=True)

@@ -465,11 +465,6 @@ CHANGES = ("", "arrow", "halves")  # of a clip, see `task`
 
 
 def _validate_tasks(tasks: ConfigDict) -> None:
-    if not tasks:
-        raise UserError(
-            "config.tasks is empty: give a file with tasks, such as "
-            "configs/probe_real_video.py"
-        )
     for name, fields in tasks.items():
         key = f"tasks.{name}"
         change, is_one = fields.change, (fields.frame_step > 0) != (fields.fps > 0)
